@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: a path, a key, a checkpoint of another model. The message is the whole story."""
+    """Something the user can mend: a path, a key, a checkpoint of another model. The message says it all."""
