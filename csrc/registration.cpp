@@ -1,0 +1,8 @@
+// The schemas of every C++ operator. Each operator's own file holds its implementation and registers it for
+// its device. Python (d2it/ops) allocates the results and defines what autograd and torch.compile see, so the
+// operators here fill tensors they are given and return nothing.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(d2it_C, m) {
+  m.def("neighbor_copy(Tensor[] latents, Tensor grain_map, Tensor(a!) out) -> ()");
+}
