@@ -67,9 +67,7 @@ NARROW_SHARE = 0.25
 # --------------------------------------------------------------------------------------------------
 # Reading machine code
 
-_INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*?)\s*;"
-)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L\w+):")
 _SECTION = re.compile(r"^\.text\.([^\s:]+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
@@ -197,9 +195,7 @@ def read_function(lines: list[str]) -> dict:
         "load_bytes_by_bits": {str(bits): load[bits] for bits in sorted(load)},
         "store_bytes_by_bits": {str(bits): store[bits] for bits in sorted(store)},
         "main_loop": in_loop,
-        "narrow_load_share": round(
-            sum(v for bits, v in load.items() if bits < 64) / max(sum(load.values()), 1), 3
-        ),
+        "narrow_load_share": round(sum(v for bits, v in load.items() if bits < 64) / max(sum(load.values()), 1), 3),
         "tensor_core": {op: n for op, n in sorted(opcodes.items()) if _TENSOR.match(op)},
         "atomics": sum(n for op, n in opcodes.items() if op in ("ATOMG", "ATOM", "RED", "REDG")),
         "local_accesses": opcodes["LDL"] + opcodes["STL"],
@@ -426,9 +422,7 @@ def problems(row: dict) -> list[str]:
         share = f"{row['narrow_load_share']:.0%} of its bytes in loads of 32 bits or less"
         found.append(("narrow load", f"main loop loads {row['load_bits']} bits, {share}"))
     if row["shared_bytes"] > ARCHS[row["arch"]]["block_shared"] or row["occupancy"] == 0:
-        found.append(
-            ("does not fit", f"{row['shared_bytes']} bytes of shared memory, {row['registers']} registers")
-        )
+        found.append(("does not fit", f"{row['shared_bytes']} bytes of shared memory, {row['registers']} registers"))
     return [f"{kind}: {detail}" for kind, detail in found if not excused(row, kind)]
 
 
@@ -511,9 +505,7 @@ def table(rows: list[dict]) -> str:
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(head, *body)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
     return "\n".join(lines)
 
 
@@ -521,15 +513,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=sorted(ARCHS), default=list(ARCHS))
     parser.add_argument("--json", metavar="FILE", help="write the rows there as a list of objects")
-    parser.add_argument(
-        "--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*'"
-    )
-    parser.add_argument(
-        "--kernels", type=Path, default=ROOT / "kernels", metavar="DIR", help="another folder"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile"
-    )
+    parser.add_argument("--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*'")
+    parser.add_argument("--kernels", type=Path, default=ROOT / "kernels", metavar="DIR", help="another folder")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
     args = parser.parse_args()
 
     # Interpreted kernels have no machine code; the workers import Triton after this.

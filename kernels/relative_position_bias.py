@@ -70,9 +70,7 @@ def relative_position_bias_bwd_kernel(
     for y_query in tl.range(tl.maximum(i_dy, 0), tl.minimum(WINDOW + i_dy, WINDOW)):
         i_query = tl.cast(y_query, tl.int64) * WINDOW
         i_key = tl.cast(y_query - i_dy, tl.int64) * WINDOW
-        b_grad = tl.load(
-            p_grad + i_query * stride_grad_query + i_key * stride_grad_key, mask=m_block, other=0.0
-        )
+        b_grad = tl.load(p_grad + i_query * stride_grad_query + i_key * stride_grad_key, mask=m_block, other=0.0)
         b_sum += b_grad.to(tl.float32)
     i_row = tl.cast(i_dy + (WINDOW - 1), tl.int64) * OFFSETS
     for x_row in tl.range(0, OFFSETS):

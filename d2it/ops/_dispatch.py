@@ -1,0 +1,137 @@
+"""Which backend runs an operator, and why another one does not.
+
+A backend is a name and a function that lists the reasons why it cannot take a call. The same list serves the choice,
+the error of a backend asked for by name, and the skips of the test suite.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from d2it.ops import _native
+
+Reasons = list[str]
+
+# Read once: Triton itself reads it when a kernel is decorated.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# The order in which backends are tried where the caller names none. Measured, not guessed: see docs/results.md.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda", "triton", "reference"),
+    "cpu": ("cpu", "reference"),
+}
+PREFERENCE_OF: dict[tuple[str, str], tuple[str, ...]] = {}
+
+_BACKENDS: dict[str, dict[str, Callable[..., Reasons]]] = {}
+_MACHINE: dict[tuple[str, str], Reasons] = {}
+
+
+def register_backend(
+    op: str, backend: str, fits: Callable[..., Reasons] | None = None, *, native: str | None = None
+) -> None:
+    """Adds `backend` to `op`.
+
+    Args:
+        op: the operator's name.
+        backend: "reference", "cpu", "triton" or "cuda".
+        fits: takes the operator's own arguments and lists what is in the way.
+        native: the operator of csrc/ (`torch.ops.d2it_C.<native>`) that it runs on. Looked up now, at import, so that
+            a call costs a dictionary and the compiler traces no library loading.
+    """
+    _BACKENDS.setdefault(op, {})[backend] = fits or (lambda *args, **kwargs: [])
+    reasons = _native.why_not(native, backend) if native else []
+    if backend == "triton" and not HAS_TRITON:
+        reasons = ["Triton is not installed"]
+    _MACHINE[op, backend] = reasons
+
+
+def _device_reasons(backend: str, args: tuple[Any, ...]) -> Reasons:
+    device = _device_of(args)
+    if device is None:
+        return []
+    if backend == "triton" and device != "cuda" and not INTERPRET:
+        return [f"Triton needs CUDA tensors, not {device} (TRITON_INTERPRET=1 runs it on CPU tensors)"]
+    if backend == "cuda" and device != "cuda":
+        return [f"the CUDA extension needs CUDA tensors, not {device}"]
+    if backend == "cpu" and device != "cpu":
+        return [f"the CPU backend needs CPU tensors, not {device}"]
+    return []
+
+
+def _device_of(args: Any) -> str | None:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type
+        if isinstance(arg, (list, tuple)):
+            device = _device_of(arg)
+            if device is not None:
+                return device
+    return None
+
+
+def _known(op: str) -> dict[str, Callable[..., Reasons]]:
+    if op not in _BACKENDS:
+        raise ValueError(f"op must be one of {', '.join(sorted(_BACKENDS))}, got {op!r}")
+    return _BACKENDS[op]
+
+
+def available_backends(op: str) -> list[str]:
+    """The backends of operator `op` that this machine can run, the preferred one first.
+
+    Args:
+        op: name of an operator of `d2it.ops`.
+
+    Raises:
+        ValueError: `op` is not an operator.
+    """
+    known = _known(op)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    order = PREFERENCE_OF.get((op, device), PREFERENCE[device])
+    names = [name for name in known if not _MACHINE[op, name]]
+    if device == "cpu":
+        names = [name for name in names if name != "cuda" and (name != "triton" or INTERPRET)]
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
+    """The reasons why `backend` cannot run this call of `op`; an empty list where it can.
+
+    Args:
+        op: name of an operator of `d2it.ops`.
+        backend: "reference", "cpu", "triton" or "cuda".
+        *args, **kwargs: the operator's arguments. Without them the machine alone is judged.
+
+    Raises:
+        ValueError: `op` is not an operator.
+    """
+    known = _known(op)
+    if backend not in known:
+        return [f"{op} has no backend {backend!r}; it has {', '.join(sorted(known))}"]
+    reasons = _MACHINE[op, backend] + _device_reasons(backend, args)
+    if reasons or not (args or kwargs):
+        return reasons
+    return known[backend](*args, **kwargs)
+
+
+def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
+    """The backend that runs this call: the one asked for, or the first in the order of preference that fits.
+
+    Raises:
+        ValueError: `backend` is named and cannot run this call; the message lists the reasons.
+    """
+    if backend is not None:
+        reasons = why_not(op, backend, *args, **kwargs)
+        if reasons:
+            raise ValueError(f"backend={backend!r} cannot run {op}: {'; '.join(reasons)}")
+        return backend
+    device = _device_of(args) or "cpu"
+    for name in PREFERENCE_OF.get((op, device), PREFERENCE.get(device, ("reference",))):
+        if name in _BACKENDS[op] and not why_not(op, name, *args, **kwargs):
+            return name
+    return "reference"

@@ -1,0 +1,124 @@
+"""Operators as PyTorch sees them: `torch.ops.d2it.*` with fakes for the compiler and gradients.
+
+Registered through `define` and `impl`, the cheap path (an eager call costs a third of a `custom_op`'s), with an
+`autograd.Function` at the Autograd key and the backward as an operator of its own. The last argument of every schema is
+the backend's name; its implementation is looked up here, so that one operator serves every backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import _C
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+LIBRARY = torch.library.Library("d2it", "FRAGMENT")
+
+_IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
+_TARGETS: dict[tuple[str, str], str] = {}
+_SELF_CHECKING: set[tuple[str, str]] = set()
+
+
+def implement(op: str, backend: str, target: str | Callable[..., Any], *, checks_values: bool = False) -> None:
+    """Names the function that runs `op` on `backend`: a callable, or "module:function", imported at the first call.
+
+    It takes the operator's schema arguments without the backend. `checks_values`: it judges the values of CPU tensors
+    itself (range, indices), so that the separate pass over them is left out.
+    """
+    if isinstance(target, str):
+        _TARGETS[op, backend] = target
+    else:
+        _IMPLEMENTATIONS[op, backend] = target
+    if checks_values:
+        _SELF_CHECKING.add((op, backend))
+
+
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    function = _IMPLEMENTATIONS.get((op, backend))
+    if function is None:
+        if (op, backend) not in _TARGETS:
+            raise ValueError(f"torch.ops.d2it.{op}: backend must name an implementation, got {backend!r}")
+        module, name = _TARGETS[op, backend].split(":")
+        function = _IMPLEMENTATIONS[op, backend] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def operator(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    setup: Callable[[Any, Sequence[Any], Any], None] | None = None,
+    backward: Callable[..., Sequence[Any]] | None = None,
+    check: Callable[..., None] | None = None,
+) -> None:
+    """Defines `torch.ops.d2it.<schema>`.
+
+    Args:
+        schema: ends in `str backend`.
+        fake: shapes and dtypes of the result, for the compiler. It takes all arguments, backend included.
+        setup: `setup(ctx, inputs, output)` saves what `backward` needs. `ctx.needs` has one bool for each leaf of the
+            inputs, in order.
+        backward: `backward(ctx, *grads)` returns a gradient or None for each schema argument.
+        check: judges the values of CPU tensors at run time and raises `ValueError`; takes all but the backend.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+
+    def kernel(*args: Any) -> Any:
+        *rest, backend = args
+        if check is not None and (name, backend) not in _SELF_CHECKING and _on_cpu(rest):
+            check(*rest)
+        return _implementation(name, backend)(*rest)
+
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"d2it::{name}", fake, lib=LIBRARY)
+    if backward is not None and setup is not None:
+        LIBRARY.impl(
+            name,
+            _autograd(getattr(torch.ops.d2it, name).default, setup, backward),
+            "Autograd",
+            with_keyset=True,
+        )
+
+
+def _on_cpu(args: Sequence[Any]) -> bool:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type == "cpu"
+        if isinstance(arg, (list, tuple)) and arg:
+            return _on_cpu(arg)
+    return False
+
+
+def _autograd(op: Any, setup: Callable[..., None], backward: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
+    def below(keyset: Any, args: Sequence[Any]) -> Any:
+        with _C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, spec: Any, *leaves: Any) -> Any:
+            args = tree_unflatten(list(leaves), spec)
+            output = below(keyset, args)
+            ctx.needs = ctx.needs_input_grad[2:]
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (None, None, *tree_flatten(tuple(backward(ctx, *grads)))[0])
+
+    Function.__name__ = f"{op.name().split('::')[1].split('.')[0]}_autograd"
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        leaves, spec = tree_flatten(args)
+        if torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+            return Function.apply(keyset, spec, *leaves)
+        return below(keyset, args)
+
+    return autograd

@@ -1,0 +1,247 @@
+"""Dynamic Grained Coding (paper 3.1): the entropy of every region, and its grain."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2it.ops import _check, reference
+from d2it.ops._dispatch import choose, register_backend
+from d2it.ops._register import operator
+
+# Values may leave the range by this share of its width: the rounding of a resize or of a half-precision cast.
+RANGE_SLACK = 1e-5
+
+_FAST_DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
+
+
+def kde_entropy(
+    images: Tensor,
+    region_size: int = 16,
+    *,
+    num_bins: int | None = None,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    sigma: float = 0.01,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Entropy of the Gaussian kernel density of gray levels in every S x S region (paper Eqs. 2-3).
+
+    gray = 0.2989 R + 0.5870 G + 0.1140 B; the kernel mean over a region's pixels is taken at `num_bins` evenly spaced
+    levels of `value_range`, both ends included, normalised to sum 1 over them, and H = -sum p ln p with 0 ln 0 = 0.
+
+    Args:
+        images: (B, 1 or 3, H, W), H and W multiples of `region_size`. Floating point inside `value_range` (by more than
+            1e-5 of its width outside, or not finite, is an error), or uint8, whose 0..255 spans the range.
+        region_size: S, pixels.
+        num_bins: levels; S * S where None, the paper's P.
+        value_range: (low, high) of the pixel values.
+        sigma: the kernel's width, in the unit of the values.
+        normalize: False gives Eqs. 2-3 to the letter, with the density not normalised over the levels.
+        backend: "reference", "cpu", "triton", "cuda", or None to choose.
+
+    Returns:
+        (B, H/S, W/S) float32 (float64 for float64 images), nats. Differentiable on the reference only, which is chosen
+        where `images` requires a gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or a value leaves the range. On a GPU values are judged
+            by a device-side assertion, raised at the next synchronisation.
+    """
+    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
+    name = choose("kde_entropy", backend, images, region_size, num_bins=bins)
+    if name == "reference":
+        check_values(images, low, high)
+        return reference.kde_entropy(
+            images,
+            region_size,
+            num_bins=bins,
+            value_range=(low, high),
+            sigma=sigma,
+            normalize=normalize,
+        )
+    return torch.ops.d2it.kde_entropy(images, region_size, bins, low, high, float(sigma), normalize, name)
+
+
+def encode_grains(
+    images: Tensor,
+    thresholds: Tensor | Sequence[float],
+    region_size: int = 16,
+    *,
+    num_bins: int | None = None,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    sigma: float = 0.01,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kde_entropy` and `grain_map` in one pass over the pixels.
+
+    Args:
+        images, region_size, num_bins, value_range, sigma, normalize, backend: as for `kde_entropy`.
+        thresholds: k-1 ascending entropies in nats, a sequence or a 1-d tensor (on the device of `images`: no copy).
+
+    Returns:
+        (grain map (B, H/S, W/S) int64, entropy (B, H/S, W/S) float32).
+
+    Raises:
+        TypeError, ValueError: as `kde_entropy` and `grain_map`.
+    """
+    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
+    limits = _thresholds(thresholds, images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
+    name = choose("encode_grains", backend, images, limits, region_size, num_bins=bins)
+    if name == "reference":
+        check_values(images, low, high)
+        return reference.encode_grains(
+            images,
+            limits,
+            region_size,
+            num_bins=bins,
+            value_range=(low, high),
+            sigma=sigma,
+            normalize=normalize,
+        )
+    return torch.ops.d2it.encode_grains(images, limits, region_size, bins, low, high, float(sigma), normalize, name)
+
+
+def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend: str | None = None) -> Tensor:
+    """The grain of every region: the number of thresholds that its entropy exceeds (paper 3.1).
+
+    Args:
+        entropy: floating point, any shape, nats.
+        thresholds: k-1 ascending entropies, a sequence or a 1-d tensor.
+        backend: "reference" or None; a comparison has no faster form than PyTorch's own.
+
+    Returns:
+        int64, the shape of `entropy`, 0 = coarsest.
+
+    Raises:
+        TypeError: `entropy` is not a floating-point tensor.
+        ValueError: `thresholds` is not 1-d, or not strictly ascending (judged on the host: a CUDA tensor of thresholds
+            is trusted, since to look at it would synchronise).
+    """
+    if not isinstance(entropy, Tensor) or not entropy.dtype.is_floating_point:
+        raise TypeError(f"entropy must be a floating-point tensor, got {getattr(entropy, 'dtype', type(entropy))}")
+    limits = _thresholds(thresholds, entropy.device, entropy.dtype)
+    choose("grain_map", backend, entropy, limits)
+    return reference.grain_map(entropy, limits)
+
+
+def _thresholds(thresholds: Tensor | Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(thresholds, Tensor):
+        _check.tensor("thresholds", thresholds, ndim=1)
+        on_host = thresholds.device.type == "cpu" and not torch.compiler.is_compiling()
+        listed = thresholds.tolist() if on_host else []
+    else:
+        listed = [float(t) for t in thresholds]
+    for a, b in itertools.pairwise(listed):
+        _check.require(a < b, "thresholds", "ascend", listed)
+    _check.require(not any(math.isnan(t) for t in listed), "thresholds", "be numbers", listed)
+    return torch.as_tensor(thresholds, dtype=dtype, device=device)
+
+
+def _validate(
+    images: Tensor, region_size: int, num_bins: int | None, value_range: tuple[float, float], sigma: float
+) -> tuple[int, float, float]:
+    _check.tensor("images", images, ndim=4)
+    if images.dtype not in (*_FAST_DTYPES, torch.float64):
+        raise TypeError(f"images must be floating point or uint8, got {images.dtype}")
+    _check.integer("region_size", region_size, low=1)
+    _check.require(images.shape[1] in (1, 3), "images", "have 1 or 3 channels", f"shape {tuple(images.shape)}")
+    _check.require(
+        images.shape[2] % region_size == 0 and images.shape[3] % region_size == 0,
+        "images",
+        f"have a height and width that region_size={region_size} divides",
+        f"shape {tuple(images.shape)}",
+    )
+    bins = region_size * region_size if num_bins is None else num_bins
+    _check.integer("num_bins", bins, low=2)
+    low, high = (float(v) for v in value_range)
+    _check.require(
+        low < high and math.isfinite(low) and math.isfinite(high),
+        "value_range",
+        "be finite and ascend",
+        value_range,
+    )
+    _check.require(sigma > 0 and math.isfinite(sigma), "sigma", "be positive and finite", sigma)
+    return bins, low, high
+
+
+def check_values(images: Tensor, low: float, high: float) -> None:
+    """Raises unless every value is finite and inside the range, rounding aside."""
+    if images.dtype == torch.uint8 or images.numel() == 0:
+        return
+    detached = images.detach()
+    least, most = torch.aminmax(detached)  # NaN comes through
+    slack = RANGE_SLACK * (high - low)
+    ok = (least >= low - slack) & (most <= high + slack)
+    _check.values(
+        ok,
+        f"images must be finite and inside value_range=({low:g}, {high:g})",
+        lambda: f"values from {float(least):g} to {float(most):g}",
+    )
+
+
+def fits_fast(images: Tensor, region_size: int, num_bins: int) -> list[str]:
+    """What the fused backends ask of a call, whichever they are."""
+    reasons = []
+    if images.dtype not in _FAST_DTYPES:
+        reasons.append(f"images must be uint8, float32, float16 or bfloat16, not {images.dtype}")
+    if not 4 <= region_size <= 64:
+        reasons.append(f"region_size must be in 4..64, not {region_size}")
+    if not 16 <= num_bins <= 512:
+        reasons.append(f"num_bins must be in 16..512, not {num_bins}")
+    if images.requires_grad and torch.is_grad_enabled():
+        reasons.append("images require a gradient, which only the reference gives")
+    return reasons
+
+
+def _kde_fits(images: Tensor, region_size: int = 16, *, num_bins: int | None = None, **_: Any) -> list[str]:
+    return fits_fast(images, region_size, num_bins or region_size * region_size)
+
+
+def _encode_fits(
+    images: Tensor, thresholds: Any, region_size: int = 16, *, num_bins: int | None = None, **_: Any
+) -> list[str]:
+    return fits_fast(images, region_size, num_bins or region_size * region_size)
+
+
+def _kde_fake(
+    images: Tensor,
+    region_size: int,
+    num_bins: int,
+    low: float,
+    high: float,
+    sigma: float,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    batch, _, height, width = images.shape
+    return images.new_empty((batch, height // region_size, width // region_size), dtype=torch.float32)
+
+
+def _encode_fake(images: Tensor, thresholds: Tensor, region_size: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = images.shape
+    shape = (batch, height // region_size, width // region_size)
+    return images.new_empty(shape, dtype=torch.int64), images.new_empty(shape, dtype=torch.float32)
+
+
+operator(
+    "kde_entropy(Tensor images, int region_size, int num_bins, float low, float high, float sigma, bool normalize, "
+    "str backend) -> Tensor",
+    fake=_kde_fake,
+    check=lambda images, s, bins, low, high, *rest: check_values(images, low, high),
+)
+operator(
+    "encode_grains(Tensor images, Tensor thresholds, int region_size, int num_bins, float low, float high, "
+    "float sigma, bool normalize, str backend) -> (Tensor, Tensor)",
+    fake=_encode_fake,
+    check=lambda images, limits, s, bins, low, high, *rest: check_values(images, low, high),
+)
+register_backend("kde_entropy", "reference")
+register_backend("encode_grains", "reference")
+register_backend("grain_map", "reference")

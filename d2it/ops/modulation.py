@@ -1,0 +1,150 @@
+"""adaLN for images and for packed rows (DiT, Sec. 3.2): normalise and modulate, gate and add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2it.ops import _check, reference
+from d2it.ops._dispatch import choose, register_backend
+from d2it.ops._register import operator
+
+
+def adaln_modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    sample: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, the norm without affine parameters.
+
+    Args:
+        x: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides.
+        shift, scale: (B, C) floating point, of one dtype, which may differ from that of `x`.
+        sample: (T,) int32 or int64, the image of each row.
+        eps: added to the variance.
+        backend: "reference", "triton", or None to choose.
+
+    Returns:
+        The shape and dtype of `x`, computed in float32. Gradients of shift and scale are summed in a fixed order.
+
+    Raises:
+        TypeError, ValueError: shapes or devices that do not go together.
+    """
+    _validate(x, sample, (("shift", shift), ("scale", scale)))
+    _check.same("dtype", "shift", shift, "scale", scale)
+    _check.require(eps >= 0, "eps", "not be negative", eps)
+    name = choose("adaln_modulate", backend, x, shift, scale, sample=sample)
+    if name == "reference":
+        return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
+    return torch.ops.d2it.adaln_modulate(x, shift, scale, sample, float(eps), name)
+
+
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, *, sample: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """x + gate * branch.
+
+    Args:
+        x, branch: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides, dtypes may differ.
+        gate: (B, C) floating point.
+        sample: (T,) int32 or int64, the image of each row.
+        backend: "reference", "triton", or None to choose.
+
+    Returns:
+        The shape and dtype of `x`, computed in float32. The gradient of the gate is summed in a fixed order.
+
+    Raises:
+        TypeError, ValueError: shapes or devices that do not go together.
+    """
+    _validate(x, sample, (("gate", gate),))
+    _check.tensor("branch", branch, ndim=x.ndim, floating=True)
+    _check.same("device", "x", x, "branch", branch)
+    _check.require(branch.shape == x.shape, "branch", f"have the shape of x {tuple(x.shape)}", tuple(branch.shape))
+    name = choose("gated_residual", backend, x, branch, gate, sample=sample)
+    if name == "reference":
+        return reference.gated_residual(x, branch, gate, sample=sample)
+    return torch.ops.d2it.gated_residual(x, branch, gate, sample, name)
+
+
+def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, Tensor]]) -> None:
+    _check.tensor("x", x, ndim=3 if sample is None else 2, floating=True)
+    for name, parameter in parameters:
+        _check.tensor(name, parameter, ndim=2, floating=True)
+        _check.same("device", "x", x, name, parameter)
+        shape = f"(B, {x.shape[-1]})" if sample is not None else f"({x.shape[0]}, {x.shape[-1]})"
+        _check.require(
+            parameter.shape[1] == x.shape[-1]
+            and (sample is not None or parameter.shape[0] == x.shape[0])
+            and parameter.shape[0] == parameters[0][1].shape[0],
+            name,
+            f"be {shape}",
+            tuple(parameter.shape),
+        )
+    if sample is not None:
+        _check.tensor("sample", sample, ndim=1, floating=False)
+        _check.same("device", "x", x, "sample", sample)
+        _check.require(sample.shape[0] == x.shape[0], "sample", f"have the {x.shape[0]} rows of x", sample.shape[0])
+
+
+def _modulate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    x, shift, scale, sample, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(x, scale, sample)
+
+
+def _modulate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
+    x, scale, sample = ctx.saved_tensors
+    dx, dshift, dscale = torch.ops.d2it.adaln_modulate_backward(grad, x, scale, sample, ctx.eps, ctx.backend)
+    return dx, dshift, dscale, None, None, None
+
+
+def _modulate_backward_fake(
+    grad: Tensor, x: Tensor, scale: Tensor, sample: Tensor | None, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _gate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    x, branch, gate, sample, ctx.backend = inputs
+    ctx.save_for_backward(branch, gate, sample)
+
+
+def _gate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
+    branch, gate, sample = ctx.saved_tensors
+    dbranch, dgate = torch.ops.d2it.gated_residual_backward(grad, branch, gate, sample, ctx.backend)
+    return grad, dbranch, dgate, None, None
+
+
+operator(
+    "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, str backend) -> Tensor",
+    fake=lambda x, *rest: x.new_empty(x.shape),
+    setup=_modulate_setup,
+    backward=_modulate_backward,
+)
+operator(
+    "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, str backend) -> "
+    "(Tensor dx, Tensor dshift, Tensor dscale)",
+    fake=_modulate_backward_fake,
+)
+operator(
+    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample, str backend) -> Tensor",
+    fake=lambda x, *rest: x.new_empty(x.shape),
+    setup=_gate_setup,
+    backward=_gate_backward,
+)
+operator(
+    "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, str backend) -> "
+    "(Tensor dbranch, Tensor dgate)",
+    fake=lambda grad, branch, gate, sample, backend: (
+        branch.new_empty(branch.shape),
+        gate.new_empty(gate.shape),
+    ),
+)
+for _op in ("adaln_modulate", "gated_residual"):
+    register_backend(_op, "reference")
