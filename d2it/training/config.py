@@ -1,0 +1,258 @@
+"""Configuration: dataclasses are the schema, YAML presets the values, `key.sub=value` the last word.
+
+Example:
+    config = load("configs/imagenet256_xl.yaml", ["data.path=/data/imagenet", "content.batch_size=512"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from d2it.errors import UserError
+
+STAGES = ("dvae", "cache", "grain", "content")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what all its stages share."""
+
+    dir: str = "runs/d2it"
+    seed: int = 0
+    device: str = "auto"  # auto, cpu or cuda
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    log_every: int = 50  # steps between two readings of the device's meters: the only host synchronisation
+    save_every: int = 5_000  # steps between checkpoints
+    keep: int = 3  # checkpoints a stage keeps
+    async_save: bool = True  # checkpoints are written by a thread, from a copy
+    preview_every: int = 10_000  # steps between sample grids in tensorboard; 0: only at the end
+    skip_limit: int = 20  # non-finite steps in a row that stop the run
+    wandb: str | None = None  # project name; needs the wandb package
+
+
+@dataclass
+class DataConfig:
+    """The images. `path` is whatever `d2it.data.open_source` reads, or "demo"."""
+
+    path: str = "demo"
+    image_size: int = 256
+    num_classes: int | None = None  # None: unconditional
+    class_names: list[str] | None = None
+    augment: bool = True  # horizontal flips (and, for the demo photos, crops)
+    workers: int = 8  # decoding processes a rank; 0: in the main process
+
+
+@dataclass
+class StageConfig:
+    """What every trained stage has."""
+
+    preset: str = "???"
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields of the model's own config
+    steps: int = 400_000
+    batch_size: int = 256  # images of one optimiser step, over all ranks and accumulated micro-batches
+    accumulate: int = 1  # micro-batches of a step
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    warmup: int = 0  # steps of linear warm-up
+    schedule: str = "constant"  # constant, or cosine (to zero at the last step)
+    clip: float | None = None  # gradient norm; None: no clipping, as DiT
+    ema: float = 0.9999
+    precision: str = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    parallel: str = "ddp"  # or fsdp: parameters, gradients and optimiser state sharded (FSDP2)
+    compile: bool = False  # torch.compile, block by block
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class DvaeConfig(StageConfig):
+    """Stage 1, section 3.1. Loss weights as LDM's KL-VAE; every term is a mean over its elements."""
+
+    preset: str = "f8f16"
+    batch_size: int = 64
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    fine_ratio: float = 0.5  # r_{f=8} of the paper; with k grains the ratios are fine_ratios
+    fine_ratios: list[float] | None = (
+        None  # k - 1 values, coarse to fine: share of regions above each threshold
+    )
+    calibration: str | None = None  # JSON of `python -m d2it.data.calibrate`; None: the one shipped
+    l1_weight: float = 1.0
+    lpips_weight: float = 1.0
+    lpips_weights: str | None = (
+        None  # path to LPIPS weights; None switches the term off, and the summary says so
+    )
+    kl_weight: float = 1e-6
+    critic_weight: float = 0.5
+    critic_start: int | None = 50_000  # step from which the PatchGAN critic takes part; None: never
+    critic_channels: int = 64
+    critic_layers: int = 3
+    critic_lr: float | None = None  # None: lr
+
+
+@dataclass
+class CacheConfig:
+    """Latents (mean and deviation, both flips) and grain maps of every image, encoded once."""
+
+    batch_size: int = 64  # images a rank encodes at once
+    path: str | None = None  # None: <run.dir>/cache
+    crops: int = 1  # encodings an image gets: above 1 only where the source augments by crops
+
+
+@dataclass
+class GrainConfig(StageConfig):
+    """Stage 2a, section 3.2.2."""
+
+    preset: str = "DiT-S"
+
+
+@dataclass
+class ContentConfig(StageConfig):
+    """Stage 2b, section 3.2.3."""
+
+    preset: str = "D2iT-XL"
+    capacity_step: float = (
+        0.0625  # packed lengths are rounded up to this share of all cells: few shapes to compile
+    )
+
+
+@dataclass
+class SampleConfig:
+    """How the run's own previews and final pictures are drawn; `sample.py` starts from the same values."""
+
+    images: int = 16
+    steps: int = 50
+    grain_steps: int = 50
+    scheduler: str = "ddim"
+    guidance: float = 1.0
+    batch_size: int = 16
+
+
+@dataclass
+class Config:
+    """The whole of it. Every key can be set on the command line as `section.key=value`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dvae: DvaeConfig = field(default_factory=DvaeConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    grain: GrainConfig = field(default_factory=GrainConfig)
+    content: ContentConfig = field(default_factory=ContentConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The schema's defaults, then the YAML file, then the overrides `section.key=value`.
+
+    A YAML file may start from another one beside it: `extends: imagenet256_xl.yaml`.
+
+    Raises:
+        UserError: a file that is not there or not YAML, a key that the schema does not have, a value of
+            the wrong type or out of range.
+    """
+    layers = [] if path is None else _files(Path(path))
+    try:
+        for item in overrides:
+            if "=" not in item:
+                raise UserError(f"{item!r} is not an override: write section.key=value")
+        merged = OmegaConf.structured(Config)
+        for layer in layers:
+            merged = OmegaConf.merge(merged, layer)
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise UserError(
+            f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}"
+        ) from None
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise UserError(f"configuration: {where}{str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML, as a record of the run."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _files(path: Path) -> list[Any]:
+    """The YAML file's chain of `extends`, base first."""
+    if not path.is_file():
+        raise UserError(f"no such configuration file: {path}")
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
+        raise UserError(f"{path}: not a YAML configuration: {str(error).splitlines()[0]}") from None
+    if not OmegaConf.is_dict(content):
+        raise UserError(f"{path}: not a YAML configuration: expected section: key: value")
+    base = content.pop("extends", None)
+    return [*(_files(path.parent / base) if base else []), content]
+
+
+def _did_you_mean(error: ConfigKeyError) -> str:
+    import difflib
+
+    section = getattr(error, "parent_node", None)
+    known = [str(k) for k in section] if section is not None and OmegaConf.is_dict(section) else []
+    close = difflib.get_close_matches(str(error.key), known, n=1)
+    if close:
+        return f" (did you mean {close[0]}?)"
+    return f" (there are: {', '.join(known)})" if known else ""
+
+
+def _check(config: Config) -> None:
+    def need(ok: bool, key: str, wish: str) -> None:
+        if not ok:
+            section, name = key.split(".")
+            raise UserError(
+                f"configuration: {key} must be {wish}, got {getattr(getattr(config, section), name)!r}"
+            )
+
+    need(set(config.run.stages) <= set(STAGES), "run.stages", f"among {', '.join(STAGES)}")
+    need(config.run.device in ("auto", "cpu", "cuda"), "run.device", "auto, cpu or cuda")
+    for key in ("log_every", "save_every", "keep", "skip_limit"):
+        need(getattr(config.run, key) >= 1, f"run.{key}", "at least 1")
+    need(config.run.preview_every >= 0, "run.preview_every", "0 or more")
+    need(config.data.image_size >= 1, "data.image_size", "at least 1")
+    need(
+        config.data.num_classes is None or config.data.num_classes >= 1,
+        "data.num_classes",
+        "null or at least 1",
+    )
+    need(config.data.workers >= 0, "data.workers", "0 or more")
+    for name in ("dvae", "grain", "content"):
+        stage = getattr(config, name)
+        for key in ("steps", "batch_size", "accumulate"):
+            need(getattr(stage, key) >= 1, f"{name}.{key}", "at least 1")
+        need(stage.lr > 0, f"{name}.lr", "positive")
+        need(
+            len(stage.betas) == 2 and all(0 <= b < 1 for b in stage.betas),
+            f"{name}.betas",
+            "two values in [0, 1)",
+        )
+        need(stage.warmup >= 0, f"{name}.warmup", "0 or more")
+        need(stage.clip is None or stage.clip > 0, f"{name}.clip", "null or positive")
+        need(0 <= stage.ema < 1, f"{name}.ema", "in [0, 1)")
+        need(stage.schedule in ("constant", "cosine"), f"{name}.schedule", "constant or cosine")
+        need(stage.precision in ("auto", "bf16", "fp32"), f"{name}.precision", "auto, bf16 or fp32")
+        need(stage.parallel in ("ddp", "fsdp"), f"{name}.parallel", "ddp or fsdp")
+    need(config.dvae.parallel == "ddp", "dvae.parallel", "ddp (the critic's weight needs whole gradients)")
+    need(0 <= config.dvae.fine_ratio <= 1, "dvae.fine_ratio", "in [0, 1]")
+    need(0 < config.content.capacity_step <= 1, "content.capacity_step", "in (0, 1]")
+    need(config.cache.batch_size >= 1, "cache.batch_size", "at least 1")
+    need(config.cache.crops >= 1, "cache.crops", "at least 1")
+    for key in ("images", "steps", "grain_steps", "batch_size"):
+        need(getattr(config.sample, key) >= 1, f"sample.{key}", "at least 1")
+
+
+def as_dict(part: Any) -> dict[str, Any]:
+    """A section as plain values, for a checkpoint's identity."""
+    return dataclasses.asdict(part)

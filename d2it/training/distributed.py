@@ -1,0 +1,213 @@
+"""Ranks: who takes part, how they agree, and how a model is spread over them.
+
+Launch:
+    python train.py                                              one process
+    torchrun --standalone --nproc-per-node=gpu train.py ...      one machine
+    torchrun --nnodes=4 --node-rank=... --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --nproc-per-node=8
+    train.py ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from d2it.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run. `control` and `saver` are gloo groups: host-side talk never waits for the
+    device.
+
+    They are two because the saver's thread talks at its own pace: collectives of one group must be
+    issued in the same order everywhere.
+    """
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+    saver: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """`item` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=group or self.control)
+        return items
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def together(self, act: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+        """Run `act` on this rank; if it failed with an OSError or UserError on any rank, raise a
+        UserError on all.
+
+        A rank that raised alone would leave the others waiting in their next collective.
+        """
+        result, failure = None, None
+        try:
+            result = act()
+        except (OSError, UserError) as error:
+            failure = str(error)
+        failures = [f for f in self.gather(failure, group) if f is not None]
+        if failures:
+            raise UserError(failures[0])
+        return result
+
+
+def start(device: str = "auto") -> World:
+    """Join the run that torchrun's environment describes, or be a run of one.
+
+    Raises:
+        UserError: `device="cuda"` without a GPU that this torch can use.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda, but torch sees no GPU (run.device=auto takes the CPU then)")
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        here = torch.device("cuda", local_rank)
+    else:
+        here = torch.device("cpu")
+    if "RANK" not in os.environ:
+        return World(0, 1, 1, here)
+    if kind == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=here)
+    else:
+        dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    return World(
+        rank=dist.get_rank(),
+        size=size,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        device=here,
+        control=dist.new_group(backend="gloo"),
+        saver=dist.new_group(backend="gloo"),
+    )
+
+
+def stop() -> None:
+    """Leave the run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class StopSignal:
+    """SIGINT and SIGTERM, as a decision that all ranks take at the same step.
+
+    The flags are summed over a gloo group one step behind: a step starts the sum and reads the one that
+    the step before started, so nobody waits for the device, and hardly for the network. A second SIGINT
+    acts at once; a second SIGTERM does not, because a batch system and torchrun's agent each send one.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.caught: signal.Signals | None = None
+        self._pending: tuple[Tensor, Any] | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: object) -> None:
+        if self.caught is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = signal.Signals(number)
+
+    def agreed(self) -> signal.Signals | None:
+        """Call once a step on every rank: the signal that some rank had caught by the last call, or None."""
+        if self.world.size == 1:
+            return self.caught
+        before, flag = self._pending, torch.tensor([int(self.caught or 0)], dtype=torch.int32)
+        self._pending = (
+            flag,
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True),
+        )
+        if before is None:
+            return None
+        before[1].wait()
+        return signal.Signals(int(before[0])) if before[0] else None
+
+
+def spread(module: nn.Module, world: World, parallel: str, blocks: list[nn.Module], bf16: bool) -> nn.Module:
+    """The module, ready for this world: as it is, in DDP, or fully sharded (FSDP2) block by block.
+
+    FSDP2 keeps the float32 master weights sharded; the blocks gather bf16 copies, and gradients are
+    reduced in float32. What lies outside the blocks (embedders, final layers) computes in float32.
+    """
+    if parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+            )
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh)
+        return module
+    if world.size == 1:
+        return module
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    # Buffers never change in training. torch 2.13 renamed the switch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    quiet = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **quiet)
+
+
+@contextlib.contextmanager
+def gradient_sync(module: nn.Module, now: bool) -> Iterator[None]:
+    """Reduce this backward's gradients over the ranks if `now`; else leave them for a later micro-batch."""
+    if isinstance(module, DistributedDataParallel):
+        with contextlib.nullcontext() if now else module.no_sync():
+            yield
+        return
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+        module.set_requires_gradient_sync(now)
+    yield

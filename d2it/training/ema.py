@@ -1,0 +1,53 @@
+"""The exponential moving average of the trained parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+class Ema:
+    """shadow <- decay * shadow + (1 - decay) * parameter, for all trained parameters in a few kernels.
+
+    Frozen parameters and buffers do not move, so nothing is spent on them. Under FSDP2 the average is
+    sharded as the parameters are. A step whose update was skipped (non-finite) averages the unchanged
+    parameters.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(
+            [local(s) for s in self.shadow.values()],
+            [local(p.detach()) for p in self.parameters.values()],
+            1.0 - self.decay,
+        )
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """The module with the averaged parameters, for as long as the context lasts."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        shadow = [local(s) for s in self.shadow.values()]
+        trained = [local(p.detach()) for p in self.parameters.values()]
+        kept = [t.clone() for t in trained]
+        torch._foreach_copy_(trained, shadow)
+        torch._foreach_copy_(shadow, kept)

@@ -1,0 +1,254 @@
+"""The training loop: one for all stages.
+
+A stage brings learners (what is trained, with its loss inside) and batches; everything else is here. To
+resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from d2it.errors import UserError
+from d2it.training.checkpoint import Checkpoints
+from d2it.training.config import RunConfig, StageConfig
+from d2it.training.distributed import StopSignal, World, gradient_sync, spread
+from d2it.training.ema import Ema
+from d2it.training.meters import Meters
+
+if TYPE_CHECKING:
+    from d2it.models.base import Model
+
+Batch = dict[str, Any]
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; `signal` is why."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch costs, counted on the host: the multiply-accumulates of the tokens that exist."""
+
+    images: int
+    tokens: int
+    macs: int
+
+
+class Stage(Protocol):
+    """What the loop needs to know of a stage."""
+
+    name: str
+    learners: list[Learner]
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must be of to be resumed here, as JSON values."""
+
+    def active(self, step: int) -> list[Learner]:
+        """The learners that take part in this step, in the order in which the batch passes through them."""
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        """Micro-batches on the device from step `first` on, this rank's part, without end."""
+
+    def work(self, batch: Batch) -> Work:
+        """What this micro-batch costs on this rank."""
+
+    def preview(self, meters: Meters, step: int) -> None:
+        """Pictures for tensorboard; called on all ranks."""
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed for these parts (run seed, step, rank, ...): the same on every machine and version."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -> float:
+    """The rate of this step: linear warm-up, then constant or cosine to zero."""
+    rate = settings.lr if peak is None else peak
+    if step < settings.warmup:
+        return rate * (step + 1) / settings.warmup
+    if settings.schedule == "cosine":
+        share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+        return rate * 0.5 * (1 + math.cos(math.pi * share))
+    return rate
+
+
+def bf16(settings: StageConfig, device: torch.device) -> bool:
+    """Whether this stage computes in bfloat16 autocast; weights stay float32."""
+    if settings.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.precision == "bf16"
+
+
+class Learner:
+    """Something trained: a module `batch -> (loss, logs, batch for the next learner)` with optimiser and
+    average.
+
+    Args:
+        name: prefix of its figures and of its tensors in a checkpoint.
+        losses: the module. `logs` are 0-dim device tensors; nothing in it may wait for the device.
+        network: the model in `losses` whose blocks are compiled, recomputed and sharded one by one.
+        peak: learning rate, where it is not `settings.lr`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        losses: nn.Module,
+        settings: StageConfig,
+        world: World,
+        network: Model | None = None,
+        peak: float | None = None,
+    ) -> None:
+        self.name, self.settings, self.world, self.peak = name, settings, world, peak
+        self.losses = losses.to(world.device)
+        blocks = network.transformer_blocks() if network is not None else []
+        if network is not None:
+            network.gradient_checkpointing = settings.activation_checkpointing
+            if settings.compile:
+                network.compile_blocks()
+        self.bf16 = bf16(settings, world.device)
+        self.module = spread(self.losses, world, settings.parallel, blocks, self.bf16)
+        self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.lr,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.ema = Ema(self.losses, settings.ema)
+        # Steps skipped in all; in a row up to now; in a row at worst since the last report.
+        self.guard = torch.zeros(3, device=world.device)
+
+    def backward(self, batch: Batch, last: bool) -> tuple[dict[str, Tensor], Batch]:
+        """Add the gradients of one micro-batch; reduce them over the ranks with the step's last one."""
+        autocast = (
+            torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        )
+        with gradient_sync(self.module, last):
+            with autocast:
+                loss, logs, batch = self.module(batch)
+            (loss / self.settings.accumulate).backward()
+        return logs, batch
+
+    def update(self, step: int) -> Tensor:
+        """AdamW and EMA, without a host synchronisation; returns the gradient's norm.
+
+        A norm that is not finite skips the update inside the fused kernel. Gradients are reduced before,
+        so every rank sees the same norm and takes the same decision.
+        """
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None], foreach=True
+        )
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm, foreach=True)
+        bad = 1.0 - norm.isfinite().float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step, self.peak)
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        total, streak, worst = self.guard.unbind()
+        streak = (streak + 1) * bad
+        self.guard = torch.stack([total + bad, streak, torch.maximum(worst, streak)])
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """Its tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
+        model, optimizer = get_state_dict(self.losses, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "ema": self.ema.shadow, "guard": self.guard}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, after a checkpoint was read into it (EMA and guard: in place)."""
+        set_state_dict(
+            self.losses, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+
+def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> None:
+    """Train the stage to its last step, from the newest checkpoint if there is one.
+
+    Raises:
+        UserError: a checkpoint that cannot be read or written, or `run.skip_limit` non-finite steps in a row.
+        Stopped: SIGINT or SIGTERM came; everything is saved.
+    """
+    folder = Path(run.dir) / "checkpoints" / stage.name
+    checkpoints = Checkpoints(folder, world, stage.identity(), keep=run.keep, background=run.async_save)
+    weights = sum(p.numel() for learner in stage.learners for p in learner.parameters)
+    checkpoints.prepare(16 * weights)  # float32 weights, average, two moments
+    first = resume(stage, checkpoints)
+    if first >= settings.steps:
+        checkpoints.close()
+        return
+    batches = stage.batches(first)
+    meters = Meters(stage.name, run, settings.steps, first, world)
+
+    with contextlib.closing(meters), StopSignal(world) as stop:
+        for step in range(first, settings.steps):
+            torch.manual_seed(seed_of(run.seed, stage.name, step, world.rank))  # noise, timesteps, dropout
+            learners = stage.active(step)
+            for micro in range(settings.accumulate):
+                batch = next(batches)
+                meters.count(stage.work(batch))
+                for learner in learners:
+                    logs, batch = learner.backward(batch, last=micro == settings.accumulate - 1)
+                    meters.add(logs)
+            for learner in learners:
+                meters.add({f"{learner.name}/gradient_norm": learner.update(step)})
+
+            done = step + 1
+            signal = stop.agreed()
+            if done % run.log_every == 0 or done == settings.steps or signal:
+                meters.add({f"{x.name}/skipped_steps": x.guard[0] for x in stage.learners})
+                meters.report(done, learning_rate(settings, step))
+                check_guard(stage, run, done)
+            if done % run.save_every == 0 or done == settings.steps or signal:
+                saved = checkpoints.save(done, {x.name: x.state() for x in stage.learners})
+            if signal:
+                checkpoints.close()
+                raise Stopped(
+                    signal, f"{signal.name} at step {done}: saved {saved}; the same command resumes"
+                )
+            if done == settings.steps or (run.preview_every and done % run.preview_every == 0):
+                stage.preview(meters, done)
+    checkpoints.close()
+
+
+def resume(stage: Stage, checkpoints: Checkpoints) -> int:
+    """Load the newest checkpoint into the stage; the step to go on from (0: there is none)."""
+    if not any(checkpoints.world.gather(checkpoints.latest() is not None)):
+        return 0
+    states = {learner.name: learner.state() for learner in stage.learners}
+    manifest = checkpoints.load(states)
+    assert manifest is not None
+    for learner in stage.learners:
+        learner.restore(states[learner.name])
+    return int(manifest["step"])
+
+
+def check_guard(stage: Stage, run: RunConfig, step: int) -> None:
+    """Stop if steps were skipped too often in a row since the last look. Reads the device: for log steps."""
+    for learner in stage.learners:
+        total, _, worst = learner.guard.tolist()
+        if worst >= run.skip_limit:
+            raise UserError(
+                f"{stage.name}: {worst:.0f} steps in a row without a finite gradient in {learner.name}, by step {step} "
+                f"({total:.0f} skipped in all, none applied): lower {stage.name}.lr or set {stage.name}.clip"
+            )
+        learner.guard[2] = learner.guard[1]

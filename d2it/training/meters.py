@@ -1,0 +1,236 @@
+"""What a run tells about itself: losses, speed, utilisation, memory, energy.
+
+Everything accumulates on the device or in host integers; `report` is the only place that waits for the
+device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from d2it.errors import UserError
+from d2it.training.checkpoint import write_file
+from d2it.training.config import RunConfig
+from d2it.training.distributed import World
+
+if TYPE_CHECKING:
+    from d2it.training.loop import Work
+
+# Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets; MFU is stated against it.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+class Energy:
+    """The GPU's own energy counter through NVML; silent where there is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._read: Any = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except (ImportError, pynvml.NVMLError):
+            return
+        self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+
+    def joules(self) -> float | None:
+        """Joules since the driver was loaded."""
+        return None if self._read is None else self._read()
+
+
+class Meters:
+    """One stage's figures. Rank 0 writes them: progress on stderr, tensorboard, a JSON line a report, wandb.
+
+    Args:
+        name: the stage.
+        run: where to write and what.
+        steps: the stage's last step.
+        first: the step it goes on from; later lines of an earlier, killed run are dropped.
+        world: the ranks.
+    """
+
+    def __init__(self, name: str, run: RunConfig, steps: int, first: int, world: World) -> None:
+        self.name, self.steps, self.world = name, steps, world
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._images = self._tokens = self._macs = 0
+        self._energy = Energy(world.device)
+        self._peak = peak_flops(world.device)
+        self._first, self._reported = first, first
+        self._start = self._since = time.perf_counter()
+        self._joules = self._energy.joules()
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
+        self._log: Path | None = None
+        self._board = self._bar = self._wandb = None
+        if world.first:
+            self._open(run)
+
+    def _open(self, run: RunConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        folder = Path(run.dir) / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / f"{self.name}.jsonl"
+        rows = read_log(self._log)
+        write_file(
+            self._log, b"".join(json.dumps(r).encode() + b"\n" for r in rows if r["step"] <= self._first)
+        )
+        self._board = SummaryWriter(str(folder / self.name), purge_step=self._first + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self.steps, initial=self._first, desc=self.name, unit="step", dynamic_ncols=True
+            )
+        if run.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError(f"run.wandb={run.wandb}: the wandb package is not installed") from None
+            self._wandb = wandb.init(
+                project=run.wandb, name=f"{Path(run.dir).name}-{self.name}", resume="allow"
+            )
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add 0-dim device tensors; `report` gives each one's mean."""
+        for key, value in values.items():
+            value = value.detach()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value.float()
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def count(self, work: Work) -> None:
+        """Add what a micro-batch of this rank costs."""
+        self._images += work.images
+        self._tokens += work.tokens
+        self._macs += work.macs
+
+    def report(self, step: int, rate: float) -> dict[str, float]:
+        """Wait for the device, average over steps and ranks, write, and start anew."""
+        now, joules = None, self._energy.joules()
+        keys = list(self._sums)
+        device = self.world.device
+        host = [self._images, self._tokens, self._macs, 0.0]
+        values = torch.stack([self._sums[k] / self._counts[k] for k in keys])
+        means = self.world.mean(values).tolist()  # waits for the device
+        now = time.perf_counter()
+        seconds = now - self._since
+        if joules is not None and self._joules is not None:
+            host[3] = joules - self._joules
+        images, tokens, macs, energy = (
+            self.world.mean(torch.tensor(host, dtype=torch.float64, device=device)) * self.world.size
+        ).tolist()
+        figures = dict(zip(keys, means)) | {
+            "learning_rate": rate,
+            "images_per_second": images / seconds,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds / max(1, step - self._reported),
+        }
+        if self._peak is not None:
+            figures["mfu"] = 6 * macs / seconds / (self._peak * self.world.size)
+        if device.type == "cuda":
+            figures["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        else:
+            figures["memory_gib"] = _resident_gib()
+        if energy:
+            figures["watts"] = energy / seconds
+            figures["images_per_joule"] = images / energy
+        self._write(step, figures, now)
+        self._sums.clear()
+        self._counts.clear()
+        self._images = self._tokens = self._macs = 0
+        self._since, self._reported, self._joules = now, step, joules
+        return figures
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """A picture (H, W, 3) uint8 for tensorboard and wandb."""
+        if self._board is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        for each in (self._bar, self._board):
+            if each is not None:
+                each.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, step: int, figures: dict[str, float], now: float) -> None:
+        if self._log is None or self._board is None:
+            return
+        with self._log.open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        for key, value in figures.items():
+            self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(figures, step=step)
+        shown = {k.split("/")[-1]: v for k, v in figures.items() if k.endswith("/loss")}
+        speed = f"{figures['images_per_second']:.4g} images/s"
+        if "mfu" in figures:
+            speed += f", MFU {figures['mfu']:.1%}"
+        text = ", ".join(f"{k} {v:.4f}" for k, v in shown.items())
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"{text}, {speed}")
+        else:
+            left = (now - self._start) / (step - self._first) * (self.steps - step)
+            print(
+                f"{self.name}: step {step}/{self.steps}, {text}, {speed}, {_clock(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's log, without a last one that a kill cut short."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _resident_gib() -> float:
+    """The most memory that this process has held."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,140 @@
+"""A training run small enough to be killed often: two linear layers behind the real loop.
+
+    python tests/train_worker.py key=value ...          one rank
+    torchrun --nproc-per-node=2 tests/train_worker.py   several
+
+Prints `hash <sha256 of all weights, averages and moments>` at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2it.errors import UserError
+from d2it.training import distributed
+from d2it.training.config import RunConfig, StageConfig
+from d2it.training.loop import Batch, Learner, Stopped, Work, seed_of, train
+
+
+class Losses(nn.Module):
+    """A layer that every sample passes and one that a rank may have no rows for."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, width)
+        self.second = nn.Linear(width, 8)
+        self.register_buffer("frozen", torch.ones(8))
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor], Batch]:
+        x = batch["x"] + 0.1 * torch.randn_like(batch["x"])
+        y = self.first(x)
+        rows = batch["fine"]
+        fine = self.second(torch.tanh(y[:rows])) * self.frozen
+        loss = (y**2).mean() + (fine - x[:rows]).square().sum() / x.numel()
+        return loss * batch["scale"], {"toy/loss": loss}, batch
+
+
+class Toy:
+    """The stage. `nan` lists the steps at which the last rank's loss is not finite."""
+
+    name = "toy"
+
+    def __init__(
+        self, settings: StageConfig, run: RunConfig, world: distributed.World, extra: dict[str, Any]
+    ) -> None:
+        torch.manual_seed(run.seed)
+        self.settings, self.run, self.world, self.extra = settings, run, world, extra
+        losses = Losses(int(extra.get("width", 16)))
+        self.learners = [Learner("toy", losses, settings, world)]
+
+    def identity(self) -> dict[str, Any]:
+        return {"stage": "toy", "model": {"width": int(self.extra.get("width", 16))}}
+
+    def active(self, step: int) -> list[Learner]:
+        return self.learners
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        step, rows = first, self.settings.batch_size // self.world.size
+        nan = [int(s) for s in str(self.extra.get("nan", "")).split("-") if s]
+        while True:
+            if step == self.extra.get("die") and self.world.rank == self.world.size - 1:
+                marker = os.path.join(self.run.dir, "died")
+                if not os.path.exists(marker):
+                    open(marker, "w").close()
+                    os._exit(9)
+            generator = torch.Generator().manual_seed(seed_of("data", step))
+            x = torch.randn(self.settings.batch_size, 8, generator=generator)
+            bad = step in nan and self.world.rank == self.world.size - 1
+            yield {
+                "x": x[self.world.rank * rows :][:rows],
+                "fine": 0 if self.extra.get("uneven") and self.world.rank else rows,
+                "scale": float("nan") if bad else 1.0,
+            }
+            step += 1
+
+    def work(self, batch: Batch) -> Work:
+        return Work(len(batch["x"]), 0, 0)
+
+    def preview(self, meters: Any, step: int) -> None:
+        pass
+
+
+def digest(learner: Learner) -> str:
+    """SHA-256 of everything that a resume must bring back."""
+    state = learner.state()
+    tensors = {**state["model"], **{f"ema.{k}": v for k, v in state["ema"].items()}, "guard": state["guard"]}
+    for name, moments in state["optimizer"]["state"].items():
+        tensors |= {f"{name}.{k}": v for k, v in moments.items()}
+    result = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        result.update(name.encode() + value.detach().numpy().tobytes())
+    return result.hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    run = RunConfig(log_every=5, save_every=4, keep=2, preview_every=0, skip_limit=3)
+    settings = StageConfig(steps=40, batch_size=8, lr=1e-2, ema=0.9)
+    extra: dict[str, Any] = {}
+    for argument in arguments:
+        key, value = argument.split("=")
+        target = next((t for t in (run, settings) if hasattr(t, key)), None)
+        if target is None:
+            extra[key] = int(value) if value.isdigit() else value
+        else:
+            kind = type(getattr(dataclasses.replace(target), key))
+            setattr(
+                target,
+                key,
+                value == "True" if kind is bool else kind(value) if kind is not type(None) else float(value),
+            )
+    torch.set_num_threads(1)
+    world = distributed.start("cpu")
+    try:
+        stage = Toy(settings, run, world, extra)
+        train(stage, settings, run, world)
+        result = digest(stage.learners[0])
+        if world.first:
+            print("hash", result, flush=True)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        return 128 + stopped.signal
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
