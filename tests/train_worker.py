@@ -47,9 +47,7 @@ class Toy:
 
     name = "toy"
 
-    def __init__(
-        self, settings: StageConfig, run: RunConfig, world: distributed.World, extra: dict[str, Any]
-    ) -> None:
+    def __init__(self, settings: StageConfig, run: RunConfig, world: distributed.World, extra: dict[str, Any]) -> None:
         torch.manual_seed(run.seed)
         self.settings, self.run, self.world, self.extra = settings, run, world, extra
         losses = Losses(int(extra.get("width", 16)))

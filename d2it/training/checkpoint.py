@@ -178,9 +178,7 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(
-        self, step: int, temporary: Path, manifest: dict[str, Any], shards: Callable[[], None]
-    ) -> Path:
+    def _write(self, step: int, temporary: Path, manifest: dict[str, Any], shards: Callable[[], None]) -> Path:
         world, final = self.world, self.path(step)
         try:
             if world.first:
@@ -188,9 +186,7 @@ class Checkpoints:
             world.together(lambda: temporary.mkdir() if world.first else None, world.saver)
             world.together(shards, world.saver)
             hashes: dict[str, Any] = {}
-            for part in world.gather(
-                world.together(lambda: _hashes(temporary, world), world.saver), world.saver
-            ):
+            for part in world.gather(world.together(lambda: _hashes(temporary, world), world.saver), world.saver):
                 hashes |= part
 
             def commit() -> None:
@@ -208,11 +204,7 @@ class Checkpoints:
             if world.first:
                 shutil.rmtree(temporary, ignore_errors=True)
             last = self.latest()
-            kept = (
-                f"the last good checkpoint is {self.path(last)}"
-                if last is not None
-                else "there is no earlier one"
-            )
+            kept = f"the last good checkpoint is {self.path(last)}" if last is not None else "there is no earlier one"
             raise UserError(f"{final}: could not be saved: {error}; {kept}") from None
         return final
 
@@ -223,14 +215,10 @@ class Checkpoints:
             manifest = json.loads((path / MANIFEST).read_text())
             files, step = manifest["files"], manifest["step"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}: damaged checkpoint, {MANIFEST} is missing or unreadable; {advice}"
-            ) from None
+            raise UserError(f"{path}: damaged checkpoint, {MANIFEST} is missing or unreadable; {advice}") from None
         difference = _difference(manifest.get("identity"), self.identity)
         if difference:
-            raise UserError(
-                f"{path}: checkpoint of another model: {difference}; choose another run.dir to start anew"
-            )
+            raise UserError(f"{path}: checkpoint of another model: {difference}; choose another run.dir to start anew")
         if self.path(step) != path:
             raise UserError(f"{path}: damaged checkpoint, the manifest says step {step}; {advice}")
         for name in sorted(files)[self.world.rank :: self.world.size]:
@@ -239,9 +227,7 @@ class Checkpoints:
             except OSError as error:
                 raise UserError(f"{path / name}: damaged checkpoint: {error.strerror}; {advice}") from None
             if not same:
-                raise UserError(
-                    f"{path / name}: damaged checkpoint, SHA-256 differs from the manifest; {advice}"
-                )
+                raise UserError(f"{path / name}: damaged checkpoint, SHA-256 differs from the manifest; {advice}")
         return manifest
 
 

@@ -79,15 +79,11 @@ class DvaeConfig(StageConfig):
     batch_size: int = 64
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
     fine_ratio: float = 0.5  # r_{f=8} of the paper; with k grains the ratios are fine_ratios
-    fine_ratios: list[float] | None = (
-        None  # k - 1 values, coarse to fine: share of regions above each threshold
-    )
+    fine_ratios: list[float] | None = None  # k - 1 values, coarse to fine: share of regions above each threshold
     calibration: str | None = None  # JSON of `python -m d2it.data.calibrate`; None: the one shipped
     l1_weight: float = 1.0
     lpips_weight: float = 1.0
-    lpips_weights: str | None = (
-        None  # path to LPIPS weights; None switches the term off, and the summary says so
-    )
+    lpips_weights: str | None = None  # path to LPIPS weights; None switches the term off, and the summary says so
     kl_weight: float = 1e-6
     critic_weight: float = 0.5
     critic_start: int | None = 50_000  # step from which the PatchGAN critic takes part; None: never
@@ -117,9 +113,7 @@ class ContentConfig(StageConfig):
     """Stage 2b, section 3.2.3."""
 
     preset: str = "D2iT-XL"
-    capacity_step: float = (
-        0.0625  # packed lengths are rounded up to this share of all cells: few shapes to compile
-    )
+    capacity_step: float = 0.0625  # packed lengths are rounded up to this share of all cells: few shapes to compile
 
 
 @dataclass
@@ -167,9 +161,7 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise UserError(
-            f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}"
-        ) from None
+        raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise UserError(f"configuration: {where}{str(error).splitlines()[0]}") from None
@@ -212,9 +204,7 @@ def _check(config: Config) -> None:
     def need(ok: bool, key: str, wish: str) -> None:
         if not ok:
             section, name = key.split(".")
-            raise UserError(
-                f"configuration: {key} must be {wish}, got {getattr(getattr(config, section), name)!r}"
-            )
+            raise UserError(f"configuration: {key} must be {wish}, got {getattr(getattr(config, section), name)!r}")
 
     need(set(config.run.stages) <= set(STAGES), "run.stages", f"among {', '.join(STAGES)}")
     need(config.run.device in ("auto", "cpu", "cuda"), "run.device", "auto, cpu or cuda")

@@ -136,9 +136,7 @@ class Learner:
 
     def backward(self, batch: Batch, last: bool) -> tuple[dict[str, Tensor], Batch]:
         """Add the gradients of one micro-batch; reduce them over the ranks with the step's last one."""
-        autocast = (
-            torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-        )
+        autocast = torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with gradient_sync(self.module, last):
             with autocast:
                 loss, logs, batch = self.module(batch)
@@ -151,9 +149,7 @@ class Learner:
         A norm that is not finite skips the update inside the fused kernel. Gradients are reduced before,
         so every rank sees the same norm and takes the same decision.
         """
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None], foreach=True
-        )
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm, foreach=True)
@@ -222,9 +218,7 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
                 saved = checkpoints.save(done, {x.name: x.state() for x in stage.learners})
             if signal:
                 checkpoints.close()
-                raise Stopped(
-                    signal, f"{signal.name} at step {done}: saved {saved}; the same command resumes"
-                )
+                raise Stopped(signal, f"{signal.name} at step {done}: saved {saved}; the same command resumes")
             if done == settings.steps or (run.preview_every and done % run.preview_every == 0):
                 stage.preview(meters, done)
     checkpoints.close()

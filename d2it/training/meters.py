@@ -103,22 +103,16 @@ class Meters:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{self.name}.jsonl"
         rows = read_log(self._log)
-        write_file(
-            self._log, b"".join(json.dumps(r).encode() + b"\n" for r in rows if r["step"] <= self._first)
-        )
+        write_file(self._log, b"".join(json.dumps(r).encode() + b"\n" for r in rows if r["step"] <= self._first))
         self._board = SummaryWriter(str(folder / self.name), purge_step=self._first + 1)
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=self.steps, initial=self._first, desc=self.name, unit="step", dynamic_ncols=True
-            )
+            self._bar = tqdm(total=self.steps, initial=self._first, desc=self.name, unit="step", dynamic_ncols=True)
         if run.wandb:
             try:
                 import wandb
             except ImportError:
                 raise UserError(f"run.wandb={run.wandb}: the wandb package is not installed") from None
-            self._wandb = wandb.init(
-                project=run.wandb, name=f"{Path(run.dir).name}-{self.name}", resume="allow"
-            )
+            self._wandb = wandb.init(project=run.wandb, name=f"{Path(run.dir).name}-{self.name}", resume="allow")
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add 0-dim device tensors; `report` gives each one's mean."""
