@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import operator
+from d2it.ops._register import implement, operator
 
 # Values may leave the range by this share of its width: the rounding of a resize or of a half-precision cast.
 RANGE_SLACK = 1e-5
@@ -54,7 +54,7 @@ def kde_entropy(
             by a device-side assertion, raised at the next synchronisation.
     """
     bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
-    name = choose("kde_entropy", backend, images, region_size, num_bins=bins)
+    name = choose("kde_entropy", backend, images, region_size, num_bins=bins, value_range=(low, high), sigma=sigma)
     if name == "reference":
         check_values(images, low, high)
         return reference.kde_entropy(
@@ -93,7 +93,9 @@ def encode_grains(
     """
     bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
     limits = _thresholds(thresholds, images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
-    name = choose("encode_grains", backend, images, limits, region_size, num_bins=bins)
+    name = choose(
+        "encode_grains", backend, images, limits, region_size, num_bins=bins, value_range=(low, high), sigma=sigma
+    )
     if name == "reference":
         check_values(images, low, high)
         return reference.encode_grains(
@@ -175,10 +177,9 @@ def check_values(images: Tensor, low: float, high: float) -> None:
     """Raises unless every value is finite and inside the range, rounding aside."""
     if images.dtype == torch.uint8 or images.numel() == 0:
         return
-    detached = images.detach()
-    least, most = torch.aminmax(detached)  # NaN comes through
+    least, most = torch.aminmax(images.detach())  # NaN comes through
     slack = RANGE_SLACK * (high - low)
-    ok = (least >= low - slack) & (most <= high + slack)
+    ok = (least.double() >= low - slack) & (most.double() <= high + slack)
     _check.values(
         ok,
         f"images must be finite and inside value_range=({low:g}, {high:g})",
@@ -186,28 +187,73 @@ def check_values(images: Tensor, low: float, high: float) -> None:
     )
 
 
-def fits_fast(images: Tensor, region_size: int, num_bins: int) -> list[str]:
+def fits_fast(
+    images: Tensor,
+    region_size: int = 16,
+    *,
+    num_bins: int | None = None,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    sigma: float = 0.01,
+    **_: Any,
+) -> list[str]:
     """What the fused backends ask of a call, whichever they are."""
+    bins = region_size * region_size if num_bins is None else num_bins
     reasons = []
     if images.dtype not in _FAST_DTYPES:
         reasons.append(f"images must be uint8, float32, float16 or bfloat16, not {images.dtype}")
     if not 4 <= region_size <= 64:
         reasons.append(f"region_size must be in 4..64, not {region_size}")
-    if not 16 <= num_bins <= 512:
-        reasons.append(f"num_bins must be in 16..512, not {num_bins}")
+    if not 16 <= bins <= 512:
+        reasons.append(f"num_bins must be in 16..512, not {bins}")
+    elif value_range[1] - value_range[0] > 24 * sigma * (bins - 1):
+        reasons.append(
+            f"num_bins={bins} over value_range={value_range} lie more than 24 sigma apart: float32 cannot hold the "
+            "density between two bins"
+        )
     if images.requires_grad and torch.is_grad_enabled():
         reasons.append("images require a gradient, which only the reference gives")
     return reasons
 
 
-def _kde_fits(images: Tensor, region_size: int = 16, *, num_bins: int | None = None, **_: Any) -> list[str]:
-    return fits_fast(images, region_size, num_bins or region_size * region_size)
+def _encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
+    return fits_fast(images, *args, **kwargs)
 
 
-def _encode_fits(
-    images: Tensor, thresholds: Any, region_size: int = 16, *, num_bins: int | None = None, **_: Any
-) -> list[str]:
-    return fits_fast(images, region_size, num_bins or region_size * region_size)
+def _native(
+    images: Tensor,
+    limits: Tensor | None,
+    region_size: int,
+    num_bins: int,
+    low: float,
+    high: float,
+    sigma: float,
+    normalize: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """(grain map or None, entropy) from csrc, on the device of `images`."""
+    batch, _, height, width = images.shape
+    shape = (batch, height // region_size, width // region_size)
+    entropy = images.new_empty(shape, dtype=torch.float32)
+    grains = None if limits is None else images.new_empty(shape, dtype=torch.int64)
+    in_range = torch.ops.d2it_C.kde_entropy(
+        images,
+        None if limits is None else limits.contiguous(),
+        region_size,
+        num_bins,
+        low,
+        high,
+        sigma,
+        normalize,
+        RANGE_SLACK * (high - low),
+        entropy,
+        grains,
+    )
+    if not in_range:
+        check_values(images, low, high)  # the same judgement, with the words
+    return grains, entropy
+
+
+def _native_entropy(images: Tensor, *args: Any) -> Tensor:
+    return _native(images, None, *args)[1]
 
 
 def _kde_fake(
@@ -245,3 +291,7 @@ operator(
 register_backend("kde_entropy", "reference")
 register_backend("encode_grains", "reference")
 register_backend("grain_map", "reference")
+register_backend("kde_entropy", "cpu", fits_fast, native="kde_entropy")
+register_backend("encode_grains", "cpu", _encode_fits, native="kde_entropy")
+implement("kde_entropy", "cpu", _native_entropy, checks_values=True)
+implement("encode_grains", "cpu", _native, checks_values=True)
