@@ -92,9 +92,8 @@ std::vector<uint8_t> read_map(const Tensor& grain_map, const Sizes& s) {
 // The grain map of one image as the row loops want it.
 template <typename T>
 struct Choice {
-  std::vector<T>
-      grain; // (map_height, width): the grain at every finest column, in lanes as wide as an element
-  std::vector<uint8_t> present; // (map_height): bit i is set where grain i occurs in that row of regions
+  std::vector<T> grain;         // (map_height, width): at every finest column, in lanes as wide as an element
+  std::vector<uint8_t> present; // (map_height,): bit i is set where grain i occurs in that row of regions
   int64_t image = -1;
 
   void load(const std::vector<uint8_t>& map, const Sizes& s, int64_t b) {
@@ -112,9 +111,6 @@ struct Choice {
     }
   }
 };
-
-// ----------------------------------------------------------------------------------------------------
-// forward
 
 // One row of a grain, widened to the finest grid.
 template <typename T>
@@ -225,6 +221,159 @@ void neighbor_copy(std::vector<Tensor> latents, Tensor grain_map, Tensor out) {
   }
 }
 
+// A sum is kept in at least fp32, over the rows of a cell first and then over its columns.
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// An integer as wide as T.
+template <typename T>
+using Lane =
+    std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
+template <typename T>
+D2IT_INLINE void sum_plane(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out,
+                           int64_t grain, T* gathered, Sum<T>* sums, const Sizes& s, int64_t b, int64_t c) {
+  const int64_t ratio = out.ratio, width = s.width;
+  for (int64_t y = 0; y < s.height; y += ratio) {
+    T* __restrict to = out.at(b, c, y / ratio, 0);
+    const Lane<T>* grains = choice.grain.data() + y / s.region * width;
+    if (!(choice.present[y / s.region] >> grain & 1)) {
+      std::memset(to, 0, width / ratio * sizeof(T));
+      continue;
+    }
+    for (int64_t j = 0; j < ratio; ++j) {
+      const T* row = grad.at(b, c, y + j, 0);
+      if (grad.column != 1) {
+        for (int64_t x = 0; x < width; ++x) gathered[x] = row[x * grad.column];
+        row = gathered;
+      }
+      if (ratio == 1) {
+        for (int64_t x = 0; x < width; ++x) to[x] = grains[x] == static_cast<Lane<T>>(grain) ? row[x] : T(0);
+      } else if (j == 0) {
+        for (int64_t x = 0; x < width; ++x) sums[x] = static_cast<Sum<T>>(row[x]);
+      } else {
+        for (int64_t x = 0; x < width; ++x) sums[x] += static_cast<Sum<T>>(row[x]);
+      }
+    }
+    if (ratio == 1) continue;
+    for (int64_t x = 0; x < width / ratio; ++x) {
+      Sum<T> sum = sums[x * ratio];
+      for (int64_t j = 1; j < ratio; ++j) sum += sums[x * ratio + j];
+      to[x] = grains[x * ratio] == static_cast<Lane<T>>(grain) ? static_cast<T>(sum) : T(0);
+    }
+  }
+}
+
+template <typename T>
+D2IT_INLINE void sum_pixels(const View<T>& grad, T* __restrict to, int64_t ratio, Sum<T>* __restrict sums,
+                            const Sizes& s, int64_t b, int64_t y, int64_t x) {
+  for (int64_t j = 0; j < ratio; ++j) {
+    for (int64_t i = 0; i < ratio; ++i) {
+      const T* __restrict in = grad.at(b, 0, y + j, x + i);
+      if (i == 0 && j == 0) {
+        for (int64_t c = 0; c < s.channels; ++c) sums[c] = static_cast<Sum<T>>(in[c * grad.channel]);
+      } else if (grad.channel == 1) {
+        for (int64_t c = 0; c < s.channels; ++c) sums[c] += static_cast<Sum<T>>(in[c]);
+      } else {
+        for (int64_t c = 0; c < s.channels; ++c) sums[c] += static_cast<Sum<T>>(in[c * grad.channel]);
+      }
+    }
+  }
+  for (int64_t c = 0; c < s.channels; ++c) to[c] = static_cast<T>(sums[c]);
+}
+
+#define D2IT_BACKWARD(T)                                                                             \
+  D2IT_CLONES void sum_rows(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out,  \
+                            int64_t grain, T* gathered, Sum<T>* sums, const Sizes& s, int64_t b,     \
+                            int64_t c) {                                                             \
+    sum_plane<T>(grad, choice, out, grain, gathered, sums, s, b, c);                                 \
+  }                                                                                                  \
+  D2IT_CLONES void sum_cell(const View<T>& grad, T* to, int64_t ratio, Sum<T>* sums, const Sizes& s, \
+                            int64_t b, int64_t y, int64_t x) {                                       \
+    sum_pixels<T>(grad, to, ratio, sums, s, b, y, x);                                                \
+  }
+D2IT_BACKWARD(float)
+D2IT_BACKWARD(double)
+D2IT_BACKWARD(c10::Half)
+D2IT_BACKWARD(c10::BFloat16)
+#undef D2IT_BACKWARD
+
+template <typename T>
+void backward_rows(const View<T>& grad, const std::vector<uint8_t>& map, const std::vector<View<T>>& outs,
+                   const Sizes& s) {
+  const int64_t planes_per_thread = kElementsPerThread / (s.height * s.width) + 1;
+  torch::stable::parallel_for(0, s.batch * s.channels, planes_per_thread, [&](int64_t begin, int64_t end) {
+    Choice<Lane<T>> choice;
+    std::vector<T> gathered(s.width);
+    std::vector<Sum<T>> sums(s.width);
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t b = plane / s.channels, c = plane % s.channels;
+      choice.load(map, s, b);
+      for (int64_t i = 0; i < s.grains; ++i) {
+        sum_rows(grad, choice, outs[i], i, gathered.data(), sums.data(), s, b, c);
+      }
+    }
+  });
+}
+
+template <typename T>
+void backward_channels(const View<T>& grad, const std::vector<uint8_t>& map, const std::vector<View<T>>& outs,
+                       const Sizes& s) {
+  const int64_t lines_per_thread = kElementsPerThread / (s.region * s.width * s.channels) + 1;
+  torch::stable::parallel_for(0, s.batch * s.map_height, lines_per_thread, [&](int64_t begin, int64_t end) {
+    std::vector<Sum<T>> sums(s.channels);
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t b = line / s.map_height, top = line % s.map_height * s.region;
+      const uint8_t* grains = map.data() + line * s.map_width;
+      for (int64_t i = 0; i < s.grains; ++i) {
+        const View<T>& out = outs[i];
+        for (int64_t y = top; y < top + s.region; y += out.ratio) {
+          for (int64_t x = 0; x < s.width; x += out.ratio) {
+            T* to = out.at(b, 0, y / out.ratio, x / out.ratio);
+            if (grains[x / s.region] != i) {
+              std::memset(to, 0, s.channels * sizeof(T));
+            } else if (out.ratio == 1 && grad.channel == 1) {
+              std::memcpy(to, grad.at(b, 0, y, x), s.channels * sizeof(T));
+            } else {
+              sum_cell(grad, to, out.ratio, sums.data(), s, b, y, x);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void backward(const Tensor& grad, const std::vector<uint8_t>& map, const std::vector<Tensor>& grads,
+              const Sizes& s) {
+  const auto input = view<T>(grad, s.height);
+  const auto outputs = views<T>(grads, s.height);
+  channels_adjacent(grads.back()) ? backward_channels(input, map, outputs, s)
+                                  : backward_rows(input, map, outputs, s);
+}
+
+void neighbor_copy_backward(Tensor grad, Tensor grain_map, std::vector<Tensor> grads) {
+  const Sizes s(grad, grain_map, grads.size());
+  const auto map = read_map(grain_map, s);
+  if (grad.numel() == 0) return;
+  switch (grad.scalar_type()) {
+    case ScalarType::Float:
+      return backward<float>(grad, map, grads, s);
+    case ScalarType::Double:
+      return backward<double>(grad, map, grads, s);
+    case ScalarType::Half:
+      return backward<c10::Half>(grad, map, grads, s);
+    case ScalarType::BFloat16:
+      return backward<c10::BFloat16>(grad, map, grads, s);
+    default:
+      d2it::fail("neighbor_copy_backward takes float32, float16, bfloat16 and float64");
+  }
+}
+
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(d2it_C, CPU, m) { m.impl("neighbor_copy", TORCH_BOX(&neighbor_copy)); }
+STABLE_TORCH_LIBRARY_IMPL(d2it_C, CPU, m) {
+  m.impl("neighbor_copy", TORCH_BOX(&neighbor_copy));
+  m.impl("neighbor_copy_backward", TORCH_BOX(&neighbor_copy_backward));
+}

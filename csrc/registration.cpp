@@ -5,6 +5,7 @@
 
 STABLE_TORCH_LIBRARY(d2it_C, m) {
   m.def("neighbor_copy(Tensor[] latents, Tensor grain_map, Tensor(a!) out) -> ()");
+  m.def("neighbor_copy_backward(Tensor grad, Tensor grain_map, Tensor(a!)[] grads) -> ()");
   m.def(
       "kde_entropy(Tensor images, Tensor? thresholds, int region_size, int num_bins, float low, float high, "
       "float sigma, bool normalize, float slack, Tensor(a!) entropy, Tensor(b!)? grains) -> bool");
