@@ -72,17 +72,18 @@ struct Sizes {
 
 // The grain map, dense, with every entry known to name a grain.
 std::vector<uint8_t> read_map(const Tensor& grain_map, const Sizes& s) {
-  std::vector<uint8_t> map;
-  map.reserve(s.batch * s.map_height * s.map_width);
+  std::vector<uint8_t> map(s.batch * s.map_height * s.map_width);
   const auto* data = static_cast<const int64_t*>(grain_map.const_data_ptr());
+  const int64_t image = grain_map.stride(0), row = grain_map.stride(1), column = grain_map.stride(2);
+  uint8_t* out = map.data();
   for (int64_t b = 0; b < s.batch; ++b) {
     for (int64_t y = 0; y < s.map_height; ++y) {
       for (int64_t x = 0; x < s.map_width; ++x) {
-        const int64_t grain =
-            data[b * grain_map.stride(0) + y * grain_map.stride(1) + x * grain_map.stride(2)];
-        if (grain < 0 || grain >= s.grains)
+        const int64_t grain = data[b * image + y * row + x * column];
+        if (grain < 0 || grain >= s.grains) {
           d2it::fail("grain_map holds ", grain, ", outside 0..", s.grains - 1);
-        map.push_back(static_cast<uint8_t>(grain));
+        }
+        *out++ = static_cast<uint8_t>(grain);
       }
     }
   }
@@ -112,48 +113,55 @@ struct Choice {
   }
 };
 
-// One row of a grain, widened to the finest grid.
-template <typename T>
-D2IT_INLINE void widen(T* __restrict out, const T* __restrict in, int64_t stride, int64_t width,
-                       int64_t ratio) {
-  if (stride == 1 && ratio == 2) {
-    for (int64_t x = 0; x < width / 2; ++x) out[2 * x] = out[2 * x + 1] = in[x];
-  } else {
-    for (int64_t x = 0; x < width / ratio; ++x) {
+// Writes one row of a grain, every value ratio times, over the columns of out that are that grain's; or over
+// all of them, where no other grain has been before.
+template <int64_t kRatio, typename T>
+D2IT_INLINE void spread(T* __restrict out, const T* __restrict in, const T* __restrict grains, T grain,
+                        bool all, int64_t stride, int64_t ratio, int64_t cells) {
+  if constexpr (kRatio != 0) stride = 1, ratio = kRatio;
+  if (all) {
+    for (int64_t x = 0; x < cells; ++x) {
       for (int64_t i = 0; i < ratio; ++i) out[x * ratio + i] = in[x * stride];
+    }
+  } else {
+    for (int64_t x = 0; x < cells; ++x) {
+      for (int64_t i = 0; i < ratio; ++i) {
+        T& to = out[x * ratio + i];
+        to = grains[x * ratio + i] == grain ? in[x * stride] : to;
+      }
     }
   }
 }
 
 template <typename T>
 D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row,
-                             T* scratch, const Sizes& s, int64_t b, int64_t c) {
+                             const Sizes& s, int64_t b, int64_t c) {
   for (int64_t y = 0; y < s.height; ++y, out += out_row) {
-    const T* grain = choice.grain.data() + y / s.region * s.width;
-    bool first = true;
+    const T* grains = choice.grain.data() + y / s.region * s.width;
+    const unsigned present = choice.present[y / s.region];
     for (int64_t i = 0; i < s.grains; ++i) {
-      if (!(choice.present[y / s.region] >> i & 1)) continue;
+      if (!(present >> i & 1)) continue;
       const View<T>& latent = latents[i];
-      const T* row = latent.at(b, c, y / latent.ratio, 0);
-      if (latent.ratio != 1 || latent.column != 1) {
-        T* wide = scratch + i * s.width;
-        if (y % latent.ratio == 0) widen(wide, row, latent.column, s.width, latent.ratio);
-        row = wide;
-      }
-      if (first) {
-        std::memcpy(out, row, s.width * sizeof(T));
+      const T* in = latent.at(b, c, y / latent.ratio, 0);
+      const T grain = static_cast<T>(i);
+      const bool all = (present & ((1u << i) - 1)) == 0;
+      if (latent.column == 1 && latent.ratio == 1) {
+        spread<1>(out, in, grains, grain, all, 1, 1, s.width);
+      } else if (latent.column == 1 && latent.ratio == 2) {
+        spread<2>(out, in, grains, grain, all, 1, 2, s.width / 2);
+      } else if (latent.column == 1 && latent.ratio == 4) {
+        spread<4>(out, in, grains, grain, all, 1, 4, s.width / 4);
       } else {
-        for (int64_t x = 0; x < s.width; ++x) out[x] = grain[x] == static_cast<T>(i) ? row[x] : out[x];
+        spread<0>(out, in, grains, grain, all, latent.column, latent.ratio, s.width / latent.ratio);
       }
-      first = false;
     }
   }
 }
 
 #define D2IT_MERGE_PLANE(T)                                                                        \
   D2IT_CLONES void merge(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row, \
-                         T* scratch, const Sizes& s, int64_t b, int64_t c) {                       \
-    merge_plane<T>(latents, choice, out, out_row, scratch, s, b, c);                               \
+                         const Sizes& s, int64_t b, int64_t c) {                                   \
+    merge_plane<T>(latents, choice, out, out_row, s, b, c);                                        \
   }
 D2IT_MERGE_PLANE(uint16_t)
 D2IT_MERGE_PLANE(uint32_t)
@@ -166,33 +174,51 @@ void forward_rows(const std::vector<View<T>>& latents, const std::vector<uint8_t
   const int64_t planes_per_thread = kElementsPerThread / (s.height * s.width) + 1;
   torch::stable::parallel_for(0, s.batch * s.channels, planes_per_thread, [&](int64_t begin, int64_t end) {
     Choice<T> choice;
-    std::vector<T> scratch(s.grains * s.width);
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / s.channels, c = plane % s.channels;
       choice.load(map, s, b);
-      merge(latents.data(), choice, out.at(b, c, 0, 0), out.row, scratch.data(), s, b, c);
+      merge(latents.data(), choice, out.at(b, c, 0, 0), out.row, s, b, c);
     }
   });
 }
 
-template <typename T>
+// One pixel of s.channels elements. kBytes is its size where that is one that a register or two can hold.
+template <int64_t kBytes, typename T>
+D2IT_INLINE void copy_pixel(T* __restrict to, const T* __restrict in, int64_t stride, const Sizes& s) {
+  if constexpr (kBytes != 0) {
+    std::memcpy(to, in, kBytes);
+  } else if (stride == 1) {
+    std::memcpy(to, in, s.channels * sizeof(T));
+  } else {
+    for (int64_t c = 0; c < s.channels; ++c) to[c] = in[c * stride];
+  }
+}
+
+template <int64_t kBytes, typename T>
+void merge_line(const View<T>* latents, const uint8_t* grains, const View<T>& out, const Sizes& s, int64_t b,
+                int64_t y) {
+  T* to = out.at(b, 0, y, 0);
+  for (int64_t x = 0; x < s.map_width; ++x) {
+    const View<T>& latent = latents[grains[x]];
+    const int64_t cells = s.region / latent.ratio;
+    const T* in = latent.at(b, 0, y / latent.ratio, x * cells);
+    for (int64_t j = 0; j < cells; ++j, in += latent.column) {
+      for (int64_t i = 0; i < latent.ratio; ++i, to += out.column) {
+        copy_pixel<kBytes>(to, in, latent.channel, s);
+      }
+    }
+  }
+}
+
+template <int64_t kBytes, typename T>
 void forward_channels(const std::vector<View<T>>& latents, const std::vector<uint8_t>& map,
                       const View<T>& out, const Sizes& s) {
-  const int64_t rows_per_thread = kElementsPerThread / (s.width * s.channels) + 1;
-  torch::stable::parallel_for(0, s.batch * s.height, rows_per_thread, [&](int64_t begin, int64_t end) {
+  const int64_t lines_per_thread = kElementsPerThread / (s.width * s.channels) + 1;
+  torch::stable::parallel_for(0, s.batch * s.height, lines_per_thread, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const int64_t b = line / s.height, y = line % s.height;
       const uint8_t* grains = map.data() + (b * s.map_height + y / s.region) * s.map_width;
-      for (int64_t x = 0; x < s.width; ++x) {
-        const View<T>& latent = latents[grains[x / s.region]];
-        const T* in = latent.at(b, 0, y / latent.ratio, x / latent.ratio);
-        T* to = out.at(b, 0, y, x);
-        if (latent.channel == 1) {
-          std::memcpy(to, in, s.channels * sizeof(T));
-        } else {
-          for (int64_t c = 0; c < s.channels; ++c) to[c] = in[c * latent.channel];
-        }
-      }
+      merge_line<kBytes>(latents.data(), grains, out, s, b, y);
     }
   });
 }
@@ -204,7 +230,18 @@ void forward(const std::vector<Tensor>& latents, const std::vector<uint8_t>& map
              const Sizes& s) {
   const auto inputs = views<T>(latents, s.height);
   const auto output = view<T>(out, s.height);
-  channels_adjacent(out) ? forward_channels(inputs, map, output, s) : forward_rows(inputs, map, output, s);
+  if (!channels_adjacent(out)) return forward_rows(inputs, map, output, s);
+  const bool dense = std::all_of(latents.begin(), latents.end(), channels_adjacent);
+  switch (dense ? s.channels * sizeof(T) : 0) {
+    case 8:
+      return forward_channels<8>(inputs, map, output, s);
+    case 16:
+      return forward_channels<16>(inputs, map, output, s);
+    case 32:
+      return forward_channels<32>(inputs, map, output, s);
+    default:
+      return forward_channels<0>(inputs, map, output, s);
+  }
 }
 
 void neighbor_copy(std::vector<Tensor> latents, Tensor grain_map, Tensor out) {
@@ -230,67 +267,91 @@ template <typename T>
 using Lane =
     std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
-template <typename T>
-D2IT_INLINE void sum_plane(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out,
-                           int64_t grain, T* gathered, Sum<T>* sums, const Sizes& s, int64_t b, int64_t c) {
-  const int64_t ratio = out.ratio, width = s.width;
-  for (int64_t y = 0; y < s.height; y += ratio) {
-    T* __restrict to = out.at(b, c, y / ratio, 0);
-    const Lane<T>* grains = choice.grain.data() + y / s.region * width;
-    if (!(choice.present[y / s.region] >> grain & 1)) {
-      std::memset(to, 0, width / ratio * sizeof(T));
-      continue;
-    }
-    for (int64_t j = 0; j < ratio; ++j) {
-      const T* row = grad.at(b, c, y + j, 0);
-      if (grad.column != 1) {
-        for (int64_t x = 0; x < width; ++x) gathered[x] = row[x * grad.column];
-        row = gathered;
-      }
-      if (ratio == 1) {
-        for (int64_t x = 0; x < width; ++x) to[x] = grains[x] == static_cast<Lane<T>>(grain) ? row[x] : T(0);
-      } else if (j == 0) {
-        for (int64_t x = 0; x < width; ++x) sums[x] = static_cast<Sum<T>>(row[x]);
-      } else {
-        for (int64_t x = 0; x < width; ++x) sums[x] += static_cast<Sum<T>>(row[x]);
-      }
-    }
-    if (ratio == 1) continue;
-    for (int64_t x = 0; x < width / ratio; ++x) {
-      Sum<T> sum = sums[x * ratio];
-      for (int64_t j = 1; j < ratio; ++j) sum += sums[x * ratio + j];
-      to[x] = grains[x * ratio] == static_cast<Lane<T>>(grain) ? static_cast<T>(sum) : T(0);
-    }
+// One row of cells: their gradient where the grain is theirs, zero elsewhere.
+template <int64_t kRatio, typename T>
+D2IT_INLINE void sum_row(T* __restrict to, const T* __restrict row, int64_t stride, int64_t next,
+                         const Lane<T>* __restrict grains, Lane<T> grain, Sum<T>* __restrict sums,
+                         int64_t ratio, int64_t width) {
+  if constexpr (kRatio != 0) ratio = kRatio;
+  for (int64_t x = 0; x < width; ++x) sums[x] = static_cast<Sum<T>>(row[x * stride]);
+  for (int64_t j = 1; j < ratio; ++j) {
+    const T* __restrict below = row + j * next;
+    for (int64_t x = 0; x < width; ++x) sums[x] += static_cast<Sum<T>>(below[x * stride]);
+  }
+  for (int64_t x = 0; x < width / ratio; ++x) {
+    Sum<T> sum = sums[x * ratio];
+    for (int64_t j = 1; j < ratio; ++j) sum += sums[x * ratio + j];
+    to[x] = grains[x * ratio] == grain ? static_cast<T>(sum) : T(0);
   }
 }
 
 template <typename T>
-D2IT_INLINE void sum_pixels(const View<T>& grad, T* __restrict to, int64_t ratio, Sum<T>* __restrict sums,
-                            const Sizes& s, int64_t b, int64_t y, int64_t x) {
-  for (int64_t j = 0; j < ratio; ++j) {
-    for (int64_t i = 0; i < ratio; ++i) {
-      const T* __restrict in = grad.at(b, 0, y + j, x + i);
-      if (i == 0 && j == 0) {
-        for (int64_t c = 0; c < s.channels; ++c) sums[c] = static_cast<Sum<T>>(in[c * grad.channel]);
-      } else if (grad.channel == 1) {
-        for (int64_t c = 0; c < s.channels; ++c) sums[c] += static_cast<Sum<T>>(in[c]);
-      } else {
-        for (int64_t c = 0; c < s.channels; ++c) sums[c] += static_cast<Sum<T>>(in[c * grad.channel]);
-      }
+D2IT_INLINE void sum_plane(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out, int64_t i,
+                           Sum<T>* sums, const Sizes& s, int64_t b, int64_t c) {
+  const Lane<T> grain = static_cast<Lane<T>>(i);
+  for (int64_t y = 0; y < s.height; y += out.ratio) {
+    T* to = out.at(b, c, y / out.ratio, 0);
+    const T* row = grad.at(b, c, y, 0);
+    const Lane<T>* grains = choice.grain.data() + y / s.region * s.width;
+    if (!(choice.present[y / s.region] >> i & 1)) {
+      std::memset(to, 0, s.width / out.ratio * sizeof(T));
+    } else if (grad.column == 1 && out.ratio == 1) {
+      for (int64_t x = 0; x < s.width; ++x) to[x] = grains[x] == grain ? row[x] : T(0);
+    } else if (grad.column == 1 && out.ratio == 2) {
+      sum_row<2>(to, row, 1, grad.row, grains, grain, sums, 2, s.width);
+    } else if (grad.column == 1 && out.ratio == 4) {
+      sum_row<4>(to, row, 1, grad.row, grains, grain, sums, 4, s.width);
+    } else {
+      sum_row<0>(to, row, grad.column, grad.row, grains, grain, sums, out.ratio, s.width);
     }
   }
-  for (int64_t c = 0; c < s.channels; ++c) to[c] = static_cast<T>(sums[c]);
 }
 
-#define D2IT_BACKWARD(T)                                                                             \
-  D2IT_CLONES void sum_rows(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out,  \
-                            int64_t grain, T* gathered, Sum<T>* sums, const Sizes& s, int64_t b,     \
-                            int64_t c) {                                                             \
-    sum_plane<T>(grad, choice, out, grain, gathered, sums, s, b, c);                                 \
-  }                                                                                                  \
-  D2IT_CLONES void sum_cell(const View<T>& grad, T* to, int64_t ratio, Sum<T>* sums, const Sizes& s, \
-                            int64_t b, int64_t y, int64_t x) {                                       \
-    sum_pixels<T>(grad, to, ratio, sums, s, b, y, x);                                                \
+// One row of regions, channels-last, for grain i. kChannels is the number of channels where it is a small
+// one.
+template <int64_t kChannels, typename T>
+D2IT_INLINE void sum_pixels(const View<T>& grad, const uint8_t* grains, const View<T>& out, int64_t i,
+                            Sum<T>* __restrict sums, const Sizes& s, int64_t b, int64_t top) {
+  const int64_t channels = kChannels != 0 ? kChannels : s.channels, ratio = out.ratio;
+  const int64_t cells = s.region / ratio, stride = kChannels != 0 ? 1 : grad.channel;
+  for (int64_t y = top; y < top + s.region; y += ratio) {
+    T* __restrict to = out.at(b, 0, y / ratio, 0);
+    for (int64_t x = 0; x < cells * s.map_width; ++x, to += out.column) {
+      if (grains[x / cells] != i) {
+        std::memset(to, 0, channels * sizeof(T));
+        continue;
+      }
+      const T* cell = grad.at(b, 0, y, x * ratio);
+      if (ratio == 1 && stride == 1) {
+        std::memcpy(to, cell, channels * sizeof(T));
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) sums[c] = Sum<T>(0);
+      for (int64_t j = 0; j < ratio; ++j) {
+        for (int64_t l = 0; l < ratio; ++l) {
+          const T* __restrict in = cell + j * grad.row + l * grad.column;
+          for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<Sum<T>>(in[c * stride]);
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(sums[c]);
+    }
+  }
+}
+
+#define D2IT_BACKWARD(T)                                                                               \
+  D2IT_CLONES void sum_rows(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out,    \
+                            int64_t i, Sum<T>* sums, const Sizes& s, int64_t b, int64_t c) {           \
+    sum_plane<T>(grad, choice, out, i, sums, s, b, c);                                                 \
+  }                                                                                                    \
+  D2IT_CLONES void sum_line(const View<T>& grad, const uint8_t* grains, const View<T>& out, int64_t i, \
+                            Sum<T>* sums, const Sizes& s, int64_t b, int64_t top) {                    \
+    if (grad.channel == 1 && s.channels == 4) {                                                        \
+      sum_pixels<4, T>(grad, grains, out, i, sums, s, b, top);                                         \
+    } else if (grad.channel == 1 && s.channels == 8) {                                                 \
+      sum_pixels<8, T>(grad, grains, out, i, sums, s, b, top);                                         \
+    } else {                                                                                           \
+      sum_pixels<0, T>(grad, grains, out, i, sums, s, b, top);                                         \
+    }                                                                                                  \
   }
 D2IT_BACKWARD(float)
 D2IT_BACKWARD(double)
@@ -304,13 +365,12 @@ void backward_rows(const View<T>& grad, const std::vector<uint8_t>& map, const s
   const int64_t planes_per_thread = kElementsPerThread / (s.height * s.width) + 1;
   torch::stable::parallel_for(0, s.batch * s.channels, planes_per_thread, [&](int64_t begin, int64_t end) {
     Choice<Lane<T>> choice;
-    std::vector<T> gathered(s.width);
     std::vector<Sum<T>> sums(s.width);
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / s.channels, c = plane % s.channels;
       choice.load(map, s, b);
       for (int64_t i = 0; i < s.grains; ++i) {
-        sum_rows(grad, choice, outs[i], i, gathered.data(), sums.data(), s, b, c);
+        sum_rows(grad, choice, outs[i], i, sums.data(), s, b, c);
       }
     }
   });
@@ -324,21 +384,8 @@ void backward_channels(const View<T>& grad, const std::vector<uint8_t>& map, con
     std::vector<Sum<T>> sums(s.channels);
     for (int64_t line = begin; line < end; ++line) {
       const int64_t b = line / s.map_height, top = line % s.map_height * s.region;
-      const uint8_t* grains = map.data() + line * s.map_width;
       for (int64_t i = 0; i < s.grains; ++i) {
-        const View<T>& out = outs[i];
-        for (int64_t y = top; y < top + s.region; y += out.ratio) {
-          for (int64_t x = 0; x < s.width; x += out.ratio) {
-            T* to = out.at(b, 0, y / out.ratio, x / out.ratio);
-            if (grains[x / s.region] != i) {
-              std::memset(to, 0, s.channels * sizeof(T));
-            } else if (out.ratio == 1 && grad.channel == 1) {
-              std::memcpy(to, grad.at(b, 0, y, x), s.channels * sizeof(T));
-            } else {
-              sum_cell(grad, to, out.ratio, sums.data(), s, b, y, x);
-            }
-          }
-        }
+        sum_line(grad, map.data() + line * s.map_width, outs[i], i, sums.data(), s, b, top);
       }
     }
   });
