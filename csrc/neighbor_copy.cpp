@@ -70,9 +70,10 @@ struct Sizes {
   }
 };
 
-// The grain map, dense, with every entry known to name a grain.
-std::vector<uint8_t> read_map(const Tensor& grain_map, const Sizes& s) {
-  std::vector<uint8_t> map(s.batch * s.map_height * s.map_width);
+// Copies the grain map to a dense one; whether every entry names a grain. Nothing may be read by it
+// otherwise.
+bool read_map(const Tensor& grain_map, const Sizes& s, std::vector<uint8_t>& map) {
+  map.resize(s.batch * s.map_height * s.map_width);
   const auto* data = static_cast<const int64_t*>(grain_map.const_data_ptr());
   const int64_t image = grain_map.stride(0), row = grain_map.stride(1), column = grain_map.stride(2);
   uint8_t* out = map.data();
@@ -80,14 +81,12 @@ std::vector<uint8_t> read_map(const Tensor& grain_map, const Sizes& s) {
     for (int64_t y = 0; y < s.map_height; ++y) {
       for (int64_t x = 0; x < s.map_width; ++x) {
         const int64_t grain = data[b * image + y * row + x * column];
-        if (grain < 0 || grain >= s.grains) {
-          d2it::fail("grain_map holds ", grain, ", outside 0..", s.grains - 1);
-        }
+        if (grain < 0 || grain >= s.grains) return false;
         *out++ = static_cast<uint8_t>(grain);
       }
     }
   }
-  return map;
+  return true;
 }
 
 // The grain map of one image as the row loops want it.
@@ -244,17 +243,21 @@ void forward(const std::vector<Tensor>& latents, const std::vector<uint8_t>& map
   }
 }
 
-void neighbor_copy(std::vector<Tensor> latents, Tensor grain_map, Tensor out) {
+bool neighbor_copy(std::vector<Tensor> latents, Tensor grain_map, Tensor out) {
   const Sizes s(out, grain_map, latents.size());
-  const auto map = read_map(grain_map, s);
-  if (out.numel() == 0) return;
+  std::vector<uint8_t> map;
+  if (!read_map(grain_map, s, map)) return false;
+  if (out.numel() == 0) return true;
   switch (out.element_size()) {
     case 2:
-      return forward<uint16_t>(latents, map, out, s);
+      forward<uint16_t>(latents, map, out, s);
+      return true;
     case 4:
-      return forward<uint32_t>(latents, map, out, s);
+      forward<uint32_t>(latents, map, out, s);
+      return true;
     default:
-      return forward<uint64_t>(latents, map, out, s);
+      forward<uint64_t>(latents, map, out, s);
+      return true;
   }
 }
 
@@ -402,7 +405,8 @@ void backward(const Tensor& grad, const std::vector<uint8_t>& map, const std::ve
 
 void neighbor_copy_backward(Tensor grad, Tensor grain_map, std::vector<Tensor> grads) {
   const Sizes s(grad, grain_map, grads.size());
-  const auto map = read_map(grain_map, s);
+  std::vector<uint8_t> map;
+  if (!read_map(grain_map, s, map)) d2it::fail("grain_map must have values in 0..", s.grains - 1);
   if (grad.numel() == 0) return;
   switch (grad.scalar_type()) {
     case ScalarType::Float:

@@ -1,10 +1,10 @@
 // The schemas of every C++ operator. Each operator's own file holds its implementation and registers it for
 // its device. Python (d2it/ops) allocates the results and defines what autograd and torch.compile see, so the
-// operators here fill tensors they are given and return nothing.
+// operators here fill tensors they are given. One that judges values returns whether it found them in order.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(d2it_C, m) {
-  m.def("neighbor_copy(Tensor[] latents, Tensor grain_map, Tensor(a!) out) -> ()");
+  m.def("neighbor_copy(Tensor[] latents, Tensor grain_map, Tensor(a!) out) -> bool");
   m.def("neighbor_copy_backward(Tensor grad, Tensor grain_map, Tensor(a!)[] grads) -> ()");
   m.def(
       "kde_entropy(Tensor images, Tensor? thresholds, int region_size, int num_bins, float low, float high, "

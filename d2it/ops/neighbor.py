@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import operator
+from d2it.ops._register import implement, operator
 
 
 def neighbor_copy(latents: Sequence[Tensor], grain_map: Tensor, *, backend: str | None = None) -> Tensor:
@@ -75,8 +75,16 @@ def check_grains(grain_map: Tensor, grains: int) -> None:
     )
 
 
+def _empty(like: Tensor, height: int, width: int) -> Tensor:
+    """An unwritten tensor of the batch, channels and dtype of `like`: channels-last where that is, else contiguous."""
+    shape = (*like.shape[:2], height, width)
+    adjacent = like.stride(1) == 1 and like.shape[1] > 1 and like.stride(3) != 1
+    layout = torch.channels_last if adjacent else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 def _fake(latents: list[Tensor], grain_map: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(latents[-1])
+    return _empty(latents[-1], *latents[-1].shape[2:])
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -92,9 +100,32 @@ def _backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
 
 
 def _backward_fake(grad: Tensor, grain_map: Tensor, scales: list[int], backend: str) -> list[Tensor]:
-    batch, channels = grad.shape[:2]
     h, w = grain_map.shape[1:]
-    return [grad.new_empty((batch, channels, h * s, w * s)) for s in scales]
+    return [_empty(grad, h * s, w * s) for s in scales]
+
+
+def _native(latents: list[Tensor], grain_map: Tensor) -> Tensor:
+    out = _fake(latents, grain_map, "")
+    if not torch.ops.d2it_C.neighbor_copy(latents, grain_map.long(), out):
+        check_grains(grain_map, len(latents))  # raises: the C++ operator only says that a grain is out of range
+    return out
+
+
+def _native_backward(grad: Tensor, grain_map: Tensor, scales: list[int]) -> list[Tensor]:
+    grads = _backward_fake(grad, grain_map, scales, "")
+    torch.ops.d2it_C.neighbor_copy_backward(grad, grain_map.long(), grads)
+    return grads
+
+
+def _native_fits(latents: Sequence[Tensor], grain_map: Tensor) -> list[str]:
+    reasons = []
+    if len(latents) > 8:
+        reasons.append(f"it takes at most 8 grains, not {len(latents)}")
+    dtype, device = latents[-1].dtype, latents[-1].device.type
+    supported = (torch.float32, torch.float16, torch.bfloat16)
+    if dtype not in supported and not (dtype == torch.float64 and device == "cpu"):
+        reasons.append(f"it has no {dtype} on {device}")
+    return reasons
 
 
 operator(
@@ -109,3 +140,7 @@ operator(
     fake=_backward_fake,
 )
 register_backend("neighbor_copy", "reference")
+for _backend in ("cpu", "cuda"):
+    register_backend("neighbor_copy", _backend, _native_fits, native="neighbor_copy")
+    implement("neighbor_copy", _backend, _native, checks_values=True)
+    implement("neighbor_copy_backward", _backend, _native_backward)
