@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import operator
+from d2it.ops._register import implement, operator
 
 
 def window_attention(
@@ -278,5 +278,23 @@ operator(
     "relative_position_bias_backward(Tensor grad, int window, str backend) -> Tensor",
     fake=lambda grad, window, backend: grad.new_empty(((2 * window - 1) ** 2, grad.shape[1])),
 )
+
+
+def _table_fits(table: Tensor, window: int) -> list[str]:
+    reasons = []
+    if table.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reasons.append(f"table must be float32, float16 or bfloat16, not {table.dtype}")
+    if window > 64:
+        reasons.append(f"window must be at most 64, not {window}")
+    return reasons
+
+
 for _op in ("window_attention", "window_attention_qkvpacked", "relative_position_bias"):
     register_backend(_op, "reference")
+register_backend("relative_position_bias", "triton", _table_fits)
+for _direction, _name in (("forward", ""), ("backward", "_backward")):
+    implement(
+        f"relative_position_bias{_name}",
+        "triton",
+        f"d2it.kernels.relative_position_bias:relative_position_bias_{_direction}",
+    )

@@ -356,9 +356,7 @@ class KernelSuite:
             placed = dict(call)
             for name in self.gradients:
                 if call.get(name) is not None:
-                    placed[name] = map_tensors(
-                        lambda t: next(remaining) if t.is_floating_point() else t, call[name]
-                    )
+                    placed[name] = map_tensors(lambda t: next(remaining) if t.is_floating_point() else t, call[name])
             outputs = tensors_in(getattr(reference, self.op)(**placed))
             return tuple(t for t in outputs if t.is_floating_point())
 
@@ -444,9 +442,7 @@ def mutated(mutation: Mutation, folder: Path) -> Iterator[None]:
     """Within it, operators run the mutated kernel file."""
     path = ROOT / mutation.file
     source = path.read_text()
-    assert source.count(mutation.old) == 1, (
-        f"{mutation.name}: {mutation.old!r} occurs not once in {path.name}"
-    )
+    assert source.count(mutation.old) == 1, f"{mutation.name}: {mutation.old!r} occurs not once in {path.name}"
     copy = folder / path.name
     copy.write_text(source.replace(mutation.old, mutation.new))
     name = f"mutated_{path.stem}"

@@ -23,13 +23,9 @@ class TestRelativePositionBias(KernelSuite):
     gpu_corners = [{"w": 8, "H": 12}, {"w": 16, "H": 16}, {"w": 32, "H": 2}]
     small = {"w": 3, "H": 2}
     mutations = [
-        Mutation(
-            "wrong bias index", FILE, "o_dy * (2 * WINDOW - 1) + o_dx", "o_dx * (2 * WINDOW - 1) + o_dy"
-        ),
+        Mutation("wrong bias index", FILE, "o_dy * (2 * WINDOW - 1) + o_dx", "o_dx * (2 * WINDOW - 1) + o_dy"),
         Mutation("wrong diagonal", FILE, "o_query - o_key == x_row", "o_key - o_query == x_row"),
-        Mutation(
-            "broken mask", FILE, "(o_query < WINDOW) & (o_key < WINDOW)", "(o_query < WINDOW) & (o_key >= 0)"
-        ),
+        Mutation("broken mask", FILE, "(o_query < WINDOW) & (o_key < WINDOW)", "(o_query < WINDOW) & (o_key >= 0)"),
         Mutation("missing row", FILE, "m_pair = o_pair < PAIRS", "m_pair = o_pair < PAIRS - 1"),
         Mutation(
             "missing rows of the gradient",
@@ -37,9 +33,7 @@ class TestRelativePositionBias(KernelSuite):
             "for x_row in tl.range(0, OFFSETS)",
             "for x_row in tl.range(1, OFFSETS)",
         ),
-        Mutation(
-            "half precision sum", FILE, "b_sum += b_grad.to(tl.float32)", "b_sum += b_grad.to(tl.float16)"
-        ),
+        Mutation("half precision sum", FILE, "b_sum += b_grad.to(tl.float32)", "b_sum += b_grad.to(tl.float16)"),
     ]
 
     def random_shape(self, rng: random.Random) -> Shape:
