@@ -1,0 +1,307 @@
+"""Batches in an order that follows from (seed, images seen) and can be taken up at any image.
+
+A training stream is endless: position p holds image ``permutation(N, seed, p // N)[p % N]``, and its augmentation
+follows from (seed, p). A global batch is a run of positions, of which each rank takes its own block, so the images
+of a step do not depend on the number of ranks, workers or prefetched batches, and "images seen" is the whole state.
+
+Worker processes are torch's DataLoader's. They ignore SIGINT and SIGTERM, which a terminal or a scheduler sends to
+the whole process group: the main process decides when to stop, after it has saved, and ends them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import util
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from d2it.errors import UserError
+
+from .order import Draws, permutation
+from .sources import UNREADABLE_SHARE
+
+logger = logging.getLogger("d2it.data")
+
+Batch = dict[str, Any]
+
+
+def default_workers(local_ranks: int = 1) -> int:
+    """Return this rank's share of the CPU cores that the process may use, 8 at most."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+class _Fetch:
+    """What the DataLoader sees: requests of (index, position) in, one batch or one error out."""
+
+    def __init__(self, source, process: Callable[[Batch], Batch] | None, seed: int | None) -> None:
+        self.source = source
+        self.process = process
+        self.seed = seed  # None: neither augmented nor replaced
+
+    def __getitems__(self, requests: Sequence[tuple[int, int]]) -> Batch:
+        indices = [index for index, _ in requests]
+        seed = self.seed
+        try:
+            if seed is None:
+                batch = self.source.fetch(indices)
+            else:
+                draws = [Draws(seed, position) for _, position in requests]
+                batch = self.source.fetch(indices, draws, replace=True)
+            return batch if self.process is None else self.process(batch)
+        except UserError as error:
+            # An exception that crosses the process boundary comes back wrapped in a traceback; the line itself not.
+            return {"error": str(error)}
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def _init_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _shut_down(holder: list) -> None:
+    """End the worker processes of the iterator in ``holder``; they ignore SIGTERM, so a stuck one is killed."""
+    if not holder:
+        return
+    iterator = holder.pop()
+    workers = list(getattr(iterator, "_workers", ()))
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+class _Stream:
+    """The machinery that an endless and a single pass share."""
+
+    def __init__(self, fetch: _Fetch, population: int, workers: int, prefetch: int, pin_memory: bool) -> None:
+        for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self._fetch = fetch
+        self._options: dict[str, Any] = {
+            "num_workers": workers,
+            "pin_memory": pin_memory and torch.cuda.is_available(),
+        }
+        if workers:
+            self._options.update(prefetch_factor=prefetch, worker_init_fn=_init_worker)
+        self._holder: list = []
+        self._population = population
+        self._unreadable: dict[int, str] = {}
+        # Runs before multiprocessing joins its children at exit, which would wait for ever on our deaf workers.
+        self._finalizer = util.Finalize(self, _shut_down, args=(self._holder,), exitpriority=100)
+
+    def _start(self, requests: Iterator[list[tuple[int, int]]]) -> None:
+        loader: DataLoader = DataLoader(
+            self._fetch,  # type: ignore[arg-type]
+            batch_sampler=requests,
+            collate_fn=_same,  # type: ignore[arg-type]
+            # A private generator: the iterator draws a seed for its workers, by default from the global one.
+            generator=torch.Generator().manual_seed(0),
+            **self._options,
+        )
+        self._holder.append(iter(loader))
+
+    def _next(self) -> Batch:
+        try:
+            batch = next(self._holder[0])
+        except StopIteration:
+            self.close()
+            raise
+        except RuntimeError as error:
+            self.close()
+            if "DataLoader worker" in str(error):  # killed, most often for memory
+                raise UserError(
+                    f"{str(error).splitlines()[0]} Fewer data.workers need less memory."
+                ) from error
+            raise
+        if "error" in batch:
+            self.close()
+            raise UserError(batch["error"])
+        self._count(batch.pop("unreadable", ()))
+        return batch
+
+    def _count(self, unreadable: Sequence[tuple[int, str, str]]) -> None:
+        for index, name, reason in unreadable:
+            if index not in self._unreadable:
+                self._unreadable[index] = f"{name}: {reason}"
+                logger.warning("skipped %s: %s", name, reason)
+        if len(self._unreadable) > UNREADABLE_SHARE * self._population:
+            self.close()
+            raise UserError(
+                f"{len(self._unreadable)} of {self._population:,} images cannot be read, more than "
+                f"{UNREADABLE_SHARE:.0%}; the last: {next(reversed(self._unreadable.values()))}"
+            )
+
+    @property
+    def unreadable(self) -> list[str]:
+        """The images that could not be read so far, each with its reason."""
+        return list(self._unreadable.values())
+
+    def close(self) -> None:
+        """End the worker processes. Iterating again starts new ones at the same position."""
+        _shut_down(self._holder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Loader(_Stream):
+    """An endless, shuffled, augmented stream of training batches for one rank.
+
+    Yields ``{"image": uint8 (B, 3, H, W), "label": int64 (B,), "index": int64 (B,)}`` for images and what
+    :meth:`d2it.data.cache.LatentCache.fetch` returns for a cache. Unreadable images are replaced by the next one in
+    the source, reported once through ``logging``, and raise UserError past 1 % of the source.
+
+    Args:
+        source: an ImageSource or a LatentCache.
+        batch_size: images of one batch of this rank.
+        seed: fixes order and augmentation; the same on every rank.
+        rank, world_size: which block of every global batch is this rank's.
+        start: images seen by all ranks together, where the stream is taken up.
+        workers: processes; 0 reads in the calling process.
+        prefetch: batches that each worker prepares ahead.
+        pin_memory: page-locked batches, where there is a GPU.
+        process: run on each batch inside the worker; must be picklable where processes are spawned.
+
+    Raises:
+        UserError: while iterating; an image too small, too many unreadable ones, a dead worker.
+    """
+
+    def __init__(
+        self,
+        source,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+        process: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        super().__init__(_Fetch(source, process, seed), len(source), workers, prefetch, pin_memory)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
+        if start < 0:
+            raise ValueError(f"start must not be negative, got {start}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._seen = start
+
+    @property
+    def images_seen(self) -> int:
+        """Images that all ranks together have been given: the position in the stream."""
+        return self._seen
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source so far."""
+        return self._seen / self._population
+
+    def _requests(self, position: int) -> Iterator[list[tuple[int, int]]]:
+        count, epoch, order = self._population, -1, np.empty(0, np.int64)
+        while True:
+            first = position + self.rank * self.batch_size
+            requests = []
+            for p in range(first, first + self.batch_size):
+                if p // count != epoch:
+                    epoch = p // count
+                    order = permutation(count, self.seed, epoch)
+                requests.append((int(order[p % count]), p))
+            yield requests
+            position += self.world_size * self.batch_size
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._holder:
+            self._start(self._requests(self._seen))
+        batch = self._next()
+        self._seen += self.world_size * self.batch_size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position and what it is a position in."""
+        return {"images_seen": self._seen, "seed": self.seed, "images": self._population}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take the stream up at the state's position.
+
+        Raises:
+            UserError: the source has another number of images or the seed differs, so that the order would not be
+                the one that was interrupted.
+        """
+        for key, mine, what in (
+            (
+                "images",
+                self._population,
+                "the data set held {} images when the run was saved and now holds {}",
+            ),
+            ("seed", self.seed, "the run was started with seed {} and now has seed {}"),
+        ):
+            if state[key] != mine:
+                raise UserError(what.format(state[key], mine))
+        self.close()
+        self._seen = state["images_seen"]
+
+
+class SinglePass(_Stream):
+    """Every image of ``indices`` once, in that order, not augmented; unreadable ones are left out and counted.
+
+    Batches are as :class:`Loader`'s; the last may be smaller, and one whose images were all unreadable is empty.
+    For calibration, caching and evaluation. Arguments as for :class:`Loader`; ``indices`` defaults to the whole source.
+    """
+
+    def __init__(
+        self,
+        source,
+        batch_size: int,
+        *,
+        indices: Sequence[int] | np.ndarray | None = None,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+        process: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        self._indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
+        super().__init__(_Fetch(source, process, None), len(self._indices), workers, prefetch, pin_memory)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._start(
+            [(int(i), -1) for i in self._indices[at : at + self.batch_size]]
+            for at in range(0, len(self._indices), self.batch_size)
+        )
+        while True:
+            try:
+                batch = self._next()
+            except StopIteration:
+                return
+            yield batch
