@@ -12,7 +12,6 @@ import io
 import math
 import warnings
 
-import numpy as np
 from PIL import Image
 
 from .order import Draws
@@ -84,8 +83,8 @@ def _check_size(image: Image.Image, size: tuple[int, int], upsample: bool) -> No
         raise TooSmall(image.width, image.height)
 
 
-def center_crop(image: Image.Image, size: tuple[int, int], upsample: bool = False) -> np.ndarray:
-    """Return the centre of ``image`` as (H, W, 3) uint8 for ``size`` = (H, W); square sizes equal ADM's.
+def center_crop(image: Image.Image, size: tuple[int, int], upsample: bool = False) -> Image.Image:
+    """Return the centre of ``image`` for ``size`` = (H, W); square sizes equal ADM's.
 
     Raises:
         TooSmall: a side is shorter than asked and ``upsample`` is False.
@@ -94,13 +93,13 @@ def center_crop(image: Image.Image, size: tuple[int, int], upsample: bool = Fals
     height, width = size
     image = _cover(image, height, width)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    return image.crop((left, top, left + width, top + height))
 
 
 def random_crop(
     image: Image.Image, size: tuple[int, int], draws: Draws, upsample: bool = False, least: float = 0.8
-) -> np.ndarray:
-    """Return a random (H, W, 3) uint8 crop, as ADM's ``random_crop_arr``.
+) -> Image.Image:
+    """Return a random crop of ``size`` = (H, W), as ADM's ``random_crop_arr``.
 
     The crop spans a share of the covering side drawn uniformly from [least, 1], at a uniform place.
 
@@ -113,4 +112,4 @@ def random_crop(
     image = _cover(image, math.ceil(height / share), math.ceil(width / share))
     left = draws.below(image.width - width + 1)
     top = draws.below(image.height - height + 1)
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    return image.crop((left, top, left + width, top + height))

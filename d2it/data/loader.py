@@ -121,9 +121,7 @@ class _Stream:
         except RuntimeError as error:
             self.close()
             if "DataLoader worker" in str(error):  # killed, most often for memory
-                raise UserError(
-                    f"{str(error).splitlines()[0]} Fewer data.workers need less memory."
-                ) from error
+                raise UserError(f"{str(error).splitlines()[0]} Fewer data.workers need less memory.") from error
             raise
         if "error" in batch:
             self.close()

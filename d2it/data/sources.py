@@ -95,9 +95,7 @@ class ImageSource(ABC):
         if not self.num_classes:
             raise UserError(f"{self.description}: num_classes={num_classes} needs labels")
         if self.num_classes > num_classes:
-            raise UserError(
-                f"{self.description}: labels reach {self.num_classes - 1}, num_classes is {num_classes}"
-            )
+            raise UserError(f"{self.description}: labels reach {self.num_classes - 1}, num_classes is {num_classes}")
 
     def pixels(self, index: int, draws: Draws | None = None) -> np.ndarray:
         """Return image ``index`` as (H, W, 3) uint8, augmented if ``draws`` are given and the source augments.
@@ -112,9 +110,9 @@ class ImageSource(ABC):
             raise Unreadable(error.strerror or str(error)) from None
         try:
             if draws is not None and self.crop == "random":
-                array = random_crop(image, self.image_size, draws, self.upsample)
+                image = random_crop(image, self.image_size, draws, self.upsample)
             else:
-                array = center_crop(image, self.image_size, self.upsample)
+                image = center_crop(image, self.image_size, self.upsample)
         except TooSmall as small:
             width, height = small.args
             raise UserError(
@@ -122,8 +120,8 @@ class ImageSource(ABC):
                 f"{self.image_size[0]} asked for: ask for less, or set upsample=true to enlarge as ADM does"
             ) from None
         if draws is not None and self.augment and draws.uniform() < 0.5:
-            array = array[:, ::-1]
-        return array
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # 95 us; 458 by a NumPy view (256 x 256)
+        return np.asarray(image)
 
     def label(self, index: int) -> int:
         """Return the label of image ``index``, or -1."""
@@ -182,9 +180,7 @@ class ImageFolder(ImageSource):
     links to folders are followed once.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], image_size: int | tuple[int, int], **options: Any
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], image_size: int | tuple[int, int], **options: Any) -> None:
         super().__init__(image_size, **options)
         self.root = os.path.abspath(path)
         try:
@@ -205,9 +201,7 @@ class ImageFolder(ImageSource):
                 "give one or the other"
             )
         if not flat and not found:
-            raise UserError(
-                f"{path} holds no images ({', '.join(EXTENSIONS)}) and no WebDataset shards (.tar)"
-            )
+            raise UserError(f"{path} holds no images ({', '.join(EXTENSIONS)}) and no WebDataset shards (.tar)")
         files = flat
         if found:
             self.classes = list(found)
@@ -262,9 +256,7 @@ class NpzPack(ImageSource):
     archive stores them uncompressed (``numpy.savez``), else read into memory. Object arrays are refused.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], image_size: int | tuple[int, int], **options: Any
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], image_size: int | tuple[int, int], **options: Any) -> None:
         super().__init__(image_size, **options)
         self.path = os.path.abspath(path)
         try:
@@ -287,20 +279,14 @@ class NpzPack(ImageSource):
                 )
         self._bytes, offsets = arrays["jpeg"], arrays["offsets"]
         if self._bytes.dtype != np.uint8 or self._bytes.ndim != 1:
-            raise UserError(
-                f"{path}: jpeg must be a flat uint8 array, got {self._bytes.dtype} {self._bytes.shape}"
-            )
+            raise UserError(f"{path}: jpeg must be a flat uint8 array, got {self._bytes.dtype} {self._bytes.shape}")
         if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 1:
-            raise UserError(
-                f"{path}: offsets must be a flat integer array, got {offsets.dtype} {offsets.shape}"
-            )
+            raise UserError(f"{path}: offsets must be a flat integer array, got {offsets.dtype} {offsets.shape}")
         if len(offsets) < 2:
             raise UserError(f"{path} holds no images")
         self._offsets = offsets.astype(np.int64)
         if self._offsets[0] < 0 or self._offsets[-1] > len(self._bytes) or (np.diff(self._offsets) < 0).any():
-            raise UserError(
-                f"{path}: offsets must ascend from 0 to at most the {len(self._bytes):,} bytes of jpeg"
-            )
+            raise UserError(f"{path}: offsets must ascend from 0 to at most the {len(self._bytes):,} bytes of jpeg")
         if "labels" in arrays:
             self._read_labels(arrays["labels"], arrays.get("classes"))
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
@@ -308,9 +294,7 @@ class NpzPack(ImageSource):
 
     def _read_labels(self, labels: np.ndarray, classes: np.ndarray | None) -> None:
         if labels.dtype.kind not in "iu" or labels.shape != (len(self),):
-            raise UserError(
-                f"{self.path}: labels must be {len(self):,} integers, got {labels.dtype} {labels.shape}"
-            )
+            raise UserError(f"{self.path}: labels must be {len(self):,} integers, got {labels.dtype} {labels.shape}")
         self.labels = labels.astype(np.int64)
         count = int(self.labels.max()) + 1
         if classes is not None:
@@ -318,9 +302,7 @@ class NpzPack(ImageSource):
                 raise UserError(f"{self.path}: classes must be a flat array of strings, got {classes.dtype}")
             self.classes = [str(c) for c in classes.astype(str)]
             if count > len(self.classes):
-                raise UserError(
-                    f"{self.path}: label {count - 1} has no name, classes has {len(self.classes)}"
-                )
+                raise UserError(f"{self.path}: label {count - 1} has no name, classes has {len(self.classes)}")
             count = len(self.classes)
         if self.labels.min() < 0:
             raise UserError(f"{self.path}: labels must not be negative, got {int(self.labels.min())}")
@@ -364,9 +346,7 @@ def _pack_array(archive: zipfile.ZipFile, path: str, key: str) -> np.ndarray:
         raise UserError(f"{path}: {key} claims {info.file_size:,} bytes from {info.compress_size:,}: refused")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
-        read_header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(member)
         if dtype.hasobject:
             raise UserError(f"{path}: {key} holds pickled Python objects: refused")
@@ -375,18 +355,13 @@ def _pack_array(archive: zipfile.ZipFile, path: str, key: str) -> np.ndarray:
             raise UserError(f"{path}: {key} is truncated")
         if info.compress_type != zipfile.ZIP_STORED:
             return np.frombuffer(member.read(), dtype).reshape(shape, order="F" if fortran else "C")
-    with open(
-        path, "rb"
-    ) as file:  # the local header's own extra field can differ from the central directory's
+    with open(path, "rb") as file:  # the local header's own extra field can differ from the central directory's
         file.seek(info.header_offset)
         local = file.read(30)
         if local[:4] != b"PK\x03\x04":
             raise UserError(f"{path}: damaged zip entry {key}")
         start = (
-            info.header_offset
-            + 30
-            + int.from_bytes(local[26:28], "little")
-            + int.from_bytes(local[28:30], "little")
+            info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         )
     if start + info.file_size > os.path.getsize(path):
         raise UserError(f"{path}: {key} is truncated")
@@ -411,9 +386,7 @@ class WebDatasetShards(ImageSource):
         scans = [_scan_shard(shard) for shard in self.shards]
         labels = [label for scan in scans for _, _, label in scan]
         if not labels:
-            raise UserError(
-                f"{self.shards[0]}{' and the other shards' * (len(self.shards) > 1)}: no images inside"
-            )
+            raise UserError(f"{self.shards[0]}{' and the other shards' * (len(self.shards) > 1)}: no images inside")
         self._keys = np.array([key for scan in scans for key, _, _ in scan])
         places = [np.array([place for _, place, _ in scan], np.int64).reshape(-1, 2) for scan in scans]
         numbers = np.repeat(np.arange(len(scans)), [len(scan) for scan in scans])
@@ -423,15 +396,11 @@ class WebDatasetShards(ImageSource):
             self.labels = np.array(labels, np.int64)
             if self.labels.min() < 0:
                 worst = int(self.labels.argmin())
-                raise UserError(
-                    f"{self.name(worst)}: the label must not be negative, got {self.labels[worst]}"
-                )
+                raise UserError(f"{self.name(worst)}: the label must not be negative, got {self.labels[worst]}")
             self.num_classes = int(self.labels.max()) + 1
         elif labelled:
             missing = self.name(next(i for i, label in enumerate(labels) if label is None))
-            raise UserError(
-                f"{missing} has no label (.cls or .json), while {labelled:,} other images have one"
-            )
+            raise UserError(f"{missing} has no label (.cls or .json), while {labelled:,} other images have one")
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
         self.description = f"{len(self.shards)} WebDataset shards: {len(self):,} images, {classes}"
 
@@ -481,9 +450,7 @@ def _scan_shard(path: str) -> list[tuple[bytes, tuple[int, int], int | None]]:
             if file.read(512).strip(b"\0"):
                 raise UserError(f"{path}: damaged tar header at byte {tar.offset:,}")
     except tarfile.TarError as error:
-        raise UserError(
-            f"{path} is not a readable tar shard (compressed ones are not supported): {error}"
-        ) from None
+        raise UserError(f"{path} is not a readable tar shard (compressed ones are not supported): {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     return [(key.encode("utf-8", "surrogateescape"), place, labels.get(key)) for key, place in images.items()]
@@ -551,9 +518,7 @@ class DemoPhotos(ImageSource):
             self._photos[number] = decode(self._paths[number].read_bytes(), self.max_pixels)
         photo = self._photos[number]
         height, width = self.image_size
-        fit = min(
-            photo.width / width, photo.height / height
-        )  # the largest window, in units of the image size
+        fit = min(photo.width / width, photo.height / height)  # the largest window, in units of the image size
         draws = Draws(0, index)
         # Half of the largest window shows a recognisable part; below 1 the crop would be smaller than asked.
         scale = fit if fit <= 1 else max(1.0, fit * (0.5 + 0.5 * draws.uniform()))
@@ -597,11 +562,7 @@ def open_source(
         return DemoPhotos(image_size, **options)
     if os.path.isdir(text):
         shards = sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
-        return (
-            WebDatasetShards(shards, image_size, **options)
-            if shards
-            else ImageFolder(text, image_size, **options)
-        )
+        return WebDatasetShards(shards, image_size, **options) if shards else ImageFolder(text, image_size, **options)
     if text.endswith(".tar"):
         return WebDatasetShards(_expand(text), image_size, **options)
     if not os.path.exists(text):
