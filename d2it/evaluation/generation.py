@@ -1,0 +1,227 @@
+"""Samples against a reference: FID, sFID, Inception Score, precision and recall."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from d2it.errors import UserError
+from d2it.evaluation.images import ImageSet, open_images
+from d2it.evaluation.inception import Features
+from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
+
+METRICS = ("fid", "sfid", "is", "precision", "recall")
+
+
+class Extractor(Protocol):
+    """Images (B, 3, H, W) uint8 -> `Features`."""
+
+    def __call__(self, images: Tensor) -> Features:
+        """The features of one batch."""
+
+
+@dataclasses.dataclass
+class Summary:
+    """What the metrics need of one set of images."""
+
+    count: int
+    size: tuple[int, int] | None
+    pool: Gaussian
+    spatial: Gaussian | None
+    probabilities: Tensor | None = None  # (N, classes)
+    features: Tensor | None = None  # (N, 2048), for precision and recall
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `mu`, `sigma`, `mu_s`, `sigma_s`, the names of ADM's reference statistics, with count and size."""
+        arrays: dict[str, Any] = {"mu": self.pool.mean.cpu().numpy(), "sigma": self.pool.covariance.cpu().numpy()}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean.cpu().numpy(), "sigma_s": self.spatial.covariance.cpu().numpy()}
+        arrays["count"] = np.array(self.count)
+        if self.size is not None:
+            arrays["size"] = np.array(self.size)
+        if self.features is not None:
+            arrays["features"] = self.features.cpu().numpy()
+        partial = f"{os.fspath(path)}.partial"
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+@torch.inference_mode()
+def summarize(
+    batches: Iterable[Tensor],
+    extractor: Extractor,
+    *,
+    metrics: Sequence[str] = METRICS,
+    device: torch.device | str = "cpu",
+    total: int | None = None,
+    progress: bool = False,
+) -> Summary:
+    """Runs the extractor over this rank's batches and joins what the ranks found.
+
+    Args:
+        batches: uint8 (B, 3, H, W), one size throughout.
+        extractor: gives `Features`; moved to the device by the caller.
+        metrics: some of `METRICS`; what none of them needs is not kept.
+        device: where the extractor runs.
+        total: images to come, for the progress bar.
+        progress: whether to show it.
+    """
+    pool = spatial = None
+    size: tuple[int, int] | None = None
+    probabilities: list[Tensor] = []
+    kept: list[Tensor] = []
+    with tqdm(total=total, unit="img", disable=not progress) as bar:
+        for images in batches:
+            size = (images.shape[2], images.shape[3])
+            features = extractor(images.to(device))
+            if pool is None:
+                pool = GaussianStatistics(features.pool.shape[1], device)
+                spatial = GaussianStatistics(features.spatial.shape[1], device) if "sfid" in metrics else None
+            pool.update(features.pool)
+            if spatial is not None:
+                spatial.update(features.spatial)
+            if "is" in metrics:
+                probabilities.append(features.probabilities.cpu())
+            if "precision" in metrics or "recall" in metrics:
+                kept.append(features.pool.cpu())
+            bar.update(images.shape[0])
+    if pool is None:
+        raise UserError("no images to judge")
+    joined = _gather(torch.cat(probabilities)) if probabilities else None
+    features_all = _gather(torch.cat(kept)) if kept else None
+    count = int(_sum_over_ranks(pool.count))
+    return Summary(count, size, pool.gaussian(), spatial.gaussian() if spatial else None, joined, features_all)
+
+
+def open_reference(
+    path: str | os.PathLike[str],
+    extractor: Extractor,
+    *,
+    metrics: Sequence[str] = METRICS,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Summary:
+    """Reference statistics (`mu`, `sigma`, and for sFID `mu_s`, `sigma_s`), or a folder or `.npz` of images.
+
+    ADM's reference batches hold both; then the images serve precision and recall and the statistics the rest.
+
+    Raises:
+        UserError: neither is there, or a metric needs what is not in it.
+    """
+    if os.path.isfile(path) and os.fspath(path).endswith(".npz"):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                names = set(archive.files)
+                stored = {name: archive[name] for name in names - {"arr_0", "arr_1"}}
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: not an .npz file ({error})") from None
+        if {"mu", "sigma"} <= names:
+            return _stored(path, stored, "arr_0" in names, extractor, metrics, device, batch_size, progress)
+    images = open_images(path)
+    batches = images.batches(batch_size)
+    return summarize(batches, extractor, metrics=metrics, device=device, total=images.count, progress=progress)
+
+
+def _stored(
+    path: str | os.PathLike[str],
+    stored: dict[str, np.ndarray],
+    has_images: bool,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    device: torch.device | str,
+    batch_size: int,
+    progress: bool,
+) -> Summary:
+    def gaussian(mean: str, covariance: str) -> Gaussian:
+        mu, sigma = torch.from_numpy(stored[mean]).double(), torch.from_numpy(stored[covariance]).double()
+        if mu.ndim != 1 or sigma.shape != (mu.shape[0], mu.shape[0]):
+            raise UserError(f"{path}: {mean} {tuple(mu.shape)} and {covariance} {tuple(sigma.shape)} do not fit")
+        return Gaussian(mu.to(device), sigma.to(device))
+
+    if "sfid" in metrics and not {"mu_s", "sigma_s"} <= stored.keys():
+        raise UserError(f"{path}: no mu_s and sigma_s, which sFID needs; leave sfid out of the metrics")
+    features, size = None, None
+    if "features" in stored:
+        features = torch.from_numpy(stored["features"])
+    elif "precision" in metrics or "recall" in metrics:
+        if not has_images:
+            raise UserError(f"{path}: statistics alone, but precision and recall need images or features")
+        images: ImageSet = open_images(path)
+        batches = images.batches(batch_size)
+        wanted = ("precision", "recall")
+        told = summarize(batches, extractor, metrics=wanted, device=device, total=images.count, progress=progress)
+        features, size = told.features, images.size
+    if "size" in stored:
+        size = (int(stored["size"][0]), int(stored["size"][1]))
+    return Summary(
+        count=int(stored["count"]) if "count" in stored else 0,
+        size=size,
+        pool=gaussian("mu", "sigma"),
+        spatial=gaussian("mu_s", "sigma_s") if "sfid" in metrics else None,
+        features=features,
+    )
+
+
+def compare(samples: Summary, reference: Summary, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """The metrics of `samples` against `reference`.
+
+    Raises:
+        UserError: an unknown metric, or sets of different resolution or features.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UserError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
+    if samples.size and reference.size and samples.size != reference.size:
+        raise UserError(
+            f"samples of {samples.size[0]} x {samples.size[1]} pixels cannot be held against a reference of "
+            f"{reference.size[0]} x {reference.size[1]}"
+        )
+    if samples.pool.mean.shape != reference.pool.mean.shape:
+        raise UserError(
+            f"the reference has {reference.pool.mean.shape[0]} features, the extractor {samples.pool.mean.shape[0]}"
+        )
+    found: dict[str, float] = {}
+    if "fid" in metrics:
+        found["fid"] = samples.pool.frechet_distance(reference.pool)
+    if "sfid" in metrics and samples.spatial and reference.spatial:
+        found["sfid"] = samples.spatial.frechet_distance(reference.spatial)
+    if "is" in metrics and samples.probabilities is not None:
+        found["is"] = inception_score(samples.probabilities)
+    if samples.features is not None and reference.features is not None and {"precision", "recall"} & set(metrics):
+        device = samples.pool.mean.device
+        precision, recall = precision_recall(reference.features.to(device), samples.features.to(device))
+        found |= {k: v for k, v in (("precision", precision), ("recall", recall)) if k in metrics}
+    return found
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sum_over_ranks(count: int) -> int:
+    if not _distributed():
+        return count
+    total = torch.tensor(count, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _gather(x: Tensor) -> Tensor:
+    """The rows of every rank, in the order of the ranks."""
+    if not _distributed():
+        return x
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return torch.cat(parts)

@@ -1,0 +1,162 @@
+"""Images to judge, streamed: a folder, an `.npz` of ADM's form; and the writer of that form."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2it.data.decode import EXTENSIONS, Unreadable, decode
+from d2it.errors import UserError
+
+
+class ImageSet:
+    """`count` images of one `size` = (H, W), read in batches of uint8 (B, 3, H, W)."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.count = 0
+        self.size = (0, 0)
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
+        """The first `limit` images (all where None), in order."""
+        raise TypeError(f"{type(self).__name__} must say how it is read")
+
+
+class ImageFolder(ImageSet):
+    """Every image below a folder, in the order of their names."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self.files = sorted(
+            os.path.join(root, name)
+            for root, _, names in os.walk(self.path)
+            for name in names
+            if name.lower().endswith(EXTENSIONS)
+        )
+        if not self.files:
+            raise UserError(f"{self.path}: no images ({', '.join(EXTENSIONS)}) below this folder")
+        self.count = len(self.files)
+        self.size = self._read(self.files[0]).shape[:2]
+
+    @staticmethod
+    def _read(file: str) -> np.ndarray:
+        try:
+            with open(file, "rb") as handle:
+                return np.asarray(decode(handle.read()))
+        except (Unreadable, OSError) as error:
+            raise UserError(f"{file}: {error}") from None
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
+        files = self.files[:limit]
+        for start in range(0, len(files), batch_size):
+            images = [self._read(file) for file in files[start : start + batch_size]]
+            for file, image in zip(files[start : start + batch_size], images):
+                if image.shape[:2] != self.size:
+                    raise UserError(f"{file}: {_by(image.shape[:2])} pixels, but {self.files[0]} has {_by(self.size)}")
+            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+class ImageArchive(ImageSet):
+    """ADM's `.npz`: `arr_0`, uint8 (N, H, W, 3), read in chunks whatever its size."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        with _archive(self.path) as archive, archive.open("arr_0.npy") as file:
+            shape, fortran, dtype = _header(file, self.path)
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or shape[0] == 0:
+            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3) in C order, got {dtype} {shape}")
+        self.count = shape[0]
+        self.size = shape[1:3]
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
+        left = self.count if limit is None else min(limit, self.count)
+        each = self.size[0] * self.size[1] * 3
+        with _archive(self.path) as archive, archive.open("arr_0.npy") as file:
+            _header(file, self.path)
+            while left > 0:
+                take = min(batch_size, left)
+                data = file.read(take * each)
+                if len(data) < take * each:
+                    raise UserError(f"{self.path}: cut off, {left} images are missing")
+                left -= take
+                array = np.frombuffer(data, np.uint8).reshape(take, *self.size, 3)
+                yield torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
+
+
+def open_images(path: str | os.PathLike[str]) -> ImageSet:
+    """A folder or an `.npz` as an `ImageSet`.
+
+    Raises:
+        UserError: it is neither, it is empty, or it holds something else.
+    """
+    if os.path.isdir(path):
+        return ImageFolder(path)
+    if os.path.isfile(path) and os.fspath(path).endswith(".npz"):
+        return ImageArchive(path)
+    raise UserError(f"{path}: no such folder of images or .npz file")
+
+
+def write_npz(
+    path: str | os.PathLike[str], batches: Iterable[Tensor], count: int, labels: np.ndarray | None = None
+) -> None:
+    """Writes ADM's `.npz` without holding the images in memory; the file appears whole or not at all.
+
+    Args:
+        path: of the file.
+        batches: uint8 (B, 3, H, W), `count` images in all.
+        count: N.
+        labels: (N,) integers, stored as `arr_1`.
+
+    Raises:
+        ValueError: the batches hold fewer or more than `count` images.
+    """
+    partial = f"{os.fspath(path)}.partial"
+    written = 0
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for batch in batches:
+                images = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                if written == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                written += len(images)
+                file.write(images.tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(labels), allow_pickle=False)
+    if written != count:
+        os.unlink(partial)
+        raise ValueError(f"count must be the number of images, got {count} for {written}")
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _archive(path: str) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: not an .npz file ({error})") from None
+    if "arr_0.npy" not in archive.namelist():
+        archive.close()
+        raise UserError(f"{path}: no arr_0 in it; it holds {', '.join(archive.namelist()) or 'nothing'}")
+    return archive
+
+
+def _header(file: Any, path: str) -> tuple[Any, bool, np.dtype]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(file)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: arr_0 is not an array ({error})") from None
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,267 @@
+"""Numbers that can stand beside the literature's: each metric against an independent implementation."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+from d2it.errors import UserError
+from d2it.evaluation.generation import compare, open_reference, summarize
+from d2it.evaluation.images import open_images, write_npz
+from d2it.evaluation.inception import Features, Inception, resize_tensorflow1
+from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
+
+
+def normal(n, d, seed, shift=0.0):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=g) / d**0.5
+    return torch.randn(n, d, generator=g) @ mix + shift
+
+
+class SmallExtractor:
+    """A fixed random projection in Inception's place: the tests carry no weights."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+        self.pool = torch.randn(3 * 8 * 8, 16, generator=g) / 14
+        self.classes = torch.randn(16, 5, generator=g)
+
+    def __call__(self, images):
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
+        pool = (small @ self.pool).tanh()
+        return Features(pool, small[:, :12], (pool @ self.classes).softmax(1))
+
+
+def pictures(n, seed, size=16, contrast=1.0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.nn.functional.interpolate(torch.randn(n, 3, 4, 4, generator=g), size, mode="bilinear")
+    return (127 + 60 * contrast * x).clamp(0, 255).to(torch.uint8)
+
+
+# ---- mathematics --------------------------------------------------------------------------------------------------
+
+
+def test_streamed_statistics_are_numpys():
+    x = normal(301, 24, 1, shift=1000.0)
+    statistics = GaussianStatistics(24)
+    for part in x.split(64):
+        statistics.update(part)
+    found = statistics.gaussian()
+    np.testing.assert_allclose(found.mean, x.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def gaussian_of(x):
+    statistics = GaussianStatistics(x.shape[1])
+    statistics.update(x)
+    return statistics.gaussian()
+
+
+@pytest.mark.parametrize("n", [20, 400])  # fewer and more samples than dimensions
+def test_frechet_distance_agrees_with_scipys_matrix_root(n):
+    a, b = gaussian_of(normal(n, 32, 2)), gaussian_of(normal(n + 7, 32, 3, shift=0.3))
+    root = scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy() + (n < 32) * 1e-12 * np.eye(32))
+    expected = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace())
+    assert a.frechet_distance(b) == pytest.approx(expected - 2 * np.trace(root).real, abs=1e-3)
+
+
+def test_frechet_distance_agrees_with_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
+
+    class Identity(torch.nn.Module):
+        num_features = 16
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    a, b = normal(200, 16, 4), normal(300, 16, 5, shift=0.5)
+    metric = fid.FrechetInceptionDistance(feature=Identity(), input_img_size=(1, 4, 4)).set_dtype(torch.float64)
+    metric.update(a.double().reshape(-1, 1, 4, 4), real=True)
+    metric.update(b.double().reshape(-1, 1, 4, 4), real=False)
+    assert gaussian_of(a).frechet_distance(gaussian_of(b)) == pytest.approx(float(metric.compute()), abs=1e-3)
+
+
+def test_frechet_distance_of_two_normals_with_a_closed_form():
+    one = Gaussian(torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0])).double())
+    two = Gaussian(torch.tensor([1.0, 5.0]).double(), torch.diag(torch.tensor([1.0, 1.0])).double())
+    assert one.frechet_distance(two) == pytest.approx(9 + (2 - 1) ** 2 + (3 - 1) ** 2)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero():
+    found = gaussian_of(normal(150, 256, 6))
+    assert abs(found.frechet_distance(found)) < 1e-3
+
+
+def test_inception_score_of_certain_and_uncertain_classifiers():
+    certain = torch.eye(10).repeat(50, 1)
+    assert inception_score(certain) == pytest.approx(10)
+    assert inception_score(torch.full((500, 10), 0.1)) == pytest.approx(1)
+    # The mean over splits, not the score of the whole: two pure halves score 1 each.
+    halves = torch.eye(2).repeat_interleave(100, 0)
+    assert inception_score(halves, split_size=100) == pytest.approx(1)
+    assert inception_score(halves, split_size=200) == pytest.approx(2)
+
+
+def slow_precision_recall(reference, samples, k):
+    def radii(points):
+        return [sorted(np.linalg.norm(points - p, axis=1))[k] for p in points]
+
+    def covered(points, centers, reach):
+        return np.mean([any(np.linalg.norm(centers - p, axis=1) <= reach) for p in points])
+
+    return covered(samples, reference, radii(reference)), covered(reference, samples, radii(samples))
+
+
+def test_precision_and_recall_are_the_loops_of_the_definition():
+    reference, samples = normal(90, 6, 7), normal(70, 6, 8, shift=0.8)
+    expected = slow_precision_recall(reference.numpy(), samples.numpy(), 3)
+    assert precision_recall(reference, samples, block=32) == pytest.approx(expected)
+    assert all(0 < share < 1 for share in expected)
+
+
+def test_resize_is_tensorflow_1s():
+    # Corners by hand: output i reads from i * 4 / 6 with no half-pixel shift, the last one clamps.
+    row = torch.tensor([0.0, 10.0, 20.0, 30.0]).reshape(1, 1, 1, 4).expand(1, 1, 4, 4)
+    expected = torch.tensor([0.0, 20 / 3, 40 / 3, 20.0, 80 / 3, 30.0])
+    torch.testing.assert_close(resize_tensorflow1(row, 6)[0, 0, 3], expected)
+    torch.testing.assert_close(resize_tensorflow1(row, 4), row)
+
+
+# ---- the network --------------------------------------------------------------------------------------------------
+
+
+def test_inception_has_the_shapes_and_the_state_of_the_2015_graph(tmp_path):
+    torch.manual_seed(0)
+    model = Inception()
+    # 23,834,568 of Inception v3 without its auxiliary head, with 1,008 classes in place of 1,000.
+    assert sum(p.numel() for p in model.parameters()) == 23_834_568 + 8 * 2049
+    features = model(pictures(2, 0, size=64))
+    assert [tuple(f.shape) for f in features] == [(2, 2048), (2, 2023), (2, 1008)]
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "weights.pth")
+    again = Inception.from_file(tmp_path / "weights.pth", sha256=None)
+    assert torch.equal(again(pictures(2, 0, size=64)).pool, features.pool)
+
+
+def test_inception_weights_are_asked_for_and_judged(tmp_path):
+    with pytest.raises(UserError, match="no Inception weights given: download"):
+        Inception.from_file(None)
+    with pytest.raises(UserError, match="no such file"):
+        Inception.from_file(tmp_path / "none.pth")
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="expected 6726825d"):
+        Inception.from_file(tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not Inception weights"):
+        Inception.from_file(tmp_path / "other.pth", sha256=None)
+
+
+# ---- images in and out --------------------------------------------------------------------------------------------
+
+
+def test_npz_streams_what_was_written(tmp_path):
+    images = pictures(11, 1)
+    write_npz(tmp_path / "samples.npz", images.split(4), 11, labels=np.arange(11))
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(archive["arr_0"], images.permute(0, 2, 3, 1))
+        assert archive["arr_1"].tolist() == list(range(11))
+    opened = open_images(tmp_path / "samples.npz")
+    assert (opened.count, opened.size) == (11, (16, 16))
+    assert torch.equal(torch.cat(list(opened.batches(4))), images)
+    assert torch.equal(torch.cat(list(opened.batches(4, limit=6))), images[:6])
+
+
+def test_a_wrong_count_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="count must be the number of images, got 5 for 4"):
+        write_npz(tmp_path / "samples.npz", [pictures(4, 1)], 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_folder(path, images):
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{i:04d}.png")
+    return path
+
+
+def test_a_folder_is_its_npz(tmp_path):
+    images = pictures(5, 2)
+    opened = open_images(save_folder(tmp_path / "folder", images))
+    assert torch.equal(torch.cat(list(opened.batches(2))), images)
+
+
+def test_bad_image_sets_are_one_clear_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    mixed = save_folder(tmp_path / "mixed", pictures(2, 3))
+    Image.new("RGB", (8, 8)).save(mixed / "9.png")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    np.savez(tmp_path / "gray.npz", arr_0=np.zeros((2, 8, 8), np.uint8))
+    (tmp_path / "text.npz").write_text("not an archive")
+    for name, match in [
+        ("missing", "no such folder"),
+        ("empty", "no images"),
+        ("other.npz", "no arr_0 in it; it holds x.npy"),
+        ("gray.npz", r"arr_0 must be uint8 \(N, H, W, 3\)"),
+        ("text.npz", "not an .npz file"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            open_images(tmp_path / name)
+    with pytest.raises(UserError, match="8 x 8 pixels, but"):
+        list(open_images(mixed).batches(8))
+
+
+# ---- the whole ----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_samples_against_a_reference(tmp_path):
+    extractor = SmallExtractor()
+    reference, samples = pictures(120, 4), pictures(100, 5, contrast=0.6)
+    folder = save_folder(tmp_path / "reference", reference)
+    told = open_reference(folder, extractor, batch_size=32)
+    found = compare(summarize(samples.split(32), extractor), told)
+    assert set(found) == {"fid", "sfid", "is", "precision", "recall"}
+    a, b = (gaussian_of(extractor(x).pool) for x in (samples, reference))
+    assert found["fid"] == pytest.approx(a.frechet_distance(b), abs=1e-6)
+    assert found["recall"] < found["precision"]
+
+    told.save(tmp_path / "statistics.npz")
+    stored = open_reference(tmp_path / "statistics.npz", extractor)
+    assert stored.count == 120
+    assert compare(summarize(samples.split(50), extractor), stored) == pytest.approx(found, abs=1e-6)
+    itself = compare(summarize(reference.split(50), extractor), stored)
+    assert abs(itself["fid"]) < 1e-3
+    assert abs(itself["sfid"]) < 1e-3
+    assert (itself["precision"], itself["recall"]) == (1, 1)
+
+
+def test_statistics_and_images_in_one_file_as_adm_ships_them(tmp_path):
+    extractor, images = SmallExtractor(), pictures(60, 6)
+    told = summarize([images], extractor)
+    np.savez(
+        tmp_path / "reference.npz",
+        arr_0=images.permute(0, 2, 3, 1).numpy(),
+        mu=told.pool.mean,
+        sigma=told.pool.covariance,
+        mu_s=told.spatial.mean,
+        sigma_s=told.spatial.covariance,
+    )
+    stored = open_reference(tmp_path / "reference.npz", extractor)
+    found = compare(told, stored)
+    assert abs(found["fid"]) < 1e-3
+    assert found["precision"] == 1
+
+
+def test_sets_that_cannot_be_compared_say_so(tmp_path):
+    extractor = SmallExtractor()
+    small, large = (summarize([pictures(8, 7, size=s)], extractor) for s in (16, 32))
+    with pytest.raises(UserError, match="samples of 16 x 16 pixels cannot be held against a reference of 32 x 32"):
+        compare(small, large)
+    with pytest.raises(UserError, match="unknown metric 'kid'"):
+        compare(small, small, ["kid"])
+    np.savez(tmp_path / "fid_only.npz", mu=small.pool.mean, sigma=small.pool.covariance)
+    with pytest.raises(UserError, match="no mu_s and sigma_s"):
+        open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid", "sfid"])
+    with pytest.raises(UserError, match="precision and recall need images"):
+        open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid", "precision"])
+    assert compare(small, open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid"]), ["fid"])["fid"] < 1e-3
