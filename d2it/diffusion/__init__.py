@@ -1,0 +1,32 @@
+"""Schedule, multi-grained noise and loss, guidance, sampling."""
+
+from d2it.diffusion.gaussian import GaussianDiffusion
+from d2it.diffusion.grains import (
+    copy_codes,
+    expected_signal,
+    grain_weights,
+    grained_noise,
+    grains_to_signal,
+    project_to_grains,
+)
+from d2it.diffusion.guidance import Guidance
+from d2it.diffusion.losses import ContentLoss, content_loss, grain_loss
+from d2it.diffusion.sampling import SCHEDULERS, make_scheduler, sample_content, sample_grain_maps
+
+__all__ = [
+    "SCHEDULERS",
+    "ContentLoss",
+    "GaussianDiffusion",
+    "Guidance",
+    "content_loss",
+    "copy_codes",
+    "expected_signal",
+    "grain_loss",
+    "grain_weights",
+    "grained_noise",
+    "grains_to_signal",
+    "make_scheduler",
+    "project_to_grains",
+    "sample_content",
+    "sample_grain_maps",
+]

@@ -1,0 +1,108 @@
+"""Noise and loss weights per latent code: what "multi-grained" means on the finest grid.
+
+A code of grain g fills a square of `code_sizes[g]` x `code_sizes[g]` cells, coarsest grain first: (2, 1) for {8, 16}.
+Wherever `code_sizes` is None it halves from `cells_per_region` down to 1, which is the paper's case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2it import ops
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def default_code_sizes(cells_per_region: int) -> tuple[int, ...]:
+    """4 -> (4, 2, 1)."""
+    sizes = [cells_per_region]
+    while sizes[-1] > 1:
+        if sizes[-1] % 2:
+            raise ValueError(
+                f"code_sizes must be given where cells_per_region is no power of 2, got {cells_per_region}"
+            )
+        sizes.append(sizes[-1] // 2)
+    return tuple(sizes)
+
+
+def randn(
+    shape: Sequence[int], generator: Generators = None, *, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    """Standard normal (B, ...) from one generator, or from one for each sample: then a sample's draw does not depend on
+    the batch it is in. Generators live on `device` or on the CPU (the draw is copied)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        where = device if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"generator must be one for each of the {shape[0]} samples, got {len(generator)}")
+    if not shape[0]:
+        return torch.empty(tuple(shape), device=device, dtype=dtype)
+    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
+    return torch.stack(rows).to(device)
+
+
+def copy_codes(x: Tensor, grain_map: Tensor, code_sizes: Sequence[int]) -> Tensor:
+    """Every cell takes the value of the first cell of its code: (B, C, Hf, Wf), independent noise becomes grained."""
+    return ops.neighbor_copy([x[:, :, ::size, ::size] for size in code_sizes], grain_map)
+
+
+def grained_noise(
+    grain_map: Tensor,
+    channels: int,
+    *,
+    cells_per_region: int = 2,
+    code_sizes: Sequence[int] | None = None,
+    generator: Generators = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One standard normal draw for each latent code, neighbour-copied onto the finest grid.
+
+    Args:
+        grain_map: (B, H/S, W/S) int64.
+        generator: one, or one for each sample.
+
+    Returns:
+        (B, channels, Hf, Wf) on the device of `grain_map`.
+    """
+    sizes = code_sizes or default_code_sizes(cells_per_region)
+    batch, height, width = grain_map.shape
+    shape = (batch, channels, height * cells_per_region, width * cells_per_region)
+    return copy_codes(randn(shape, generator, device=grain_map.device, dtype=dtype), grain_map, sizes)
+
+
+def project_to_grains(x: Tensor, grain_map: Tensor, *, code_sizes: Sequence[int] | None = None) -> Tensor:
+    """(B, C, Hf, Wf) -> the same shape: every cell takes the mean over its code, one value a code."""
+    sizes = code_sizes or default_code_sizes(x.shape[-1] // grain_map.shape[-1])
+    return ops.neighbor_copy([x if size == 1 else F.avg_pool2d(x, size) for size in sizes], grain_map)
+
+
+def grain_weights(
+    grain_map: Tensor, *, cells_per_region: int = 2, code_sizes: Sequence[int] | None = None
+) -> Tensor:
+    """alpha of every cell's grain, (B, 1, Hf, Wf) float32: 1 / (cells of a code), so that every code counts once.
+
+    Eq. 11's 1 / (2^(k-i))^2 where the factors double from grain to grain.
+    """
+    sizes = code_sizes or default_code_sizes(cells_per_region)
+    alphas = torch.tensor([1 / size**2 for size in sizes], device=grain_map.device)
+    return expand_map(alphas[grain_map], cells_per_region)[:, None]
+
+
+def expand_map(grain_map: Tensor, cells_per_region: int) -> Tensor:
+    """(B, h, w) -> (B, Hf, Wf), every region's value on each of its cells."""
+    return grain_map.repeat_interleave(cells_per_region, dim=-2).repeat_interleave(cells_per_region, dim=-1)
+
+
+def grains_to_signal(grain_map: Tensor, num_grains: int) -> Tensor:
+    """(B, h, w) int64 -> (B, 1, h, w) float32: k levels evenly spaced over [-1, 1]."""
+    return grain_map[:, None].float() * (2 / (num_grains - 1)) - 1
+
+
+def expected_signal(logits: Tensor) -> Tensor:
+    """(B, k, h, w) grain logits -> (B, 1, h, w): the mean of the clean signal under them, float32."""
+    levels = torch.linspace(-1, 1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    return (logits.float().softmax(dim=1) * levels).sum(dim=1, keepdim=True)

@@ -1,0 +1,64 @@
+"""The training losses: multi-grained noise (Eq. 11) with its variational term, and the grain map (Eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2it.diffusion.gaussian import GaussianDiffusion
+from d2it.diffusion.grains import grain_weights
+
+
+class ContentLoss(NamedTuple):
+    """Per sample, (B,) float32: `loss` = `mse` + `vlb`."""
+
+    loss: Tensor
+    mse: Tensor
+    vlb: Tensor
+
+
+def content_loss(
+    diffusion: GaussianDiffusion,
+    model_out: Tensor,
+    *,
+    x0: Tensor,
+    xt: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    grain_map: Tensor | None = None,
+    cells_per_region: int = 2,
+    code_sizes: Sequence[int] | None = None,
+) -> ContentLoss:
+    """Eq. 11: the mean over all cells and channels of alpha (eps - eps_theta)^2, and the same weights on the VLB.
+
+    The denominator is the number of cells, not of codes: it is the same for every image, so that the gradient of a batch
+    is the mean of its images' gradients however they are split over ranks or accumulation steps.
+
+    Args:
+        model_out: (B, C or 2C, Hf, Wf); 2C with `diffusion.learn_sigma`.
+        x0, xt, noise: (B, C, Hf, Wf); t: (B,) int64.
+        grain_map: (B, H/S, W/S), or None: every cell counts 1 (the plain DiT, or Eq. 11 left out).
+    """
+    channels = x0.shape[1]
+    model_out = model_out.float()
+    predicted = model_out[:, :channels]
+    weight = None
+    if grain_map is not None:
+        weight = grain_weights(grain_map, cells_per_region=cells_per_region, code_sizes=code_sizes)
+
+    def mean(error: Tensor) -> Tensor:
+        return (error if weight is None else error * weight).mean(dim=(1, 2, 3))
+
+    mse = mean((noise.float() - predicted).square())
+    if not diffusion.learn_sigma:
+        return ContentLoss(mse, mse, mse.new_zeros(mse.shape))
+    vlb = mean(diffusion.vlb_terms(x0.float(), xt.float(), t, predicted, model_out[:, channels:]))
+    return ContentLoss(mse + vlb, mse, vlb)
+
+
+def grain_loss(logits: Tensor, grain_map: Tensor) -> Tensor:
+    """Eq. 5: cross-entropy (nats) of the grain logits (B, k, h, w) against the map (B, h, w), mean a sample: (B,)."""
+    return F.cross_entropy(logits.float(), grain_map, reduction="none").mean(dim=(1, 2))

@@ -1,0 +1,278 @@
+"""Sampling grain maps, and latents under a grain map, with the schedulers of diffusers.
+
+The state of a grained sampling stays one value a latent code at every step. The model's answer is averaged over each
+code (`project_to_grains`); a scheduler works element by element, so its step keeps equal cells equal but for the noise
+it draws for each cell; afterwards every code takes the value of its first cell, whose noise is one standard normal draw.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2it.diffusion.gaussian import GaussianDiffusion
+from d2it.diffusion.grains import copy_codes, expected_signal, project_to_grains, randn
+from d2it.diffusion.guidance import Guidance, guide
+
+#: name -> (class in diffusers, settings). "linspace" puts the first step at T - 1 and the last at 0, as ADM's respacing
+#: does; DDIM's own step arithmetic is a fixed stride, for which "trailing" is the spacing that starts at T - 1.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+#: Those that also take a prediction of x_0, which is what the grain transformer gives.
+GRAIN_SCHEDULERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "deis", "euler")
+
+Callback = Callable[[int, float, Tensor], None]
+
+
+def make_scheduler(
+    name: str,
+    diffusion: GaussianDiffusion,
+    steps: int,
+    *,
+    prediction: str = "epsilon",
+    learned_range: bool = False,
+) -> Any:
+    """A diffusers scheduler for `diffusion`'s schedule with its timesteps set.
+
+    Args:
+        name: a key of `SCHEDULERS`.
+        prediction: "epsilon" or "sample" (x_0).
+        learned_range: the model predicts the variance; only "ddpm" uses it.
+
+    Raises:
+        ValueError: an unknown name, or a number of steps outside 1 ... T.
+    """
+    choices = GRAIN_SCHEDULERS if prediction == "sample" else tuple(SCHEDULERS)
+    if name not in choices:
+        raise ValueError(f"scheduler must be one of {', '.join(choices)}, got {name!r}")
+    if not 1 <= steps <= diffusion.num_timesteps:
+        raise ValueError(f"steps must be in 1 ... {diffusion.num_timesteps}, got {steps}")
+    import diffusers
+
+    kind, settings = SCHEDULERS[name]
+    settings = {**diffusion.scheduler_arguments(), **settings, "prediction_type": prediction}
+    if name == "ddpm":
+        settings["variance_type"] = "learned_range" if learned_range else "fixed_small"
+    scheduler = getattr(diffusers, kind)(**settings)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def make_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """One generator for each sample: its noise is the same in every batch and on every rank."""
+    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+
+
+@torch.no_grad()
+def sample_content(
+    model: nn.Module,
+    grain_map: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    seeds: Sequence[int],
+    diffusion: GaussianDiffusion | None = None,
+    scheduler: str = "ddpm",
+    steps: int = 250,
+    guidance: Guidance | None = None,
+    capacity: int | None = None,
+    autocast: torch.dtype | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Latents (B, C, Hf, Wf), float32, in the scale that the model was trained on.
+
+    Args:
+        model: a `DynamicContentTransformer`, or a plain `DiT` where `grain_map` is None.
+        grain_map: (B, H/S, W/S) int64. The token plan is made from it once and serves every step.
+        labels: (B,), or None for a model without classes.
+        seeds: one for each sample: equal seeds give equal samples in any batch.
+        diffusion: None is the paper's schedule with the model's `learn_sigma`.
+        scheduler, steps: see `SCHEDULERS`. With a learned variance "ddpm" uses it, the others leave it out.
+        guidance: None is none. A guided step runs the model on both halves as one batch.
+        capacity: packed rows for one pass over the maps; None is always enough.
+        autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32.
+        callback: called with (step, timestep, state) after every step.
+
+    Raises:
+        ValueError: arguments that do not fit the model, an unknown scheduler, labels out of range.
+    """
+    config = model.config
+    guidance = guidance or Guidance()
+    channels = config.in_channels
+    cfg_channels = channels if guidance.channels is None else guidance.channels
+    if cfg_channels > channels:
+        raise ValueError(f"guidance channels must be at most {channels}, got {cfg_channels}")
+    device = next(model.parameters()).device
+    batch = len(seeds)
+    labels = _check_labels(labels, batch, config.num_classes, guidance, device)
+    diffusion = diffusion or GaussianDiffusion(learn_sigma=config.learn_sigma)
+    solver = make_scheduler(scheduler, diffusion, steps, learned_range=config.learn_sigma)
+    keep = 2 * channels if scheduler == "ddpm" and config.learn_sigma else channels
+    generators = make_generators(seeds, device)
+
+    if grain_map is None:
+        extra: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+
+        def grained(x: Tensor) -> Tensor:
+            return x
+
+        project = grained
+    else:
+        grain_map = grain_map.to(device)
+        _check_grain_map(grain_map, batch, config)
+        extra = _model_plans(model, grain_map, capacity, guided=guidance.scale != 1.0)
+        sizes = config.code_sizes
+
+        def grained(x: Tensor) -> Tensor:
+            return copy_codes(x, grain_map, sizes)
+
+        def project(x: Tensor) -> Tensor:
+            return project_to_grains(x, grain_map, code_sizes=sizes)
+
+    x = grained(randn((batch, channels, *config.grid), generators, device=device, dtype=torch.float32))
+    x = x * solver.init_noise_sigma
+    for i, t in enumerate(solver.timesteps):
+        weight = guidance.at(float(t) / diffusion.num_timesteps)
+        out = _evaluate(
+            model, solver.scale_model_input(x, t), float(t), labels, weight, cfg_channels, extra, autocast
+        )
+        x = grained(_step(solver, project(out[:, :keep]), t, x, generators))
+        if callback is not None:
+            callback(i, float(t), x)
+    return x
+
+
+@torch.no_grad()
+def sample_grain_maps(
+    model: nn.Module,
+    labels: Tensor | None = None,
+    *,
+    seeds: Sequence[int],
+    diffusion: GaussianDiffusion | None = None,
+    scheduler: str = "ddpm",
+    steps: int = 250,
+    guidance: Guidance | None = None,
+    autocast: torch.dtype | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Grain maps (B, h, w) int64 of a `DynamicGrainTransformer`: the most likely grain at the end of the chain.
+
+    Args: as for `sample_content`; guidance acts on the logits; schedulers are `GRAIN_SCHEDULERS`.
+
+    Raises:
+        ValueError: as for `sample_content`.
+    """
+    config = model.config
+    guidance = guidance or Guidance()
+    device = next(model.parameters()).device
+    batch = len(seeds)
+    labels = _check_labels(labels, batch, config.num_classes, guidance, device)
+    diffusion = diffusion or GaussianDiffusion(learn_sigma=False)
+    solver = make_scheduler(scheduler, diffusion, steps, prediction="sample")
+    generators = make_generators(seeds, device)
+    extra: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+    x = (
+        randn((batch, 1, *config.grid), generators, device=device, dtype=torch.float32)
+        * solver.init_noise_sigma
+    )
+    logits = x.new_zeros(batch, config.num_grains, *config.grid)
+    for i, t in enumerate(solver.timesteps):
+        weight = guidance.at(float(t) / diffusion.num_timesteps)
+        logits = _evaluate(
+            model,
+            solver.scale_model_input(x, t),
+            float(t),
+            labels,
+            weight,
+            config.num_grains,
+            extra,
+            autocast,
+        )
+        x = _step(solver, expected_signal(logits), t, x, generators)
+        if callback is not None:
+            callback(i, float(t), x)
+    return logits.argmax(dim=1)
+
+
+def _evaluate(
+    model: nn.Module,
+    x: Tensor,
+    t: float,
+    labels: Tensor | None,
+    weight: float,
+    guided_channels: int,
+    extra: dict[bool, dict[str, Any]],
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """The model's answer in float32, guided where `weight` is not 1; `extra[True]` are arguments for both halves."""
+    guided = weight != 1.0
+    if guided:
+        x = torch.cat([x, x])
+        null = torch.full_like(labels, model.config.num_classes)
+        labels = torch.cat([labels, null])
+    times = torch.full((x.shape[0],), t, device=x.device)
+    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        out = model(x, times, labels, **extra[guided]).float()
+    return guide(*out.chunk(2), weight, guided_channels) if guided else out
+
+
+def _model_plans(
+    model: nn.Module, grain_map: Tensor, capacity: int | None, *, guided: bool
+) -> dict[bool, dict[str, Any]]:
+    """Arguments of the model for one pass over the maps, and for two (guidance): maps and their plan, made once."""
+    arguments = {}
+    for twice in (False, True) if guided else (False,):
+        maps = torch.cat([grain_map, grain_map]) if twice else grain_map
+        rows = capacity if capacity is None or not twice else 2 * capacity
+        plan = None if model.config.masked else model.make_plan(maps, rows)
+        arguments[twice] = {"grain_map": maps, "plan": plan}
+    return arguments
+
+
+def _step(solver: Any, out: Tensor, t: Tensor, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+    takes_generator = "generator" in inspect.signature(solver.step).parameters
+    options = {"generator": generators} if takes_generator and x.shape[0] else {}
+    return solver.step(out, t, x, **options).prev_sample
+
+
+def _check_labels(
+    labels: Tensor | None, batch: int, num_classes: int, guidance: Guidance, device: torch.device
+) -> Tensor | None:
+    if not num_classes:
+        if guidance.scale != 1.0:
+            raise ValueError(f"guidance needs a model with classes; scale must be 1, got {guidance.scale}")
+        return None
+    if labels is None or labels.shape != (batch,):
+        got = None if labels is None else tuple(labels.shape)
+        raise ValueError(f"labels must be one for each of the {batch} seeds, got {got}")
+    if batch and not (int(labels.min()) >= 0 and int(labels.max()) <= num_classes):
+        raise ValueError(
+            f"labels must be in 0 ... {num_classes - 1} ({num_classes} for none), "
+            f"got {int(labels.min())} ... {int(labels.max())}"
+        )
+    return labels.to(device)
+
+
+def _check_grain_map(grain_map: Tensor, batch: int, config: Any) -> None:
+    expected = (batch, *config.region_grid)
+    if tuple(grain_map.shape) != expected or grain_map.dtype != torch.int64:
+        raise ValueError(
+            f"grain_map must be int64 {expected}, got {grain_map.dtype} {tuple(grain_map.shape)}"
+        )
+    if batch and not (int(grain_map.min()) >= 0 and int(grain_map.max()) < config.num_grains):
+        raise ValueError(
+            f"grain_map must hold grains 0 ... {config.num_grains - 1}, "
+            f"got {int(grain_map.min())} ... {int(grain_map.max())}"
+        )

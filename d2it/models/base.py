@@ -1,0 +1,229 @@
+"""What every model shares: a dataclass as configuration, presets by name, and weights as safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError:  # a machine without it reads and writes local folders all the same
+
+    class PyTorchModelHubMixin:  # type: ignore[no-redef]
+        """Stands in where huggingface_hub is not installed: no `push_to_hub`, no download."""
+
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+M = TypeVar("M", bound="Model")
+
+
+def pair(value: int | Iterable[int]) -> tuple[int, int]:
+    """256 -> (256, 256); (height, width) stays."""
+    if isinstance(value, int):
+        return (value, value)
+    height, width = value
+    return (int(height), int(width))
+
+
+class Model(nn.Module, PyTorchModelHubMixin):
+    """Base of the trainable models. A subclass names its dataclass `Config` and its table of `presets`."""
+
+    Config: ClassVar[type[Any]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: Set at run time, not part of the configuration: recompute every block in the backward pass instead of keeping
+    #: its activations.
+    gradient_checkpointing: bool = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.Config):
+            raise TypeError(f"config must be a {self.Config.__name__}, got {type(config).__name__}")
+        self.config = config
+
+    @classmethod
+    def from_preset(cls: type[M], name: str, **overrides: Any) -> M:
+        """A new model by the name of its preset; `overrides` are fields of `cls.Config`.
+
+        Raises:
+            ValueError: an unknown preset or field; the message lists the known ones.
+        """
+        return cls(cls.preset_config(name, **overrides))
+
+    @classmethod
+    def preset_config(cls, name: str, **overrides: Any) -> Any:
+        """The configuration that `from_preset` would build."""
+        if name not in cls.presets:
+            raise ValueError(
+                f"preset must be one of {', '.join(cls.presets)} for {cls.__name__}, got {name!r}"
+            )
+        fields = {f.name for f in dataclasses.fields(cls.Config)}
+        unknown = sorted(set(overrides) - fields)
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}"
+            )
+        return cls.Config(**{**cls.presets[name], **overrides})
+
+    # ---- weights -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Writes `config.json` and `model.safetensors`, each to a temporary name first and then renamed into place.
+
+        Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
+        `push_to_hub=True`.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(directory)
+        if kwargs.pop("push_to_hub", False):
+            return self.push_to_hub(repo_id=kwargs.pop("repo_id", None) or directory.name, **kwargs)
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save
+
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        description = {"model": type(self).__name__, "config": dataclasses.asdict(self.config)}
+        replace_file(save_directory / WEIGHTS_FILE, save(tensors, metadata={"model": type(self).__name__}))
+        replace_file(save_directory / CONFIG_FILE, json.dumps(description, indent=2).encode())
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        path: str | Path,
+        *,
+        local_files_only: bool = True,
+        map_location: str = "cpu",
+        **kwargs: Any,
+    ) -> M:
+        """The model that `save_pretrained` wrote to the folder `path`, in evaluation mode.
+
+        Args:
+            path: a local folder. With `local_files_only=False` also a repository of the Hugging Face hub.
+            map_location: the device the weights are read to.
+            kwargs: settings that replace those in the file (`masked=True`, say); they must not change shapes.
+
+        Raises:
+            ValueError: no such folder, no model in it, or a model of another class or shape.
+        """
+        if not os.path.isdir(path):
+            if local_files_only or not hasattr(super(), "from_pretrained"):
+                raise ValueError(
+                    f"path must be a folder written by save_pretrained, got {str(path)!r}: no such folder"
+                )
+            return super().from_pretrained(path, map_location=map_location, **kwargs)
+        return cls._from_pretrained(model_id=str(path), map_location=map_location, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls: type[M], *, model_id: str, map_location: str = "cpu", **kwargs: Any) -> M:
+        hub = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
+        if not os.path.isdir(model_id):
+            from huggingface_hub import snapshot_download
+
+            model_id = snapshot_download(model_id, **{k: v for k, v in kwargs.items() if k in hub})
+        overrides = {k: v for k, v in kwargs.items() if k not in hub and k != "config"}
+        config = cls.read_config(model_id, **overrides)
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(os.path.join(model_id, WEIGHTS_FILE), device=str(map_location))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{os.path.join(model_id, WEIGHTS_FILE)} cannot be read: {error}") from error
+        model = cls(config).to(map_location)
+        load_weights(model, tensors, source=model_id)
+        return model.eval()
+
+    @classmethod
+    def read_config(cls, path: str | Path, **overrides: Any) -> Any:
+        """The configuration in the folder `path`; ValueError where it is missing or belongs to another model."""
+        file = Path(path) / CONFIG_FILE
+        try:
+            description = json.loads(file.read_text())
+            name, values = description["model"], description["config"]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not the configuration of a d2it model: {error!r}") from error
+        if name != cls.__name__:
+            raise ValueError(f"{path} holds a {name}, not a {cls.__name__}")
+        try:
+            return cls.Config(**{**values, **overrides})
+        except TypeError as error:
+            raise ValueError(f"{file} does not fit {cls.Config.__name__}: {error}") from error
+
+    # ---- blocks ------------------------------------------------------------------------------------------------
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """The units of compilation, activation checkpointing and sharding, in order of execution."""
+        return []
+
+    def compile_blocks(self, **kwargs: Any) -> None:
+        """torch.compile of every block in place: parameter names stay, equal blocks share the compiled code.
+
+        Args:
+            kwargs: as for `torch.compile`; `fullgraph=True` unless given.
+        """
+        kwargs.setdefault("fullgraph", True)
+        for block in self.transformer_blocks():
+            block.compile(**kwargs)
+
+    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`block(*args)`, recomputed in the backward pass where `gradient_checkpointing` is set."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint
+
+            # Blocks draw no random numbers, so there is no generator state to keep.
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
+
+    def num_parameters(self) -> int:
+        """Parameters as DiT counts them: with the frozen position embedding."""
+        frozen = sum(b.numel() for name, b in self.named_buffers() if name.endswith("positions"))
+        return sum(p.numel() for p in self.parameters()) + frozen
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """`model.load_state_dict(tensors)` that says in one line what does not fit (ValueError)."""
+    own = model.state_dict()
+    missing = sorted(own.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({missing[0]}, ...)")
+    if extra:
+        problems.append(f"{len(extra)} of another model ({extra[0]}, ...)")
+    if shapes:
+        k = shapes[0]
+        problems.append(
+            f"{len(shapes)} of another shape ({k}: {tuple(tensors[k].shape)} for {tuple(own[k].shape)})"
+        )
+    if problems:
+        raise ValueError(
+            f"the weights in {source} do not fit this {type(model).__name__}: {'; '.join(problems)}"
+        )
+    model.load_state_dict(tensors)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes `content` beside `path`, flushes it to the disk, and renames it: a reader sees the old file or the new."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,317 @@
+"""The parts that all transformers here share: adaLN-Zero blocks, embeddings, patches.
+
+Shapes: tokens (B, L, C) or packed rows (T, C) with `sample` (T,) naming the batch row of each; conditioning (B, C).
+
+Precision: under autocast the matrix products and the residual stream are in the autocast dtype; LayerNorm, softmax, the
+modulation and the conditioning vector that it comes from are in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2it import ops
+
+ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
+
+
+def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
+    """Global attention, the one place where it is computed: (B, L, 3, H, D) -> (B, L, H, D).
+
+    "sdpa" is PyTorch's own choice (flash, cuDNN, memory-efficient, or mathematics on CPU); "flash_attn" and "xformers"
+    call those packages.
+    """
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return flash_attn_qkvpacked_func(qkv)
+    q, k, v = qkv.unbind(2)  # (B, L, H, D)
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def check_attention_backend(name: str) -> str:
+    """`name`, or a ValueError where it is unknown or its package is not installed."""
+    if name not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {name!r}")
+    if name != "sdpa" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"attention={name!r} needs the package {name}, which is not installed")
+    return name
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens of an image: (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, dim: int, heads: int, backend: str = "sdpa") -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = check_attention_backend(backend)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, D)
+        return self.proj(attention(qkv, self.backend).flatten(-2))
+
+
+class WindowAttention(nn.Module):
+    """Position-aware self-attention inside windows of w x w cells (Eq. 10).
+
+    Args:
+        relative_bias: "matrix", one learnable (w*w) x (w*w) matrix B_r per head; "table", Swin's (2w-1)^2 offsets per
+            head; "none".
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, relative_bias: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.relative_bias = relative_bias
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        cells = window * window
+        if relative_bias == "matrix":
+            self.bias = nn.Parameter(torch.zeros(1, heads, cells, cells))
+        elif relative_bias == "table":
+            self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        elif relative_bias == "none":
+            self.bias = None
+        else:
+            raise ValueError(f'relative_bias must be "matrix", "table" or "none", got {relative_bias!r}')
+
+    def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Packed rows (T, C) with `slots` (W, w*w), or all cells (B, L, C) in window order with `segments` (W, w*w):
+        a cell attends to those of its window with the same number."""
+        bias = self.bias
+        if self.relative_bias == "table":
+            bias = ops.relative_position_bias(bias, self.window)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        if slots is not None:
+            out = ops.window_attention_qkvpacked(qkv, bias, slots=slots)  # (T, H, D)
+        else:
+            cells = self.window**2
+            windows = qkv.flatten(0, 1).unflatten(0, (-1, cells))  # (W, w*w, 3, H, D)
+            out = ops.window_attention_qkvpacked(windows, bias, segment_ids=segments).reshape(
+                *x.shape[:2], self.heads, -1
+            )
+        return self.proj(out.flatten(-2))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, dim: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Modulation(nn.Module):
+    """SiLU and a zero-initialised Linear: (B, C) -> `count` float32 tensors (B, C)."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(dim, count * dim)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return _float32_linear(self.linear, F.silu(c)).chunk(self.count, dim=-1)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a Linear of float32 weights would answer to `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear(x)` outside autocast, in the dtype of the weights, returned as float32 (float64 stays).
+
+    One row an image: its cost is nothing, its rounding would reach every token.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        out = linear(x.to(linear.weight.dtype))
+    return out if out.dtype == torch.float64 else out.float()
+
+
+class Block(nn.Module):
+    """adaLN-Zero transformer block (Peebles and Xie, Sec. 3.2) around either kind of attention."""
+
+    def __init__(self, dim: int, attn: Attention | WindowAttention, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.modulation = Modulation(dim, 6)
+        self.attn = attn
+        self.mlp = Mlp(dim, mlp_ratio)
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        sample: Tensor | None = None,
+        slots: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
+        branch = self.attn(ops.adaln_modulate(x, shift_attn, scale_attn, sample=sample), slots, segments)
+        x = ops.gated_residual(x, branch, gate_attn, sample=sample)
+        branch = self.mlp(ops.adaln_modulate(x, shift_mlp, scale_mlp, sample=sample))
+        return ops.gated_residual(x, branch, gate_mlp, sample=sample)
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a zero-initialised Linear to the latent channels of a patch."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(dim, 2)
+        self.linear = nn.Linear(dim, out_features)
+
+    def forward(self, x: Tensor, c: Tensor, sample: Tensor | None = None) -> Tensor:
+        shift, scale = self.modulation(c)
+        return self.linear(ops.adaln_modulate(x, shift, scale, sample=sample))
+
+
+class TimestepEmbedder(nn.Module):
+    """(B,) timesteps, whole or fractional -> (B, C): 256 sinusoids (cosines, then sines) through an MLP, float32."""
+
+    FREQUENCIES = 256
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(self.FREQUENCIES, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.FREQUENCIES // 2
+        rate = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
+        angle = t.float()[:, None] * rate
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return _float32_linear(self.fc2, F.silu(_float32_linear(self.fc1, waves)))
+
+
+class Conditioning(nn.Module):
+    """c = embedding of t (+ embedding of y), (B, C) float32; row `num_classes` of the table is the null label."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.timestep = TimestepEmbedder(dim)
+        self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
+
+    def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
+        c = self.timestep(t)
+        if self.label is not None:
+            c = c + self.label(y).to(c.dtype)
+        return c
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, L, dim): one Linear over patches in (channel, row, column) order, DiT's convolution."""
+
+    def __init__(self, channels: int, patch: int, dim: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Linear(channels * patch * patch, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        p = self.patch
+        x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        return self.proj(x.reshape(b, (h // p) * (w // p), c * p * p))
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """(B, L, p*p*C), features in (row, column, channel) order -> (B, H, W, C), channels last."""
+    b = tokens.shape[0]
+    h, w = grid
+    p = patch
+    x = tokens.reshape(b, h // p, w // p, p, p, -1).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h, w, -1)
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """(h*w, dim) float32, row-major: DiT's frozen embedding, half the width for the column, half for the row.
+
+    The frequencies are those of MAE (He et al.), so that DiT's own weights see the positions they were trained with;
+    the grid need not be square.
+    """
+    if dim % 4:
+        raise ValueError(f"the width must be a multiple of 4 for a two-dimensional embedding, got {dim}")
+    h, w = grid
+    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+
+    def axis(positions: Tensor) -> Tensor:
+        angle = positions[:, None] * rate
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    row, column = torch.meshgrid(
+        torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij"
+    )
+    return torch.cat([axis(column.flatten()), axis(row.flatten())], dim=1).float()
+
+
+def to_windows(x: Tensor, window: int) -> Tensor:
+    """(B, H, W, C) -> (B, H*W, C): windows row-major in the image, cells row-major in the window."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // window, window, w // window, window, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * w, c)
+
+
+def from_windows(x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `to_windows`: (B, H*W, C) -> (B, H, W, C)."""
+    b, _, c = x.shape
+    h, w = grid
+    x = x.reshape(b, h // window, w // window, window, window, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h, w, c)
+
+
+def initialize(module: nn.Module) -> None:
+    """DiT's initialisation: Linear xavier-uniform with zero bias, embeddings and timestep MLP N(0, 0.02), the
+    modulations and the final Linear zero."""
+
+    def each(
+        kind: type[nn.Module] | tuple[type[nn.Module], ...], action: Callable[[nn.Module], None]
+    ) -> None:
+        for part in module.modules():
+            if isinstance(part, kind):
+                action(part)
+
+    def linear(part: nn.Module) -> None:
+        nn.init.xavier_uniform_(part.weight)
+        nn.init.zeros_(part.bias)
+
+    def zero(part: nn.Linear) -> None:
+        nn.init.zeros_(part.weight)
+        nn.init.zeros_(part.bias)
+
+    each(nn.Linear, linear)
+    each(nn.Embedding, lambda part: nn.init.normal_(part.weight, std=0.02))
+    each(TimestepEmbedder, lambda part: nn.init.normal_(part.fc1.weight, std=0.02))
+    each(TimestepEmbedder, lambda part: nn.init.normal_(part.fc2.weight, std=0.02))
+    each(Modulation, lambda part: zero(part.linear))
+    each(FinalLayer, lambda part: zero(part.linear))
+
+
+def drop_labels(y: Tensor, null: int, drop: Tensor | None) -> Tensor:
+    """`y` with the null label wherever `drop` (B,) is true: label dropout and classifier-free guidance alike."""
+    return y if drop is None else torch.where(drop.to(torch.bool), null, y)
+
+
+def label_dropout_mask(
+    batch: int, probability: float, *, generator: torch.Generator | None, device: torch.device | str
+) -> Tensor:
+    """(B,) bool, true with `probability`: to be passed as `force_drop_ids`, once a step."""
+    return torch.rand(batch, generator=generator, device=device) < probability
