@@ -15,8 +15,8 @@ class GaussianDiffusion:
     Args:
         num_timesteps: T.
         beta_start, beta_end: the first and the last beta.
-        learn_sigma: the model answers with 2C channels, the second half v interpolating the log-variance between its two
-            bounds (LEARNED_RANGE of Nichol and Dhariwal, Eq. 15).
+        learn_sigma: the model answers with 2C channels, the second half v interpolating the log-variance between its
+            two bounds (LEARNED_RANGE of Nichol and Dhariwal, Eq. 15).
         device: where the tables lie; `to` moves them.
 
     Raises:
@@ -78,12 +78,10 @@ class GaussianDiffusion:
 
     def predict_x0(self, xt: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_0 of x_t and its noise."""
-        return (
-            self._at("sqrt_recip_alphas_cumprod", t) * xt - self._at("sqrt_recipm1_alphas_cumprod", t) * noise
-        )
+        return self._at("sqrt_recip_alphas_cumprod", t) * xt - self._at("sqrt_recipm1_alphas_cumprod", t) * noise
 
     def posterior(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and log-variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0); at t = 0 the variance is t = 1's."""
+        """Mean (B, C, H, W), log-variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0); at t = 0 the variance is t = 1's."""
         mean = self._at("posterior_mean_x0", t) * x0 + self._at("posterior_mean_xt", t) * xt
         return mean, self._at("posterior_log_variance", t)
 

@@ -80,9 +80,7 @@ def project_to_grains(x: Tensor, grain_map: Tensor, *, code_sizes: Sequence[int]
     return ops.neighbor_copy([x if size == 1 else F.avg_pool2d(x, size) for size in sizes], grain_map)
 
 
-def grain_weights(
-    grain_map: Tensor, *, cells_per_region: int = 2, code_sizes: Sequence[int] | None = None
-) -> Tensor:
+def grain_weights(grain_map: Tensor, *, cells_per_region: int = 2, code_sizes: Sequence[int] | None = None) -> Tensor:
     """alpha of every cell's grain, (B, 1, Hf, Wf) float32: 1 / (cells of a code), so that every code counts once.
 
     Eq. 11's 1 / (2^(k-i))^2 where the factors double from grain to grain.

@@ -56,6 +56,6 @@ class Guidance:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:
-    """unconditional + scale (conditional - unconditional) on the first `channels`, the conditional's own on the rest."""
+    """unconditional + scale (conditional - unconditional) on the first `channels`, the conditional on the rest."""
     guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
     return torch.cat([guided, conditional[:, channels:]], dim=1)

@@ -34,8 +34,8 @@ def content_loss(
 ) -> ContentLoss:
     """Eq. 11: the mean over all cells and channels of alpha (eps - eps_theta)^2, and the same weights on the VLB.
 
-    The denominator is the number of cells, not of codes: it is the same for every image, so that the gradient of a batch
-    is the mean of its images' gradients however they are split over ranks or accumulation steps.
+    The denominator is the number of cells, not of codes: it is the same for every image, so that the gradient of a
+    batch is the mean of its images' gradients however they are split over ranks or accumulation steps.
 
     Args:
         model_out: (B, C or 2C, Hf, Wf); 2C with `diffusion.learn_sigma`.

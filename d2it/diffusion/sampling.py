@@ -2,7 +2,7 @@
 
 The state of a grained sampling stays one value a latent code at every step. The model's answer is averaged over each
 code (`project_to_grains`); a scheduler works element by element, so its step keeps equal cells equal but for the noise
-it draws for each cell; afterwards every code takes the value of its first cell, whose noise is one standard normal draw.
+it draws for each cell; afterwards every code takes the value of its first cell, whose noise is one normal draw.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def sample_content(
     Raises:
         ValueError: arguments that do not fit the model, an unknown scheduler, labels out of range.
     """
-    config = model.config
+    config: Any = model.config
     guidance = guidance or Guidance()
     channels = config.in_channels
     cfg_channels = channels if guidance.channels is None else guidance.channels
@@ -145,9 +145,7 @@ def sample_content(
     x = x * solver.init_noise_sigma
     for i, t in enumerate(solver.timesteps):
         weight = guidance.at(float(t) / diffusion.num_timesteps)
-        out = _evaluate(
-            model, solver.scale_model_input(x, t), float(t), labels, weight, cfg_channels, extra, autocast
-        )
+        out = _evaluate(model, solver.scale_model_input(x, t), float(t), labels, weight, cfg_channels, extra, autocast)
         x = grained(_step(solver, project(out[:, :keep]), t, x, generators))
         if callback is not None:
             callback(i, float(t), x)
@@ -174,7 +172,7 @@ def sample_grain_maps(
     Raises:
         ValueError: as for `sample_content`.
     """
-    config = model.config
+    config: Any = model.config
     guidance = guidance or Guidance()
     device = next(model.parameters()).device
     batch = len(seeds)
@@ -183,10 +181,7 @@ def sample_grain_maps(
     solver = make_scheduler(scheduler, diffusion, steps, prediction="sample")
     generators = make_generators(seeds, device)
     extra: dict[bool, dict[str, Any]] = {False: {}, True: {}}
-    x = (
-        randn((batch, 1, *config.grid), generators, device=device, dtype=torch.float32)
-        * solver.init_noise_sigma
-    )
+    x = randn((batch, 1, *config.grid), generators, device=device, dtype=torch.float32) * solver.init_noise_sigma
     logits = x.new_zeros(batch, config.num_grains, *config.grid)
     for i, t in enumerate(solver.timesteps):
         weight = guidance.at(float(t) / diffusion.num_timesteps)
@@ -207,7 +202,7 @@ def sample_grain_maps(
 
 
 def _evaluate(
-    model: nn.Module,
+    model: Any,
     x: Tensor,
     t: float,
     labels: Tensor | None,
@@ -220,17 +215,18 @@ def _evaluate(
     guided = weight != 1.0
     if guided:
         x = torch.cat([x, x])
-        null = torch.full_like(labels, model.config.num_classes)
-        labels = torch.cat([labels, null])
+    if guided and labels is not None:
+        labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
     times = torch.full((x.shape[0],), t, device=x.device)
     with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
         out = model(x, times, labels, **extra[guided]).float()
-    return guide(*out.chunk(2), weight, guided_channels) if guided else out
+    if not guided:
+        return out
+    conditional, unconditional = out.chunk(2)
+    return guide(conditional, unconditional, weight, guided_channels)
 
 
-def _model_plans(
-    model: nn.Module, grain_map: Tensor, capacity: int | None, *, guided: bool
-) -> dict[bool, dict[str, Any]]:
+def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided: bool) -> dict[bool, dict[str, Any]]:
     """Arguments of the model for one pass over the maps, and for two (guidance): maps and their plan, made once."""
     arguments = {}
     for twice in (False, True) if guided else (False,):
@@ -268,9 +264,7 @@ def _check_labels(
 def _check_grain_map(grain_map: Tensor, batch: int, config: Any) -> None:
     expected = (batch, *config.region_grid)
     if tuple(grain_map.shape) != expected or grain_map.dtype != torch.int64:
-        raise ValueError(
-            f"grain_map must be int64 {expected}, got {grain_map.dtype} {tuple(grain_map.shape)}"
-        )
+        raise ValueError(f"grain_map must be int64 {expected}, got {grain_map.dtype} {tuple(grain_map.shape)}")
     if batch and not (int(grain_map.min()) >= 0 and int(grain_map.max()) < config.num_grains):
         raise ValueError(
             f"grain_map must hold grains 0 ... {config.num_grains - 1}, "

@@ -63,15 +63,11 @@ class Model(nn.Module, PyTorchModelHubMixin):
     def preset_config(cls, name: str, **overrides: Any) -> Any:
         """The configuration that `from_preset` would build."""
         if name not in cls.presets:
-            raise ValueError(
-                f"preset must be one of {', '.join(cls.presets)} for {cls.__name__}, got {name!r}"
-            )
+            raise ValueError(f"preset must be one of {', '.join(cls.presets)} for {cls.__name__}, got {name!r}")
         fields = {f.name for f in dataclasses.fields(cls.Config)}
         unknown = sorted(set(overrides) - fields)
         if unknown:
-            raise ValueError(
-                f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}"
-            )
+            raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
         return cls.Config(**{**cls.presets[name], **overrides})
 
     # ---- weights -----------------------------------------------------------------------------------------------
@@ -100,48 +96,49 @@ class Model(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(
         cls: type[M],
-        path: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
         local_files_only: bool = True,
-        map_location: str = "cpu",
+        revision: str | None = None,
         **kwargs: Any,
     ) -> M:
-        """The model that `save_pretrained` wrote to the folder `path`, in evaluation mode.
+        """The model that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            path: a local folder. With `local_files_only=False` also a repository of the Hugging Face hub.
-            map_location: the device the weights are read to.
-            kwargs: settings that replace those in the file (`masked=True`, say); they must not change shapes.
+            pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
+                Hugging Face hub, to which the other named arguments apply.
+            kwargs: `map_location`, the device the weights are read to; and settings that replace those in the file
+                (`masked=True`, say), as long as they change no shape.
 
         Raises:
             ValueError: no such folder, no model in it, or a model of another class or shape.
         """
+        path = str(pretrained_model_name_or_path)
         if not os.path.isdir(path):
-            if local_files_only or not hasattr(super(), "from_pretrained"):
-                raise ValueError(
-                    f"path must be a folder written by save_pretrained, got {str(path)!r}: no such folder"
-                )
-            return super().from_pretrained(path, map_location=map_location, **kwargs)
-        return cls._from_pretrained(model_id=str(path), map_location=map_location, **kwargs)
-
-    @classmethod
-    def _from_pretrained(cls: type[M], *, model_id: str, map_location: str = "cpu", **kwargs: Any) -> M:
-        hub = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
-        if not os.path.isdir(model_id):
+            if local_files_only:
+                raise ValueError(f"there is no folder {path!r} to read a {cls.__name__} from")
             from huggingface_hub import snapshot_download
 
-            model_id = snapshot_download(model_id, **{k: v for k, v in kwargs.items() if k in hub})
-        overrides = {k: v for k, v in kwargs.items() if k not in hub and k != "config"}
-        config = cls.read_config(model_id, **overrides)
+            path = snapshot_download(
+                path, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token
+            )
+        return cls._read(path, **kwargs)
+
+    @classmethod
+    def _read(cls: type[M], path: str, *, map_location: str | torch.device = "cpu", **overrides: Any) -> M:
+        config = cls.read_config(path, **overrides)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            tensors = load_file(os.path.join(model_id, WEIGHTS_FILE), device=str(map_location))
+            tensors = load_file(os.path.join(path, WEIGHTS_FILE), device=str(map_location))
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{os.path.join(model_id, WEIGHTS_FILE)} cannot be read: {error}") from error
+            raise ValueError(f"{os.path.join(path, WEIGHTS_FILE)} cannot be read: {error}") from error
         model = cls(config).to(map_location)
-        load_weights(model, tensors, source=model_id)
+        load_weights(model, tensors, source=path)
         return model.eval()
 
     @classmethod
@@ -204,13 +201,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
         problems.append(f"{len(extra)} of another model ({extra[0]}, ...)")
     if shapes:
         k = shapes[0]
-        problems.append(
-            f"{len(shapes)} of another shape ({k}: {tuple(tensors[k].shape)} for {tuple(own[k].shape)})"
-        )
+        problems.append(f"{len(shapes)} of another shape ({k}: {tuple(tensors[k].shape)} for {tuple(own[k].shape)})")
     if problems:
-        raise ValueError(
-            f"the weights in {source} do not fit this {type(model).__name__}: {'; '.join(problems)}"
-        )
+        raise ValueError(f"the weights in {source} do not fit this {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(tensors)
 
 

@@ -73,9 +73,7 @@ class ContentTransformerConfig:
                 f"patch_size must divide the {self.cells_per_region} cells of a region's side, got {self.patch_size}"
             )
         if any(side % self.window for side in self.grid):
-            raise ValueError(
-                f"window must divide the latent grid {self.grid[0]} x {self.grid[1]}, got {self.window}"
-            )
+            raise ValueError(f"window must divide the latent grid {self.grid[0]} x {self.grid[1]}, got {self.window}")
         if not 0 <= self.min_grain < self.num_grains:
             raise ValueError(f"min_grain must be in 0 ... {self.num_grains - 1}, got {self.min_grain}")
 
@@ -113,8 +111,8 @@ class ContentTransformerConfig:
 class RefineNet(nn.Module):
     """Fine-grained noise correction (Eq. 8) on rows of cells: packed, or all of them in window order.
 
-    Per cell: concat(eps_2, z_noised) -> Linear (patch 1), + learnable position, + grain embedding; adaLN-Zero blocks with
-    window attention; a zero-initialised final layer, so that training starts from the rough prediction.
+    Per cell: concat(eps_2, z_noised) -> Linear (patch 1), + learnable position, + grain embedding; adaLN-Zero blocks
+    with window attention; a zero-initialised final layer, so that training starts from the rough prediction.
     """
 
     def __init__(self, config: ContentTransformerConfig) -> None:
@@ -251,9 +249,7 @@ class DynamicContentTransformer(ClassConditional):
 
         grains = torch.arange(config.num_grains, device=x.device)
         indicators = (grain_map[..., None] == grains).to(x.dtype)  # (B, h, w, k)
-        noise = self.multi_grained(
-            x, t, y, self._grain_tokens(indicators), self.run_block
-        )  # (B, Hf, Wf, out)
+        noise = self.multi_grained(x, t, y, self._grain_tokens(indicators), self.run_block)  # (B, Hf, Wf, out)
         noise = noise.to(x.dtype)
         cells = _repeat(indicators, config.cells_per_region)
         features = torch.cat([noise, x.permute(0, 2, 3, 1), cells], dim=-1)  # (B, Hf, Wf, out + C + k)
@@ -294,9 +290,7 @@ class DynamicContentTransformer(ClassConditional):
         merged = ops.unpack_tokens(corrected, plan, base=noise.flatten(1, 2))  # Eq. 9
         return merged.unflatten(1, (height, width))
 
-    def _refine_masked(
-        self, features: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, grain_map: Tensor
-    ) -> Tensor:
+    def _refine_masked(self, features: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, grain_map: Tensor) -> Tensor:
         window = self.config.window
         fine = _repeat((grain_map >= self.config.min_grain)[..., None], self.config.cells_per_region)
         segments = layers.to_windows(fine, window).reshape(-1, window * window).to(torch.int32)

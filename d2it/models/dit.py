@@ -85,9 +85,7 @@ class ClassConditional(Model):
             return None
         if y is None or y.shape != (batch,):
             got = None if y is None else tuple(y.shape)
-            raise ValueError(
-                f"y must be ({batch},) labels in 0 ... {self.config.num_classes} (the null), got {got}"
-            )
+            raise ValueError(f"y must be ({batch},) labels in 0 ... {self.config.num_classes} (the null), got {got}")
         return layers.drop_labels(y, self.config.num_classes, drop)
 
     def label_dropout_mask(
@@ -98,9 +96,7 @@ class ClassConditional(Model):
         The models drop no label by themselves: a step draws one mask, from a generator of its own, and both embedders
         of a D2iT see the same labels.
         """
-        return layers.label_dropout_mask(
-            batch, self.config.class_dropout_prob, generator=generator, device=device
-        )
+        return layers.label_dropout_mask(batch, self.config.class_dropout_prob, generator=generator, device=device)
 
 
 @dataclass
@@ -167,9 +163,7 @@ class DiT(ClassConditional):
     def transformer_blocks(self) -> list[nn.Module]:
         return list(self.trunk.blocks)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None) -> Tensor:
         """
         Args:
             x: noised latents; t: timesteps; y: labels, `num_classes` for none.

@@ -18,8 +18,8 @@ from d2it.models import layers
 from d2it.models.base import Model
 from d2it.models.presets import VAE_PRESETS
 
-#: Median entropy in nats (256 bins on [-1, 1], sigma 0.01, regions of 16 x 16) over 1,000 ImageNet photos (one per class):
-#: half of the regions of natural photos are fine.
+#: Median entropy in nats (256 bins on [-1, 1], sigma 0.01, regions of 16 x 16) over 1,000 ImageNet photos (one per
+#: class): half of the regions of natural photos are fine.
 MEDIAN_ENTROPY = 4.04
 
 
@@ -143,9 +143,7 @@ class Level(nn.Module):
 
 
 def middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)
-    )
+    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
 
 
 class Head(nn.Module):
@@ -166,7 +164,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class HierarchicalEncoder(nn.Module):
-    """E_h: (B, 3, H, W) -> k moments (B, 2 n_z, H/f, W/f), coarsest to finest. A branch leaves at each factor's level."""
+    """E_h: (B, 3, H, W) -> k moments (B, 2 n_z, H/f, W/f), coarsest to finest: a branch leaves at each f's level."""
 
     def __init__(self, config: DynamicVAEConfig) -> None:
         super().__init__()
@@ -179,14 +177,10 @@ class HierarchicalEncoder(nn.Module):
         channels = config.channels
         for i, width in enumerate(widths):
             factor = 2**i
-            self.levels.append(
-                Level(channels, width, config.residual_blocks, factor >= config.attention_from)
-            )
+            self.levels.append(Level(channels, width, config.residual_blocks, factor >= config.attention_from))
             channels = width
             if factor in config.downsampling:
-                self.branches[f"f{factor}"] = nn.Sequential(
-                    middle(width), Head(width, 2 * config.latent_channels)
-                )
+                self.branches[f"f{factor}"] = nn.Sequential(middle(width), Head(width, 2 * config.latent_channels))
             if i + 1 < len(widths):
                 self.down.append(nn.Conv2d(width, width, 3, stride=2))
 
@@ -299,7 +293,7 @@ class DynamicVAE(Model):
         return self.config.downsampling
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The decoder's last weight, at which the adversarial weight compares gradients."""
         return self.decoder.head.conv.weight
 
@@ -307,9 +301,7 @@ class DynamicVAE(Model):
         """Replaces the entropy thresholds: k-1 ascending values (ValueError otherwise)."""
         values = tuple(float(x) for x in thresholds)
         if len(values) != self.config.num_grains - 1 or list(values) != sorted(values):
-            raise ValueError(
-                f"thresholds must be {self.config.num_grains - 1} ascending values, got {values}"
-            )
+            raise ValueError(f"thresholds must be {self.config.num_grains - 1} ascending values, got {values}")
         self.config.thresholds = values
         self.thresholds.copy_(torch.tensor(values))
 
@@ -333,9 +325,7 @@ class DynamicVAE(Model):
             normalize=c.normalize,
         )
 
-    def encode(
-        self, images: Tensor, grain_map: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def encode(self, images: Tensor, grain_map: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """
         Args:
             images: (B, 3, H, W) in [-1, 1].
@@ -350,9 +340,7 @@ class DynamicVAE(Model):
         """
         s = self.config.region_size
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % s or images.shape[3] % s:
-            raise ValueError(
-                f"images must be (B, 3, H, W) with H and W multiples of {s}, got {tuple(images.shape)}"
-            )
+            raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of {s}, got {tuple(images.shape)}")
         entropy = None
         if grain_map is None:
             grain_map, entropy = self.grain_map(images)
@@ -383,9 +371,7 @@ class DynamicVAE(Model):
             )
         return self.decoder(z, grain_map)
 
-    def forward(
-        self, images: Tensor, grain_map: Tensor | None = None, *, generator: Generators = None
-    ) -> VAEOutput:
+    def forward(self, images: Tensor, grain_map: Tensor | None = None, *, generator: Generators = None) -> VAEOutput:
         """Encode, draw from the posterior, decode: the whole of a training step that must go through DDP."""
         mean, logvar, grain_map, _ = self.encode(images, grain_map)
         z = self.sample(mean, logvar, grain_map, generator)

@@ -65,9 +65,7 @@ class DynamicGrainTransformer(ClassConditional):
     def transformer_blocks(self) -> list[nn.Module]:
         return list(self.trunk.blocks)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None) -> Tensor:
         """(B, 1, h, w) noised signal, (B,) timesteps, (B,) labels -> (B, k, h, w) logits of the clean grain.
 
         Raises:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         cells = window * window
         if relative_bias == "matrix":
-            self.bias = nn.Parameter(torch.zeros(1, heads, cells, cells))
+            self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(1, heads, cells, cells))
         elif relative_bias == "table":
             self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         elif relative_bias == "none":
@@ -92,8 +91,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Packed rows (T, C) with `slots` (W, w*w), or all cells (B, L, C) in window order with `segments` (W, w*w):
         a cell attends to those of its window with the same number."""
-        bias = self.bias
-        if self.relative_bias == "table":
+        bias: Tensor | None = self.bias
+        if bias is not None and self.relative_bias == "table":
             bias = ops.relative_position_bias(bias, self.window)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if slots is not None:
@@ -282,27 +281,19 @@ def initialize(module: nn.Module) -> None:
     """DiT's initialisation: Linear xavier-uniform with zero bias, embeddings and timestep MLP N(0, 0.02), the
     modulations and the final Linear zero."""
 
-    def each(
-        kind: type[nn.Module] | tuple[type[nn.Module], ...], action: Callable[[nn.Module], None]
-    ) -> None:
-        for part in module.modules():
-            if isinstance(part, kind):
-                action(part)
-
-    def linear(part: nn.Module) -> None:
-        nn.init.xavier_uniform_(part.weight)
-        nn.init.zeros_(part.bias)
-
-    def zero(part: nn.Linear) -> None:
-        nn.init.zeros_(part.weight)
-        nn.init.zeros_(part.bias)
-
-    each(nn.Linear, linear)
-    each(nn.Embedding, lambda part: nn.init.normal_(part.weight, std=0.02))
-    each(TimestepEmbedder, lambda part: nn.init.normal_(part.fc1.weight, std=0.02))
-    each(TimestepEmbedder, lambda part: nn.init.normal_(part.fc2.weight, std=0.02))
-    each(Modulation, lambda part: zero(part.linear))
-    each(FinalLayer, lambda part: zero(part.linear))
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+    for part in module.modules():
+        if isinstance(part, TimestepEmbedder):
+            nn.init.normal_(part.fc1.weight, std=0.02)
+            nn.init.normal_(part.fc2.weight, std=0.02)
+        elif isinstance(part, (Modulation, FinalLayer)):
+            nn.init.zeros_(part.linear.weight)
+            nn.init.zeros_(part.linear.bias)
 
 
 def drop_labels(y: Tensor, null: int, drop: Tensor | None) -> Tensor:

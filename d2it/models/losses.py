@@ -80,9 +80,7 @@ class VAELoss(nn.Module):
         super().__init__()
         self.config = config
         self.discriminator = (
-            None
-            if config.disc_start is None
-            else PatchDiscriminator(config.disc_channels, config.disc_layers)
+            None if config.disc_start is None else PatchDiscriminator(config.disc_channels, config.disc_layers)
         )
         self.lpips = None if config.lpips_path is None else LPIPS.from_path(config.lpips_path)
 
@@ -120,7 +118,7 @@ class VAELoss(nn.Module):
         parts["kl"] = kl.detach()
         loss = nll + config.kl_weight * kl
         if self.adversarial(step):
-            gan = -(discriminator or self.discriminator)(reconstruction).mean()
+            gan = -self._discriminator(discriminator)(reconstruction).mean()
             weight = config.disc_weight * adaptive_weight(nll, gan, last_layer)
             parts |= {"gan": gan.detach(), "gan_weight": weight}
             loss = loss + weight * gan
@@ -130,11 +128,16 @@ class VAELoss(nn.Module):
         self, images: Tensor, reconstruction: Tensor, *, discriminator: nn.Module | None = None
     ) -> dict[str, Tensor]:
         """The discriminator's hinge loss under "loss", and the mean scores of both sides."""
-        real, fake = (discriminator or self.discriminator)(
-            torch.cat([images, reconstruction.detach().to(images.dtype)])
-        ).chunk(2)
+        both = torch.cat([images, reconstruction.detach().to(images.dtype)])
+        real, fake = self._discriminator(discriminator)(both).float().chunk(2)
         loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         return {"loss": loss, "real": real.detach().mean(), "fake": fake.detach().mean()}
+
+    def _discriminator(self, wrapped: nn.Module | None) -> nn.Module:
+        found = wrapped if wrapped is not None else self.discriminator
+        if found is None:
+            raise ValueError("disc_start is None: this VAELoss has no discriminator")
+        return found
 
 
 def kl_per_value(output: VAEOutput, code_sizes: Sequence[int], *, values: int) -> Tensor:

@@ -38,9 +38,7 @@ class LPIPS(nn.Module):
             self.convolutions.append(stage)
         self.heads = nn.ParameterList(nn.Parameter(torch.rand(widths[-1])) for widths in STAGES)
         # ImageNet's statistics for images in [-1, 1], as the reference implementation states them.
-        self.register_buffer(
-            "mean", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False
-        )
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
@@ -51,7 +49,7 @@ class LPIPS(nn.Module):
         for i, stage in enumerate(self.convolutions):
             if i:
                 h = F.max_pool2d(h, 2)
-            for convolution in stage:
+            for convolution in stage.children():
                 h = F.relu(convolution(h))
             out.append(h)
         return out
@@ -95,9 +93,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
 
-def convert_lpips(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, source: str
-) -> dict[str, Tensor]:
+def convert_lpips(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
     """The state of an `LPIPS` from torchvision's and LPIPS' own names; ValueError where one is missing."""
     numbers = {n: (i, j) for i, row in enumerate(FEATURE_INDEX) for j, n in enumerate(row)}
     state = {}

@@ -26,9 +26,7 @@ _SIZES: dict[str, dict[str, int]] = {
 }
 
 DIT_PRESETS: dict[str, Preset] = {
-    **{
-        f"DiT-{size}/{patch}": {**v, "patch_size": patch} for size, v in _SIZES.items() for patch in (2, 4, 8)
-    },
+    **{f"DiT-{size}/{patch}": {**v, "patch_size": patch} for size, v in _SIZES.items() for patch in (2, 4, 8)},
     "tiny": {**_TINY, "depth": 6, "patch_size": 2},
 }
 
