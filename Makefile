@@ -1,0 +1,60 @@
+# make demo    train every stage on a handful of photographs, reconstruct and sample: runs/demo
+# make test    lint, type-check and test
+# Both start from a bare machine with Python 3.10 or newer: they make .venv, install the pinned versions and build
+# the C++ operators (and the CUDA ones where nvcc is). PYTHON names another interpreter, D2IT_BUILD another build.
+#
+# make build   the environment alone, rebuilt where csrc or the requirements changed
+# make wheel   dist/*.whl
+# make lint    what `make test` checks before it runs the tests
+# make format  let the formatters have their way
+# make clean   remove everything made here, .venv included
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+export D2IT_BUILD ?= $(if $(shell which nvcc 2>/dev/null),cuda,auto)
+
+.PHONY: demo test lint format build wheel clean
+.DEFAULT_GOAL := test
+
+demo: build
+	$(BIN)/torchrun --standalone --nproc-per-node=1 train.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+build: $(VENV)/built
+
+# torch first and alone: the build of the operators imports it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+	    f"d2it needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools ninja
+	$(PIP) torch
+	D2IT_BUILD=none $(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py d2it/__init__.py $(wildcard csrc/*)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+wheel: build
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info d2it/_C.*.so .mypy_cache .pytest_cache .ruff_cache
