@@ -1,0 +1,105 @@
+"""What the DynamicVAE keeps of an image, by fine ratio (the horizontal axis of the paper's Fig. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2it import ops
+from d2it.errors import UserError
+from d2it.evaluation.generation import Extractor, compare, summarize
+
+if TYPE_CHECKING:
+    from d2it.models import DynamicVAE
+
+Images = Callable[[], Iterable[Tensor]]
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(
+    vae: DynamicVAE,
+    images: Images,
+    ratios: Sequence[float],
+    *,
+    extractor: Extractor | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[dict[str, float]]:
+    """Encodes and decodes a set of images at several fine ratios.
+
+    The thresholds of a ratio are the percentiles of this set's own entropies, so that exactly this share of its regions
+    is fine; with k > 2 grains the share is split evenly over the grains above the coarsest. The mean of the posterior is
+    decoded, without noise.
+
+    Args:
+        vae: the model, on `device`.
+        images: gives a fresh pass over uint8 (B, 3, H, W) batches each time it is called.
+        ratios: shares of fine regions in [0, 1].
+        extractor: for rFID; None leaves it out.
+        lpips: perceptual distance (B, 3, H, W), (B, 3, H, W) in [-1, 1] -> (B,); None leaves it out.
+
+    Returns:
+        For each ratio: `fine_ratio`, `codes` (latent codes an image), `psnr` (dB, the mean over images of 8-bit images),
+        `ssim`, and `lpips` and `rfid` where asked for.
+
+    Raises:
+        UserError: a ratio outside [0, 1].
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    for ratio in ratios:
+        if not 0 <= ratio <= 1:
+            raise UserError(f"a fine ratio must be in [0, 1], got {ratio}")
+    entropies = torch.cat([vae.grain_map(batch.to(device))[1].flatten().cpu() for batch in images()]).numpy()
+    rows = []
+    for ratio in ratios:
+        limits = _limits(entropies, ratio, vae.config.num_grains)
+        scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "lpips": [], "codes": []}
+
+        def decoded(limits=limits, scores=scores) -> Iterable[Tensor]:  # type: ignore[no-untyped-def]
+            for batch in images():
+                batch = batch.to(device)
+                target = batch.float() / 127.5 - 1
+                # The reference, which takes equal limits too: ratios 0 and 1 leave several at the same infinity.
+                grains = ops.reference.grain_map(vae.grain_map(batch)[1], limits)
+                mean, _, grains, _ = vae.encode(target, grains)
+                output = vae.decode(mean, grains)
+                bytes_out = ((output + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                a, b = batch.float() / 255, bytes_out.float() / 255
+                error = (a - b).square().mean(dim=(1, 2, 3))
+                scores["psnr"].append(-10 * error.clamp(min=1e-10).log10())
+                similarity = structural_similarity_index_measure(b, a, data_range=1.0, reduction="none")
+                scores["ssim"].append(similarity.reshape(-1))  # type: ignore[union-attr]
+                if lpips is not None:
+                    scores["lpips"].append(lpips(bytes_out.float() / 127.5 - 1, target).reshape(-1))
+                scores["codes"].append(_codes(grains, vae))
+                yield bytes_out
+
+        row = {"fine_ratio": float(ratio)}
+        if extractor is None:
+            for _ in decoded():
+                pass
+        else:
+            told = summarize(decoded(), extractor, metrics=("fid",), device=device)
+            row["rfid"] = compare(told, summarize(images(), extractor, metrics=("fid",), device=device), ("fid",))["fid"]
+        row |= {name: float(torch.cat(values).mean()) for name, values in scores.items() if values}
+        rows.append(row)
+    return rows
+
+
+def _limits(entropies: np.ndarray, ratio: float, grains: int) -> list[float]:
+    """k-1 entropies that the shares ratio, ratio * (k-2)/(k-1), ... exceed; infinite where that is all or nothing."""
+    shares = [ratio * (grains - 1 - i) / (grains - 1) for i in range(grains - 1)]
+    inside = {share: float(np.quantile(entropies, 1 - share)) for share in shares}
+    return [{0.0: np.inf, 1.0: -np.inf}.get(share, inside[share]) for share in shares]
+
+
+def _codes(grains: Tensor, vae: DynamicVAE) -> Tensor:
+    """(B,) latent codes that an image spends."""
+    side = vae.config.code_sizes[0]
+    each = torch.tensor([(side // size) ** 2 for size in vae.config.code_sizes], device=grains.device)
+    return each[grains].flatten(1).sum(dim=1).float()
