@@ -1,5 +1,7 @@
 """Numbers that can stand beside the literature's: each metric against an independent implementation."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,8 +9,9 @@ import torch
 from PIL import Image
 
 from d2it.errors import UserError
+from d2it.evaluation.cli import main
 from d2it.evaluation.generation import compare, open_reference, summarize
-from d2it.evaluation.images import open_images, write_npz
+from d2it.evaluation.images import npz_writer, open_images
 from d2it.evaluation.inception import Features, Inception, resize_tensorflow1
 from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
 
@@ -161,7 +164,9 @@ def test_inception_weights_are_asked_for_and_judged(tmp_path):
 
 def test_npz_streams_what_was_written(tmp_path):
     images = pictures(11, 1)
-    write_npz(tmp_path / "samples.npz", images.split(4), 11, labels=np.arange(11))
+    with npz_writer(tmp_path / "samples.npz", 11, labels=np.arange(11)) as add:
+        for part in images.split(4):
+            add(part)
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(archive["arr_0"], images.permute(0, 2, 3, 1))
@@ -173,8 +178,11 @@ def test_npz_streams_what_was_written(tmp_path):
 
 
 def test_a_wrong_count_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="count must be the number of images, got 5 for 4"):
-        write_npz(tmp_path / "samples.npz", [pictures(4, 1)], 5)
+    with (
+        pytest.raises(ValueError, match="count must be the number of images, got 5 for 4"),
+        npz_writer(tmp_path / "samples.npz", 5) as add,
+    ):
+        add(pictures(4, 1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,3 +273,69 @@ def test_sets_that_cannot_be_compared_say_so(tmp_path):
     with pytest.raises(UserError, match="precision and recall need images"):
         open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid", "precision"])
     assert compare(small, open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid"]), ["fid"])["fid"] < 1e-3
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(Inception().state_dict(), path)
+    return str(path)
+
+
+def test_the_command_judges_a_folder_against_statistics(tmp_path, inception_weights, capsys):
+    folder = str(save_folder(tmp_path / "samples", pictures(5, 10)))
+    weights = ["--inception", inception_weights, "--any-inception", "--device", "cpu"]
+    assert main(["statistics", folder, "--save", str(tmp_path / "s.npz"), *weights]) == 0
+    report = tmp_path / "report.json"
+    judge = ["generation", "--samples", folder, "--reference", str(tmp_path / "s.npz"), "--metrics", "fid,precision"]
+    assert main([*judge, *weights, "--output", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert abs(found["metrics"]["fid"]) < 1e-3
+    assert found["metrics"]["precision"] == 1
+    settings = found["settings"]
+    assert (settings["count"], settings["reference_count"], settings["size"]) == (5, 5, [16, 16])
+    assert settings["inception_sha256"]
+    assert "fid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["generation", "--samples", "nowhere", "--reference", "r.npz"], "no Inception weights given"),
+        (["statistics", "nowhere", "--save", "s.npz", "--inception", "none.pth"], "none.pth: no such file"),
+        (["generation", "--samples", "x", "--reference", "r", "--metrics", "kid"], "unknown metric 'kid'"),
+        (["reconstruction", "--checkpoint", "nowhere", "--data", "demo"], "nowhere"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(arguments, match, capsys):
+    assert main([*arguments, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
+
+
+# ---- reconstruction -----------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_spends_the_codes_of_the_ratio():
+    from d2it.evaluation.reconstruction import evaluate_reconstruction
+    from d2it.models import DynamicVAE
+
+    torch.manual_seed(0)
+    vae = DynamicVAE.from_preset("tiny").eval()
+    side = 4 * vae.config.region_size
+    photos = pictures(6, 9, size=side)
+    photos[:, :, : side // 2] //= 8  # calmer above: the ratios have something to tell apart
+    rows = evaluate_reconstruction(vae, lambda: photos.split(4), [0, 0.5, 1], extractor=SmallExtractor())
+    fine, coarse = 16 * (vae.config.code_sizes[0] // vae.config.code_sizes[-1]) ** 2, 16
+    assert [row["codes"] for row in rows] == pytest.approx([coarse, (coarse + fine) / 2, fine], rel=0.02)
+    for row in rows:
+        assert 0 < row["psnr"] < 60
+        assert -1 <= row["ssim"] <= 1
+        assert row["rfid"] > 0
+    with pytest.raises(UserError, match=r"a fine ratio must be in \[0, 1\], got 1.5"):
+        evaluate_reconstruction(vae, lambda: photos.split(4), [1.5])

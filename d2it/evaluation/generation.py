@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from d2it.errors import UserError
 from d2it.evaluation.images import ImageSet, open_images
 from d2it.evaluation.inception import Features
 from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
+from d2it.files import atomic_write
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 
@@ -49,12 +50,8 @@ class Summary:
             arrays["size"] = np.array(self.size)
         if self.features is not None:
             arrays["features"] = self.features.cpu().numpy()
-        partial = f"{os.fspath(path)}.partial"
-        with open(partial, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
 
 @torch.inference_mode()
@@ -112,10 +109,17 @@ def open_reference(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
     progress: bool = False,
+    share: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter,
 ) -> Summary:
     """Reference statistics (`mu`, `sigma`, and for sFID `mu_s`, `sigma_s`), or a folder or `.npz` of images.
 
     ADM's reference batches hold both; then the images serve precision and recall and the statistics the rest.
+
+    Args:
+        path: of the reference.
+        extractor, metrics, device, progress: as for `summarize`.
+        batch_size: images at once.
+        share: takes this rank's part of the batches.
 
     Raises:
         UserError: neither is there, or a metric needs what is not in it.
@@ -128,9 +132,9 @@ def open_reference(
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not an .npz file ({error})") from None
         if {"mu", "sigma"} <= names:
-            return _stored(path, stored, "arr_0" in names, extractor, metrics, device, batch_size, progress)
+            return _stored(path, stored, "arr_0" in names, extractor, metrics, device, batch_size, progress, share)
     images = open_images(path)
-    batches = images.batches(batch_size)
+    batches = share(images.batches(batch_size))
     return summarize(batches, extractor, metrics=metrics, device=device, total=images.count, progress=progress)
 
 
@@ -143,6 +147,7 @@ def _stored(
     device: torch.device | str,
     batch_size: int,
     progress: bool,
+    share: Callable[[Iterator[Tensor]], Iterator[Tensor]],
 ) -> Summary:
     def gaussian(mean: str, covariance: str) -> Gaussian:
         mu, sigma = torch.from_numpy(stored[mean]).double(), torch.from_numpy(stored[covariance]).double()
@@ -159,7 +164,7 @@ def _stored(
         if not has_images:
             raise UserError(f"{path}: statistics alone, but precision and recall need images or features")
         images: ImageSet = open_images(path)
-        batches = images.batches(batch_size)
+        batches = share(images.batches(batch_size))
         wanted = ("precision", "recall")
         told = summarize(batches, extractor, metrics=wanted, device=device, total=images.count, progress=progress)
         features, size = told.features, images.size

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from d2it.data.decode import EXTENSIONS, Unreadable, decode
 from d2it.errors import UserError
+from d2it.files import atomic_write
 
 
 class ImageSet:
@@ -102,40 +104,40 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
     raise UserError(f"{path}: no such folder of images or .npz file")
 
 
-def write_npz(
-    path: str | os.PathLike[str], batches: Iterable[Tensor], count: int, labels: np.ndarray | None = None
-) -> None:
-    """Writes ADM's `.npz` without holding the images in memory; the file appears whole or not at all.
+@contextlib.contextmanager
+def npz_writer(
+    path: str | os.PathLike[str], count: int, labels: np.ndarray | None = None
+) -> Iterator[Callable[[Tensor], None]]:
+    """Yields a function that adds a batch to ADM's `.npz`; nothing is held in memory; the file appears whole or not.
 
     Args:
         path: of the file.
-        batches: uint8 (B, 3, H, W), `count` images in all.
-        count: N.
-        labels: (N,) integers, stored as `arr_1`.
+        count: images that will be added in all; the function takes uint8 (B, 3, H, W).
+        labels: (count,) integers, stored as `arr_1`.
 
     Raises:
-        ValueError: the batches hold fewer or more than `count` images.
+        ValueError: fewer or more than `count` images were added.
     """
-    partial = f"{os.fspath(path)}.partial"
     written = 0
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for batch in batches:
-                images = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-                if written == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                written += len(images)
-                file.write(images.tobytes())
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(labels), allow_pickle=False)
-    if written != count:
-        os.unlink(partial)
-        raise ValueError(f"count must be the number of images, got {count} for {written}")
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_write(path) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+
+                def add(batch: Tensor) -> None:
+                    nonlocal written
+                    images = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                    if written == 0:
+                        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    written += len(images)
+                    file.write(images.tobytes())
+
+                yield add
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(labels), allow_pickle=False)
+        if written != count:
+            raise ValueError(f"count must be the number of images, got {count} for {written}")
 
 
 def _archive(path: str) -> zipfile.ZipFile:

@@ -8,7 +8,6 @@ Inception v3 in three pooling layers. Spatial features and logits are those of A
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2it.errors import UserError
+from d2it.files import sha256_of
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"  # the first digits, which the file carries in its name
@@ -189,7 +189,7 @@ class Inception(nn.Module):
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file; {WHERE}")
         if sha256 is not None:
-            found = file_sha256(path)
+            found = sha256_of(path)
             if not found.startswith(sha256):
                 raise UserError(f"{path}: SHA-256 {found[:8]}..., expected {sha256}...; {WHERE}")
         try:
@@ -239,16 +239,3 @@ def resize_tensorflow1(x: Tensor, size: int) -> Tensor:
         below, above = x.index_select(dim, low), x.index_select(dim, high)
         x = below + (above - below) * weight
     return x
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -32,8 +32,8 @@ def evaluate_reconstruction(
     """Encodes and decodes a set of images at several fine ratios.
 
     The thresholds of a ratio are the percentiles of this set's own entropies, so that exactly this share of its regions
-    is fine; with k > 2 grains the share is split evenly over the grains above the coarsest. The mean of the posterior is
-    decoded, without noise.
+    is fine; with k > 2 grains the share is split evenly over the grains above the coarsest. What is decoded is the mean
+    of the posterior, without noise.
 
     Args:
         vae: the model, on `device`.
@@ -43,8 +43,8 @@ def evaluate_reconstruction(
         lpips: perceptual distance (B, 3, H, W), (B, 3, H, W) in [-1, 1] -> (B,); None leaves it out.
 
     Returns:
-        For each ratio: `fine_ratio`, `codes` (latent codes an image), `psnr` (dB, the mean over images of 8-bit images),
-        `ssim`, and `lpips` and `rfid` where asked for.
+        For each ratio: `fine_ratio`, `codes` (latent codes an image), `psnr` (dB, the mean over 8-bit images), `ssim`,
+        and `lpips` and `rfid` where asked for.
 
     Raises:
         UserError: a ratio outside [0, 1].
@@ -60,7 +60,7 @@ def evaluate_reconstruction(
         limits = _limits(entropies, ratio, vae.config.num_grains)
         scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "lpips": [], "codes": []}
 
-        def decoded(limits=limits, scores=scores) -> Iterable[Tensor]:  # type: ignore[no-untyped-def]
+        def decoded(limits=limits, scores=scores) -> Iterable[Tensor]:
             for batch in images():
                 batch = batch.to(device)
                 target = batch.float() / 127.5 - 1
@@ -85,7 +85,9 @@ def evaluate_reconstruction(
                 pass
         else:
             told = summarize(decoded(), extractor, metrics=("fid",), device=device)
-            row["rfid"] = compare(told, summarize(images(), extractor, metrics=("fid",), device=device), ("fid",))["fid"]
+            row["rfid"] = compare(told, summarize(images(), extractor, metrics=("fid",), device=device), ("fid",))[
+                "fid"
+            ]
         row |= {name: float(torch.cat(values).mean()) for name, values in scores.items() if values}
         rows.append(row)
     return rows

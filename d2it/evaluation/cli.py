@@ -1,0 +1,255 @@
+"""The commands of evaluate.py: judge samples, make reference statistics, judge reconstructions."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import d2it
+from d2it.errors import UserError
+from d2it.evaluation.generation import METRICS, compare, open_reference, summarize
+from d2it.evaluation.images import ImageArchive, npz_writer, open_images
+from d2it.evaluation.inception import WHERE, Inception
+from d2it.files import atomic_write, sha256_of
+from d2it.training.distributed import World, start, stop
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0, or 2 with one line where the user can mend it."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    world = None
+    try:
+        world = start(options.device)
+        report = options.run(options, world)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        stop()
+    if world.first:
+        _show(report)
+        if options.output:
+            with atomic_write(options.output) as temporary:
+                temporary.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Judge samples and reconstructions.", epilog=f"Inception weights: {WHERE}."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    generation = commands.add_parser("generation", help="FID, sFID, IS, precision and recall of samples")
+    source = generation.add_mutually_exclusive_group(required=True)
+    source.add_argument("--samples", metavar="PATH", help="a folder of images, or an .npz of ADM's form")
+    source.add_argument("--checkpoint", metavar="PATH", help="a trained D2iT: samples are drawn and judged in a stream")
+    generation.add_argument(
+        "--reference", required=True, metavar="PATH", help="statistics, an .npz of images, a folder"
+    )
+    generation.add_argument("--metrics", default=",".join(METRICS), help="some of %(default)s")
+    generation.add_argument("--count", type=int, help="samples to judge (50000 of a checkpoint, all of a set)")
+    generation.add_argument("--save", metavar="FILE.npz", help="keep a checkpoint's samples for ADM's own evaluator")
+    generation.add_argument("--labels", choices=("balanced", "random"), default="balanced", help="classes of samples")
+    generation.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has seed + i")
+    generation.add_argument("--scheduler", default=None, help="of diffusers, by name")
+    generation.add_argument("--steps", type=int, help="denoising steps")
+    generation.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
+    generation.set_defaults(run=_generation)
+
+    statistics = commands.add_parser("statistics", help="reference statistics of a set of images")
+    statistics.add_argument("images", help="a folder of images, or an .npz of ADM's form")
+    statistics.add_argument("--save", required=True, metavar="FILE.npz", help="where they go")
+    statistics.set_defaults(run=_statistics)
+
+    reconstruction = commands.add_parser("reconstruction", help="rFID, PSNR, SSIM, LPIPS of a DynamicVAE by fine ratio")
+    reconstruction.add_argument("--checkpoint", required=True, metavar="PATH", help="a trained D2iT or DynamicVAE")
+    reconstruction.add_argument("--data", required=True, metavar="PATH", help="images, as train.py reads them")
+    reconstruction.add_argument("--image-size", type=int, nargs="+", default=[256], help="side, or height and width")
+    reconstruction.add_argument("--ratios", type=float, nargs="+", default=[0, 0.25, 0.5, 0.7, 1], help="fine ratios")
+    reconstruction.add_argument("--count", type=int, help="the first so many images")
+    reconstruction.add_argument("--lpips", metavar="PATH", help="LPIPS weights; without them it is left out")
+    reconstruction.set_defaults(run=_reconstruction)
+
+    for command in (generation, statistics, reconstruction):
+        command.add_argument("--inception", metavar="PATH", help="Inception weights (below)")
+        command.add_argument("--any-inception", action="store_true", help="take weights of another hash, and say so")
+        command.add_argument("--batch-size", type=int, default=64, help="images at once (%(default)s)")
+        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        command.add_argument("--output", metavar="FILE.json", help="the report with its settings")
+        command.epilog = parser.epilog
+    return parser
+
+
+def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UserError(f"--metrics: unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
+    _positive(options.count, "--count")
+    inception, settings = _inception(options, world)
+    common: dict[str, Any] = {"metrics": metrics, "device": world.device, "progress": world.first}
+    if options.samples:
+        images = open_images(options.samples)
+        count = min(options.count or images.count, images.count)
+        if options.count and options.count > images.count:
+            raise UserError(f"--count {options.count}: {options.samples} has {images.count} images")
+        mine = _share(images.batches(options.batch_size, count), world)
+        samples = summarize(mine, inception, total=math.ceil(count / world.size), **common)
+        settings |= {"samples": options.samples}
+    else:
+        count = options.count or 50_000
+        batches, told = _drawn(options, world, count)
+        settings |= told
+        if options.save:
+            batches = _kept(batches, options, world, count)
+        samples = summarize(batches, inception, total=math.ceil(count / world.size), **common)
+    reference = open_reference(
+        options.reference,
+        inception,
+        metrics=metrics,
+        device=world.device,
+        batch_size=options.batch_size,
+        progress=world.first,
+        share=lambda batches: _share(batches, world),
+    )
+    found = compare(samples, reference, metrics)
+    settings |= {"count": count, "size": list(samples.size or ()), "reference": options.reference}
+    return {"metrics": found, "settings": settings | {"reference_count": reference.count or None}}
+
+
+def _drawn(options: argparse.Namespace, world: World, count: int) -> tuple[Iterator[Tensor], dict[str, Any]]:
+    """This rank's samples: every `world.size`-th batch. A sample follows from its seed, whatever rank draws it."""
+    from d2it.models import D2iT
+
+    try:
+        model = D2iT.from_pretrained(options.checkpoint, device=world.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    classes = model.num_classes
+    autocast = torch.bfloat16 if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    given = {"scheduler": options.scheduler, "steps": options.steps, "guidance": options.guidance}
+    used = {name: value if value is not None else model.sampling.get(name) for name, value in given.items()}
+
+    def draw() -> Iterator[Tensor]:
+        starts = range(0, count, options.batch_size)
+        for first in itertools.islice(starts, world.rank, None, world.size):
+            indices = range(first, min(first + options.batch_size, count))
+            labels = [i % classes for i in indices] if classes and options.labels == "balanced" else None
+            try:
+                drawn = model(seeds=[options.seed + i for i in indices], labels=labels, autocast=autocast, **given)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            yield torch.from_numpy(drawn.uint8()).permute(0, 3, 1, 2)
+
+    settings = {"checkpoint": options.checkpoint, "seed": options.seed, **used}
+    return draw(), settings | {"labels": options.labels if classes else None, "autocast": str(autocast)}
+
+
+def _kept(batches: Iterator[Tensor], options: argparse.Namespace, world: World, count: int) -> Iterator[Tensor]:
+    """Passes the batches through and leaves them all in `options.save`, in the order of the samples."""
+    starts = range(0, count, options.batch_size)
+    sizes = [min(options.batch_size, count - first) for first in starts]
+    parts = [f"{options.save}.rank{rank}" for rank in range(min(world.size, len(sizes)))]
+    if world.rank < len(parts):
+        with npz_writer(parts[world.rank], sum(sizes[world.rank :: world.size])) as add:
+            for batch in batches:
+                add(batch)
+                yield batch
+    world.barrier()
+    if world.first:
+        readers = [ImageArchive(part).batches(options.batch_size) for part in parts]
+        with npz_writer(options.save, count) as add:
+            for i in range(len(sizes)):
+                add(next(readers[i % world.size]))
+        for part in parts:
+            os.unlink(part)
+
+
+def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    inception, settings = _inception(options, world)
+    images = open_images(options.images)
+    mine = _share(images.batches(options.batch_size), world)
+    told = summarize(
+        mine, inception, device=world.device, total=math.ceil(images.count / world.size), progress=world.first
+    )
+    if world.first:
+        told.save(options.save)
+    return {"settings": settings | {"images": options.images, "count": told.count, "saved": options.save}}
+
+
+def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    from d2it.data import open_source
+    from d2it.evaluation.reconstruction import evaluate_reconstruction
+    from d2it.models import LPIPS, DynamicVAE
+
+    if world.size > 1:
+        raise UserError("reconstruction runs in one process: start it without torchrun")
+    if len(options.image_size) > 2:
+        raise UserError(f"--image-size: a side, or height and width, got {options.image_size}")
+    folder = Path(options.checkpoint)
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    try:
+        vae = DynamicVAE.from_pretrained(folder).to(world.device).eval()
+        lpips = LPIPS.from_path(options.lpips).to(world.device) if options.lpips else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    inception, settings = _inception(options, world) if options.inception else (None, _versions())
+    height, width = (options.image_size * 2)[:2]
+    source = open_source(options.data, (height, width), upsample=True)
+    count = min(options.count or len(source), len(source))
+
+    def images() -> Iterator[Tensor]:
+        for first in range(0, count, options.batch_size):
+            chosen = range(first, min(first + options.batch_size, count))
+            yield torch.stack([source[i]["image"] for i in chosen])
+
+    rows = evaluate_reconstruction(vae, images, options.ratios, extractor=inception, lpips=lpips, device=world.device)
+    settings |= {"checkpoint": options.checkpoint, "data": options.data, "count": count, "size": [height, width]}
+    return {"rows": rows, "settings": settings}
+
+
+def _inception(options: argparse.Namespace, world: World) -> tuple[Inception, dict[str, Any]]:
+    model = (
+        Inception.from_file(options.inception, sha256=None)
+        if options.any_inception
+        else Inception.from_file(options.inception)
+    )
+    told = {"inception_sha256": sha256_of(options.inception), "resize": "bilinear 299, as TensorFlow 1"}
+    return model.to(world.device), told | _versions()
+
+
+def _versions() -> dict[str, Any]:
+    return {"d2it": d2it.__version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def _share(batches: Iterator[Tensor], world: World) -> Iterator[Tensor]:
+    return itertools.islice(batches, world.rank, None, world.size)
+
+
+def _positive(value: int | None, name: str) -> None:
+    if value is not None and value < 2:
+        raise UserError(f"{name} must be at least 2, got {value}")
+
+
+def _show(report: dict[str, Any]) -> None:
+    for name, value in report.get("metrics", {}).items():
+        print(f"{name:>10}  {value:.4f}")
+    rows = report.get("rows", [])
+    if rows:
+        print("  ".join(f"{name:>10}" for name in rows[0]))
+        for row in rows:
+            print("  ".join(f"{value:10.4f}" for value in row.values()))
+    print(json.dumps(report["settings"]))
