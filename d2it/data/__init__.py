@@ -1,7 +1,7 @@
 """Image sources, the training loader, entropy calibration and the latent cache (see docs/data.md)."""
 
+from .cache import LatentCache, build_cache, finish_cache
 from .loader import Batch, Loader, SinglePass, default_workers
-from .order import step_generator
 from .sources import DemoPhotos, ImageFolder, ImageSource, NpzPack, WebDatasetShards, open_source
 
 __all__ = [
@@ -9,11 +9,13 @@ __all__ = [
     "DemoPhotos",
     "ImageFolder",
     "ImageSource",
+    "LatentCache",
     "Loader",
     "NpzPack",
     "SinglePass",
     "WebDatasetShards",
+    "build_cache",
     "default_workers",
+    "finish_cache",
     "open_source",
-    "step_generator",
 ]

@@ -126,7 +126,7 @@ class _Stream:
         if "error" in batch:
             self.close()
             raise UserError(batch["error"])
-        self._count(batch.pop("unreadable", ()))
+        self._count(batch.get("unreadable", ()))
         return batch
 
     def _count(self, unreadable: Sequence[tuple[int, str, str]]) -> None:
@@ -236,6 +236,7 @@ class Loader(_Stream):
         if not self._holder:
             self._start(self._requests(self._seen))
         batch = self._next()
+        batch.pop("unreadable", None)
         self._seen += self.world_size * self.batch_size
         return batch
 
@@ -265,38 +266,43 @@ class Loader(_Stream):
 
 
 class SinglePass(_Stream):
-    """Every image of ``indices`` once, in that order, not augmented; unreadable ones are left out and counted.
+    """Every image once, in order, not augmented; for calibration, caching and evaluation.
 
-    Batches are as :class:`Loader`'s; the last may be smaller, and one whose images were all unreadable is empty.
-    For calibration, caching and evaluation. Arguments as for :class:`Loader`; ``indices`` defaults to the whole source.
+    Yields batches as :class:`Loader` does, and in ``batch["unreadable"]`` a list of (index, name, reason): images
+    that could not be read are left out, so a batch may be smaller than asked, or empty. Iterating again starts over.
+
+    Args:
+        batches: images of a batch, over the whole source; or the batches themselves, as sequences of indices.
+        The others are as for :class:`Loader`.
+
+    Raises:
+        UserError: as for :class:`Loader`, over more than 1 % of this pass.
     """
 
     def __init__(
         self,
         source,
-        batch_size: int,
+        batches: int | Sequence[Sequence[int]],
         *,
-        indices: Sequence[int] | np.ndarray | None = None,
         workers: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
         process: Callable[[Batch], Batch] | None = None,
     ) -> None:
-        self._indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-        super().__init__(_Fetch(source, process, None), len(self._indices), workers, prefetch, pin_memory)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
-        self.batch_size = batch_size
+        if isinstance(batches, int):
+            if batches < 1:
+                raise ValueError(f"batches must be positive, got {batches}")
+            total = len(source)
+            batches = [range(at, min(at + batches, total)) for at in range(0, total, batches)]
+        super().__init__(_Fetch(source, process, None), sum(map(len, batches)), workers, prefetch, pin_memory)
+        self._batches = batches
 
     def __len__(self) -> int:
-        return -(-len(self._indices) // self.batch_size)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._start(
-            [(int(i), -1) for i in self._indices[at : at + self.batch_size]]
-            for at in range(0, len(self._indices), self.batch_size)
-        )
+        self._start([(int(index), -1) for index in batch] for batch in self._batches)
         while True:
             try:
                 batch = self._next()

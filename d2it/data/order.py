@@ -7,10 +7,7 @@ no global generator moves.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
-import torch
 
 # Streams keep orders, augmentations and noise apart where seed and counter agree.
 _ORDER, _AUGMENT = 1, 2
@@ -39,15 +36,3 @@ class Draws:
     def below(self, bound: int) -> int:
         """Return the next integer in [0, bound); bound must be far below 2^53."""
         return int(self.uniform() * bound)
-
-
-def step_generator(
-    seed: int, step: int, rank: int = 0, device: torch.device | str = "cpu", purpose: str = ""
-) -> torch.Generator:
-    """Return a private generator on ``device`` that depends on (seed, step, rank, purpose) and nothing else.
-
-    Seeding a CUDA generator does not synchronise. ``purpose`` separates the uses within one step
-    (``"latents"``, ``"noise"``).
-    """
-    digest = hashlib.blake2b(f"{seed},{step},{rank},{purpose}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
