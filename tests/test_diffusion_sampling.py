@@ -84,7 +84,7 @@ def test_schedulers_sample_the_known_distribution(name, learn_sigma):
     assert len(states) >= 100
     for state in states:
         assert torch.equal(project_to_grains(state, grains), state), "the state left its codes"
-    # Averaging the four draws of a coarse code would shrink its noise; a hundred steps lose up to a tenth of the spread.
+    # Averaging the four draws of a coarse code would shrink its noise; 100 steps lose up to a tenth of the spread.
     for grain in (0, 1):
         sample = out[cells_of(grains, grain)]
         assert sample.mean().item() == pytest.approx(MEAN, abs=0.03)

@@ -18,8 +18,8 @@ from d2it.diffusion.gaussian import GaussianDiffusion
 from d2it.diffusion.grains import copy_codes, expected_signal, project_to_grains, randn
 from d2it.diffusion.guidance import Guidance, guide
 
-#: name -> (class in diffusers, settings). "linspace" is ADM's respacing: from T - 1 to 0. The others step by a stride of
-#: their own or cannot stand two equal timesteps; their spacing from T - 1 is "trailing".
+#: name -> (class in diffusers, settings). "linspace" is ADM's respacing: from T - 1 to 0. The others step by a
+#: stride of their own or cannot stand two equal timesteps; their spacing from T - 1 is "trailing".
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
