@@ -81,7 +81,7 @@ class Toy:
     def work(self, batch: Batch) -> Work:
         return Work(len(batch["x"]), 0, 0)
 
-    def preview(self, meters: Any, step: int) -> None:
+    def publish(self, meters: Any, step: int) -> None:
         pass
 
 
@@ -100,7 +100,7 @@ def digest(learner: Learner) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    run = RunConfig(log_every=5, save_every=4, keep=2, preview_every=0, skip_limit=3)
+    run = RunConfig(log_every=5, save_every=4, keep=2, publish_every=0, skip_limit=3)
     settings = StageConfig(steps=40, batch_size=8, lr=1e-2, ema=0.9)
     extra: dict[str, Any] = {}
     for argument in arguments:

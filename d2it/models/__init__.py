@@ -6,10 +6,12 @@ from d2it.models.dvae import DynamicVAE, DynamicVAEConfig, VAEOutput
 from d2it.models.grain import DynamicGrainTransformer, GrainTransformerConfig
 from d2it.models.losses import PatchDiscriminator, VAELoss, VAELossConfig
 from d2it.models.lpips import LPIPS
+from d2it.models.pipeline import D2iT, Samples
 
 __all__ = [
     "LPIPS",
     "ContentTransformerConfig",
+    "D2iT",
     "DiT",
     "DiTConfig",
     "DynamicContentTransformer",
@@ -18,6 +20,7 @@ __all__ = [
     "DynamicVAEConfig",
     "GrainTransformerConfig",
     "PatchDiscriminator",
+    "Samples",
     "VAELoss",
     "VAELossConfig",
     "VAEOutput",

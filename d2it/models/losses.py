@@ -7,7 +7,7 @@ latent code once, not every cell that copies it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,7 @@ class VAELoss(nn.Module):
         step: int,
         last_layer: Tensor,
         code_sizes: Sequence[int],
-        discriminator: nn.Module | None = None,
+        discriminator: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The VAE's loss under "loss", and its parts, scalars without a host synchronisation.
 
@@ -125,7 +125,7 @@ class VAELoss(nn.Module):
         return {"loss": loss, **parts}
 
     def discriminate(
-        self, images: Tensor, reconstruction: Tensor, *, discriminator: nn.Module | None = None
+        self, images: Tensor, reconstruction: Tensor, *, discriminator: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, Tensor]:
         """The discriminator's hinge loss under "loss", and the mean scores of both sides."""
         both = torch.cat([images, reconstruction.detach().to(images.dtype)])
@@ -133,7 +133,7 @@ class VAELoss(nn.Module):
         loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         return {"loss": loss, "real": real.detach().mean(), "fake": fake.detach().mean()}
 
-    def _discriminator(self, wrapped: nn.Module | None) -> nn.Module:
+    def _discriminator(self, wrapped: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
         found = wrapped if wrapped is not None else self.discriminator
         if found is None:
             raise ValueError("disc_start is None: this VAELoss has no discriminator")

@@ -12,13 +12,10 @@ under DDP or FSDP2. Shards are for the run's own resume; weights to share are sa
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,9 +27,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from d2it.errors import UserError
+from d2it.files import flush_folder, sha256_of
 from d2it.training.distributed import World
 
 MANIFEST = "manifest.json"
+_ADVICE = "move the directory away to resume from the one before it"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -147,21 +146,23 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load(self, tensors: dict[str, Any]) -> dict[str, Any] | None:
-        """Load the newest checkpoint into `tensors`, in place; None if there is none.
-
-        Returns:
-            The manifest: "step", "facts", "world_size".
+    def newest(self) -> dict[str, Any] | None:
+        """The manifest of the newest checkpoint ("step", "facts", "world_size"), None if there is none.
 
         Raises:
-            UserError: the checkpoint is of something else, a file is missing or damaged, or a tensor in it
-                does not fit.
+            UserError: the checkpoint is of something else, or its manifest is damaged.
         """
         steps = [s for s in self.world.gather(self.latest()) if s is not None]
-        if not steps:
-            return None
-        path = self.path(max(steps))
-        manifest = self.world.together(lambda: self._verified(path))
+        return self.world.together(lambda: self._manifest(self.path(max(steps)))) if steps else None
+
+    def load(self, step: int, tensors: dict[str, Any]) -> None:
+        """Load the checkpoint of `step` into `tensors`, in place.
+
+        Raises:
+            UserError: a file is missing or damaged, or a tensor in it does not fit.
+        """
+        path = self.path(step)
+        self.world.together(lambda: self._verify(path))
 
         def read() -> None:
             try:
@@ -171,7 +172,6 @@ class Checkpoints:
                 raise UserError(f"{path}: does not fit this model: {_reason(error)}") from None
 
         self.world.together(read)
-        return manifest
 
     def close(self) -> None:
         self.wait()
@@ -191,9 +191,9 @@ class Checkpoints:
 
             def commit() -> None:
                 _write(temporary / MANIFEST, json.dumps({**manifest, "files": hashes}, indent=1).encode())
-                _sync_folder(temporary)
+                flush_folder(temporary)
                 os.rename(temporary, final)
-                _sync_folder(self.folder)
+                flush_folder(self.folder)
                 for old in self.steps()[: -self.keep]:
                     retired = self.folder / f".writing-{old:08d}"
                     os.rename(self.path(old), retired)
@@ -208,51 +208,31 @@ class Checkpoints:
             raise UserError(f"{final}: could not be saved: {error}; {kept}") from None
         return final
 
-    def _verified(self, path: Path) -> dict[str, Any]:
-        """The manifest, once identity and this rank's share of the files are seen to be right."""
-        advice = "move the directory away to resume from the one before it"
+    def _manifest(self, path: Path) -> dict[str, Any]:
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            files, step = manifest["files"], manifest["step"]
+            step = manifest["step"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: damaged checkpoint, {MANIFEST} is missing or unreadable; {advice}") from None
+            raise UserError(f"{path}: damaged checkpoint, {MANIFEST} is missing or unreadable; {_ADVICE}") from None
+        if self.path(step) != path:
+            raise UserError(f"{path}: damaged checkpoint, the manifest says step {step}; {_ADVICE}")
         difference = _difference(manifest.get("identity"), self.identity)
         if difference:
-            raise UserError(f"{path}: checkpoint of another model: {difference}; choose another run.dir to start anew")
-        if self.path(step) != path:
-            raise UserError(f"{path}: damaged checkpoint, the manifest says step {step}; {advice}")
-        for name in sorted(files)[self.world.rank :: self.world.size]:
-            try:
-                same = _sha256(path / name) == files[name]["sha256"]
-            except OSError as error:
-                raise UserError(f"{path / name}: damaged checkpoint: {error.strerror}; {advice}") from None
-            if not same:
-                raise UserError(f"{path / name}: damaged checkpoint, SHA-256 differs from the manifest; {advice}")
+            raise UserError(
+                f"{path}: checkpoint of another model or data set: {difference}; choose another run.dir to start anew"
+            )
         return manifest
 
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one: temporary name, flush, rename, flush."""
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}-{threading.get_ident()}")
-    _write(temporary, content)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `target`, then flush each of its files and move it into `target`."""
-    temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    target.mkdir(exist_ok=True)
-    for source in sorted(temporary.iterdir()):
-        with source.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(source, target / source.name)
-    temporary.rmdir()
-    _sync_folder(target)
-    _sync_folder(target.parent)
+    def _verify(self, path: Path) -> None:
+        """Hold this rank's share of the files against the manifest."""
+        files = self._manifest(path).get("files") or {}
+        for name in sorted(files)[self.world.rank :: self.world.size]:
+            try:
+                same = sha256_of(path / name) == files[name]["sha256"]
+            except OSError as error:
+                raise UserError(f"{path / name}: damaged checkpoint: {error.strerror}; {_ADVICE}") from None
+            if not same:
+                raise UserError(f"{path / name}: damaged checkpoint, SHA-256 differs from the manifest; {_ADVICE}")
 
 
 def _writer(path: Path) -> dcp.FileSystemWriter:
@@ -275,15 +255,7 @@ def _hashes(folder: Path, world: World) -> dict[str, Any]:
     mine = sorted(folder.glob(f"__{world.rank}_*"))
     if world.first:
         mine.append(folder / ".metadata")
-    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in mine}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in mine}
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -291,17 +263,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot flush a directory
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

@@ -6,16 +6,16 @@ Example:
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from d2it.errors import UserError
+from d2it.models.losses import VAELossConfig
 
 STAGES = ("dvae", "cache", "grain", "content")
 
@@ -32,7 +32,7 @@ class RunConfig:
     save_every: int = 5_000  # steps between checkpoints
     keep: int = 3  # checkpoints a stage keeps
     async_save: bool = True  # checkpoints are written by a thread, from a copy
-    preview_every: int = 10_000  # steps between sample grids in tensorboard; 0: only at the end
+    publish_every: int = 10_000  # steps between weights to share and pictures; 0: only at the end
     skip_limit: int = 20  # non-finite steps in a row that stop the run
     wandb: str | None = None  # project name; needs the wandb package
 
@@ -42,11 +42,14 @@ class DataConfig:
     """The images. `path` is whatever `d2it.data.open_source` reads, or "demo"."""
 
     path: str = "demo"
+    crops: int = 2048  # of the demo photos
     image_size: int = 256
     num_classes: int | None = None  # None: unconditional
     class_names: list[str] | None = None
-    augment: bool = True  # horizontal flips (and, for the demo photos, crops)
-    workers: int = 8  # decoding processes a rank; 0: in the main process
+    augment: bool = True  # horizontal flips
+    crop: str = "center"  # ADM's centre crop, or random
+    upsample: bool = False  # enlarge images smaller than image_size instead of refusing them
+    workers: int | None = None  # decoding processes a rank; null: this rank's share of the cores, 8 at most
 
 
 @dataclass
@@ -73,32 +76,25 @@ class StageConfig:
 
 @dataclass
 class DvaeConfig(StageConfig):
-    """Stage 1, section 3.1. Loss weights as LDM's KL-VAE; every term is a mean over its elements."""
+    """Stage 1, section 3.1."""
 
     preset: str = "f8f16"
     batch_size: int = 64
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    fine_ratio: float = 0.5  # r_{f=8} of the paper; with k grains the ratios are fine_ratios
-    fine_ratios: list[float] | None = None  # k - 1 values, coarse to fine: share of regions above each threshold
-    calibration: str | None = None  # JSON of `python -m d2it.data.calibrate`; None: the one shipped
-    l1_weight: float = 1.0
-    lpips_weight: float = 1.0
-    lpips_weights: str | None = None  # path to LPIPS weights; None switches the term off, and the summary says so
-    kl_weight: float = 1e-6
-    critic_weight: float = 0.5
-    critic_start: int | None = 50_000  # step from which the PatchGAN critic takes part; None: never
-    critic_channels: int = 64
-    critic_layers: int = 3
-    critic_lr: float | None = None  # None: lr
+    fine_ratios: list[float] = field(default_factory=lambda: [0.5])  # shares of regions above the k - 1 thresholds
+    calibration: str | None = None  # JSON of `python -m d2it.data.calibrate`; null: the one shipped
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    disc_lr: float | None = None  # null: lr
 
 
 @dataclass
 class CacheConfig:
     """Latents (mean and deviation, both flips) and grain maps of every image, encoded once."""
 
+    path: str | None = None  # null: <run.dir>/cache
     batch_size: int = 64  # images a rank encodes at once
-    path: str | None = None  # None: <run.dir>/cache
-    crops: int = 1  # encodings an image gets: above 1 only where the source augments by crops
+    unit_size: int = 1024  # images of a file; at least as many files as ranks keep all ranks busy
+    flips: bool = True  # encode the mirror images too
 
 
 @dataclass
@@ -163,16 +159,16 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
     except ConfigKeyError as error:
         raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"configuration: {where}{str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None)
+        raise UserError(f"configuration: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     _check(config)
     return config
 
 
-def save(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML, as a record of the run."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as a record of the run; `load` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _files(path: Path) -> list[Any]:
@@ -183,7 +179,7 @@ def _files(path: Path) -> list[Any]:
         content = OmegaConf.load(path)
     except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
         raise UserError(f"{path}: not a YAML configuration: {str(error).splitlines()[0]}") from None
-    if not OmegaConf.is_dict(content):
+    if not isinstance(content, DictConfig):
         raise UserError(f"{path}: not a YAML configuration: expected section: key: value")
     base = content.pop("extends", None)
     return [*(_files(path.parent / base) if base else []), content]
@@ -210,14 +206,16 @@ def _check(config: Config) -> None:
     need(config.run.device in ("auto", "cpu", "cuda"), "run.device", "auto, cpu or cuda")
     for key in ("log_every", "save_every", "keep", "skip_limit"):
         need(getattr(config.run, key) >= 1, f"run.{key}", "at least 1")
-    need(config.run.preview_every >= 0, "run.preview_every", "0 or more")
+    need(config.run.publish_every >= 0, "run.publish_every", "0 or more")
+    need(config.data.crops >= 1, "data.crops", "at least 1")
     need(config.data.image_size >= 1, "data.image_size", "at least 1")
     need(
         config.data.num_classes is None or config.data.num_classes >= 1,
         "data.num_classes",
         "null or at least 1",
     )
-    need(config.data.workers >= 0, "data.workers", "0 or more")
+    need(config.data.workers is None or config.data.workers >= 0, "data.workers", "null, 0 or more")
+    need(config.data.crop in ("center", "random"), "data.crop", "center or random")
     for name in ("dvae", "grain", "content"):
         stage = getattr(config, name)
         for key in ("steps", "batch_size", "accumulate"):
@@ -235,14 +233,9 @@ def _check(config: Config) -> None:
         need(stage.precision in ("auto", "bf16", "fp32"), f"{name}.precision", "auto, bf16 or fp32")
         need(stage.parallel in ("ddp", "fsdp"), f"{name}.parallel", "ddp or fsdp")
     need(config.dvae.parallel == "ddp", "dvae.parallel", "ddp (the critic's weight needs whole gradients)")
-    need(0 <= config.dvae.fine_ratio <= 1, "dvae.fine_ratio", "in [0, 1]")
+    need(all(0 <= r <= 1 for r in config.dvae.fine_ratios), "dvae.fine_ratios", "shares in [0, 1]")
     need(0 < config.content.capacity_step <= 1, "content.capacity_step", "in (0, 1]")
     need(config.cache.batch_size >= 1, "cache.batch_size", "at least 1")
-    need(config.cache.crops >= 1, "cache.crops", "at least 1")
+    need(config.cache.unit_size >= 1, "cache.unit_size", "at least 1")
     for key in ("images", "steps", "grain_steps", "batch_size"):
         need(getattr(config.sample, key) >= 1, f"sample.{key}", "at least 1")
-
-
-def as_dict(part: Any) -> dict[str, Any]:
-    """A section as plain values, for a checkpoint's identity."""
-    return dataclasses.asdict(part)

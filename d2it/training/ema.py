@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Ema:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from d2it.errors import UserError
 from d2it.training.checkpoint import Checkpoints
@@ -60,14 +65,20 @@ class Stage(Protocol):
     def active(self, step: int) -> list[Learner]:
         """The learners that take part in this step, in the order in which the batch passes through them."""
 
-    def batches(self, first: int) -> Iterator[Batch]:
+    def batches(self, first: int) -> Generator[Batch]:
         """Micro-batches on the device from step `first` on, this rank's part, without end."""
+
+    def synthetic(self) -> Batch:
+        """A micro-batch of noise on the device, of the right shapes."""
+
+    def notes(self) -> list[str]:
+        """Lines for the start-up summary."""
 
     def work(self, batch: Batch) -> Work:
         """What this micro-batch costs on this rank."""
 
-    def preview(self, meters: Meters, step: int) -> None:
-        """Pictures for tensorboard; called on all ranks."""
+    def publish(self, meters: Meters, step: int) -> None:
+        """Write the averaged weights to share, and pictures for tensorboard; called on all ranks."""
 
 
 def seed_of(*parts: int | str) -> int:
@@ -100,7 +111,8 @@ class Learner:
     Args:
         name: prefix of its figures and of its tensors in a checkpoint.
         losses: the module. `logs` are 0-dim device tensors; nothing in it may wait for the device.
-        network: the model in `losses` whose blocks are compiled, recomputed and sharded one by one.
+        network: the model in `losses`, whose blocks are compiled, recomputed and sharded one by one; None: `losses`
+            itself, as one.
         peak: learning rate, where it is not `settings.lr`.
     """
 
@@ -115,13 +127,15 @@ class Learner:
     ) -> None:
         self.name, self.settings, self.world, self.peak = name, settings, world, peak
         self.losses = losses.to(world.device)
-        blocks = network.transformer_blocks() if network is not None else []
+        self.network: nn.Module = losses if network is None else network
+        self.kind = type(self.network)  # FSDP2 changes the class
+        blocks = [] if network is None else network.transformer_blocks()
         if network is not None:
             network.gradient_checkpointing = settings.activation_checkpointing
             if settings.compile:
                 network.compile_blocks()
         self.bf16 = bf16(settings, world.device)
-        self.module = spread(self.losses, world, settings.parallel, blocks, self.bf16)
+        self.module = spread(self.losses, self.network, blocks, world, settings.parallel, self.bf16)
         self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -136,9 +150,8 @@ class Learner:
 
     def backward(self, batch: Batch, last: bool) -> tuple[dict[str, Tensor], Batch]:
         """Add the gradients of one micro-batch; reduce them over the ranks with the step's last one."""
-        autocast = torch.autocast(self.world.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-        with gradient_sync(self.module, last):
-            with autocast:
+        with gradient_sync(self.module, self.network, last):
+            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                 loss, logs, batch = self.module(batch)
             (loss / self.settings.accumulate).backward()
         return logs, batch
@@ -150,7 +163,7 @@ class Learner:
         so every rank sees the same norm and takes the same decision.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm, foreach=True)
         bad = 1.0 - norm.isfinite().float()
@@ -176,6 +189,20 @@ class Learner:
             self.losses, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
 
+    def share(self, folder: Path) -> None:
+        """Write the network with its averaged weights as safetensors, from rank 0; called on all ranks."""
+        with self.ema.applied():
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(self.network, options=options)
+
+        def write() -> None:
+            if self.world.first:
+                model = cast("type[Model]", self.kind)(self.network.config)
+                model.load_state_dict(state)
+                model.save_pretrained(folder)
+
+        self.world.together(write)
+
 
 def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> None:
     """Train the stage to its last step, from the newest checkpoint if there is one.
@@ -188,14 +215,16 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
     checkpoints = Checkpoints(folder, world, stage.identity(), keep=run.keep, background=run.async_save)
     weights = sum(p.numel() for learner in stage.learners for p in learner.parameters)
     checkpoints.prepare(16 * weights)  # float32 weights, average, two moments
-    first = resume(stage, checkpoints)
+    newest = checkpoints.newest()
+    first = 0 if newest is None else newest["step"]
     if first >= settings.steps:
-        checkpoints.close()
-        return
+        return checkpoints.close()
+    if newest is not None:
+        restore(stage, checkpoints, first)
     batches = stage.batches(first)
     meters = Meters(stage.name, run, settings.steps, first, world)
 
-    with contextlib.closing(meters), StopSignal(world) as stop:
+    with contextlib.closing(batches), contextlib.closing(meters), StopSignal(world) as stop:
         for step in range(first, settings.steps):
             torch.manual_seed(seed_of(run.seed, stage.name, step, world.rank))  # noise, timesteps, dropout
             learners = stage.active(step)
@@ -214,26 +243,23 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
                 meters.add({f"{x.name}/skipped_steps": x.guard[0] for x in stage.learners})
                 meters.report(done, learning_rate(settings, step))
                 check_guard(stage, run, done)
-            if done % run.save_every == 0 or done == settings.steps or signal:
+            last = done == settings.steps
+            if last or (run.publish_every and done % run.publish_every == 0 and not signal):
+                stage.publish(meters, done)
+            if last or done % run.save_every == 0 or signal:
                 saved = checkpoints.save(done, {x.name: x.state() for x in stage.learners})
             if signal:
                 checkpoints.close()
                 raise Stopped(signal, f"{signal.name} at step {done}: saved {saved}; the same command resumes")
-            if done == settings.steps or (run.preview_every and done % run.preview_every == 0):
-                stage.preview(meters, done)
     checkpoints.close()
 
 
-def resume(stage: Stage, checkpoints: Checkpoints) -> int:
-    """Load the newest checkpoint into the stage; the step to go on from (0: there is none)."""
-    if not any(checkpoints.world.gather(checkpoints.latest() is not None)):
-        return 0
+def restore(stage: Stage, checkpoints: Checkpoints, step: int) -> None:
+    """Load the checkpoint of `step` into the stage's learners."""
     states = {learner.name: learner.state() for learner in stage.learners}
-    manifest = checkpoints.load(states)
-    assert manifest is not None
+    checkpoints.load(step, states)
     for learner in stage.learners:
         learner.restore(states[learner.name])
-    return int(manifest["step"])
 
 
 def check_guard(stage: Stage, run: RunConfig, step: int) -> None:

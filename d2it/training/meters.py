@@ -7,6 +7,7 @@ device.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2it.errors import UserError
-from d2it.training.checkpoint import write_file
+from d2it.files import atomic_write
 from d2it.training.config import RunConfig
 from d2it.training.distributed import World
 
@@ -91,7 +92,9 @@ class Meters:
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
         self._log: Path | None = None
-        self._board = self._bar = self._wandb = None
+        self._board: Any = None
+        self._bar: Any = None
+        self._wandb: Any = None
         if world.first:
             self._open(run)
 
@@ -103,7 +106,8 @@ class Meters:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{self.name}.jsonl"
         rows = read_log(self._log)
-        write_file(self._log, b"".join(json.dumps(r).encode() + b"\n" for r in rows if r["step"] <= self._first))
+        with atomic_write(self._log) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self._first))
         self._board = SummaryWriter(str(folder / self.name), purge_step=self._first + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.steps, initial=self._first, desc=self.name, unit="step", dynamic_ncols=True)
@@ -150,10 +154,7 @@ class Meters:
         }
         if self._peak is not None:
             figures["mfu"] = 6 * macs / seconds / (self._peak * self.world.size)
-        if device.type == "cuda":
-            figures["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        else:
-            figures["memory_gib"] = _resident_gib()
+        figures["memory_gib"] = memory_gib(device)
         if energy:
             figures["watts"] = energy / seconds
             figures["images_per_joule"] = images / energy
@@ -218,10 +219,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _resident_gib() -> float:
-    """The most memory that this process has held."""
-    import resource
-
+def memory_gib(device: torch.device) -> float:
+    """The most memory held so far: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -1,0 +1,264 @@
+"""D2iT as one thing: labels in, images and grain maps out (section 3.2: map first, then content, then the decoder).
+
+from d2it.models import D2iT
+
+d2it = D2iT.from_pretrained("runs/demo")
+samples = d2it(4, seed=0)
+samples.images      # (4, 3, H, W) in [-1, 1]
+samples.grain_maps  # (4, H/S, W/S), 0 = coarsest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2it.diffusion import Guidance, sample_content, sample_grain_maps
+from d2it.models.base import Model, pair, replace_file
+from d2it.models.content import DynamicContentTransformer
+from d2it.models.dvae import DynamicVAE
+from d2it.models.grain import DynamicGrainTransformer
+
+DESCRIPTION = "d2it.json"
+PARTS: dict[str, type[Model]] = {
+    "vae": DynamicVAE,
+    "grain_transformer": DynamicGrainTransformer,
+    "content_transformer": DynamicContentTransformer,
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures with their grain maps, on the CPU.
+
+    Args:
+        images: (N, 3, H, W) float32 in [-1, 1].
+        grain_maps: (N, H/S, W/S) int64, 0 = coarsest.
+        labels: (N,) int64, or None without classes.
+    """
+
+    images: Tensor
+    grain_maps: Tensor
+    labels: Tensor | None = None
+
+    def uint8(self) -> np.ndarray:
+        """The images as (N, H, W, 3) uint8."""
+        return to_uint8(self.images)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8; values outside are clipped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+class D2iT:
+    """A DynamicVAE, a Dynamic Grain Transformer and a Dynamic Content Transformer that fit each other.
+
+    Args:
+        class_names: one for each class, or None.
+        sampling: arguments of `__call__` that this model is best sampled with; a call's own arguments win.
+
+    Raises:
+        ValueError: parts that do not fit each other, named.
+    """
+
+    def __init__(
+        self,
+        vae: DynamicVAE,
+        grain_transformer: DynamicGrainTransformer,
+        content_transformer: DynamicContentTransformer,
+        *,
+        class_names: Sequence[str] | None = None,
+        sampling: dict[str, Any] | None = None,
+    ) -> None:
+        self.vae, self.grain_transformer, self.content_transformer = vae, grain_transformer, content_transformer
+        self.class_names = list(class_names) if class_names is not None else None
+        self.sampling = dict(sampling or {})
+        content, grain = content_transformer.config, grain_transformer.config
+        for what, ours, theirs in (
+            ("downsampling factors", tuple(vae.downsampling), content.downsampling),
+            ("latent channels", vae.config.latent_channels, content.in_channels),
+            ("grain map size", pair(grain.grid), content.region_grid),
+            ("number of grains", grain.num_grains, content.num_grains),
+            ("number of classes", grain.num_classes, content.num_classes),
+        ):
+            if ours != theirs:
+                raise ValueError(f"the parts of a D2iT must share their {what}, got {ours} and {theirs}")
+
+    @property
+    def num_classes(self) -> int:
+        """0 for an unconditional model."""
+        return self.content_transformer.config.num_classes or 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.content_transformer.parameters()).device
+
+    def to(self, device: torch.device | str) -> D2iT:
+        """Move all parts, in place."""
+        for name in PARTS:
+            getattr(self, name).to(device)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu") -> D2iT:
+        """Read what `save_pretrained`, or a training run, wrote to the folder `path`.
+
+        Raises:
+            ValueError: no such folder, no D2iT in it, or a part of another model.
+        """
+        path = Path(path)
+        try:
+            description = json.loads((path / DESCRIPTION).read_text())
+            names, sampling = description["class_names"], description["sampling"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}"
+            ) from None
+        parts: dict[str, Any] = {name: kind.from_pretrained(path / name) for name, kind in PARTS.items()}
+        return cls(**parts, class_names=names, sampling=sampling).to(device)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and safetensors of every part, and the description; each file by rename."""
+        path = Path(path)
+        for name in PARTS:
+            getattr(self, name).save_pretrained(path / name)
+        self.save_description(path)
+
+    def save_description(self, path: str | Path) -> None:
+        """Write what belongs to no part, into a folder that has the parts."""
+        path = Path(path)
+        description = {"class_names": self.class_names, "sampling": self.sampling}
+        replace_file(path / DESCRIPTION, json.dumps(description, indent=2).encode())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int | None = None,
+        *,
+        labels: Sequence[int] | Tensor | None = None,
+        grain_map: Tensor | None = None,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        scheduler: str | None = None,
+        steps: int | None = None,
+        grain_steps: int | None = None,
+        guidance: float | Guidance | None = None,
+        grain_guidance: float | Guidance | None = None,
+        batch_size: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> Samples:
+        """Sample.
+
+        A sample depends on its own seed, label and grain map alone: the batch it is computed in moves it by rounding
+        at most.
+
+        Args:
+            num_images: how many; None follows from `seeds`, `labels` or `grain_map`, else 1.
+            labels: (N,) classes; None draws each from its sample's seed. One label serves all.
+            grain_map: (N, H/S, W/S) or one (H/S, W/S) for all; None samples maps from the grain transformer.
+            seed: of the first image; image i has seed + i.
+            seeds: one for each image, in place of `seed`.
+            scheduler: see `d2it.diffusion.SCHEDULERS`; "ddpm" by default.
+            steps, grain_steps: denoising steps of content and map; 250 by default, and `steps`.
+            guidance, grain_guidance: classifier-free guidance of content and map; 1 is none.
+            batch_size: images at once; all by default.
+            autocast: torch.bfloat16 for the transformers; None: float32.
+
+        Raises:
+            ValueError: arguments that do not fit each other or the model.
+        """
+        own = self.sampling
+        scheduler = scheduler if scheduler is not None else own.get("scheduler", "ddpm")
+        steps = steps if steps is not None else own.get("steps", 250)
+        grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
+        guide = _guidance(guidance if guidance is not None else own.get("guidance", 1.0))
+        grain_guide = _guidance(grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0))
+
+        labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
+        count = self._count(num_images, seeds, labels, grain_map)
+        seeds = list(seeds) if seeds is not None else [seed + i for i in range(count)]
+        labels = self._labels(labels, seeds)
+        if grain_map is not None:
+            grain_map = torch.as_tensor(grain_map, dtype=torch.int64)
+            grain_map = grain_map.expand(count, *grain_map.shape[-2:])
+
+        images, maps = [], []
+        size = batch_size or max(1, count)
+        for first in range(0, count, size):
+            part = slice(first, first + size)
+            named = None if labels is None else labels[part]
+            if grain_map is None:
+                grains = sample_grain_maps(
+                    self.grain_transformer,
+                    named,
+                    seeds=[_derived(s, "grain") for s in seeds[part]],
+                    scheduler=scheduler,
+                    steps=grain_steps,
+                    guidance=grain_guide,
+                    autocast=autocast,
+                )
+            else:
+                grains = grain_map[part].to(self.device)
+            latents = sample_content(
+                self.content_transformer,
+                grains,
+                named,
+                seeds=[_derived(s, "content") for s in seeds[part]],
+                scheduler=scheduler,
+                steps=steps,
+                guidance=guide,
+                autocast=autocast,
+            )
+            images.append(self.vae.decode(latents / self.vae.scaling_factor, grains).float().cpu())
+            maps.append(grains.cpu())
+        if not images:
+            height, width = pair(self.content_transformer.config.image_size)
+            empty = torch.empty(0, *self.content_transformer.config.region_grid, dtype=torch.int64)
+            return Samples(torch.empty(0, 3, height, width), empty, labels)
+        return Samples(torch.cat(images), torch.cat(maps), labels)
+
+    def _count(
+        self, num_images: int | None, seeds: Sequence[int] | None, labels: Tensor | None, grain_map: Tensor | None
+    ) -> int:
+        """How many images the arguments ask for, or a ValueError where they disagree."""
+        named = {"num_images": num_images, "seeds": None if seeds is None else len(seeds)}
+        if labels is not None and len(labels) != 1:
+            named["labels"] = len(labels)
+        if grain_map is not None and grain_map.ndim == 3 and len(grain_map) != 1:
+            named["grain_map"] = len(grain_map)
+        given = {k: v for k, v in named.items() if v is not None}
+        if len(set(given.values())) > 1:
+            raise ValueError(f"the number of images must agree, got {', '.join(f'{k}: {v}' for k, v in given.items())}")
+        count = next(iter(given.values()), 1)
+        if count < 0:
+            raise ValueError(f"num_images must be 0 or more, got {count}")
+        return count
+
+    def _labels(self, labels: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
+        if not self.num_classes:
+            if labels is not None:
+                raise ValueError("labels must be None: this model is unconditional")
+            return None
+        if labels is None:
+            return torch.tensor([_derived(s, "label") % self.num_classes for s in seeds], dtype=torch.int64)
+        if bool(((labels < 0) | (labels >= self.num_classes)).any()):
+            raise ValueError(f"labels must be in 0 ... {self.num_classes - 1}, got {labels.tolist()}")
+        return labels.expand(len(seeds))
+
+
+def _guidance(value: float | Guidance) -> Guidance:
+    return value if isinstance(value, Guidance) else Guidance(scale=float(value))
+
+
+def _derived(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that a map's noise and its content's are independent."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,264 @@
+"""A training run from its configuration: the stages in order, then the whole model and its pictures.
+
+A stage that has reached its last step is passed over, so the same command resumes wherever the run was stopped.
+
+    <run.dir>/config.yaml           the resolved configuration of the latest start
+    <run.dir>/checkpoints/<stage>/  for resuming
+    <run.dir>/cache/                latents
+    <run.dir>/logs/                 tensorboard, and a JSON line a report
+    <run.dir>/vae/ grain_transformer/ content_transformer/ d2it.json
+                                    the model to share: `D2iT.from_pretrained(<run.dir>)`
+    <run.dir>/*.png                 reconstructions, samples, loss curves
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2it.data import DemoPhotos, ImageSource, LatentCache, build_cache, finish_cache, open_source
+from d2it.data.loader import default_workers
+from d2it.errors import UserError
+from d2it.files import atomic_write, sha256_of
+from d2it.models import DynamicVAE
+from d2it.models.pipeline import PARTS, D2iT
+from d2it.training import distributed, pictures
+from d2it.training.config import Config, load, to_yaml
+from d2it.training.distributed import World
+from d2it.training.dvae import DvaeStage, channels_last, normalized, reconstructions
+from d2it.training.loop import Stage, Stopped, train
+from d2it.training.meters import read_log
+from d2it.training.stage import build, check_batch, user_error
+from d2it.training.summary import rehearse, summarize
+from d2it.training.transformers import ContentStage, GrainStage, LatentData
+
+
+def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
+    """The command line of `train.py`; returns the exit code: 0, 2 for a UserError, 128 + signal when stopped."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train D2iT: the stages dvae, cache, grain and content, then pictures. The same command resumes.",
+    )
+    parser.add_argument("--config", type=Path, default=default, help="a YAML file of configs/; bare: the demo")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build every stage, take two steps on noise, write nothing"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see d2it/training/config.py")
+    options = parser.parse_args(arguments)
+    try:
+        config = load(options.config, options.overrides)
+        world = distributed.start(config.run.device)
+    except UserError as error:  # the same on every rank
+        return _say(f"error: {error}", 2) if int(os.environ.get("RANK", 0)) == 0 else 2
+    try:
+        if options.dry_run:
+            rehearse_all(config, world)
+        else:
+            run(config, world)
+        return 0
+    except UserError as error:
+        where = f" (rank {world.rank})" if world.rank else ""
+        return _say(f"error{where}: {error}", 2)
+    except Stopped as stopped:
+        return _say(str(stopped), 128 + stopped.signal) if world.first else 128 + stopped.signal
+    finally:
+        distributed.stop()
+
+
+def run(config: Config, world: World) -> None:
+    """Run the configured stages.
+
+    Raises:
+        UserError: anything that the user can mend.
+        Stopped: a signal came; everything is saved.
+    """
+    folder = Path(config.run.dir)
+    world.together(lambda: _begin(config, folder) if world.first else None)
+    source = _source(config) if {"dvae", "cache"} & set(config.run.stages) else None
+    for name in config.run.stages:
+        if name == "cache":
+            assert source is not None
+            encode(config, world, source)
+            continue
+        settings = getattr(config, name)
+        check_batch(settings, name, world)
+        stage = _stage(name, config, world, source)
+        if world.first:
+            print(summarize(stage, settings, config, world), file=sys.stderr, flush=True)
+        train(stage, settings, config.run, world)
+    if world.first:
+        finish(config, world, source)
+    world.barrier()
+
+
+def rehearse_all(config: Config, world: World) -> None:
+    """The summary of every stage and the cost of two steps on noise; nothing is written."""
+    source = _source(config)
+    for name in config.run.stages:
+        if name == "cache":
+            continue
+        settings = getattr(config, name)
+        check_batch(settings, name, world)
+        stage = _stage(name, config, world, source, dry=True)
+        text = summarize(stage, settings, config, world) + "\n" + rehearse(stage, settings, world)
+        if world.first:
+            print(text, file=sys.stderr, flush=True)
+
+
+def encode(config: Config, world: World, source: ImageSource) -> None:
+    """Stage cache: latents and grain maps of every image, each rank a part. What is there already is kept."""
+    vae = channels_last(_vae(config).to(world.device))
+    target = _cache_folder(config)
+    done = 0
+
+    @torch.inference_mode()
+    def moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, logvar, grains, _ = vae.encode(normalized(images.to(world.device, non_blocking=True)))
+        return mean, (0.5 * logvar).exp(), grains
+
+    def progress(images: int) -> None:
+        nonlocal done
+        before, done = done, done + images
+        share = -(-len(source) // world.size)
+        if world.first and (before * 10 // share != done * 10 // share):
+            print(f"cache: {min(done, share)}/{share} images", file=sys.stderr, flush=True)
+
+    def build() -> None:
+        build_cache(
+            target,
+            source,
+            moments,
+            facts={
+                "vae": sha256_of(Path(config.run.dir) / "vae" / "model.safetensors"),
+                "thresholds": vae.thresholds.tolist(),
+                "downsampling": list(vae.downsampling),
+                "scaling_factor": float(vae.scaling_factor),
+            },
+            rank=world.rank,
+            world_size=world.size,
+            batch_size=config.cache.batch_size,
+            unit_size=config.cache.unit_size,
+            flips=config.cache.flips,
+            workers=_workers(config, world),
+            pin_memory=world.device.type == "cuda",
+            progress=progress,
+        )
+
+    world.together(build)
+    world.together(lambda: finish_cache(target) if world.first else None)
+
+
+def finish(config: Config, world: World, source: ImageSource | None) -> None:
+    """Describe the whole model, if all its parts are there, and draw what the run has come to. Rank 0 alone."""
+    folder = Path(config.run.dir)
+    curves = {}
+    for name in ("dvae", "grain", "content"):
+        rows = [row for row in read_log(folder / "logs" / f"{name}.jsonl") if f"{name}/loss" in row]
+        if rows:
+            curves[f"{name}: loss"] = [row["step"] for row in rows], [row[f"{name}/loss"] for row in rows]
+    if curves:
+        pictures.save_curves(folder / "curves.png", curves)
+    if source is not None and (folder / "vae").is_dir():
+        vae = _vae(config).to(world.device)
+        sheet = reconstructions(vae, source, min(8, config.sample.images), world.device)
+        pictures.save_png(folder / "reconstructions.png", pictures.enlarge(sheet))
+    if all((folder / part).is_dir() for part in PARTS):
+        try:
+            draw_samples(config, world)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    for path in sorted(folder.glob("*.png")):
+        print(f"wrote {path}", file=sys.stderr, flush=True)
+
+
+def draw_samples(config: Config, world: World) -> None:
+    """Assemble the D2iT and sample from it."""
+    folder, sample = Path(config.run.dir), config.sample
+    parts: dict[str, Any] = {name: kind.from_pretrained(folder / name) for name, kind in PARTS.items()}
+    settings = {
+        "scheduler": sample.scheduler,
+        "steps": sample.steps,
+        "grain_steps": sample.grain_steps,
+        "guidance": sample.guidance,
+    }
+    d2it = D2iT(**parts, class_names=config.data.class_names, sampling=settings)
+    d2it.save_description(folder)
+    d2it.to(world.device)
+    count = sample.images
+    labels = [i % d2it.num_classes for i in range(count)] if d2it.num_classes else None
+    samples = d2it(count, labels=labels, seed=config.run.seed, batch_size=sample.batch_size)
+    images, maps = samples.uint8(), samples.grain_maps.numpy()
+    pictures.save_png(folder / "samples.png", pictures.enlarge(pictures.tile(images)))
+    drawn = pictures.draw_grains(images, maps, d2it.content_transformer.config.num_grains)
+    pictures.save_png(folder / "samples_grains.png", pictures.enlarge(pictures.tile(drawn)))
+
+
+def _begin(config: Config, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "config.yaml") as path:
+            path.write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here: {error.strerror}") from None
+
+
+def _source(config: Config) -> ImageSource:
+    data = config.data
+    options: dict[str, Any] = {"augment": data.augment, "crop": data.crop, "upsample": data.upsample}
+    with user_error("configuration: data"):
+        if data.path == "demo":
+            source: ImageSource = DemoPhotos(data.image_size, crops=data.crops, **options)
+        else:
+            source = open_source(data.path, data.image_size, **options)
+    if data.num_classes is not None:
+        source.require_classes(data.num_classes)
+    return source
+
+
+def _vae(config: Config) -> DynamicVAE:
+    folder = Path(config.run.dir) / "vae"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no trained VAE here; run the dvae stage, or copy the vae folder of another run")
+    with user_error(str(folder)):
+        return DynamicVAE.from_pretrained(folder)
+
+
+def _cache_folder(config: Config) -> Path:
+    return Path(config.cache.path) if config.cache.path else Path(config.run.dir) / "cache"
+
+
+def _workers(config: Config, world: World) -> int:
+    return default_workers(world.local_size) if config.data.workers is None else config.data.workers
+
+
+def _stage(name: str, config: Config, world: World, source: ImageSource | None, dry: bool = False) -> Stage:
+    if name == "dvae":
+        assert source is not None
+        return DvaeStage(config, world, source)
+    kind = {"grain": GrainStage, "content": ContentStage}[name]
+    settings = getattr(config, name)
+    cache = _cache_folder(config)
+    if dry and not (cache / "index.json").exists():
+        assert source is not None
+        vae = build(DynamicVAE, config.dvae, "dvae")
+        data = LatentData.of_vae(vae.config, source.image_size, len(source))
+        return kind(config, settings, world, data, None)
+    latents = LatentCache(cache)
+    if config.data.num_classes is not None and latents.num_classes > config.data.num_classes:
+        raise UserError(
+            f"{cache}: labels reach {latents.num_classes - 1}, data.num_classes is {config.data.num_classes}"
+        )
+    vae = _vae(config)
+    latents.require(vae=sha256_of(Path(config.run.dir) / "vae" / "model.safetensors"))
+    return kind(config, settings, world, LatentData.of_cache(latents), vae)
+
+
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return code
