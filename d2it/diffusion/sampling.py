@@ -18,18 +18,18 @@ from d2it.diffusion.gaussian import GaussianDiffusion
 from d2it.diffusion.grains import copy_codes, expected_signal, project_to_grains, randn
 from d2it.diffusion.guidance import Guidance, guide
 
-#: name -> (class in diffusers, settings). "linspace" puts the first step at T - 1 and the last at 0, as ADM's respacing
-#: does; DDIM's own step arithmetic is a fixed stride, for which "trailing" is the spacing that starts at T - 1.
+#: name -> (class in diffusers, settings). "linspace" is ADM's respacing: from T - 1 to 0. The others step by a
+#: stride of their own or cannot stand two equal timesteps; their spacing from T - 1 is "trailing".
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "timestep_spacing": "trailing"}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"}),
+    "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "deis": ("DEISMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
 }
 #: Those that also take a prediction of x_0, which is what the grain transformer gives.
 GRAIN_SCHEDULERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "deis", "euler")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from d2it.files import atomic_write
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -73,7 +74,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
     # ---- weights -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Writes `config.json` and `model.safetensors`, each to a temporary name first and then renamed into place.
+        """Writes `config.json` and `model.safetensors`, each whole or not at all.
 
         Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
         `push_to_hub=True`.
@@ -86,12 +87,14 @@ class Model(nn.Module, PyTorchModelHubMixin):
         return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         description = {"model": type(self).__name__, "config": dataclasses.asdict(self.config)}
-        replace_file(save_directory / WEIGHTS_FILE, save(tensors, metadata={"model": type(self).__name__}))
-        replace_file(save_directory / CONFIG_FILE, json.dumps(description, indent=2).encode())
+        with atomic_write(save_directory / WEIGHTS_FILE) as file:
+            save_file(tensors, file, metadata={"model": type(self).__name__})
+        with atomic_write(save_directory / CONFIG_FILE) as file:
+            file.write_text(json.dumps(description, indent=2))
 
     @classmethod
     def from_pretrained(
@@ -205,18 +208,3 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     if problems:
         raise ValueError(f"the weights in {source} do not fit this {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(tensors)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes `content` beside `path`, flushes it to the disk, and renames it: a reader sees the old file or the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -258,10 +258,10 @@ class DynamicContentTransformer(ClassConditional):
         else:
             if plan is None:
                 plan = self.make_plan(grain_map, capacity)
-            elif plan.batch != batch or plan.window != config.window:
+            elif plan.grid != (batch, *config.grid) or plan.window != config.window:
                 raise ValueError(
-                    f"plan must be for {batch} maps with windows of {config.window}, "
-                    f"got one for {plan.batch} with windows of {plan.window}"
+                    f"plan must be for cells {(batch, *config.grid)} in windows of {config.window}, "
+                    f"got {plan.grid} in windows of {plan.window}"
                 )
             merged = self._refine_packed(features, noise, t, y, plan)
         return merged.permute(0, 3, 1, 2).contiguous()

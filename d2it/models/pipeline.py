@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from d2it.diffusion import Guidance, sample_content, sample_grain_maps
-from d2it.models.base import Model, pair, replace_file
+from d2it.files import atomic_write
+from d2it.models.base import Model, pair
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dvae import DynamicVAE
 from d2it.models.grain import DynamicGrainTransformer
@@ -137,7 +138,8 @@ class D2iT:
         """Write what belongs to no part, into a folder that has the parts."""
         path = Path(path)
         description = {"class_names": self.class_names, "sampling": self.sampling}
-        replace_file(path / DESCRIPTION, json.dumps(description, indent=2).encode())
+        with atomic_write(path / DESCRIPTION) as partial:
+            partial.write_text(json.dumps(description, indent=2))
 
     @torch.no_grad()
     def __call__(

@@ -1,0 +1,159 @@
+"""Multiply-accumulates of the tokens that exist, from the configurations.
+
+One multiply-accumulate (MAC) is two floating-point operations; a training step costs three times the forward pass.
+DiT's paper calls MACs "Gflops". Counted are the matrix products of a forward pass, not norms, activations or moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from d2it import ops
+from d2it.models.content import ContentTransformerConfig
+from d2it.models.dit import DiTConfig
+from d2it.models.grain import GrainTransformerConfig
+from d2it.models.layers import TimestepEmbedder
+
+
+class FineTokens(NamedTuple):
+    """What RefineNet works on: `rows`, and `pairs`, the sum over windows of their tokens squared."""
+
+    rows: int
+    pairs: int
+
+
+class Macs(NamedTuple):
+    """`dense`: everything but RefineNet."""
+
+    dense: int
+    refine: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.refine
+
+
+def fine_tokens(grain_map: Tensor, config: ContentTransformerConfig) -> FineTokens:
+    """Counts the fine tokens of the maps (B, H/S, W/S), on the host if the maps are there (a GPU synchronises)."""
+    fine = (grain_map >= config.min_grain).to(torch.int64)
+    side, window = config.cells_per_region, config.window
+    if window % side == 0:
+        # Whole regions in a window: each brings side^2 tokens.
+        n = window // side
+        b, h, w = fine.shape
+        counts = fine.reshape(b, h // n, n, w // n, n).sum(dim=(2, 4)) * side**2
+    else:
+        cells = fine.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+        counts = ops.reference.to_windows(cells, window).sum(dim=1)
+    return FineTokens(int(counts.sum()), int(counts.square().sum()))
+
+
+def all_fine(config: ContentTransformerConfig, batch: int = 1) -> FineTokens:
+    """The tokens of `batch` maps without a coarse region; a masked RefineNet always works on these."""
+    cells = batch * config.grid[0] * config.grid[1]
+    return FineTokens(cells, cells * config.window**2)
+
+
+def count_macs(
+    config: DiTConfig | GrainTransformerConfig | ContentTransformerConfig,
+    batch: int = 1,
+    fine: FineTokens | None = None,
+) -> Macs:
+    """MACs of one forward pass over `batch` images.
+
+    Args:
+        config: a transformer's.
+        fine: RefineNet's tokens in the whole batch (`fine_tokens`); None, or a masked model, is `all_fine`.
+    """
+    if isinstance(config, ContentTransformerConfig):
+        if fine is None or config.masked:
+            fine = all_fine(config, batch)
+        patch = config.patch_size or config.cells_per_region
+        dense = _trunk(config, patch, config.in_channels, config.out_channels, config.grid)
+        tokens = config.grid[0] * config.grid[1] // patch**2
+        dense += tokens * config.num_grains * config.dim
+        per_row = config.refine_depth * _block_row(config) + config.dim * (
+            config.out_channels + config.in_channels + config.num_grains + config.out_channels
+        )
+        per_pair = config.refine_depth * 2 * config.dim
+        per_image = _per_image(config.dim, config.refine_depth)
+        return Macs(batch * dense, fine.rows * per_row + fine.pairs * per_pair + batch * per_image)
+    channels = (
+        (1, config.num_grains)
+        if isinstance(config, GrainTransformerConfig)
+        else (config.in_channels, config.out_channels)
+    )
+    grid: Any = config.grid
+    return Macs(batch * _trunk(config, config.patch_size, *channels, grid), 0)
+
+
+def _trunk(config: Any, patch: int, in_channels: int, out_channels: int, grid: tuple[int, int]) -> int:
+    tokens = grid[0] * grid[1] // patch**2
+    block = _block_row(config) + 2 * tokens * config.dim
+    ends = config.dim * patch**2 * (in_channels + out_channels)
+    return tokens * (config.depth * block + ends) + _per_image(config.dim, config.depth)
+
+
+def _block_row(config: Any) -> int:
+    """One token through a block's Linears: qkv, projection, MLP."""
+    return 4 * config.dim**2 + 2 * config.dim * int(config.dim * config.mlp_ratio)
+
+
+def _per_image(dim: int, depth: int) -> int:
+    """The conditioning: timestep MLP, and the modulations of the blocks and of the final layer."""
+    return TimestepEmbedder.FREQUENCIES * dim + dim**2 + (6 * depth + 2) * dim**2
+
+
+# torch.utils.flop_counter sees shapes alone: all positions of all windows count, filled or not.
+
+
+@register_flop_formula([torch.ops.d2it.window_attention_qkvpacked])
+def _qkvpacked_flops(
+    qkv: Any, bias: Any, slots: Any, segment_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    windows, n = slots if slots is not None else qkv[:2]
+    return 4 * windows * n * n * qkv[-2] * qkv[-1]
+
+
+@register_flop_formula([torch.ops.d2it.window_attention_qkvpacked_backward])
+def _qkvpacked_backward_flops(
+    grad: Any, qkv: Any, bias: Any, slots: Any, segment_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    # Five products where the forward has two: the scores are computed again.
+    return _qkvpacked_flops(qkv, bias, slots, segment_ids) * 5 // 2
+
+
+@register_flop_formula([torch.ops.d2it.window_attention])
+def _window_flops(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    slots: Any,
+    segment_ids: Any,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    windows, n = slots if slots is not None else q[:2]
+    return 4 * windows * n * n * q[-2] * q[-1]
+
+
+@register_flop_formula([torch.ops.d2it.window_attention_backward])
+def _window_backward_flops(
+    grad: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    slots: Any,
+    segment_ids: Any,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    return _window_flops(q, k, v, bias, slots, segment_ids) * 5 // 2

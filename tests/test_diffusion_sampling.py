@@ -1,0 +1,260 @@
+"""Sampling: every scheduler reaches a known distribution, and the state stays grained on the way."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from d2it.diffusion import SCHEDULERS, GaussianDiffusion, Guidance, project_to_grains, sample_content, sample_grain_maps
+from d2it.diffusion.sampling import GRAIN_SCHEDULERS
+from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+
+MEAN, STD = 0.5, 0.3
+
+
+class Known(nn.Module):
+    """The exact noise prediction for data N(mean, STD^2), code by code; `mean` may depend on the label."""
+
+    def __init__(self, learn_sigma=False, v=0.0, means=(MEAN, 0.0)):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.v = v
+        self.means = torch.tensor(means)
+        self.plans = 0
+        self.config = SimpleNamespace(
+            in_channels=4,
+            num_classes=len(means) - 1,
+            learn_sigma=learn_sigma,
+            grid=(8, 12),
+            region_grid=(4, 6),
+            num_grains=2,
+            code_sizes=(2, 1),
+            masked=False,
+        )
+        signal = GaussianDiffusion().tables["sqrt_alphas_cumprod"].double()
+        self.register_buffer("signal", signal)
+
+    def make_plan(self, grain_map, capacity=None):
+        self.plans += 1
+        return ("plan", grain_map.shape[0])
+
+    def forward(self, x, t, y, grain_map=None, plan=None):
+        assert plan == ("plan", x.shape[0])
+        # Between whole timesteps (Euler's own) the logarithm of the signal is near enough to linear.
+        low = t.long()
+        a = (
+            torch.lerp(self.signal[low], self.signal[(low + 1).clamp(max=999)], t.double() - low)
+            .float()
+            .view(-1, 1, 1, 1)
+        )
+        mean = self.means[y].view(-1, 1, 1, 1)
+        noise = (1 - a**2).sqrt() * (x - a * mean) / (a**2 * STD**2 + 1 - a**2)
+        # What a network does inside a coarse code: its cells disagree, their mean is right.
+        checker = torch.ones(8, 12)
+        checker[::2, ::2] = checker[1::2, 1::2] = -1
+        noise = noise + 0.5 * checker * (grain_map == 0).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+        return torch.cat([noise, torch.full_like(x, self.v)], 1) if self.config.learn_sigma else noise
+
+
+def cells_of(grains, grain):
+    return (grains == grain).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].expand(-1, 4, -1, -1)
+
+
+@pytest.mark.parametrize(("name", "learn_sigma"), [*((n, False) for n in SCHEDULERS), ("ddpm", True), ("ddim", True)])
+def test_schedulers_sample_the_known_distribution(name, learn_sigma):
+    batch = 48
+    grains = torch.randint(0, 2, (batch, 4, 6), generator=torch.Generator().manual_seed(0))
+    model = Known(learn_sigma, v=-1.0)
+    states = []
+    out = sample_content(
+        model,
+        grains,
+        torch.zeros(batch, dtype=torch.long),
+        seeds=range(batch),
+        scheduler=name,
+        steps=100,
+        callback=lambda i, t, x: states.append(x),
+    )
+    assert len(states) >= 100
+    for state in states:
+        assert torch.equal(project_to_grains(state, grains), state), "the state left its codes"
+    # Averaging the four draws of a coarse code would shrink its noise; 100 steps lose up to a tenth of the spread.
+    for grain in (0, 1):
+        sample = out[cells_of(grains, grain)]
+        assert sample.mean().item() == pytest.approx(MEAN, abs=0.03)
+        assert sample.std().item() == pytest.approx(STD, rel=0.12)
+    assert model.plans == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [*((n, s) for n in SCHEDULERS for s in (1, 7)), *((n, 1000) for n in ("sde-dpm++", "unipc"))]
+)
+def test_any_number_of_steps(name, steps):
+    seen = []
+    model = Known()
+    model.register_forward_pre_hook(lambda m, args: seen.append(float(args[1][0])))
+    grains = torch.zeros(1, 4, 6, dtype=torch.long)
+    out = sample_content(model, grains, torch.zeros(1, dtype=torch.long), seeds=[0], scheduler=name, steps=steps)
+    assert out.isfinite().all()
+    assert seen[0] == 999 or steps == 1
+    assert len(seen) == len(set(seen)) or name == "heun"  # which looks twice at each step
+
+
+def test_learned_range_reaches_both_bounds():
+    """With exact predictions the upper variance overshoots what the lower one undershoots."""
+    batch = 64
+    grains = torch.zeros(batch, 4, 6, dtype=torch.long)
+    spread = []
+    for v in (-1.0, 1.0):
+        out = sample_content(
+            Known(True, v=v), grains, torch.zeros(batch, dtype=torch.long), seeds=range(batch), steps=10
+        )
+        spread.append(out.std().item())
+    assert spread[0] < STD < spread[1]
+
+
+def test_guidance_and_its_plans():
+    batch = 16
+    grains = torch.ones(batch, 4, 6, dtype=torch.long)
+    labels = torch.zeros(batch, dtype=torch.long)
+
+    def run(guidance):
+        model = Known()
+        out = sample_content(model, grains, labels, seeds=range(batch), scheduler="ddim", steps=50, guidance=guidance)
+        return out.mean(dim=(0, 2, 3)), model.plans
+
+    plain, plans = run(None)
+    assert plans == 1
+    guided, plans = run(Guidance(2.0))
+    assert plans == 2
+    assert (guided > plain + 0.3).all()  # away from the null's mean of 0, beyond the label's
+    some, _ = run(Guidance(2.0, channels=3))
+    torch.testing.assert_close(some[:3], guided[:3])
+    torch.testing.assert_close(some[3], plain[3])
+    never, _ = run(Guidance(2.0, "interval", interval=(0.0, 0.0)))
+    assert (never - plain).abs().max() < 0.05
+
+
+def make(cls, **settings):
+    model = cls.from_preset("tiny", dim=32, heads=2, depth=2, num_classes=3, **settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["ddpm", "sde-dpm++", "ddim"])
+def test_a_sample_does_not_depend_on_its_batch(name):
+    model = make(DynamicContentTransformer, image_size=64)
+    grains = torch.randint(0, 2, (4, 4, 4), generator=torch.Generator().manual_seed(0))
+    labels, seeds = torch.tensor([0, 1, 2, 3]), [11, 12, 13, 14]
+    options = {"scheduler": name, "steps": 4, "guidance": Guidance(1.5)}
+    together = sample_content(model, grains, labels, seeds=seeds, **options)
+    for i in range(4):
+        alone = sample_content(model, grains[i : i + 1], labels[i : i + 1], seeds=seeds[i : i + 1], **options)
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-4)
+    other = sample_content(model, grains, labels, seeds=[1, 2, 3, 4], **options)
+    assert not torch.allclose(other, together, atol=0.1)
+
+
+def test_plain_dit_and_packed_and_masked():
+    dit = make(DiT, image_size=64)
+    out = sample_content(dit, labels=torch.tensor([0, 1]), seeds=[1, 2], scheduler="dpm++", steps=4)
+    assert out.shape == (2, 4, 8, 8)
+    assert len(out[0, 0].unique()) == 64
+    model = make(DynamicContentTransformer, image_size=64)
+    grains = torch.randint(0, 2, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    arguments = {"labels": torch.tensor([0, 1]), "seeds": [1, 2], "steps": 3, "guidance": Guidance(2.0)}
+    packed = sample_content(model, grains, capacity=int(grains.sum()) * 4, **arguments)
+    model.config.masked = True
+    torch.testing.assert_close(sample_content(model, grains, **arguments), packed, rtol=1e-4, atol=1e-4)
+
+
+class KnownMap(nn.Module):
+    """Logits of a fixed map; with the null label, of its opposite."""
+
+    def __init__(self, grain_map):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.grain_map = grain_map
+        self.config = SimpleNamespace(num_classes=1, num_grains=3, grid=tuple(grain_map.shape[1:]))
+        self.seen = []
+
+    def forward(self, x, t, y):
+        self.seen.append((float(t[0]), x[: len(self.grain_map)].clone()))
+        target = torch.where(y[:, None, None] == 1, 2 - self.grain_map[0], self.grain_map[0])
+        return 12.0 * nn.functional.one_hot(target, 3).movedim(-1, 1).float()
+
+
+@pytest.mark.parametrize("name", GRAIN_SCHEDULERS)
+def test_grain_maps_reach_the_clean_map(name):
+    grains = torch.randint(0, 3, (1, 4, 6), generator=torch.Generator().manual_seed(0))
+    model = KnownMap(grains)
+    labels = torch.zeros(1, dtype=torch.long)
+    states = []
+    out = sample_grain_maps(
+        model,
+        labels,
+        seeds=[3],
+        scheduler=name,
+        steps=20,
+        guidance=Guidance(2.0),
+        callback=lambda i, t, x: states.append(x),
+    )
+    assert torch.equal(out, grains)
+    torch.testing.assert_close(states[-1][:, 0], grains - 1.0, atol=0.15, rtol=0)
+    first_t, first_x = model.seen[0]
+    assert first_t > 900
+    assert first_x.std().item() == pytest.approx(1, abs=0.35)
+
+
+def test_grain_transformer_samples():
+    model = make(DynamicGrainTransformer, grid=(4, 6))
+    labels = torch.tensor([0, 1, 3])
+    maps = sample_grain_maps(model, labels, seeds=[1, 2, 3], steps=5)
+    assert maps.shape == (3, 4, 6)
+    assert maps.dtype == torch.int64
+    assert torch.equal(sample_grain_maps(model, labels[1:2], seeds=[2], steps=5), maps[1:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheduler": "magic"}, r"scheduler must be one of ddpm, ddim, dpm\+\+.*got 'magic'"),
+        ({"steps": 0}, "steps must be in 1 ... 1000, got 0"),
+        ({"labels": None}, "labels must be one for each of the 2 seeds"),
+        ({"labels": torch.tensor([0, 4])}, r"labels must be in 0 ... 2 \(3 for none\), got 0 ... 4"),
+        ({"grain_map": torch.zeros(2, 4, 5, dtype=torch.long)}, r"grain_map must be int64 \(2, 4, 4\)"),
+        ({"grain_map": torch.full((2, 4, 4), 2)}, "grain_map must hold grains 0 ... 1, got 2 ... 2"),
+        ({"grain_map": torch.zeros(2, 4, 4)}, "grain_map must be int64"),
+        ({"guidance": Guidance(2.0, channels=5)}, "guidance channels must be at most 4, got 5"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_wrong_use(change, message):
+    model = make(DynamicContentTransformer, image_size=64)
+    arguments = {
+        "grain_map": torch.zeros(2, 4, 4, dtype=torch.long),
+        "labels": torch.tensor([0, 1]),
+        "seeds": [1, 2],
+        "steps": 2,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        sample_content(model, **arguments)
+
+
+def test_guidance_without_classes():
+    model = DynamicGrainTransformer.from_preset("tiny", grid=(4, 4), num_classes=None)
+    with pytest.raises(ValueError, match="guidance needs a model with classes"):
+        sample_grain_maps(model, seeds=[1], steps=2, guidance=Guidance(2.0))
+    with pytest.raises(ValueError, match="scheduler must be one of"):
+        sample_grain_maps(model, seeds=[1], steps=2, scheduler="heun")
+    assert math.prod(sample_grain_maps(model, seeds=[1, 2], steps=2).shape) == 32

@@ -1,0 +1,168 @@
+"""The plain DiT against the original's arithmetic, its checkpoints, and the counted multiply-accumulates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, convert, layers
+from d2it.models.flops import FineTokens, all_fine, count_macs, fine_tokens
+
+DIM, DEPTH, HEADS, SIDE, PATCH, CLASSES = 16, 2, 2, 4, 2, 3
+
+
+def original_state(learn_sigma=True):
+    """A state dict with the names and shapes of the released checkpoints, at a small size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def w(*shape):
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    out = PATCH * PATCH * 4 * (2 if learn_sigma else 1)
+    state = {
+        "pos_embed": layers.sincos_positions((SIDE // PATCH,) * 2, DIM)[None],
+        "x_embedder.proj.weight": w(DIM, 4, PATCH, PATCH),
+        "x_embedder.proj.bias": w(DIM),
+        "t_embedder.mlp.0.weight": w(DIM, 256),
+        "t_embedder.mlp.0.bias": w(DIM),
+        "t_embedder.mlp.2.weight": w(DIM, DIM),
+        "t_embedder.mlp.2.bias": w(DIM),
+        "y_embedder.embedding_table.weight": w(CLASSES + 1, DIM),
+        "final_layer.linear.weight": w(out, DIM),
+        "final_layer.linear.bias": w(out),
+        "final_layer.adaLN_modulation.1.weight": w(2 * DIM, DIM),
+        "final_layer.adaLN_modulation.1.bias": w(2 * DIM),
+    }
+    for i in range(DEPTH):
+        for name, rows, columns in [
+            ("attn.qkv", 3 * DIM, DIM),
+            ("attn.proj", DIM, DIM),
+            ("mlp.fc1", 4 * DIM, DIM),
+            ("mlp.fc2", DIM, 4 * DIM),
+            ("adaLN_modulation.1", 6 * DIM, DIM),
+        ]:
+            state[f"blocks.{i}.{name}.weight"] = w(rows, columns)
+            state[f"blocks.{i}.{name}.bias"] = w(rows)
+    return state
+
+
+def original_forward(state, x, t, y):
+    """The published network, written from its description: convolution, adaLN-Zero blocks, unpatchify."""
+
+    def linear(name, h):
+        return h @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def modulated(h, shift, scale):
+        return F.layer_norm(h, (DIM,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    h = F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=PATCH)
+    h = h.flatten(2).transpose(1, 2) + state["pos_embed"]
+    angle = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))))
+    c = F.silu(c + state["y_embedder.embedding_table.weight"][y])
+    for i in range(DEPTH):
+        block = f"blocks.{i}."
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(block + "adaLN_modulation.1", c).chunk(6, dim=1)
+        b, n, _ = h.shape
+        qkv = linear(block + "attn.qkv", modulated(h, shift1, scale1)).reshape(b, n, 3, HEADS, DIM // HEADS)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(DIM // HEADS)).softmax(-1)
+        h = h + gate1[:, None] * linear(block + "attn.proj", (weights @ v).transpose(1, 2).reshape(b, n, DIM))
+        hidden = linear(block + "mlp.fc1", modulated(h, shift2, scale2))
+        h = h + gate2[:, None] * linear(block + "mlp.fc2", F.gelu(hidden, approximate="tanh"))
+    shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)
+    out = linear("final_layer.linear", modulated(h, shift, scale))
+    side = SIDE // PATCH
+    out = out.reshape(len(x), side, side, PATCH, PATCH, -1)
+    return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), -1, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_original_checkpoints(tmp_path, learn_sigma):
+    state = original_state(learn_sigma)
+    x, t, y = torch.randn(2, 4, SIDE, SIDE), torch.tensor([10, 900]), torch.tensor([1, CLASSES])
+    expected = original_forward(state, x, t, y)
+    model = convert.convert_dit(state, heads=HEADS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, y), expected)
+    torch.save({"model": {}, "ema": state}, tmp_path / "checkpoint.pt")
+    loaded = convert.load_dit(tmp_path / "checkpoint.pt", heads=HEADS)
+    assert loaded.config == model.config
+    assert loaded.config.learn_sigma == learn_sigma
+
+
+def test_names_of_a_preset_are_all_converted():
+    ours = DiT.from_preset("DiT-S/2").state_dict()
+    names = {name for name in convert.convert_dit(original_state(), heads=HEADS).state_dict() if ".blocks." not in name}
+    assert names == {name for name in ours if ".blocks." not in name}
+
+
+def test_checkpoints_of_something_else(tmp_path):
+    state = original_state()
+    for change, message in [
+        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, "it has blocks.0.attn.q_norm.weight"),
+        ({"pos_embed": torch.randn(1, 4, DIM)}, "pos_embed is not"),
+        ({"x_embedder.proj.bias": torch.ones(3)}, "of another shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert.convert_dit({**state, **change}, heads=HEADS)
+    with pytest.raises(ValueError, match="heads must be given for a width of 16"):
+        convert.convert_dit(state)
+    del state["pos_embed"]
+    with pytest.raises(ValueError, match="it has no pos_embed"):
+        convert.convert_dit(state, heads=HEADS)
+    (tmp_path / "broken.pt").write_bytes(b"not a pickle")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        convert.load_dit(tmp_path / "broken.pt")
+
+
+# ---- multiply-accumulates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "gmac"), [("DiT-XL/2", 118.6), ("DiT-L/2", 80.7), ("DiT-B/2", 23.0), ("DiT-S/2", 6.06)]
+)
+def test_gmacs_of_dits_paper(name, gmac):
+    assert count_macs(DiT.preset_config(name)).total / 1e9 == pytest.approx(gmac, rel=2e-3)
+
+
+def measured(model, *inputs):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() / 2
+
+
+def test_macs_against_torchs_counter():
+    t, y = torch.zeros(3), torch.zeros(3, dtype=torch.long)
+    dit = DiT.from_preset("tiny", image_size=(64, 96))
+    assert measured(dit, torch.randn(3, 4, 8, 12), t, y) == count_macs(dit.config, 3).total
+    grain = DynamicGrainTransformer.from_preset("tiny", grid=(4, 6), num_grains=3)
+    assert measured(grain, torch.randn(3, 1, 4, 6), t, y) == count_macs(grain.config, 3).total
+    content = DynamicContentTransformer.from_preset("tiny", image_size=(64, 96))
+    x, grains = torch.randn(3, 4, 8, 12), torch.ones(3, 4, 6, dtype=torch.long)
+    assert measured(content, x, t, y, grains) == count_macs(content.config, 3).total
+    content.config.masked = True
+    assert measured(content, x, t, y, 0 * grains) == count_macs(content.config, 3, FineTokens(0, 0)).total
+
+
+def test_fine_tokens_and_their_pairs():
+    config = DynamicContentTransformer.preset_config("tiny", image_size=(64, 96))
+    grains = torch.randint(0, 2, (3, 4, 6), generator=torch.Generator().manual_seed(0))
+    cells = grains.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    rows = pairs = 0
+    for image in cells:
+        for i in range(0, 8, 4):
+            for j in range(0, 12, 4):
+                tokens = int(image[i : i + 4, j : j + 4].sum())
+                rows, pairs = rows + tokens, pairs + tokens**2
+    assert fine_tokens(grains, config) == (rows, pairs)
+    assert fine_tokens(torch.ones_like(grains), config) == all_fine(config, 3)
+    few = count_macs(config, 3, fine_tokens(grains, config))
+    none, full = count_macs(config, 3, FineTokens(0, 0)), count_macs(config, 3)
+    assert none.dense == few.dense == full.dense
+    assert none.refine < few.refine < full.refine
