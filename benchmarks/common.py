@@ -33,7 +33,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,9 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 import torch._functorch.config  # noqa: E402
+from results import RESULTS, Row, ours, speedup  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_flatten, tree_map_only  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
 
 # ||result - reference|| / ||reference|| above which a result is wrong; gradients may be twice as far.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -90,6 +89,8 @@ class Bench:
     """Inputs with a gradient; needed for a backward."""
     expected: Run | None = None
     """The reference, given the inputs with floating point widened. None: nothing to check, no speed-ups."""
+    operator: str = ""
+    """Result file that the rows go to, where a script measures several operators; the script's own if empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,14 +438,14 @@ def cotangents_like(outputs: list[Tensor]) -> list[Tensor]:
     return [torch.randn(t.shape, generator=rng, device=t.device, dtype=t.dtype) for t in outputs]
 
 
-def run_bench(bench: Bench, seconds: float | None = None) -> list[dict[str, Any]]:
+def run_bench(bench: Bench, seconds: float | None = None) -> list[Row]:
     """Rows of the result file: one for each contender and direction, or one that says why it was skipped."""
     rates = machine_rates()
     # Every case compiles afresh, for its own static shapes; a kept graph forbids donated buffers.
     torch.compiler.reset()
     torch._functorch.config.donated_buffer = False
     sets = input_sets(bench)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     reference: _Reference | None = None
     directions = ["forward"] + (["backward"] if bench.backward else [])
 
@@ -549,38 +550,7 @@ def _figures(timing: Timing, cost: Cost, dtype: torch.dtype, rates: dict[str, An
 # Results
 
 
-def ours(row: dict[str, Any]) -> bool:
-    return row["contender"].startswith("d2it")
-
-
-def total_ms(rows: Iterable[dict[str, Any]], case: str, contender: str) -> float | None:
-    """Forward + backward of a contender; None unless all of it was measured and right."""
-    own = [r for r in rows if r["case"] == case and r["contender"] == contender]
-    if not own or any("ms" not in r or not r.get("correct", False) for r in own):
-        return None
-    return sum(r["ms"] for r in own)
-
-
-def best_rival(rows: Iterable[dict[str, Any]], row: dict[str, Any]) -> tuple[str, float] | None:
-    """The fastest contender that is not ours on the same case and direction with a right result, and its ms."""
-    rivals = [
-        (r["ms"], r["contender"])
-        for r in rows
-        if r["case"] == row["case"] and r.get("direction") == row.get("direction") and not ours(r)
-        if "ms" in r and r.get("correct", False)
-    ]
-    return (min(rivals)[1], min(rivals)[0]) if rivals else None
-
-
-def speedup(rows: Iterable[dict[str, Any]], row: dict[str, Any]) -> tuple[float, str] | None:
-    """How many times faster than its best rival a row of ours is, and that rival. None where either is wrong."""
-    rival = best_rival(rows, row)
-    if rival is None or not ours(row) or not row.get("correct", False) or "ms" not in row:
-        return None
-    return rival[1] / row["ms"], rival[0]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     head = ("case", "direction", "contender", "ms", "q10..q90", "GB/s", "of copy", "TFLOP/s", "of floor", "")
     body = []
     for row in rows:
@@ -628,9 +598,7 @@ def results_folder() -> Path:
     return RESULTS / slug(device_name())
 
 
-def write_results(
-    operator: str, rows: list[dict[str, Any]], folder: Path | None = None, *, complete: bool = True
-) -> Path:
+def write_results(operator: str, rows: list[Row], folder: Path | None = None, *, complete: bool = True) -> Path:
     """`<folder>/<operator>.json`: header, the rates of the same run, rows. Replaced at once, never half written."""
     folder = folder or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -674,15 +642,18 @@ def main(description: str, operator: str, benches: Callable[[], Iterator[Bench]]
         print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures say nothing about a GPU")
     rates = machine_rates()
     print(f"copy {rates['copy_gbps']} GB/s; matrix product {rates['matmul_tflops']} TFLOP/s", flush=True)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, list[Row]] = {}
     for i, bench in enumerate(chosen):
-        rows += run_bench(bench, args.seconds)
-        print(f"[{i + 1}/{len(chosen)}] {bench.case}", file=sys.stderr, flush=True)
+        name = bench.operator or operator
+        rows.setdefault(name, []).extend(run_bench(bench, args.seconds))
+        print(f"[{i + 1}/{len(chosen)}] {name} {bench.case}", file=sys.stderr, flush=True)
         if device() == "cuda":
             torch.cuda.empty_cache()
         if not args.no_save:
-            write_results(operator, rows, args.out, complete=args.only == "*" and i + 1 == len(chosen))
-    print(table(rows))
+            finished = all((later.operator or operator) != name for later in chosen[i + 1 :])
+            write_results(name, rows[name], args.out, complete=args.only == "*" and finished)
+    for name, own in rows.items():
+        print(f"\n{name}\n{table(own)}")
     if not args.no_save and chosen:
         print(f"written to {args.out or results_folder()}")
-    return 1 if any(ours(row) and not row.get("correct", True) for row in rows) else 0
+    return 1 if any(ours(row) and not row.get("correct", True) for own in rows.values() for row in own) else 0

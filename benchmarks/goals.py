@@ -1,0 +1,172 @@
+"""The goals of the project and what was measured of them.
+
+A goal looks at the result files of one device; what it finds nothing about is "not measured", never a pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from results import Result, Row, cases, fastest, is_cpu, ours, right, total_speedup
+
+Results = dict[str, Result]
+Measured = tuple[float, str]
+"""A figure and where it was read: (0.82, "n64-D72-fill0.5-bfloat16 backward")."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    work: str
+    text: str
+    """The goal in words."""
+    figures: Callable[[Results], Iterator[Measured]]
+    target: float
+    shown: str = "{:.0%}"
+    at_most: bool = False
+    cpu: bool = False
+
+
+def _rows(results: Results, operator: str) -> list[Row]:
+    return results[operator]["rows"] if operator in results else []
+
+
+def _best(results: Results, operator: str) -> Iterator[Row]:
+    """Our fastest right row of every case and direction."""
+    rows = _rows(results, operator)
+    for case in cases(rows):
+        for direction in dict.fromkeys(row.get("direction") for row in rows if row["case"] == case):
+            if row := fastest(rows, case, direction, own=True):
+                yield row
+
+
+def share(operator: str, figure: str, cells: tuple[int, ...] | None = None) -> Callable[[Results], Iterator[Measured]]:
+    """`figure` ("copy_share" or "floor_share") of every case whose floor is 20 us or more: below, launches count.
+
+    `cells`: only windows of that many cells (the case's shape["n"]).
+    """
+
+    def figures(results: Results) -> Iterator[Measured]:
+        for row in _best(results, operator):
+            if row["floor_ms"] >= 0.02 and (cells is None or row["shape"].get("n") in cells):
+                yield row[figure], f"{row['case']} {row['direction']}"
+
+    return figures
+
+
+def times_rival(operator: str, fill: float) -> Callable[[Results], Iterator[Measured]]:
+    """Forward + backward against the fastest rival that does both, at one fill (shape["fill"])."""
+
+    def figures(results: Results) -> Iterator[Measured]:
+        rows = _rows(results, operator)
+        for case in cases(rows):
+            shape = next(row["shape"] for row in rows if row["case"] == case)
+            faster = total_speedup(rows, case)
+            if faster and shape.get("fill") == fill:
+                yield faster[0], f"{case} against {faster[1]}"
+
+    return figures
+
+
+def times(operator: str, rival: str) -> Callable[[Results], Iterator[Measured]]:
+    """Our fastest against the contenders whose name starts with `rival`."""
+
+    def figures(results: Results) -> Iterator[Measured]:
+        rows = _rows(results, operator)
+        for own in _best(results, operator):
+            for row in rows:
+                same = row["case"] == own["case"] and row.get("direction") == own.get("direction")
+                if same and right(row) and not ours(row) and row["contender"].startswith(rival):
+                    yield row["ms"] / own["ms"], f"{row['case']} {own.get('direction', '')} against {row['contender']}"
+
+    return figures
+
+
+def proportional(operator: str) -> Callable[[Results], Iterator[Measured]]:
+    """Time at fill 0.5 over half the time at fill 1, for cases that differ in shape["fill"] alone."""
+
+    def figures(results: Results) -> Iterator[Measured]:
+        by_shape: dict[tuple, dict[float, Row]] = {}
+        for row in _best(results, operator):
+            rest = tuple(sorted((k, str(v)) for k, v in row["shape"].items() if k != "fill"))
+            by_shape.setdefault((rest, row["dtype"], row["direction"]), {})[row["shape"].get("fill")] = row
+        for at in by_shape.values():
+            if 0.5 in at and 1.0 in at:
+                yield at[0.5]["ms"] / (at[1.0]["ms"] / 2), f"{at[0.5]['case']} {at[0.5]['direction']}"
+
+    return figures
+
+
+def plan_us(results: Results) -> Iterator[Measured]:
+    for row in _best(results, "plan_tokens"):
+        if row["shape"].get("batch") == 256:
+            yield row["ms"] * 1000, row["case"]
+
+
+def training(contender: str, figure: str, preset: str) -> Callable[[Results], Iterator[Measured]]:
+    """`figure` of one contender of the training benchmark (shape["preset"])."""
+
+    def figures(results: Results) -> Iterator[Measured]:
+        for row in _rows(results, "train"):
+            if row["shape"].get("preset") == preset and row["contender"].startswith(contender) and figure in row:
+                yield row[figure], f"{row['case']} {row['contender']}"
+
+    return figures
+
+
+def packed_against_masked(results: Results) -> Iterator[Measured]:
+    rows = [row for row in _rows(results, "train") if "ms" in row]
+    for case in cases(rows):
+        at = {row["contender"]: row["ms"] for row in rows if row["case"] == case}
+        packed = min((ms for name, ms in at.items() if name.startswith("d2it packed")), default=None)
+        masked = min((ms for name, ms in at.items() if name.startswith("masked")), default=None)
+        if packed and masked:
+            yield masked / packed, case
+
+
+MOVERS = ("pack_tokens", "unpack_tokens", "neighbor_copy", "adaln_modulate", "gated_residual")
+
+GOALS = [
+    Goal("window attention, 16 and 64 cells", ">= 70 % of copy bandwidth",
+         share("window_attention", "copy_share", (16, 64)), 0.7),
+    Goal("window attention, 256 cells", ">= 50 % of the nearer of bandwidth and tensor-core rate",
+         share("window_attention", "floor_share", (256,)), 0.5),
+    Goal("window attention, fill 0.5", ">= 3x the best rival, forward + backward",
+         times_rival("window_attention", 0.5), 3.0, "{:.2f}x"),
+    Goal("window attention, fill 1", ">= 1.5x the best rival, forward + backward",
+         times_rival("window_attention", 1.0), 1.5, "{:.2f}x"),
+    Goal("window attention, time by tokens", "fill 0.5 at most 1.15x half of fill 1",
+         proportional("window_attention"), 1.15, "{:.2f}x", at_most=True),
+    Goal("KDE entropy", ">= 100x eager", times("kde_entropy", "eager"), 100.0, "{:.0f}x"),
+    Goal("KDE entropy", ">= 10x compiled", times("kde_entropy", "compiled"), 10.0, "{:.1f}x"),
+    *(Goal(f"{name}", ">= 80 % of copy bandwidth", share(name, "copy_share"), 0.8) for name in MOVERS),
+    Goal("plan, 256 images", "<= 20 us", plan_us, 20.0, "{:.1f} us", at_most=True),
+    Goal("D2iT-XL training step", ">= 45 % MFU", training("d2it packed", "mfu", "D2iT-XL"), 0.45),
+    Goal("training step, packed", ">= 1.25x the same model with masks", packed_against_masked, 1.25, "{:.2f}x"),
+    Goal("DiT-XL/2 training", ">= 500 images/s", training("dit", "images_per_s", "DiT-XL/2"), 500.0, "{:.0f} images/s"),
+    Goal("KDE entropy, one core", ">= 20x eager", times("kde_entropy", "eager"), 20.0, "{:.0f}x", cpu=True),
+    Goal("neighbour copy on CPU", ">= 3x eager", times("neighbor_copy", "eager"), 3.0, "{:.1f}x", cpu=True),
+    Goal("packing on CPU", ">= 3x eager", times("pack_tokens", "eager"), 3.0, "{:.1f}x", cpu=True),
+    Goal("unpacking on CPU", ">= 3x eager", times("unpack_tokens", "eager"), 3.0, "{:.1f}x", cpu=True),
+    Goal("training step on CPU, packed", "faster than with masks", packed_against_masked, 1.0, "{:.2f}x", cpu=True),
+]  # fmt: skip
+
+
+def goal_table(results: Results) -> list[tuple[str, str, str, str]]:
+    """(work, goal, measured: worst .. best and where the worst was, verdict) for the device that the files are of."""
+    lines = []
+    cpu = all(is_cpu(result) for result in results.values())
+    for goal in GOALS:
+        if goal.cpu != cpu:
+            continue
+        found = sorted(goal.figures(results), reverse=goal.at_most)
+        if not found:
+            lines.append((goal.work, goal.text, "not measured", ""))
+            continue
+        worst, best = found[0], found[-1]
+        measured = f"{goal.shown.format(worst[0])} ({worst[1]})"
+        if len(found) > 1:
+            measured = f"{goal.shown.format(worst[0])} .. {goal.shown.format(best[0])} (first: {worst[1]})"
+        met = worst[0] <= goal.target if goal.at_most else worst[0] >= goal.target
+        lines.append((goal.work, goal.text, measured, "met" if met else "missed"))
+    return lines
