@@ -229,7 +229,7 @@ def _write_unit(folder: Path, unit: int, rows: list[dict[str, Tensor]], skipped:
     name = _unit_name(unit)
     tensors = {key: torch.cat([row[key] for row in rows]) for key in _KEYS} if rows else {}
     with atomic_write(folder / name) as path:
-        save_file(tensors, path, metadata={"format": FORMAT, "version": str(VERSION)})
+        save_file(tensors, path, metadata={"format": f"{FORMAT} {VERSION}"})  # one key: their order is not fixed
         record = {
             "file": name,
             "images": len(tensors["index"]) if rows else 0,

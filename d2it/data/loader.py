@@ -121,7 +121,8 @@ class _Stream:
         except RuntimeError as error:
             self.close()
             if "DataLoader worker" in str(error):  # killed, most often for memory
-                raise UserError(f"{str(error).splitlines()[0]} Fewer data.workers need less memory.") from error
+                line = str(error).splitlines()[0].rstrip(". ")
+                raise UserError(f"{line}: if the machine ran out of memory, fewer data.workers need less") from error
             raise
         if "error" in batch:
             self.close()
