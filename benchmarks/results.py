@@ -97,6 +97,10 @@ def time(ms: float) -> str:
     return f"{ms * 1000:.1f} µs" if ms < 1 else f"{ms:.2f} ms"
 
 
+def _short(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def _ran_on(result: Result) -> str:
     keys = ("driver", "cuda", "torch", "triton", "python", "threads")
     versions = [f"{key} {result[key]}" for key in keys if result.get(key) is not None]
@@ -104,13 +108,13 @@ def _ran_on(result: Result) -> str:
 
 
 def _measured(row: Row) -> str:
-    parts = [f"{row['gbps']:.3g} GB/s ({row['copy_share']:.0%} of copy)"] if row.get("bytes") else []
+    parts = [f"{_short(row['gbps'])} GB/s ({row['copy_share']:.0%} of copy)"] if row.get("bytes") else []
     if "matmul_share" in row:
-        parts.append(f"{row['tflops']:.1f} TFLOP/s ({row['matmul_share']:.0%})")
+        parts.append(f"{_short(row['tflops'])} TFLOP/s ({row['matmul_share']:.0%})")
     if "mfu" in row:
         parts.append(f"{row['mfu']:.0%} MFU")
     if "images_per_s" in row:
-        parts.append(f"{row['images_per_s']:.3g} images/s")
+        parts.append(f"{_short(row['images_per_s'])} images/s")
     if "memory_gb" in row:
         parts.append(f"{row['memory_gb']:.1f} GB")
     return ", ".join(parts)

@@ -1,5 +1,7 @@
 """Parametrises the inherited tests of a KernelSuite by what its subclass declares."""
 
+import os
+
 import pytest
 
 from tests.kernels.harness import DEVICE, LAYOUTS, SEEDS, KernelSuite, dtypes, fast_backends, shape_id
@@ -17,6 +19,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif "shape" in names:
         # Layouts take turns over the shapes and start elsewhere for each dtype: all combinations occur.
         shapes = suite.corners + (suite.gpu_corners if DEVICE == "cuda" else [])
+        if os.environ.get("D2IT_KERNEL_SHAPES") == "small":  # under a sanitizer, which is slow
+            shapes = [suite.small]
         cases = [
             pytest.param(
                 backend,
