@@ -7,6 +7,12 @@
 # make wheel   dist/*.whl
 # make lint    what `make test` checks before it runs the tests
 # make format  let the formatters have their way
+#
+# make gpu     on a GPU, with the PYTHON that has its torch, no network needed: build, suite, sanitizers, benchmarks,
+#              goals; PARTS names some of them alone (`make gpu PARTS="tests attn_bench"`)
+# make results docs/results.md and the README's table, from the files of benchmarks/results
+# make report  registers, spills and access widths of every kernel for sm_80, sm_90 and sm_100, without a GPU
+#
 # make clean   remove everything made here, .venv included
 
 PYTHON ?= python3
@@ -16,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export D2IT_BUILD ?= $(if $(shell which nvcc 2>/dev/null),cuda,auto)
 
-.PHONY: demo test lint format build wheel clean
+.PHONY: demo test lint format build wheel gpu results report clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -55,6 +61,15 @@ $(VENV)/built: $(VENV)/installed setup.py d2it/__init__.py $(wildcard csrc/*)
 wheel: build
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+gpu:
+	$(PYTHON) benchmarks/run_gpu.py $(PARTS)
+
+results:
+	$(PYTHON) benchmarks/results.py
+
+report: build
+	$(BIN)/python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info d2it/_C.*.so .mypy_cache .pytest_cache .ruff_cache

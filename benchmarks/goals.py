@@ -166,7 +166,7 @@ def goal_table(results: Results) -> list[tuple[str, str, str, str]]:
         worst, best = found[0], found[-1]
         measured = f"{goal.shown.format(worst[0])} ({worst[1]})"
         if len(found) > 1:
-            measured = f"{goal.shown.format(worst[0])} .. {goal.shown.format(best[0])} (first: {worst[1]})"
+            measured = f"{goal.shown.format(worst[0])} .. {goal.shown.format(best[0])} (worst: {worst[1]})"
         met = worst[0] <= goal.target if goal.at_most else worst[0] >= goal.target
         lines.append((goal.work, goal.text, measured, "met" if met else "missed"))
     return lines

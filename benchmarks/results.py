@@ -240,9 +240,10 @@ def plot(result: Result, path: Path) -> None:
         for i, name in enumerate(names):
             times = {r["case"]: r["ms"] for r in rows if r["contender"] == name and r.get("direction", "") == direction}
             places = [every.index(case) * (len(names) + 1) + i for case in times]
-            axis.barh(places, list(times.values()), color=f"C{i}", label=name)
+            axis.plot(list(times.values()), places, "o", color=f"C{i}", label=name)
         axis.set_yticks([j * (len(names) + 1) + (len(names) - 1) / 2 for j in range(len(every))], every)
         axis.set_xscale("log")
+        axis.grid(axis="x", which="both", alpha=0.3)
         axis.set_xlabel(f"{direction} ms")
     axes[0][0].invert_yaxis()
     axes[0][0].legend(fontsize="small")

@@ -1,0 +1,175 @@
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import common  # noqa: E402
+import goals  # noqa: E402
+import results  # noqa: E402
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*_bench.py"))
+
+
+def square_bench(contenders: dict) -> common.Bench:
+    return common.Bench(
+        case="n1000",
+        shape={"n": 1000},
+        dtype=torch.float32,
+        inputs=lambda seed: {"x": torch.randn(1000, generator=torch.Generator().manual_seed(seed))},
+        contenders=contenders,
+        forward=common.Cost(bytes=8000, flops=1000),
+        backward=common.Cost(bytes=12000),
+        gradients=("x",),
+        expected=lambda given: given["x"] ** 2,
+    )
+
+
+def unavailable() -> common.Run:
+    raise common.Skip("no such library here")
+
+
+def test_measures_right_wrong_and_absent_contenders() -> None:
+    bench = square_bench(
+        {
+            "d2it square": lambda: lambda given: given["x"].square(),
+            "eager": lambda: lambda given: given["x"] * given["x"],
+            "wrong forward": lambda: lambda given: given["x"] * given["x"] + 0.1,
+            "wrong backward": lambda: lambda given: given["x"] * given["x"].detach(),
+            "absent": unavailable,
+        }
+    )
+    rows = common.run_bench(bench, seconds=0.01)
+    found = {(row["contender"], row.get("direction")): row for row in rows}
+    assert found["absent", None]["skipped"] == "no such library here"
+    assert found["d2it square", "forward"]["correct"]
+    assert found["d2it square", "backward"]["correct"]
+    assert not found["wrong forward", "forward"]["correct"]
+    assert found["wrong forward", "backward"]["correct"]
+    assert found["wrong backward", "forward"]["correct"]
+    assert not found["wrong backward", "backward"]["correct"]
+    row = found["d2it square", "forward"]
+    assert row["gbps"] == pytest.approx(8000 / row["ms"] / 1e6)
+    assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["ms"])
+    assert row["ms_q10"] <= row["ms"] <= row["ms_q90"]
+    assert "skipped: no such library here" in common.table(rows)
+    assert "WRONG" in common.table(rows)
+
+
+def test_time_of_a_call_is_its_time() -> None:
+    timing = common.time_calls([lambda: time.sleep(0.003)], seconds=0.05)
+    assert 3.0 <= timing.ms < 300.0  # the machine may be busy
+    assert timing.calls >= 5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_of_an_operator_is_right_on_its_first_case(script: str) -> None:
+    module = importlib.import_module(script)
+    if not hasattr(module, "benches"):  # a benchmark of a model has a main of its own, and its own test
+        return
+    bench = next(iter(module.benches()))
+    assert bench.expected is not None
+    names = [name for name in bench.contenders if results.ours({"contender": name})] or ["eager"]
+    inputs = bench.inputs(0)
+    cotangents: list[torch.Tensor] = []
+    wide = {key: torch.utils._pytree.tree_map_only(torch.Tensor, common._widen, value) for key, value in inputs.items()}
+    gradients = bench.gradients if bench.backward else ()
+    for name in names:
+        run = bench.contenders[name]()
+        cotangents = cotangents or common.cotangents_like(common._floats(run(inputs)))
+        want = common._evaluate(bench.expected, wide, gradients, cotangents)
+        got = common._evaluate(run, inputs, gradients, cotangents)
+        error, right = common._distance(got.outputs, want.outputs, common.TOLERANCE[bench.dtype])
+        assert right, f"{name}: relative error {error}"
+        error, right = common._distance(got.gradients, want.gradients, 2 * common.TOLERANCE[bench.dtype])
+        assert right, f"{name}: relative error {error} of the gradients"
+
+
+def row(case: str, contender: str, ms: float, direction: str = "forward", **more: object) -> dict:
+    return {
+        "case": case, "contender": contender, "direction": direction, "dtype": "bfloat16", "shape": {}, "ms": ms,
+        "ms_q10": ms, "ms_q90": ms, "correct": True, "bytes": 1, "gbps": 1.0, "copy_share": 0.5, "floor_ms": 1.0,
+        "floor_share": 0.5, **more,
+    }  # fmt: skip
+
+
+def result(operator: str, rows: list[dict], small: bool = False) -> dict:
+    rates = {"copy_gbps": 4000.0, "matmul_tflops": {"bfloat16": 700.0}}
+    return {
+        "operator": operator, "complete": True, "device": "NVIDIA H200", "small": small, "torch": "2.11",
+        "python": "3.12", "commit": "abc1234", "date": "2026-01-01", "rates": rates, "rows": rows,
+    }  # fmt: skip
+
+
+def test_speed_ups_are_against_the_best_right_rival() -> None:
+    rows = [
+        row("a", "d2it triton", 1.0),
+        row("a", "wrong and fast", 0.1, correct=False, error=0.5),
+        row("a", "unchecked and fast", 0.1, correct=None),
+        row("a", "eager", 5.0),
+        row("a", "compiled", 3.0),
+        row("b", "d2it triton", 1.0, correct=False, error=0.5),
+        row("b", "eager", 5.0),
+        {"case": "a", "contender": "absent", "skipped": "not installed", "shape": {}},
+    ]
+    assert results.speedup(rows, rows[0]) == (3.0, "compiled")
+    assert results.speedup(rows, rows[5]) is None
+    assert results.speedup(rows, rows[3]) is None
+    assert results.total_speedup(rows, "a") is None  # nobody measured a backward
+    rows += [row("a", "d2it triton", 1.0, "backward"), row("a", "eager", 7.0, "backward")]
+    assert results.total_speedup(rows, "a") == (6.0, "eager")
+    section = "\n".join(results.operator_section(result("kde_entropy", rows)))
+    assert "3.00x compiled" in section
+    assert "wrong: relative error 0.5" in section
+    assert "absent (not installed)" in section
+
+
+def test_goals_count_what_was_measured_and_nothing_else() -> None:
+    every = {line[:2]: line[2:] for line in goals.goal_table({"kde_entropy": result("kde_entropy", [])})}
+    assert len(every) == sum(not goal.cpu for goal in goals.GOALS)
+    assert set(every.values()) == {("not measured", "")}
+
+    def attention(n: int, fill: float, ms: float, share: float, contender: str = "d2it triton") -> list[dict]:
+        shape = {"n": n, "D": 64, "fill": fill}
+        case = f"n{n}-fill{fill}"
+        return [row(case, contender, ms, d, shape=shape, copy_share=share) for d in ("forward", "backward")]
+
+    rows = attention(64, 0.5, 1.0, 0.8) + attention(64, 1.0, 2.0, 0.6) + attention(64, 0.5, 3.5, 0.1, "sdpa")
+    table = {line[0] + line[1]: line[2:] for line in goals.goal_table({"window_attention": result("w", rows)})}
+    assert table["window attention, 16 and 64 cells>= 70 % of copy bandwidth"] == (
+        "60% .. 80% (worst: n64-fill1.0 backward)", "missed",
+    )  # fmt: skip
+    assert table["window attention, fill 0.5>= 3x the best rival, forward + backward"][1] == "met"
+    assert table["window attention, time by tokensfill 0.5 at most 1.15x half of fill 1"][1] == "met"
+    assert table["window attention, fill 1>= 1.5x the best rival, forward + backward"] == ("not measured", "")
+
+
+def test_readme_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
+    rows = [row("a", "d2it triton", 0.02), row("a", "eager", 0.06)]
+    folder = tmp_path / "nvidia-h200"
+    folder.mkdir()
+    (folder / "pack_tokens.json").write_text(json.dumps(result("pack_tokens", rows)))
+    (tmp_path / "cpu-x").mkdir()
+    (tmp_path / "cpu-x" / "pack_tokens.json").write_text(json.dumps(result("pack_tokens", rows, small=True)))
+    folders = results.devices(tmp_path)
+    assert [f.name for f in folders] == ["nvidia-h200", "cpu-x"]
+    text = results.with_table("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", results.summary(folders))
+    assert text.startswith("a\n<!-- results -->\nOn NVIDIA H200, torch 2.11:")
+    assert text.endswith("<!-- /results -->\nb\n")
+    assert "| `pack_tokens` forward | a | 20.0 µs | 50% | 3.0x eager |" in text
+    assert "old" not in text
+    assert "## NVIDIA H200" in results.document(folders)
+
+
+def test_documents_hold_what_the_result_files_give() -> None:
+    """`make results` after a benchmark: no figure without a file, no file without its figures."""
+    folders = results.devices()
+    assert (ROOT / "docs" / "results.md").read_text() == results.document(folders)
+    readme = (ROOT / "README.md").read_text()
+    assert readme == results.with_table(readme, results.summary(folders))
