@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Generator
 from pathlib import Path
@@ -11,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
-from d2it.data import ImageSource, SinglePass
+from d2it.data import Calibration, ImageSource, SinglePass
+from d2it.errors import UserError
 from d2it.models import DynamicVAE, VAELoss
 from d2it.models.pipeline import to_uint8
 from d2it.training import pictures
 from d2it.training.config import Config
 from d2it.training.distributed import World
 from d2it.training.loop import Batch, Learner, Work, seed_of
-from d2it.training.macs import vae_macs
 from d2it.training.meters import Meters
 from d2it.training.stage import build, loader, to_device, user_error
 
@@ -80,6 +82,44 @@ def normalized(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
+def build_vae(config: Config) -> DynamicVAE:
+    """An untrained VAE with the thresholds of its calibration.
+
+    Raises:
+        UserError: settings that do not fit each other, or a calibration for another entropy.
+    """
+    settings = config.dvae
+    with user_error("configuration: dvae"):
+        plan = DynamicVAE.preset_config(settings.preset, **settings.overrides)
+    grains = plan.num_grains
+    if "thresholds" in settings.overrides or grains == 1:
+        return build(DynamicVAE, settings, "dvae")
+    if len(settings.fine_ratios) != grains - 1:
+        raise UserError(f"configuration: dvae.fine_ratios must have {grains - 1} values for {grains} grains")
+    calibration = Calibration.load(settings.calibration)
+    bins = plan.num_bins or plan.region_size**2
+    ours = {"region_size": plan.region_size, "num_bins": bins, "value_range": plan.value_range, "sigma": plan.sigma}
+    for key, value in (ours | {"normalize": plan.normalize}).items():
+        if calibration.kde[key] != value:
+            raise UserError(
+                f"configuration: dvae.calibration was made with {key}={calibration.kde[key]}, this VAE has {value}: "
+                "make one with python -m d2it.data.calibrate"
+            )
+    return build(DynamicVAE, settings, "dvae", thresholds=tuple(calibration.thresholds(settings.fine_ratios)))
+
+
+def vae_macs(vae: DynamicVAE, image_size: tuple[int, int]) -> int:
+    """Multiply-accumulates of encoding and decoding one image, by torch's counter on tensors without data."""
+    shadow = copy.deepcopy(vae).to("meta")
+    rows, columns = (side // vae.config.region_size for side in image_size)
+    cells = vae.config.code_sizes[0]
+    latents = torch.empty(1, vae.config.latent_channels, rows * cells, columns * cells, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow.encoder(torch.empty(1, 3, *image_size, device="meta"))
+        shadow.decoder(latents, torch.empty(1, rows, columns, dtype=torch.int64, device="meta"))
+    return counter.get_total_flops() // 2
+
+
 class DvaeStage:
     """The VAE, and from `dvae.loss.disc_start` on its critic."""
 
@@ -88,7 +128,7 @@ class DvaeStage:
     def __init__(self, config: Config, world: World, source: ImageSource) -> None:
         self.config, self.settings, self.world, self.source = config, config.dvae, world, source
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
-        self.vae = build(DynamicVAE, self.settings, "dvae")
+        self.vae = build_vae(config)
         with user_error("configuration: dvae.loss"):
             self.criterion = VAELoss(self.settings.loss).to(world.device)
         channels_last(self.vae)

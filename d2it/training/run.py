@@ -31,10 +31,10 @@ from d2it.models.pipeline import PARTS, D2iT
 from d2it.training import distributed, pictures
 from d2it.training.config import Config, load, to_yaml
 from d2it.training.distributed import World
-from d2it.training.dvae import DvaeStage, channels_last, normalized, reconstructions
+from d2it.training.dvae import DvaeStage, build_vae, channels_last, normalized, reconstructions
 from d2it.training.loop import Stage, Stopped, train
 from d2it.training.meters import read_log
-from d2it.training.stage import build, check_batch, user_error
+from d2it.training.stage import check_batch, user_error
 from d2it.training.summary import rehearse, summarize
 from d2it.training.transformers import ContentStage, GrainStage, LatentData
 
@@ -246,8 +246,7 @@ def _stage(name: str, config: Config, world: World, source: ImageSource | None, 
     cache = _cache_folder(config)
     if dry and not (cache / "index.json").exists():
         assert source is not None
-        vae = build(DynamicVAE, config.dvae, "dvae")
-        data = LatentData.of_vae(vae.config, source.image_size, len(source))
+        data = LatentData.of_vae(build_vae(config).config, source.image_size, len(source))
         return kind(config, settings, world, data, None)
     latents = LatentCache(cache)
     if config.data.num_classes is not None and latents.num_classes > config.data.num_classes:

@@ -31,12 +31,12 @@ from d2it.models import (
     DynamicVAE,
     DynamicVAEConfig,
 )
+from d2it.models.flops import FineTokens, count_macs, fine_tokens
 from d2it.models.pipeline import to_uint8
 from d2it.training import pictures
 from d2it.training.config import Config, StageConfig
 from d2it.training.distributed import World
 from d2it.training.loop import Batch, Learner, Work, seed_of
-from d2it.training.macs import token_pairs, transformer_macs
 from d2it.training.meters import Meters
 from d2it.training.stage import build, loader, to_device
 
@@ -108,18 +108,17 @@ def _dropped(network: Transformer, batch: Batch) -> Tensor | None:
     return network.label_dropout_mask(len(batch["grain_map"]), device=batch["grain_map"].device)
 
 
-def count_tokens(batch: Batch, *, cells_per_region: int, window: int, min_grain: int, capacity_step: float) -> Batch:
-    """The batch with its packed fine tokens ("tokens", "pairs") and the rows to allocate for them ("capacity").
+def count_tokens(batch: Batch, config: ContentTransformerConfig, capacity_step: float) -> Batch:
+    """The batch with its packed fine tokens ("fine") and the rows to allocate for them ("capacity").
 
     The loader's workers run this: the host knows the lengths before the device has the maps, so nobody waits.
     Capacities are whole steps of all cells, which keeps the shapes that torch.compile sees few.
     """
-    grains = batch["grain_map"]
-    tokens, pairs = token_pairs(grains, cells_per_region, window, min_grain)
-    cells = grains.numel() * cells_per_region**2
+    fine = fine_tokens(batch["grain_map"], config)
+    cells = batch["grain_map"].numel() * config.cells_per_region**2
     step = max(1, round(cells * capacity_step))
-    capacity = min(cells, max(1, math.ceil(tokens / step)) * step)
-    return batch | {"tokens": tokens, "pairs": pairs, "capacity": capacity}
+    capacity = min(cells, max(1, math.ceil(fine.rows / step)) * step)
+    return batch | {"fine": fine, "capacity": capacity}
 
 
 def _unchanged(batch: Batch) -> Batch:
@@ -241,9 +240,9 @@ class LatentStage:
         return [f"data: {data.cache.description if data.cache else 'latents yet to be made'}, {data.images:,} images"]
 
     def work(self, batch: Batch) -> Work:
-        images, tokens = len(batch["grain_map"]), batch.get("tokens", 0)
-        dense = images * self.dense_tokens
-        return Work(images, dense + tokens, transformer_macs(self.network, images, tokens, batch.get("pairs", 0)))
+        images, fine = len(batch["grain_map"]), batch.get("fine", FineTokens(0, 0))
+        macs = count_macs(self.network.config, images, fine)
+        return Work(images, images * self.dense_tokens + fine.rows, macs.total)
 
     @property
     def dense_tokens(self) -> int:
@@ -337,13 +336,7 @@ class ContentStage(LatentStage):
         network = self.network.config
         if not isinstance(network, ContentTransformerConfig):
             return _unchanged
-        return functools.partial(
-            count_tokens,
-            cells_per_region=network.cells_per_region,
-            window=network.window,
-            min_grain=network.min_grain,
-            capacity_step=self.config.content.capacity_step,
-        )
+        return functools.partial(count_tokens, config=network, capacity_step=self.config.content.capacity_step)
 
     def picture(self) -> np.ndarray:
         assert self.vae is not None
