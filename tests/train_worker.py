@@ -2,6 +2,8 @@
 
     python tests/train_worker.py key=value ...          one rank
     torchrun --nproc-per-node=2 tests/train_worker.py   several
+    python tests/train_worker.py serve                  a fork for each line of arguments on stdin: prints its pid,
+                                                        then its exit code (a kill: minus the signal)
 
 Prints `hash <sha256 of all weights, averages and moments>` at the end.
 """
@@ -10,9 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import os
+import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +25,9 @@ from torch import nn
 
 from d2it.errors import UserError
 from d2it.training import distributed
+from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import RunConfig, StageConfig
-from d2it.training.loop import Batch, Learner, Stopped, Work, seed_of, train
+from d2it.training.loop import Batch, Learner, Stopped, Work, restore, seed_of, train
 
 
 class Losses(nn.Module):
@@ -115,11 +121,15 @@ def main(arguments: list[str]) -> int:
                 key,
                 value == "True" if kind is bool else kind(value) if kind is not type(None) else float(value),
             )
+    if "file_limit" in extra:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(extra["file_limit"]),) * 2)
     torch.set_num_threads(1)
     world = distributed.start("cpu")
     try:
         stage = Toy(settings, run, world, extra)
         train(stage, settings, run, world)
+        checkpoints = Checkpoints(Path(run.dir) / "checkpoints" / stage.name, world, stage.identity())
+        restore(stage, checkpoints, settings.steps)
         result = digest(stage.learners[0])
         if world.first:
             print("hash", result, flush=True)
@@ -134,5 +144,26 @@ def main(arguments: list[str]) -> int:
         distributed.stop()
 
 
+def serve() -> None:
+    """Fork a run for every line: torch is imported once, so that a run takes a fraction of a second."""
+    for name in ("torch._dynamo", "torch.utils.tensorboard", "tqdm"):  # imported where used; here before the forks
+        importlib.import_module(name)
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = main(line.split())
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        print(pid, flush=True)
+        print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        sys.exit(main(sys.argv[1:]))

@@ -218,13 +218,18 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
     newest = checkpoints.newest()
     first = 0 if newest is None else newest["step"]
     if first >= settings.steps:
-        return checkpoints.close()
+        return
     if newest is not None:
         restore(stage, checkpoints, first)
     batches = stage.batches(first)
     meters = Meters(stage.name, run, settings.steps, first, world)
 
-    with contextlib.closing(batches), contextlib.closing(meters), StopSignal(world) as stop:
+    with (
+        StopSignal(world) as stop,
+        contextlib.closing(checkpoints),
+        contextlib.closing(meters),
+        contextlib.closing(batches),
+    ):
         for step in range(first, settings.steps):
             torch.manual_seed(seed_of(run.seed, stage.name, step, world.rank))  # noise, timesteps, dropout
             learners = stage.active(step)
@@ -249,9 +254,8 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
             if last or done % run.save_every == 0 or signal:
                 saved = checkpoints.save(done, {x.name: x.state() for x in stage.learners})
             if signal:
-                checkpoints.close()
+                checkpoints.wait()
                 raise Stopped(signal, f"{signal.name} at step {done}: saved {saved}; the same command resumes")
-    checkpoints.close()
 
 
 def restore(stage: Stage, checkpoints: Checkpoints, step: int) -> None:

@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
     except UserError as error:
         where = f" (rank {world.rank})" if world.rank else ""
         return _say(f"error{where}: {error}", 2)
+    except KeyboardInterrupt:  # outside the loop, where there is nothing to save
+        return _say("interrupted; the same command resumes", 130)
     except Stopped as stopped:
         return _say(str(stopped), 128 + stopped.signal) if world.first else 128 + stopped.signal
     finally:

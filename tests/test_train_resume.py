@@ -1,0 +1,222 @@
+"""Killed, stopped or fed nonsense, a run loses nothing: one rank, the real loop, a very small model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("train_worker.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+class Server:
+    """`train_worker.py serve`: a forked run for every call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = (folder / "stderr").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, str(WORKER), "serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            bufsize=1,
+            env=ENVIRONMENT,
+        )
+
+    def start(self, folder: Path, **settings: object) -> int:
+        """Start a run; returns its pid."""
+        line = " ".join(f"{k}={v}" for k, v in {"dir": folder, **settings}.items())
+        assert self.process.stdin is not None
+        self.log.seek(0)
+        self.log.truncate()
+        self.process.stdin.write(line + "\n")
+        return int(self.line())
+
+    def finish(self) -> tuple[int, str, str]:
+        """Wait for the run: exit code (a kill: minus the signal), the printed hash, stderr."""
+        found = ""
+        while not (line := self.line()).startswith("exit "):
+            found = line.removeprefix("hash ") if line.startswith("hash ") else found
+        self.log.seek(0)
+        return int(line.removeprefix("exit ")), found, self.log.read()
+
+    def run(self, folder: Path, **settings: object) -> tuple[int, str, str]:
+        self.start(folder, **settings)
+        return self.finish()
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the server died"
+        return line.strip()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.process.kill()
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints" / "toy").glob("step-*"))
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "inline"])
+def test_fifty_kills_change_nothing(server: Server, tmp_path: Path, background: bool) -> None:
+    """SIGKILL at random times, resume by the same command: the final tensors are bit-equal to an undisturbed run's."""
+    settings = {"steps": 60, "save_every": 2, "log_every": 10, "async_save": background}
+    code, expected, _ = server.run(tmp_path / "undisturbed", **settings)
+    assert code == 0
+    draw = random.Random(1)
+    kills, runs, hashes, folder = 0, 0, [], tmp_path / "run-0"
+    while kills < 25:
+        pid = server.start(folder, **settings)
+        time.sleep(draw.uniform(0.1, 0.8))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        code, found, log = server.finish()
+        assert code in (0, -signal.SIGKILL), log
+        if code == 0:
+            hashes.append(found)
+            runs += 1
+            folder = tmp_path / f"run-{runs}"
+        else:
+            kills += 1
+    code, found, log = server.run(folder, **settings)
+    assert code == 0, log
+    hashes.append(found)
+    assert set(hashes) == {expected}
+
+
+def test_stopped_runs_save_and_say_where(server: Server, tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / number.name
+        settings = {"steps": 100000, "save_every": 100000, "log_every": 1}
+        pid = server.start(folder, **settings)
+        wait_for(folder / "logs" / "toy.jsonl")
+        os.kill(pid, number)
+        code, _, log = server.finish()
+        assert code == 128 + number
+        (saved,) = checkpoints(folder)
+        assert f"saved {folder}/checkpoints/toy/{saved}" in log
+        assert "the same command resumes" in log
+
+
+def test_stop_and_resume_is_exact(server: Server, tmp_path: Path) -> None:
+    settings = {"steps": 300, "save_every": 1000, "log_every": 1}
+    _, expected, _ = server.run(tmp_path / "a", **settings)
+    pid = server.start(tmp_path / "b", **settings)
+    wait_for(tmp_path / "b" / "logs" / "toy.jsonl")
+    os.kill(pid, signal.SIGTERM)
+    code, _, _ = server.finish()
+    assert code == 128 + signal.SIGTERM
+    code, found, _ = server.run(tmp_path / "b", **settings)
+    assert (code, found) == (0, expected)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "logs" / "toy.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 301))  # the log goes on where it was, no line twice
+
+
+def test_non_finite_losses_are_skipped_and_counted(server: Server, tmp_path: Path) -> None:
+    code, _, _ = server.run(tmp_path, steps=10, nan="3-5", log_every=10, save_every=10)
+    assert code == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "logs" / "toy.jsonl").read_text().splitlines())
+    assert row["toy/skipped_steps"] == 2
+
+
+def test_non_finite_losses_in_a_row_stop_the_run(server: Server, tmp_path: Path) -> None:
+    """A streak counts across a resume; the weights are those from before it."""
+    good = tmp_path / "good"
+    _, expected, _ = server.run(good, steps=6, save_every=1, log_every=1)
+    code, _, log = server.run(tmp_path / "bad", steps=20, nan="6-7-8-9", skip_limit=3, save_every=1, log_every=1)
+    assert code == 2
+    assert "3 steps in a row without a finite gradient in toy" in log
+    assert "Traceback" not in log
+    manifest = json.loads((tmp_path / "bad" / "checkpoints" / "toy" / "step-00000008" / "manifest.json").read_text())
+    assert manifest["step"] == 8
+    code, _, log = server.run(tmp_path / "bad", steps=20, nan="6-7-8-9", skip_limit=3, save_every=1, log_every=1)
+    assert code == 2, "the saved streak of two and one more make three"
+
+
+def test_checkpoint_of_another_model_is_refused(server: Server, tmp_path: Path) -> None:
+    assert server.run(tmp_path, steps=4, save_every=4)[0] == 0
+    code, _, log = server.run(tmp_path, steps=8, save_every=4, width=24)
+    assert code == 2
+    assert "model.width is 16 there and 24 here" in log.splitlines()[-1]
+    assert checkpoints(tmp_path) == ["step-00000004"]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_flipped_bit_is_refused(server: Server, tmp_path: Path, name: str) -> None:
+    assert server.run(tmp_path, steps=4, save_every=2)[0] == 0
+    path = tmp_path / "checkpoints" / "toy" / "step-00000004" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    code, _, log = server.run(tmp_path, steps=8, save_every=2)
+    assert code == 2
+    assert f"{path}: damaged checkpoint, SHA-256 differs" in log
+    path.parent.rename(tmp_path / "moved away")
+    assert server.run(tmp_path, steps=8, save_every=2)[0] == 0  # from step 2, as the message advises
+
+
+def test_truncated_and_missing_files_are_refused(server: Server, tmp_path: Path) -> None:
+    assert server.run(tmp_path, steps=4, save_every=4)[0] == 0
+    folder = tmp_path / "checkpoints" / "toy" / "step-00000004"
+    for path in (folder / "__0_0.distcp", folder / "manifest.json"):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        code, _, log = server.run(tmp_path, steps=8, save_every=4)
+        assert code == 2
+        assert "damaged checkpoint" in log
+        path.unlink()
+        assert server.run(tmp_path, steps=8, save_every=4)[0] == 2
+        path.write_bytes(content)
+    assert server.run(tmp_path, steps=8, save_every=4)[0] == 0
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "inline"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(server: Server, tmp_path: Path, background: bool) -> None:
+    """The file size limit stands for the disk: writes past it fail as on a full one."""
+    settings = {"save_every": 2, "width": 64, "async_save": background}
+    assert server.run(tmp_path, steps=4, **settings)[0] == 0
+    code, _, log = server.run(tmp_path, steps=8, file_limit=8192, **settings)
+    assert code == 2, log
+    assert "step-00000006: could not be saved" in log
+    assert "the last good checkpoint is" in log
+    assert "Traceback" not in log
+    assert checkpoints(tmp_path)[-1] == "step-00000004"
+    assert not list((tmp_path / "checkpoints" / "toy").glob(".writing-*"))
+    assert server.run(tmp_path, steps=8, **settings)[0] == 0
+
+
+def test_an_unwritable_folder_is_said_before_the_first_step(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, log = server.run(tmp_path / "file" / "run", steps=4)
+    assert code == 2
+    assert "cannot write checkpoints here: Not a directory" in log
+    assert "Traceback" not in log
+
+
+def test_only_the_newest_checkpoints_are_kept(server: Server, tmp_path: Path) -> None:
+    assert server.run(tmp_path, steps=10, save_every=2, keep=2)[0] == 0
+    assert checkpoints(tmp_path) == ["step-00000008", "step-00000010"]
+    assert not list((tmp_path / "checkpoints" / "toy").glob(".*"))
