@@ -5,70 +5,32 @@
 // (image, channel) plane is walked row by row: source rows are widened to the finest grid and blended by the
 // grain map, so that the inner loops have no branches and run over whole rows. Where channels are adjacent
 // (channels-last), each pixel is a run of channels.
+#include "neighbor_copy.h"
 #include "cpu.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
 namespace {
 
+using d2it::channels_adjacent;
+using d2it::Sizes;
+using d2it::Sum;
+using d2it::View;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxGrains = 8;             // the bits of a byte
 constexpr int64_t kElementsPerThread = 32768; // fewer are not worth waking a thread for
-
-// A (B, C, H, W) tensor: strides in elements, and how many finest cells one of its cells covers along a side.
-template <typename T>
-struct View {
-  T* data;
-  int64_t batch, channel, row, column, ratio;
-
-  T* at(int64_t b, int64_t c, int64_t y, int64_t x) const {
-    return data + b * batch + c * channel + y * row + x * column;
-  }
-};
-
-template <typename T>
-View<T> view(const Tensor& tensor, int64_t fine_height) {
-  auto* data = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-  return {data,
-          tensor.stride(0),
-          tensor.stride(1),
-          tensor.stride(2),
-          tensor.stride(3),
-          fine_height / std::max<int64_t>(tensor.size(2), 1)};
-}
 
 template <typename T>
 std::vector<View<T>> views(const std::vector<Tensor>& tensors, int64_t fine_height) {
   std::vector<View<T>> result;
-  for (const Tensor& tensor : tensors) result.push_back(view<T>(tensor, fine_height));
+  for (const Tensor& tensor : tensors) result.push_back(d2it::view<T>(tensor, fine_height));
   return result;
 }
-
-struct Sizes {
-  int64_t batch, channels, height, width; // of the finest grid
-  int64_t map_height, map_width;
-  int64_t region; // finest cells along a side of a region
-  int64_t grains;
-
-  Sizes(const Tensor& fine, const Tensor& grain_map, size_t num_grains)
-      : batch(fine.size(0)),
-        channels(fine.size(1)),
-        height(fine.size(2)),
-        width(fine.size(3)),
-        map_height(grain_map.size(1)),
-        map_width(grain_map.size(2)),
-        region(height / std::max<int64_t>(map_height, 1)),
-        grains(static_cast<int64_t>(num_grains)) {
-    if (grains > kMaxGrains) d2it::fail("neighbor_copy takes at most ", kMaxGrains, " grains, got ", grains);
-  }
-};
 
 // Copies the grain map to a dense one; whether every entry names a grain. Nothing may be read by it
 // otherwise.
@@ -222,13 +184,11 @@ void forward_channels(const std::vector<View<T>>& latents, const std::vector<uin
   });
 }
 
-bool channels_adjacent(const Tensor& tensor) { return tensor.stride(1) == 1 && tensor.size(1) > 1; }
-
 template <typename T>
 void forward(const std::vector<Tensor>& latents, const std::vector<uint8_t>& map, const Tensor& out,
              const Sizes& s) {
   const auto inputs = views<T>(latents, s.height);
-  const auto output = view<T>(out, s.height);
+  const auto output = d2it::view<T>(out, s.height);
   if (!channels_adjacent(out)) return forward_rows(inputs, map, output, s);
   const bool dense = std::all_of(latents.begin(), latents.end(), channels_adjacent);
   switch (dense ? s.channels * sizeof(T) : 0) {
@@ -260,10 +220,6 @@ bool neighbor_copy(std::vector<Tensor> latents, Tensor grain_map, Tensor out) {
       return true;
   }
 }
-
-// A sum is kept in at least fp32, over the rows of a cell first and then over its columns.
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // An integer as wide as T.
 template <typename T>
@@ -397,7 +353,7 @@ void backward_channels(const View<T>& grad, const std::vector<uint8_t>& map, con
 template <typename T>
 void backward(const Tensor& grad, const std::vector<uint8_t>& map, const std::vector<Tensor>& grads,
               const Sizes& s) {
-  const auto input = view<T>(grad, s.height);
+  const auto input = d2it::view<T>(grad, s.height);
   const auto outputs = views<T>(grads, s.height);
   channels_adjacent(grads.back()) ? backward_channels(input, map, outputs, s)
                                   : backward_rows(input, map, outputs, s);

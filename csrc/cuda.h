@@ -1,0 +1,54 @@
+// What the CUDA operators share.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/macros/Macros.h>
+
+#include "check.h"
+
+// Lives in libtorch_cuda. Weak, so that this library also loads where torch has no CUDA; nothing here is
+// called there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** stream);
+
+namespace d2it {
+
+// Makes a tensor's device the current one while it lives; `stream` is the stream torch uses there.
+class OnDevice {
+ public:
+  explicit OnDevice(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream == nullptr ||
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != TORCH_SUCCESS) {
+      fail("torch gave no CUDA stream for device ", tensor.get_device_index());
+    }
+    this->stream = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail(kernel, ": ", cudaGetErrorString(error));
+}
+
+// Stores. The wide ones are in assembly: the compiler splits a vector whose parts it has chosen one by one.
+__device__ inline void put(void* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+__device__ inline void put(void* to, uint2 x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+__device__ inline void put(void* to, unsigned int x) { *static_cast<unsigned int*>(to) = x; }
+__device__ inline void put(void* to, unsigned short x) { *static_cast<unsigned short*>(to) = x; }
+
+} // namespace d2it
