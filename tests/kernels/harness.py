@@ -89,20 +89,21 @@ def _padding(dtype: torch.dtype) -> float | int:
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values in memory that is NaN all around.
 
-    plain: contiguous, 16-byte aligned; offset: contiguous, starting at an odd element; pitched: the innermost
-    dimension contiguous, gaps in all others; transposed: dimensions in reverse order in memory, with gaps.
+    plain: dense, the dimensions in the order that they have in `tensor`'s memory, 16-byte aligned; offset: the same,
+    starting at an odd element; pitched: gaps in all dimensions but the innermost; transposed: dimensions in reverse
+    order in memory, with gaps.
     """
+    order = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
     if layout in ("plain", "offset"):
         pad = 64 if layout == "plain" else 67
         buffer = torch.full((tensor.numel() + 131,), _padding(tensor.dtype), dtype=tensor.dtype)
-        view = buffer.to(DEVICE)[pad : pad + tensor.numel()].view(tensor.shape)
+        inner = buffer.to(DEVICE)[pad : pad + tensor.numel()].view([tensor.shape[d] for d in order])
     else:
-        order = range(tensor.ndim) if layout == "pitched" else range(tensor.ndim - 1, -1, -1)
+        order = order if layout == "pitched" else list(reversed(range(tensor.ndim)))
         sizes = [tensor.shape[d] + 3 for d in order]
         buffer = torch.full(sizes, _padding(tensor.dtype), dtype=tensor.dtype, device=DEVICE)
         inner = buffer[tuple(slice(1, 1 + tensor.shape[d]) for d in order)]
-        view = inner.permute([list(order).index(d) for d in range(tensor.ndim)])
-    return view.copy_(tensor)
+    return inner.permute([order.index(d) for d in range(tensor.ndim)]).copy_(tensor)
 
 
 def far_apart(tensor: Tensor) -> Tensor:
@@ -283,7 +284,12 @@ class KernelSuite:
         with poisoned():
             outputs = tensors_in(getattr(d2it.ops, self.op)(**call, backend=backend))
         expanded = layout == "expanded"
-        placed = [c[:1].to(DEVICE).expand_as(c) if expanded else lay_out(c, layout) for c in cotangents]
+        # In the memory order of the outputs, as autograd mostly hands them on.
+        ordered = [torch.empty_like(t, device="cpu") for t in outputs if t.is_floating_point()]
+        placed = [
+            c[:1].to(DEVICE).expand_as(c) if expanded else lay_out(like.to(c.dtype).copy_(c), layout)
+            for c, like in zip(cotangents, ordered)
+        ]
         with poisoned():
             grads = self._gradients(outputs, leaves, placed)
         return [t.detach() for t in outputs], grads

@@ -1,0 +1,86 @@
+"""Compiles a source of csrc/ by itself for the CPU, with mutations to choose from; a CUDA source as C++.
+
+The launches of a .cu file become loops over the threads, and `cuda.h` in this folder stands in for the real one: its
+indexing and arithmetic are tested where there is no GPU. What that cannot show is what the hardware does: speed, races,
+asynchronous errors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+BUILD = HERE.parents[1] / "build" / "cuda_on_cpu"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+LAUNCH = re.compile(r"(\w+(?:<[^;{}]*?>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.DOTALL)
+Mutations = Mapping[str, tuple[str, str]]
+
+
+class Source:
+    """csrc/<file>, compiled: `ops` holds its operators for CPU tensors, and `mutate` breaks them.
+
+    Args:
+        file: name of a .cpp or .cu file.
+        mutations: by name, ("context «expression» context", "other expression"). The text occurs in the source once,
+            the expression is the one that changes. All are compiled in together, none is active.
+    """
+
+    def __init__(self, file: str, mutations: Mutations) -> None:
+        self._names = list(mutations)
+        source = (CSRC / file).read_text()
+        for number, (place, other) in enumerate(mutations.values(), start=1):
+            before, expression, after = re.split("[«»]", place)
+            if source.count(before + expression + after) != 1:
+                raise ValueError(f"{place!r} occurs {source.count(before + expression + after)} times in {file}")
+            choice = f"(d2it_mutant == {number} ? ({other}) : ({expression}))"
+            source = source.replace(before + expression + after, before + choice + after)
+        headers = [CSRC / "registration.cpp", *sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.*"))]
+        parts = [file, source, torch.__version__, *(path.read_text() for path in headers)]
+        namespace = f"d2it_on_cpu_{hashlib.sha256(''.join(parts).encode()).hexdigest()[:12]}"
+        library = BUILD / f"{namespace}.so"
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with open(BUILD / f"{namespace}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes want the same
+            if not library.exists():
+                unit = BUILD / f"{namespace}.cpp"
+                unit.write_text(translate(source, namespace))
+                compile_library(unit, library, [HERE, CSRC] if file.endswith(".cu") else [CSRC])
+        torch.ops.load_library(library)
+        self.ops: Any = getattr(torch.ops, namespace)
+        self._mutant = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "d2it_mutant")
+
+    def mutate(self, name: str | None) -> None:
+        """Makes the mutation `name` the active one; None: none of them."""
+        self._mutant.value = 0 if name is None else self._names.index(name) + 1
+
+
+def translate(source: str, namespace: str) -> str:
+    """The source with its launches as calls, registering itself for the CPU as `torch.ops.<namespace>`."""
+    source = LAUNCH.sub(r"d2it::launch(\2, [&] { \1(\3); });", source)
+    source = re.sub(r"#include <cuda_\w+\.h>\n", "", source)
+    source = re.sub(r"LIBRARY_IMPL\(d2it_C, \w+, m\)", f"LIBRARY_IMPL({namespace}, CPU, m)", source)
+    schemas = (CSRC / "registration.cpp").read_text().split("STABLE_TORCH_LIBRARY(d2it_C, m)")[1]
+    return f'extern "C" {{ int d2it_mutant = 0; }}\n{source}\nSTABLE_TORCH_LIBRARY({namespace}, m){schemas}'
+
+
+def compile_library(unit: Path, library: Path, include: list[Path]) -> None:
+    command = [str(COMPILER), "-std=c++20", "-O0", "-g0", "-w", "-shared", "-fPIC"]
+    command += [f"-I{folder}" for folder in (*include, *cpp_extension.include_paths())]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-o", f"{library}.part", str(unit)]
+    command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-ltorch_cpu"]
+    subprocess.run(command, check=True)
+    os.replace(f"{library}.part", library)
