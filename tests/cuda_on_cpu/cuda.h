@@ -1,6 +1,6 @@
-// Stands in for csrc/cuda.h and the CUDA headers where a .cu file is compiled for the CPU (tests/cuda_on_cpu): the
-// threads of a launch run one after the other, so it serves kernels whose threads do not talk to each other. Every
-// access is checked to be aligned to its size, as it has to be on a GPU.
+// Stands in for csrc/cuda.h and the CUDA headers where a .cu file is compiled for the CPU
+// (tests/cuda_on_cpu): the threads of a launch run one after the other, so it serves kernels whose threads do
+// not talk to each other. Every access is checked to be aligned to its size, as it has to be on a GPU.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -44,7 +44,8 @@ inline thread_local struct {
 
 template <typename T>
 T* aligned(T* pointer) {
-  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T) != 0) d2it::fail("misaligned access of ", sizeof(T), " bytes");
+  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T) != 0)
+    d2it::fail("misaligned access of ", sizeof(T), " bytes");
   return pointer;
 }
 

@@ -1,0 +1,87 @@
+"""What is installed: with and without the C++ operators."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import d2it
+from benchmarks.kernel_report import tool
+from d2it.ops import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "d2it" / "_C.abi3.so"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built without operators, as on a machine without a compiler."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("d2it", "kernels", "csrc"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "kernels" if name == "d2it" else "")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    target = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", target, source],
+        env={**os.environ, "D2IT_BUILD": "none"},
+        check=True,
+    )
+    return next(target.glob("*.whl"))
+
+
+def test_a_wheel_has_the_kernels_and_the_data(wheel):
+    assert wheel.name == f"d2it-{d2it.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = [*ROOT.glob("d2it/**/*.py"), *ROOT.glob("d2it/**/*.json"), ROOT / "d2it" / "py.typed"]
+    expected = {str(path.relative_to(ROOT)) for path in expected} | {
+        f"d2it/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")
+    }
+    assert names >= expected
+    assert all(name.startswith(("d2it/", "d2it-")) for name in names), "something would shadow other packages"
+
+
+def test_without_operators_the_package_runs_in_python_and_says_why(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = """
+import torch
+from d2it import ops
+latents = [torch.randn(1, 2, 2, 2), torch.randn(1, 2, 4, 4)]
+grains = torch.tensor([[[0, 1], [1, 0]]])
+assert torch.equal(ops.neighbor_copy(latents, grains), ops.reference.neighbor_copy(latents, grains))
+print(ops.available_backends("neighbor_copy"), *ops.why_not("neighbor_copy", "cpu", latents, grains))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    made = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("['reference']")
+    assert "D2IT_BUILD=cpu" in made.stdout
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="installed without C++ operators")
+class TestLibrary:
+    def test_loads(self):
+        assert _native.why_not("neighbor_copy", "cpu") == []
+
+    def test_needs_nothing_of_torch_but_its_stable_interface(self):
+        undefined = subprocess.run(
+            ["nm", "-DC", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+        )
+        for symbol in undefined.stdout.splitlines():
+            assert "at::" not in symbol, symbol
+            assert "c10::" not in symbol, symbol
+
+    def test_has_code_for_every_gpu_generation(self):
+        if _native.why_not("neighbor_copy", "cuda"):
+            pytest.skip("built without nvcc")
+        listing = subprocess.run(
+            [tool("cuobjdump"), "-lelf", "-lptx", LIBRARY], capture_output=True, text=True, check=True
+        )
+        for wanted in ("sm_80.cubin", "sm_90.cubin", "sm_100.cubin", "sm_100.ptx"):
+            assert wanted in listing.stdout
