@@ -7,8 +7,8 @@ CPU, Triton on the GPU or, without one, in the interpreter, CUDA.
 
 Error policy: against the float64 reference on the same rounded inputs, the largest error is at most 2x
 (forward) or 3x (gradients) that of the reference run in the tensors' own dtype, plus a floor of a few
-roundings of the largest value. Every input lies in NaN, every output starts as NaN, every call runs twice and
-has to give the same bits, and cotangents are random (a sum is a cotangent that hides errors).
+roundings of the largest value. Every input lies in NaN, every output starts as NaN between guards, every call
+runs twice and has to give the same bits, and cotangents are random (a sum is a cotangent that hides errors).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 SEEDS = int(os.environ.get("D2IT_FUZZ_SEEDS", "3"))
 """Random shapes per operator, backend and dtype. D2IT_FUZZ_SEEDS=500 for a long fuzz."""
+
+slow_when_interpreted = pytest.mark.slow if INTERPRETED else lambda test: test
 
 LAYOUTS = ("plain", "offset", "pitched", "transposed")
 Shape = dict[str, Any]
@@ -117,14 +119,42 @@ def far_apart(tensor: Tensor) -> Tensor:
     return buffer.as_strided(tensor.shape, (stride, *inner)).copy_(tensor)
 
 
+GUARD, PATTERN = 256, 77
+ALLOCATORS = [
+    *((torch, name) for name in ("empty", "empty_like", "empty_strided")),
+    *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
+]
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Every tensor that is allocated and not filled starts as NaN (integers: their maximum)."""
+    """Every tensor that is allocated and not filled starts as NaN (integers: their maximum), between guards; an
+    element that is written outside of what was allocated is found at the end."""
+    guards: list[Tensor] = []
+
+    def guarded(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def function(*args: Any, **kwargs: Any) -> Tensor:
+            out = allocate(*args, **kwargs)
+            if out.device.type == "meta":
+                return out
+            size = out.untyped_storage().nbytes() // out.element_size()
+            buffer = torch.full((size + 2 * GUARD,), PATTERN, dtype=out.dtype, device=out.device)
+            buffer[GUARD : GUARD + size] = out.as_strided((size,), (1,))
+            guards.extend((buffer[:GUARD], buffer[GUARD + size :]))
+            return buffer.as_strided(out.shape, out.stride(), GUARD)
+
+        return function
+
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ALLOCATORS:
+                patch.setattr(owner, name, guarded(getattr(owner, name)))
+            yield
+        written = sum((guard != PATTERN).sum().item() for guard in guards)
+        assert not written, f"{written} elements written outside of what was allocated"
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -428,7 +458,7 @@ class KernelSuite:
             for a, b in zip(replayed, step()):
                 assert torch.equal(a, b)
 
-    @pytest.mark.slow
+    @slow_when_interpreted
     def test_250_repeats_are_bit_equal(self, backend: str) -> None:
         self.check(self.small, backend, torch.float16, "plain", repeats=250)
 

@@ -26,6 +26,7 @@ class TestRelativePositionBias(KernelSuite):
         Mutation("wrong bias index", FILE, "o_dy * (2 * WINDOW - 1) + o_dx", "o_dx * (2 * WINDOW - 1) + o_dy"),
         Mutation("wrong diagonal", FILE, "o_query - o_key == x_row", "o_key - o_query == x_row"),
         Mutation("broken mask", FILE, "(o_query < WINDOW) & (o_key < WINDOW)", "(o_query < WINDOW) & (o_key >= 0)"),
+        Mutation("write past the end", FILE, "o_pair, b_bias, mask=m_pair", "o_pair, b_bias, mask=o_pair <= PAIRS"),
         Mutation("missing row", FILE, "m_pair = o_pair < PAIRS", "m_pair = o_pair < PAIRS - 1"),
         Mutation(
             "missing rows of the gradient",
