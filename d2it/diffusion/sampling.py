@@ -231,7 +231,7 @@ def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided:
     arguments = {}
     for twice in (False, True) if guided else (False,):
         maps = torch.cat([grain_map, grain_map]) if twice else grain_map
-        rows = capacity if capacity is None or not twice else 2 * capacity
+        rows = None if capacity is None else capacity * (1 + twice)
         plan = None if model.config.masked else model.make_plan(maps, rows)
         arguments[twice] = {"grain_map": maps, "plan": plan}
     return arguments
