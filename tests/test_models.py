@@ -341,8 +341,14 @@ def test_save_and_load(tmp_path, model):
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config == model.config
     assert not loaded.training
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    own, read = (dict((*m.named_parameters(), *m.named_buffers())) for m in (model, loaded))
+    assert own.keys() == read.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, read[name]), name
+        assert tensor.requires_grad == read[name].requires_grad
+    model.bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in type(model).from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
+    model.float()
 
 
 def test_weights_of_another_model(tmp_path):

@@ -102,7 +102,8 @@ def sample_content(
         scheduler, steps: see `SCHEDULERS`. With a learned variance "ddpm" uses it, the others leave it out.
         guidance: None is none. A guided step runs the model on both halves as one batch.
         capacity: packed rows for one pass over the maps; None is always enough.
-        autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32.
+        autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32. A model that was itself
+            cast (`model.bfloat16()`) needs none.
         callback: called with (step, timestep, state) after every step.
 
     Raises:
@@ -219,7 +220,7 @@ def _evaluate(
         labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
     times = torch.full((x.shape[0],), t, device=x.device)
     with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
-        out = model(x, times, labels, **extra[guided]).float()
+        out = model(x.to(next(model.parameters()).dtype), times, labels, **extra[guided]).float()
     if not guided:
         return out
     conditional, unconditional = out.chunk(2)

@@ -113,8 +113,8 @@ class Model(nn.Module, PyTorchModelHubMixin):
         Args:
             pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
                 Hugging Face hub, to which the other named arguments apply.
-            kwargs: `map_location`, the device the weights are read to; and settings that replace those in the file
-                (`masked=True`, say), as long as they change no shape.
+            kwargs: `map_location`, the device the weights are read to (they keep the dtype they were saved in); and
+                settings that replace those in the file (`masked=True`, say), as long as they change no shape.
 
         Raises:
             ValueError: no such folder, no model in it, or a model of another class or shape.
@@ -140,8 +140,10 @@ class Model(nn.Module, PyTorchModelHubMixin):
             tensors = load_file(os.path.join(path, WEIGHTS_FILE), device=str(map_location))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{os.path.join(path, WEIGHTS_FILE)} cannot be read: {error}") from error
-        model = cls(config).to(map_location)
-        load_weights(model, tensors, source=path)
+        with torch.device("meta"):  # nothing is allocated or initialised that the file is about to replace
+            model = cls(config)
+        load_weights(model, tensors, source=path, assign=True)
+        model.reset_buffers(torch.device(map_location))
         return model.eval()
 
     @classmethod
@@ -159,6 +161,9 @@ class Model(nn.Module, PyTorchModelHubMixin):
             return cls.Config(**{**values, **overrides})
         except TypeError as error:
             raise ValueError(f"{file} does not fit {cls.Config.__name__}: {error}") from error
+
+    def reset_buffers(self, device: torch.device) -> None:
+        """Computes again, on `device`, the buffers that follow from the configuration and are not saved."""
 
     # ---- blocks ------------------------------------------------------------------------------------------------
 
@@ -191,8 +196,8 @@ class Model(nn.Module, PyTorchModelHubMixin):
         return sum(p.numel() for p in self.parameters()) + frozen
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """`model.load_state_dict(tensors)` that says in one line what does not fit (ValueError)."""
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str, assign: bool = False) -> None:
+    """`model.load_state_dict(tensors, assign=assign)` that says in one line what does not fit (ValueError)."""
     own = model.state_dict()
     missing = sorted(own.keys() - tensors.keys())
     extra = sorted(tensors.keys() - own.keys())
@@ -207,4 +212,4 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
         problems.append(f"{len(shapes)} of another shape ({k}: {tuple(tensors[k].shape)} for {tuple(own[k].shape)})")
     if problems:
         raise ValueError(f"the weights in {source} do not fit this {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=assign)

@@ -46,13 +46,17 @@ class Trunk(nn.Module):
         self.grid = grid
         self.patch = patch
         self.embed = layers.PatchEmbed(in_channels, patch, dim)
-        positions = layers.sincos_positions((grid[0] // patch, grid[1] // patch), dim)
-        self.register_buffer("positions", positions, persistent=False)
+        self.dim = dim
+        self.reset_buffers(None)
         self.condition = layers.Conditioning(dim, num_classes)
         self.blocks = nn.ModuleList(
             layers.Block(dim, layers.Attention(dim, heads, attention), mlp_ratio) for _ in range(depth)
         )
         self.final = layers.FinalLayer(dim, out_channels * patch * patch)
+
+    def reset_buffers(self, device: torch.device | None) -> None:
+        grid = (self.grid[0] // self.patch, self.grid[1] // self.patch)
+        self.register_buffer("positions", layers.sincos_positions(grid, self.dim, device), persistent=False)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None, extra: Tensor | None, run: Callable[..., Tensor]
@@ -72,6 +76,11 @@ class ClassConditional(Model):
     """What the three transformers share about labels. The null label is `num_classes`."""
 
     config: Any
+
+    def reset_buffers(self, device: torch.device) -> None:
+        for part in self.modules():
+            if isinstance(part, Trunk):
+                part.reset_buffers(device)
 
     def check_input(self, x: Tensor, t: Tensor, channels: int, grid: tuple[int, int]) -> None:
         if x.ndim != 4 or x.shape[1:] != (channels, *grid):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -250,7 +251,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return x.reshape(b, h, w, -1)
 
 
-def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
     """(h*w, dim) float32, row-major: DiT's frozen embedding, half the width for the column, half for the row.
 
     The frequencies are those of MAE (He et al.), so that DiT's own weights see the positions they were trained with;
@@ -259,15 +260,14 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     if dim % 4:
         raise ValueError(f"the width must be a multiple of 4 for a two-dimensional embedding, got {dim}")
     h, w = grid
-    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    rate = 10000.0 ** (-torch.arange(dim // 4, **options) / (dim / 4))
 
     def axis(positions: Tensor) -> Tensor:
         angle = positions[:, None] * rate
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    row, column = torch.meshgrid(
-        torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij"
-    )
+    row, column = torch.meshgrid(torch.arange(h, **options), torch.arange(w, **options), indexing="ij")
     return torch.cat([axis(column.flatten()), axis(row.flatten())], dim=1).float()
 
 
