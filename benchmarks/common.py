@@ -627,7 +627,22 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go, not benchmarks/results/<device>")
     parser.add_argument("--no-save", action="store_true", help="print the table, write nothing")
     parser.add_argument("--seconds", type=float, help="how long to measure each line")
+    parser.add_argument(
+        "--warm", action="store_true", help="run everything once and time nothing: fills compilers' caches"
+    )
     return parser
+
+
+def warm(bench: Bench) -> None:
+    """Runs every contender once, forward and backward, and looks at nothing."""
+    torch.compiler.reset()
+    inputs = bench.inputs(0)
+    for name, setup in bench.contenders.items():
+        try:
+            direction_call("backward" if bench.backward else "forward", setup(), inputs, bench.gradients)()
+        except (Skip, RuntimeError) as reason:  # reported when it is measured
+            print(f"{bench.case} {name}: {reason}")
+    synchronize()
 
 
 def main(description: str, operator: str, benches: Callable[[], Iterator[Bench]]) -> int:
@@ -638,6 +653,10 @@ def main(description: str, operator: str, benches: Callable[[], Iterator[Bench]]
     args = arguments(description).parse_args()
     chosen = [bench for bench in benches() if fnmatch.fnmatch(bench.case, args.only)]
     print(title())
+    if args.warm:
+        for bench in chosen:
+            warm(bench)
+        return 0
     if device() == "cpu":
         print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures say nothing about a GPU")
     rates = machine_rates()

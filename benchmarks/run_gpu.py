@@ -5,10 +5,10 @@
     python benchmarks/run_gpu.py --list
 
 Parts, in order: build (the CUDA extension, in place, for this GPU), tests (tests/kernels and every test marked gpu),
-memcheck and racecheck (compute-sanitizer, where it exists, on the smallest shape of every operator), then every
-benchmark alone on the device, plots, goals. Tests and sanitizers run side by side, a process for each test file:
-compiling is most of their work. Needs no network and only what the environment has; every part has its own limit,
-and a benchmark that is stopped keeps the cases it has finished.
+memcheck and racecheck (compute-sanitizer, where it exists, on the smallest shape of every operator), warm (every
+benchmark once, so that its compilers find their caches full), then every benchmark alone on the device, plots, goals.
+Up to warm, parts run side by side in many processes: compiling is most of their work. Needs no network and only what
+the environment has; every part has its own limit, and a benchmark that is stopped keeps the cases it has finished.
 
 Logs go to runs/gpu/, results to benchmarks/results/<device>/. Exit status 1 where a part failed.
 """
@@ -33,6 +33,8 @@ from results import load, plot
 ROOT = common.ROOT
 LOGS = ROOT / "runs" / "gpu"
 TESTS = ROOT / "tests" / "kernels"
+SHARDS = 4 if torch.cuda.is_available() else 1
+"""Processes for each test file of the suite."""
 
 # What matters most first: where the time runs out, it runs out at the end.
 ORDER = ("attn", "entropy", "packing", "neighbor_copy", "train", "sample")
@@ -77,7 +79,9 @@ def run(part: str, command: list[str], limit: float, **environment: str) -> Outc
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             code = None
-    state = "stopped at its limit" if code is None else "passed" if code == 0 else "failed"
+    # pytest's 5: this shard had nothing to run.
+    passed = code == 0 or (code == 5 and part.startswith("tests"))
+    state = "stopped at its limit" if code is None else "passed" if passed else "failed"
     return Outcome(part, state, time.monotonic() - start, log.read_text(errors="replace"))
 
 
@@ -90,13 +94,15 @@ def build(limit: float) -> Outcome:
 
 
 def correctness(parts: list[str], limit: float) -> list[Outcome]:
-    """The suite and the sanitizers, side by side."""
+    """The suite, the sanitizers and the compilers of the benchmarks, side by side."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     tasks: list[tuple[str, list[str], dict[str, str]]] = []
     skipped: list[Outcome] = []
     if "tests" in parts:
         for path in sorted(TESTS.glob("test_*.py")):
-            tasks.append((f"tests.{path.stem.removeprefix('test_')}", [*pytest, str(path)], {}))
+            for shard in range(SHARDS):
+                name = f"tests.{path.stem.removeprefix('test_')}.{shard}"
+                tasks.append((name, [*pytest, str(path)], {"D2IT_TEST_SHARD": f"{shard}/{SHARDS}"}))
         elsewhere = [str(path) for path in sorted(TESTS.parent.glob("test_*.py")) if "mark.gpu" in path.read_text()]
         if elsewhere:
             tasks.append(("tests.gpu", [*pytest, "-m", "gpu", *elsewhere], {}))
@@ -111,11 +117,22 @@ def correctness(parts: list[str], limit: float) -> list[Outcome]:
         environment = {"D2IT_KERNEL_SHAPES": "small", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         words = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         tasks.append((tool, [*words, *pytest, str(TESTS), "-k", "against_reference and not float32"], environment))
-    workers = max(1, min(len(tasks), (os.cpu_count() or 2) - 2))
+    for name in benchmarks() if "warm" in parts else ():
+        script = ROOT / "benchmarks" / f"{name}.py"
+        if "common.main(" in script.read_text():
+            tasks.append((f"warm.{name}", [sys.executable, str(script), "--warm"], {}))
+    if not tasks:
+        return skipped
+    workers = max(1, min(len(tasks), os.cpu_count() or 2))
+    end = time.monotonic() + limit
+
+    def before_the_end(part: str, command: list[str], environment: dict[str, str]) -> Outcome:
+        return run(part, command, end - time.monotonic(), **environment)
+
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        # The sanitizers take longest: they start first.
+        # What takes longest starts first.
         tasks.sort(key=lambda task: task[0].startswith("tests"))
-        running = [pool.submit(run, part, command, limit, **extra) for part, command, extra in tasks]
+        running = [pool.submit(before_the_end, *task) for task in tasks]
         outcomes = [future.result() for future in running]
     return skipped + outcomes
 
@@ -143,7 +160,7 @@ def show(outcome: Outcome) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = ["build", "tests", "memcheck", "racecheck", *benchmarks(), "plots", "goals"]
+    known = ["build", "tests", "memcheck", "racecheck", "warm", *benchmarks(), "plots", "goals"]
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; all where none is named")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
@@ -168,7 +185,7 @@ def main() -> int:
     if "build" in parts:
         outcomes.append(build(min(150, left())))
         show(outcomes[-1])
-    if {"tests", "memcheck", "racecheck"} & set(parts):
+    if {"tests", "memcheck", "racecheck", "warm"} & set(parts):
         for outcome in correctness(parts, min(170, 0.4 * left())):
             outcomes.append(outcome)
             show(outcome)
