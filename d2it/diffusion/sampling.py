@@ -7,8 +7,9 @@ it draws for each cell; afterwards every code takes the value of its first cell,
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ def sample_content(
     guidance: Guidance | None = None,
     capacity: int | None = None,
     autocast: torch.dtype | None = None,
+    cuda_graph: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Latents (B, C, Hf, Wf), float32, in the scale that the model was trained on.
@@ -104,10 +106,12 @@ def sample_content(
         capacity: packed rows for one pass over the maps; None is always enough.
         autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32. A model that was itself
             cast (`model.bfloat16()`) needs none.
+        cuda_graph: capture the model's pass once and replay it at every step: nothing is launched kernel by kernel.
         callback: called with (step, timestep, state) after every step.
 
     Raises:
-        ValueError: arguments that do not fit the model, an unknown scheduler, labels out of range.
+        ValueError: arguments that do not fit the model, an unknown scheduler, labels out of range, a CUDA graph on a
+            CPU.
     """
     config: Any = model.config
     guidance = guidance or Guidance()
@@ -117,14 +121,14 @@ def sample_content(
         raise ValueError(f"guidance channels must be at most {channels}, got {cfg_channels}")
     device = next(model.parameters()).device
     batch = len(seeds)
-    labels = _check_labels(labels, batch, config.num_classes, guidance, device)
+    labels = check_labels(labels, batch, config.num_classes, guidance, device)
     diffusion = diffusion or GaussianDiffusion(learn_sigma=config.learn_sigma)
     solver = make_scheduler(scheduler, diffusion, steps, learned_range=config.learn_sigma)
     keep = 2 * channels if scheduler == "ddpm" and config.learn_sigma else channels
     generators = make_generators(seeds, device)
 
     if grain_map is None:
-        extra: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+        arguments: dict[bool, dict[str, Any]] = {False: {}, True: {}}
 
         def grained(x: Tensor) -> Tensor:
             return x
@@ -132,8 +136,8 @@ def sample_content(
         project = grained
     else:
         grain_map = grain_map.to(device)
-        _check_grain_map(grain_map, batch, config)
-        extra = _model_plans(model, grain_map, capacity, guided=guidance.scale != 1.0)
+        check_grain_map(grain_map, batch, config)
+        arguments = _model_plans(model, grain_map, capacity, guided=guidance.scale != 1.0)
         sizes = config.code_sizes
 
         def grained(x: Tensor) -> Tensor:
@@ -142,11 +146,12 @@ def sample_content(
         def project(x: Tensor) -> Tensor:
             return project_to_grains(x, grain_map, code_sizes=sizes)
 
+    answer = _Answers(model, labels, arguments, cfg_channels, autocast, cuda_graph, device)
     x = grained(randn((batch, channels, *config.grid), generators, device=device, dtype=torch.float32))
     x = x * solver.init_noise_sigma
     for i, t in enumerate(solver.timesteps):
         weight = guidance.at(float(t) / diffusion.num_timesteps)
-        out = _evaluate(model, solver.scale_model_input(x, t), float(t), labels, weight, cfg_channels, extra, autocast)
+        out = answer(solver.scale_model_input(x, t), float(t), weight)
         x = grained(_step(solver, project(out[:, :keep]), t, x, generators))
         if callback is not None:
             callback(i, float(t), x)
@@ -164,6 +169,7 @@ def sample_grain_maps(
     steps: int = 250,
     guidance: Guidance | None = None,
     autocast: torch.dtype | None = None,
+    cuda_graph: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Grain maps (B, h, w) int64 of a `DynamicGrainTransformer`: the most likely grain at the end of the chain.
@@ -177,54 +183,89 @@ def sample_grain_maps(
     guidance = guidance or Guidance()
     device = next(model.parameters()).device
     batch = len(seeds)
-    labels = _check_labels(labels, batch, config.num_classes, guidance, device)
+    labels = check_labels(labels, batch, config.num_classes, guidance, device)
     diffusion = diffusion or GaussianDiffusion(learn_sigma=False)
     solver = make_scheduler(scheduler, diffusion, steps, prediction="sample")
     generators = make_generators(seeds, device)
-    extra: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+    answer = _Answers(model, labels, {False: {}, True: {}}, config.num_grains, autocast, cuda_graph, device)
     x = randn((batch, 1, *config.grid), generators, device=device, dtype=torch.float32) * solver.init_noise_sigma
     logits = x.new_zeros(batch, config.num_grains, *config.grid)
     for i, t in enumerate(solver.timesteps):
         weight = guidance.at(float(t) / diffusion.num_timesteps)
-        logits = _evaluate(
-            model,
-            solver.scale_model_input(x, t),
-            float(t),
-            labels,
-            weight,
-            config.num_grains,
-            extra,
-            autocast,
-        )
+        logits = answer(solver.scale_model_input(x, t), float(t), weight)
         x = _step(solver, expected_signal(logits), t, x, generators)
         if callback is not None:
             callback(i, float(t), x)
     return logits.argmax(dim=1)
 
 
-def _evaluate(
-    model: Any,
-    x: Tensor,
-    t: float,
-    labels: Tensor | None,
-    weight: float,
-    guided_channels: int,
-    extra: dict[bool, dict[str, Any]],
-    autocast: torch.dtype | None,
-) -> Tensor:
-    """The model's answer in float32, guided where `weight` is not 1; `extra[True]` are arguments for both halves."""
-    guided = weight != 1.0
-    if guided:
-        x = torch.cat([x, x])
-    if guided and labels is not None:
-        labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    times = torch.full((x.shape[0],), t, device=x.device)
-    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
-        out = model(x.to(next(model.parameters()).dtype), times, labels, **extra[guided]).float()
-    if not guided:
-        return out
-    conditional, unconditional = out.chunk(2)
-    return guide(conditional, unconditional, weight, guided_channels)
+class _Answers:
+    """The model's answers in float32 during one sampling: maps, plan and labels stay, state and timestep change.
+
+    Args:
+        labels: (B,) or None. arguments: of the model for one pass over the batch (False) and for two (True).
+        channels: how many of the first are guided.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        labels: Tensor | None,
+        arguments: Mapping[bool, dict[str, Any]],
+        channels: int,
+        autocast: torch.dtype | None,
+        cuda_graph: bool,
+        device: torch.device,
+    ) -> None:
+        if cuda_graph and device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
+        self.model, self.arguments, self.channels = model, arguments, channels
+        self.autocast, self.cuda_graph = autocast, cuda_graph
+        both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
+        self.labels = {False: labels, True: both}
+        self.captured: dict[bool, Callable[..., Tensor]] = {}
+
+    def __call__(self, x: Tensor, t: float, weight: float) -> Tensor:
+        if weight == 1.0:
+            return self._pass(False, x, t)
+        conditional, unconditional = self._pass(True, torch.cat([x, x]), t).chunk(2)
+        return guide(conditional, unconditional, weight, self.channels)
+
+    def _pass(self, guided: bool, x: Tensor, t: float) -> Tensor:
+        times = torch.full((x.shape[0],), t, device=x.device)
+        run = functools.partial(self._run, guided)
+        if not self.cuda_graph or not x.shape[0]:
+            return run(x, times)
+        if guided not in self.captured:
+            self.captured[guided] = capture(run, x, times)
+        return self.captured[guided](x, times)
+
+    def _run(self, guided: bool, x: Tensor, times: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            x = x.to(next(self.model.parameters()).dtype)
+            return self.model(x, times, self.labels[guided], **self.arguments[guided]).float()
+
+
+def capture(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    """`run` as one CUDA graph: a function of inputs of the same shapes, whose result is the caller's own."""
+    held = [x.clone() for x in inputs]
+    stream = torch.cuda.Stream(inputs[0].device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # whatever is compiled, tuned or allocated for good happens here
+        for _ in range(3):
+            run(*held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(*held)
+
+    def replay(*inputs: Tensor) -> Tensor:
+        for place, x in zip(held, inputs):
+            place.copy_(x)
+        graph.replay()
+        return out.clone()  # the next replay writes there
+
+    return replay
 
 
 def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided: bool) -> dict[bool, dict[str, Any]]:
@@ -239,12 +280,16 @@ def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided:
 
 
 def _step(solver: Any, out: Tensor, t: Tensor, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-    takes_generator = "generator" in inspect.signature(solver.step).parameters
-    options = {"generator": generators} if takes_generator and x.shape[0] else {}
+    options = {"generator": generators} if x.shape[0] and _takes_generator(type(solver)) else {}
     return solver.step(out, t, x, **options).prev_sample
 
 
-def _check_labels(
+@functools.cache
+def _takes_generator(kind: Any) -> bool:
+    return "generator" in inspect.signature(kind.step).parameters
+
+
+def check_labels(
     labels: Tensor | None, batch: int, num_classes: int, guidance: Guidance, device: torch.device
 ) -> Tensor | None:
     if not num_classes:
@@ -262,7 +307,7 @@ def _check_labels(
     return labels.to(device)
 
 
-def _check_grain_map(grain_map: Tensor, batch: int, config: Any) -> None:
+def check_grain_map(grain_map: Tensor, batch: int, config: Any) -> None:
     expected = (batch, *config.region_grid)
     if tuple(grain_map.shape) != expected or grain_map.dtype != torch.int64:
         raise ValueError(f"grain_map must be int64 {expected}, got {grain_map.dtype} {tuple(grain_map.shape)}")

@@ -1,32 +1,44 @@
 """D2iT as one thing: labels in, images and grain maps out (section 3.2: map first, then content, then the decoder).
 
-from d2it.models import D2iT
+    from d2it.models import D2iT
 
-d2it = D2iT.from_pretrained("runs/demo")
-samples = d2it(4, seed=0)
-samples.images      # (4, 3, H, W) in [-1, 1]
-samples.grain_maps  # (4, H/S, W/S), 0 = coarsest
+    d2it = D2iT.from_pretrained("runs/demo")
+    samples = d2it(4, seed=0)
+    samples.images      # (4, 3, H, W) in [-1, 1]
+    samples.grain_maps  # (4, H/S, W/S), 0 = coarsest
+
+On a CPU every image is computed alone on one thread, as many side by side as torch has threads. The batch size and the
+number of threads change the last bits of a matrix product, and 250 steps carry them on; so images are equal bit by bit
+for any batch size, number of threads and number of ranks, for one machine, build of torch and set of seeds. On a GPU
+a batch is a batch, and its size moves an image by rounding. While a call runs on a CPU, torch's number of threads is 1
+for the whole process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2it.diffusion import Guidance, sample_content, sample_grain_maps
+from d2it.diffusion import GaussianDiffusion, Guidance, make_scheduler, sample_content, sample_grain_maps
+from d2it.diffusion.sampling import GRAIN_SCHEDULERS, check_grain_map
 from d2it.files import atomic_write
 from d2it.models.base import Model, pair
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dvae import DynamicVAE
 from d2it.models.grain import DynamicGrainTransformer
+from d2it.models.layers import Modulation
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 DESCRIPTION = "d2it.json"
 PARTS: dict[str, type[Model]] = {
@@ -103,15 +115,50 @@ class D2iT:
     def device(self) -> torch.device:
         return next(self.content_transformer.parameters()).device
 
-    def to(self, device: torch.device | str) -> D2iT:
-        """Move all parts, in place."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the transformers' blocks compute."""
+        return self.content_transformer.transformer_blocks()[0].attn.qkv.weight.dtype  # type: ignore[union-attr,return-value]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> D2iT:
+        """Move all parts to `device`, and the weights of the transformers' blocks to `dtype`, in place.
+
+        What lies outside the blocks, the modulations in them and the VAE stay float32: little memory and time, and
+        their rounding would reach every token.
+        """
         for name in PARTS:
             getattr(self, name).to(device)
+        if dtype is not None:
+            for transformer in self._transformers:
+                for block in transformer.transformer_blocks():
+                    block.to(dtype)
+                    for part in block.modules():
+                        if isinstance(part, Modulation):
+                            part.float()
         return self
 
+    def compile(self, **kwargs: Any) -> D2iT:
+        """torch.compile of the transformers' blocks, in place; `kwargs` are those of torch.compile.
+
+        The blocks of a transformer share their compiled code. It is made in the first call, and again where the number
+        of images in a batch changes.
+        """
+        for transformer in self._transformers:
+            transformer.compile_blocks(**kwargs)
+        return self
+
+    @property
+    def _transformers(self) -> tuple[DynamicGrainTransformer, DynamicContentTransformer]:
+        return self.grain_transformer, self.content_transformer
+
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu") -> D2iT:
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> D2iT:
         """Read what `save_pretrained`, or a training run, wrote to the folder `path`.
+
+        Args:
+            dtype: of the weights of the transformers' blocks, see `to`; torch.bfloat16 halves their memory.
 
         Raises:
             ValueError: no such folder, no D2iT in it, or a part of another model.
@@ -125,7 +172,7 @@ class D2iT:
                 f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}"
             ) from None
         parts: dict[str, Any] = {name: kind.from_pretrained(path / name) for name, kind in PARTS.items()}
-        return cls(**parts, class_names=names, sampling=sampling).to(device)
+        return cls(**parts, class_names=names, sampling=sampling).to(device, dtype)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and safetensors of every part, and the description; each file by rename."""
@@ -152,16 +199,34 @@ class D2iT:
         seeds: Sequence[int] | None = None,
         scheduler: str | None = None,
         steps: int | None = None,
+        grain_scheduler: str | None = None,
         grain_steps: int | None = None,
         guidance: float | Guidance | None = None,
         grain_guidance: float | Guidance | None = None,
         batch_size: int | None = None,
         autocast: torch.dtype | None = None,
+        cuda_graph: bool = False,
     ) -> Samples:
         """Sample.
 
-        A sample depends on its own seed, label and grain map alone: the batch it is computed in moves it by rounding
-        at most.
+        A sample depends on its own seed, label and grain map alone: see the head of this module for how exactly.
+
+        Example:
+            >>> import torch
+            >>> from d2it.models import D2iT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+            >>> small = {"dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
+            >>> d2it = D2iT(
+            ...     DynamicVAE.from_preset("tiny"),
+            ...     DynamicGrainTransformer.from_preset("tiny", grid=(4, 4), **small),
+            ...     DynamicContentTransformer.from_preset("tiny", image_size=64, **small),
+            ... )
+            >>> samples = d2it(labels=[0, 2], seed=7, scheduler="ddim", steps=2, guidance=1.5)
+            >>> samples.images.shape, samples.grain_maps.shape
+            (torch.Size([2, 3, 64, 64]), torch.Size([2, 4, 4]))
+            >>> fine = torch.ones(4, 4, dtype=torch.int64)
+            >>> fine[:, :2] = 0  # detail on the right half alone
+            >>> d2it(labels=[0, 2], grain_map=fine, steps=2).grain_maps.float().mean()
+            tensor(0.5000)
 
         Args:
             num_images: how many; None follows from `seeds`, `labels` or `grain_map`, else 1.
@@ -170,18 +235,23 @@ class D2iT:
             seed: of the first image; image i has seed + i.
             seeds: one for each image, in place of `seed`.
             scheduler: see `d2it.diffusion.SCHEDULERS`; "ddpm" by default.
+            grain_scheduler: of the maps; `scheduler` by default, "ddpm" where that one cannot sample maps.
             steps, grain_steps: denoising steps of content and map; 250 by default, and `steps`.
             guidance, grain_guidance: classifier-free guidance of content and map; 1 is none.
-            batch_size: images at once; all by default.
-            autocast: torch.bfloat16 for the transformers; None: float32.
+            batch_size: images at once on a GPU; all by default.
+            autocast: torch.bfloat16 for the transformers; None: the dtype of their blocks.
+            cuda_graph: capture each transformer's pass once a batch and replay it at every step.
 
         Raises:
-            ValueError: arguments that do not fit each other or the model.
+            ValueError: arguments that do not fit each other or the model; nothing has been computed then.
         """
         own = self.sampling
         scheduler = scheduler if scheduler is not None else own.get("scheduler", "ddpm")
         steps = steps if steps is not None else own.get("steps", 250)
         grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
+        grain_scheduler = grain_scheduler if grain_scheduler is not None else own.get("grain_scheduler")
+        if grain_scheduler is None:
+            grain_scheduler = scheduler if scheduler in GRAIN_SCHEDULERS else "ddpm"
         guide = _guidance(guidance if guidance is not None else own.get("guidance", 1.0))
         grain_guide = _guidance(grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0))
 
@@ -189,24 +259,31 @@ class D2iT:
         count = self._count(num_images, seeds, labels, grain_map)
         seeds = list(seeds) if seeds is not None else [seed + i for i in range(count)]
         labels = self._labels(labels, seeds)
-        if grain_map is not None:
-            grain_map = torch.as_tensor(grain_map, dtype=torch.int64)
+        config = self.content_transformer.config
+        make_scheduler(scheduler, GaussianDiffusion(), steps)
+        if grain_map is None:
+            make_scheduler(grain_scheduler, GaussianDiffusion(), grain_steps, prediction="sample")
+        else:
+            grain_map = torch.as_tensor(grain_map)
+            if grain_map.ndim not in (2, 3):
+                raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(grain_map.shape)}")
             grain_map = grain_map.expand(count, *grain_map.shape[-2:])
+            check_grain_map(grain_map, count, config)
+        if autocast is None and self.dtype != torch.float32:
+            autocast = self.dtype
+        shared: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph}
 
-        images, maps = [], []
-        size = batch_size or max(1, count)
-        for first in range(0, count, size):
-            part = slice(first, first + size)
+        def draw(part: slice) -> tuple[Tensor, Tensor]:
             named = None if labels is None else labels[part]
             if grain_map is None:
                 grains = sample_grain_maps(
                     self.grain_transformer,
                     named,
-                    seeds=[_derived(s, "grain") for s in seeds[part]],
-                    scheduler=scheduler,
+                    seeds=[derived_seed(s, "grain") for s in seeds[part]],
+                    scheduler=grain_scheduler,
                     steps=grain_steps,
                     guidance=grain_guide,
-                    autocast=autocast,
+                    **shared,
                 )
             else:
                 grains = grain_map[part].to(self.device)
@@ -214,18 +291,24 @@ class D2iT:
                 self.content_transformer,
                 grains,
                 named,
-                seeds=[_derived(s, "content") for s in seeds[part]],
+                seeds=[derived_seed(s, "content") for s in seeds[part]],
                 scheduler=scheduler,
                 steps=steps,
                 guidance=guide,
-                autocast=autocast,
+                **shared,
             )
-            images.append(self.vae.decode(latents / self.vae.scaling_factor, grains).float().cpu())
-            maps.append(grains.cpu())
-        if not images:
-            height, width = pair(self.content_transformer.config.image_size)
-            empty = torch.empty(0, *self.content_transformer.config.region_grid, dtype=torch.int64)
+            return self.vae.decode(latents / self.vae.scaling_factor, grains).float().cpu(), grains.cpu()
+
+        if self.device.type == "cpu":
+            drawn = _side_by_side(draw, [slice(i, i + 1) for i in range(count)])
+        else:
+            size = batch_size or max(1, count)
+            drawn = [draw(slice(first, first + size)) for first in range(0, count, size)]
+        if not drawn:
+            height, width = pair(config.image_size)
+            empty = torch.empty(0, *config.region_grid, dtype=torch.int64)
             return Samples(torch.empty(0, 3, height, width), empty, labels)
+        images, maps = zip(*drawn)
         return Samples(torch.cat(images), torch.cat(maps), labels)
 
     def _count(
@@ -251,7 +334,7 @@ class D2iT:
                 raise ValueError("labels must be None: this model is unconditional")
             return None
         if labels is None:
-            return torch.tensor([_derived(s, "label") % self.num_classes for s in seeds], dtype=torch.int64)
+            return torch.tensor([derived_seed(s, "label") % self.num_classes for s in seeds], dtype=torch.int64)
         if bool(((labels < 0) | (labels >= self.num_classes)).any()):
             raise ValueError(f"labels must be in 0 ... {self.num_classes - 1}, got {labels.tolist()}")
         return labels.expand(len(seeds))
@@ -261,6 +344,21 @@ def _guidance(value: float | Guidance) -> Guidance:
     return value if isinstance(value, Guidance) else Guidance(scale=float(value))
 
 
-def _derived(seed: int, purpose: str) -> int:
+def derived_seed(seed: int, purpose: str) -> int:
     """A seed of its own for each purpose, so that a map's noise and its content's are independent."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _side_by_side(draw: Callable[[T], R], parts: Iterable[T]) -> list[R]:
+    """`draw` of every part in order, each on one thread of the CPU, as many at a time as torch has threads."""
+
+    def alone(part: T) -> R:
+        with torch.no_grad():  # which every thread has of its own
+            return draw(part)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(alone, parts))
+    finally:
+        torch.set_num_threads(threads)
