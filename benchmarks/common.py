@@ -153,7 +153,8 @@ def source_hash() -> str:
 @functools.cache
 def header() -> dict[str, Any]:
     """Device, driver, versions and commit: what a figure means nothing without."""
-    commit = _command("git", "rev-parse", "--short", "HEAD") or "unknown"
+    # D2IT_COMMIT: of a copy without its git folder, as on a machine that only measures.
+    commit = os.environ.get("D2IT_COMMIT") or _command("git", "rev-parse", "--short", "HEAD") or "unknown"
     # Results are written while others are measured; they are no change of what is measured.
     changes = _command("git", "status", "--porcelain", "--", ":!benchmarks/results", ":!docs", ":!README.md")
     try:
@@ -300,10 +301,11 @@ def time_calls(calls: list[Callable[[], object]], *, graph: bool = True, seconds
     with torch.cuda.stream(stream):
         once = _time_events(calls, 0.05)
         timing = None
-        if graph and once.ms < SMALL_MS:
+        # Asked before, since a capture that fails may leave the allocator in capture.
+        if graph and once.ms < SMALL_MS and not synchronises(calls[0]):
             try:
                 timing = _time_graph(calls, stream, once.ms, seconds)
-            except RuntimeError:  # the work synchronises, or allocates in a way that capture refuses
+            except RuntimeError:  # capture refuses it for another reason
                 torch.cuda.synchronize()
         timing = timing or _time_events(calls, seconds)
     torch.cuda.current_stream().wait_stream(stream)
@@ -313,6 +315,19 @@ def time_calls(calls: list[Callable[[], object]], *, graph: bool = True, seconds
 @functools.cache
 def side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
+
+
+def synchronises(call: Callable[[], object]) -> bool:
+    """Whether a call on the GPU makes the host wait, as `nonzero` or `.item()` does."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def _time_wall_clock(calls: list[Callable[[], object]], seconds: float) -> Timing:

@@ -207,6 +207,7 @@ def main() -> int:
         results = load(common.results_folder())
         print(f"\nGoals on {common.device_name()}, from {common.results_folder().relative_to(ROOT)}")
         print(common.columns([("work", "goal", "measured", ""), *goal_table(results)]) if results else "no results")
+        print("`make results` puts the figures into docs/results.md and the README")
     bad = [outcome for outcome in outcomes if outcome.state in ("failed", "stopped at its limit")]
     return 1 if bad else 0
 

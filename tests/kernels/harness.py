@@ -426,7 +426,7 @@ class KernelSuite:
 
         @pytest.mark.gpu
         def test_cuda_graph(self, backend: str) -> None:
-            """Captured and replayed on new values, forward and backward give the eager bits."""
+            """Forward and backward never synchronise; captured and replayed on new values, they give the eager bits."""
             first, second = (
                 map_tensors(
                     lambda t: t.to(DEVICE),
@@ -446,6 +446,11 @@ class KernelSuite:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 step()
+                torch.cuda.set_sync_debug_mode("error")  # a synchronisation is told here, not by a broken capture
+                try:
+                    step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
