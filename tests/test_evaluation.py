@@ -302,6 +302,33 @@ def test_the_command_judges_a_folder_against_statistics(tmp_path, inception_weig
     assert "fid" in capsys.readouterr().out
 
 
+def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, inception_weights):
+    from d2it.models import D2iT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+
+    torch.manual_seed(0)
+    vae = DynamicVAE.from_preset("tiny")
+    side = 4 * vae.config.region_size
+    content = DynamicContentTransformer.from_preset(
+        "tiny", image_size=side, downsampling=vae.downsampling, in_channels=vae.config.latent_channels, num_classes=3
+    )
+    grain = DynamicGrainTransformer.from_preset("tiny", grid=(4, 4), num_grains=2, num_classes=3)
+    d2it = D2iT(vae.eval(), grain.eval(), content.eval())
+    d2it.save_pretrained(tmp_path / "run")
+    reference = save_folder(tmp_path / "reference", pictures(5, 10, size=side))
+    judge = ["generation", "--checkpoint", str(tmp_path / "run"), "--reference", str(reference), "--metrics", "fid"]
+    settings = ["--count", "5", "--batch-size", "2", "--steps", "2", "--scheduler", "ddim", "--seed", "7"]
+    keep = ["--save", str(tmp_path / "samples.npz"), "--output", str(tmp_path / "report.json")]
+    weights = ["--inception", inception_weights, "--any-inception", "--device", "cpu"]
+    assert main([*judge, *settings, *keep, *weights]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["fid"] > 0
+    assert report["settings"]["steps"] == 2
+    wanted = d2it(seeds=range(7, 12), labels=[0, 1, 2, 0, 1], steps=2, scheduler="ddim").uint8()
+    with np.load(tmp_path / "samples.npz") as archive:
+        np.testing.assert_array_equal(archive["arr_0"], wanted)
+    assert not list(tmp_path.glob("*.rank*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -309,6 +336,7 @@ def test_the_command_judges_a_folder_against_statistics(tmp_path, inception_weig
         (["statistics", "nowhere", "--save", "s.npz", "--inception", "none.pth"], "none.pth: no such file"),
         (["generation", "--samples", "x", "--reference", "r", "--metrics", "kid"], "unknown metric 'kid'"),
         (["reconstruction", "--checkpoint", "nowhere", "--data", "demo"], "nowhere"),
+        (["generation", "--checkpoint", "nowhere", "--reference", "r", "--count", "1"], "--count must be at least 2"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(arguments, match, capsys):
