@@ -8,6 +8,7 @@ from d2it.diffusion.grains import (
     grained_noise,
     grains_to_signal,
     project_to_grains,
+    random_grain_map,
 )
 from d2it.diffusion.guidance import Guidance
 from d2it.diffusion.losses import ContentLoss, content_loss, grain_loss
@@ -27,6 +28,7 @@ __all__ = [
     "grains_to_signal",
     "make_scheduler",
     "project_to_grains",
+    "random_grain_map",
     "sample_content",
     "sample_grain_maps",
 ]

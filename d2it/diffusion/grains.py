@@ -95,6 +95,20 @@ def expand_map(grain_map: Tensor, cells_per_region: int) -> Tensor:
     return grain_map.repeat_interleave(cells_per_region, dim=-2).repeat_interleave(cells_per_region, dim=-1)
 
 
+def random_grain_map(
+    region_grid: Sequence[int], fine_ratio: float, num_grains: int = 2, *, generator: Sequence[torch.Generator]
+) -> Tensor:
+    """(B, h, w) int64: a share `fine_ratio` of the regions, rounded, is finest and the rest coarsest, at random places.
+
+    Args:
+        generator: one for each map, on the CPU.
+    """
+    height, width = region_grid
+    fine = round(fine_ratio * height * width)
+    ranks = [torch.randperm(height * width, generator=g) for g in generator]
+    return torch.stack(ranks).less(fine).long().mul(num_grains - 1).unflatten(1, (height, width))
+
+
 def grains_to_signal(grain_map: Tensor, num_grains: int) -> Tensor:
     """(B, h, w) int64 -> (B, 1, h, w) float32: k levels evenly spaced over [-1, 1]."""
     return grain_map[:, None].float() * (2 / (num_grains - 1)) - 1

@@ -280,7 +280,7 @@ def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided:
 
 
 def _step(solver: Any, out: Tensor, t: Tensor, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-    options = {"generator": generators} if x.shape[0] and _takes_generator(type(solver)) else {}
+    options = {"generator": generators} if x.shape[0] and _takes_generator(type(solver)) else {}  # type: ignore[arg-type]
     return solver.step(out, t, x, **options).prev_sample
 
 

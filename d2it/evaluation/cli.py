@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 import d2it
 from d2it.errors import UserError
 from d2it.evaluation.generation import METRICS, compare, open_reference, summarize
-from d2it.evaluation.images import ImageArchive, npz_writer, open_images
+from d2it.evaluation.images import keep_npz, open_images
 from d2it.evaluation.inception import WHERE, Inception
 from d2it.files import atomic_write, sha256_of
 from d2it.training.distributed import World, start, stop
@@ -114,7 +113,7 @@ def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
         batches, told = _drawn(options, world, count)
         settings |= told
         if options.save:
-            batches = _kept(batches, options, world, count)
+            batches = keep_npz(batches, options.save, count, options.batch_size, world)
         samples = summarize(batches, inception, total=math.ceil(count / world.size), **common)
     reference = open_reference(
         options.reference,
@@ -156,26 +155,6 @@ def _drawn(options: argparse.Namespace, world: World, count: int) -> tuple[Itera
 
     settings = {"checkpoint": options.checkpoint, "seed": options.seed, **used}
     return draw(), settings | {"labels": options.labels if classes else None, "autocast": str(autocast)}
-
-
-def _kept(batches: Iterator[Tensor], options: argparse.Namespace, world: World, count: int) -> Iterator[Tensor]:
-    """Passes the batches through and leaves them all in `options.save`, in the order of the samples."""
-    starts = range(0, count, options.batch_size)
-    sizes = [min(options.batch_size, count - first) for first in starts]
-    parts = [f"{options.save}.rank{rank}" for rank in range(min(world.size, len(sizes)))]
-    if world.rank < len(parts):
-        with npz_writer(parts[world.rank], sum(sizes[world.rank :: world.size])) as add:
-            for batch in batches:
-                add(batch)
-                yield batch
-    world.barrier()
-    if world.first:
-        readers = [ImageArchive(part).batches(options.batch_size) for part in parts]
-        with npz_writer(options.save, count) as add:
-            for i in range(len(sizes)):
-                add(next(readers[i % world.size]))
-        for part in parts:
-            os.unlink(part)
 
 
 def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:

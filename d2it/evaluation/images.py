@@ -6,7 +6,7 @@ import contextlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from d2it.data.decode import EXTENSIONS, Unreadable, decode
 from d2it.errors import UserError
 from d2it.files import atomic_write
+
+if TYPE_CHECKING:
+    from d2it.training.distributed import World
 
 
 class ImageSet:
@@ -138,6 +141,57 @@ def npz_writer(
                     np.lib.format.write_array(file, np.asarray(labels), allow_pickle=False)
         if written != count:
             raise ValueError(f"count must be the number of images, got {count} for {written}")
+
+
+def keep_npz(
+    batches: Iterator[Tensor],
+    path: str | os.PathLike[str],
+    count: int,
+    batch_size: int,
+    world: World,
+    labels: np.ndarray | None = None,
+) -> Iterator[Tensor]:
+    """Passes a rank's batches through and leaves those of all ranks in ADM's `.npz`, in the order of the images.
+
+    Args:
+        batches: every `world.size`-th batch, this rank's first; uint8 (B, 3, H, W).
+        count, batch_size: images over all ranks, and of a batch; the last one may be smaller.
+        labels: (count,), stored as `arr_1`.
+
+    Raises:
+        UserError: on every rank, once the batches have run out, where one of them raised or could not write.
+    """
+    path = os.fspath(path)
+    starts = range(0, count, batch_size)
+    sizes = [min(batch_size, count - first) for first in starts]
+    parts = [f"{path}.rank{rank}" for rank in range(min(world.size, len(sizes)))]
+    failure: OSError | UserError | None = None
+    try:
+        if world.rank < len(parts):
+            with npz_writer(parts[world.rank], sum(sizes[world.rank :: world.size])) as add:
+                for batch in batches:
+                    add(batch)
+                    yield batch
+    except (OSError, UserError) as error:
+        failure = error
+
+    def join() -> None:
+        if failure is not None:
+            raise failure
+
+    def merge() -> None:
+        readers = [ImageArchive(part).batches(batch_size) for part in parts]
+        with npz_writer(path, count, labels) as add:
+            for i in range(len(sizes)):
+                add(next(readers[i % world.size]))
+
+    try:
+        world.together(join)
+        world.together(lambda: merge() if world.first else None)
+    finally:
+        if world.rank < len(parts):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(parts[world.rank])
 
 
 def _archive(path: str) -> zipfile.ZipFile:
