@@ -194,9 +194,10 @@ def fits_fast(
     num_bins: int | None = None,
     value_range: tuple[float, float] = (-1.0, 1.0),
     sigma: float = 0.01,
+    widest: float = 24.0,
     **_: Any,
 ) -> list[str]:
-    """What the fused backends ask of a call, whichever they are."""
+    """What the fused backends ask of a call. `widest`: how many sigma apart the bins may lie."""
     bins = region_size * region_size if num_bins is None else num_bins
     reasons = []
     if images.dtype not in _FAST_DTYPES:
@@ -205,10 +206,10 @@ def fits_fast(
         reasons.append(f"region_size must be in 4..64, not {region_size}")
     if not 16 <= bins <= 512:
         reasons.append(f"num_bins must be in 16..512, not {bins}")
-    elif value_range[1] - value_range[0] > 24 * sigma * (bins - 1):
+    elif value_range[1] - value_range[0] > widest * sigma * (bins - 1):
         reasons.append(
-            f"num_bins={bins} over value_range={value_range} lie more than 24 sigma apart: float32 cannot hold the "
-            "density between two bins"
+            f"num_bins={bins} over value_range={value_range} lie more than {widest:g} sigma apart: between two of "
+            "them the density is too small for its number format"
         )
     if images.requires_grad and torch.is_grad_enabled():
         reasons.append("images require a gradient, which only the reference gives")
@@ -217,6 +218,14 @@ def fits_fast(
 
 def _encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
     return fits_fast(images, *args, **kwargs)
+
+
+def _triton_fits(images: Tensor, *args: Any, **kwargs: Any) -> list[str]:
+    return fits_fast(images, *args, widest=10.0, **kwargs)  # halves of float16, not float32
+
+
+def _triton_encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
+    return _triton_fits(images, *args, **kwargs)
 
 
 def _native(
@@ -295,3 +304,7 @@ register_backend("kde_entropy", "cpu", fits_fast, native="kde_entropy")
 register_backend("encode_grains", "cpu", _encode_fits, native="kde_entropy")
 implement("kde_entropy", "cpu", _native_entropy, checks_values=True)
 implement("encode_grains", "cpu", _native, checks_values=True)
+register_backend("kde_entropy", "triton", _triton_fits)
+register_backend("encode_grains", "triton", _triton_encode_fits)
+implement("kde_entropy", "triton", "d2it.kernels.kde_entropy:kde_entropy")
+implement("encode_grains", "triton", "d2it.kernels.kde_entropy:encode_grains")

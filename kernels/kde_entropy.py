@@ -1,0 +1,279 @@
+"""Entropy of the Gaussian kernel density of gray levels in every region (D2iT, section 3.1, Eqs. 2-3).
+
+A pixel touches only the bins within REACH sigma of it. Bins are rows of 16: a pixel's window is the few rows from
+its first one on, so its kernel values are a short vector, and adding it at the right rows is a product with a
+one-hot matrix, which the tensor cores do: density (rows, 16) = one_hot (rows, pixels) @ values (pixels, 16), once
+per row of the window. Values are split in two halves of float16, 22 bits together; one-hot entries are exact.
+
+With p the density before normalisation and Z its sum, H = ln Z - (sum p ln p) / Z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.ops.entropy import RANGE_SLACK
+from d2it.ops.reference import GRAY_WEIGHTS
+
+REACH = 6.0  # sigma; what lies beyond changes no entropy by more than 3e-7
+
+# The assertion on the values is compiled in; Triton's own checks of integer overflow, which come with it, are not.
+OPTIONS = {"debug": True, "sanitize_overflow": False}
+
+
+@triton.jit
+def _gray(
+    p_pixel,
+    m_pixel,
+    stride_channel,
+    weight_r,
+    weight_g,
+    weight_b,
+    least,
+    most,
+    CHANNELS: tl.constexpr,
+):
+    """Weighted sum of the channels of pixels, and whether all of them may be there."""
+    b_red = tl.load(p_pixel, mask=m_pixel, other=0)
+    b_ok = (b_red.to(tl.float32) >= least) & (b_red.to(tl.float32) <= most)
+    b_gray = b_red.to(tl.float32) * weight_r
+    if CHANNELS == 3:
+        b_green = tl.load(p_pixel + stride_channel, mask=m_pixel, other=0).to(tl.float32)
+        b_blue = tl.load(p_pixel + 2 * stride_channel, mask=m_pixel, other=0).to(tl.float32)
+        b_ok = b_ok & (b_green >= least) & (b_green <= most) & (b_blue >= least) & (b_blue <= most)
+        b_gray += b_green * weight_g + b_blue * weight_b
+    return b_gray, b_ok | ~m_pixel
+
+
+@triton.jit
+def _add_window(b_density, b_x, b_first, i_window, spacing, ROWS: tl.constexpr, SCALE_BITS: tl.constexpr):
+    """Adds the kernel values at one row of every pixel's window. spacing: of the bins, in the unit of b_x."""
+    o_row = tl.arange(0, ROWS)
+    o_bin = tl.arange(0, 16)
+    b_u = b_x[:, None] - (i_window * 16 + o_bin).to(tl.float32)[None, :] * spacing
+    b_kernel = tl.exp2(SCALE_BITS - b_u * b_u)
+    b_high = b_kernel.to(tl.float16)
+    b_low = (b_kernel - b_high.to(tl.float32)).to(tl.float16)
+    b_hot = (o_row[:, None] == b_first[None, :] + i_window).to(tl.float16)
+    b_density = tl.dot(b_hot, b_high, b_density)
+    return tl.dot(b_hot, b_low, b_density)
+
+
+@triton.jit
+def _add_pixels(
+    b_density,
+    b_x,
+    b_first,
+    spacing,
+    ROWS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Adds pixels to the density, a PARTS-th at a time: what was loaded widely would not fit the registers at once."""
+    if PARTS > 1:
+        HALF: tl.constexpr = b_x.shape[0] // 2
+        b_x0, b_x1 = tl.split(tl.reshape(b_x, (HALF, 2)))
+        b_first0, b_first1 = tl.split(tl.reshape(b_first, (HALF, 2)))
+        b_density = _add_pixels(b_density, b_x0, b_first0, spacing, ROWS, WINDOW, SCALE_BITS, PARTS // 2)
+        b_density = _add_pixels(b_density, b_x1, b_first1, spacing, ROWS, WINDOW, SCALE_BITS, PARTS // 2)
+    elif WINDOW <= 4:
+        for i_window in tl.static_range(WINDOW):
+            b_density = _add_window(b_density, b_x, b_first, i_window, spacing, ROWS, SCALE_BITS)
+    else:
+        for i_window in tl.range(0, WINDOW):
+            b_density = _add_window(b_density, b_x, b_first, i_window, spacing, ROWS, SCALE_BITS)
+    return b_density
+
+
+@triton.jit
+def kde_entropy_kernel(
+    images,
+    thresholds,
+    entropy,
+    grains,
+    num_thresholds,
+    map_height,
+    map_width,
+    stride_image,
+    stride_channel,
+    stride_row,
+    stride_column,
+    weight_r,
+    weight_g,
+    weight_b,
+    offset,
+    scale,
+    least,
+    most,
+    bins_per_unit,
+    middle,
+    spacing_high,
+    spacing_low,
+    per_sigma,
+    CHANNELS: tl.constexpr,
+    REGION: tl.constexpr,
+    BINS: tl.constexpr,
+    REACH_BINS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHECK: tl.constexpr,
+    ENCODE: tl.constexpr,
+):
+    """One program: one region. images (B, CHANNELS, H, W) by strides; entropy, grains (B, H/S, W/S) contiguous.
+
+    value = scale * (weighted sum + offset), from the middle of the range. per_sigma: sqrt(log2(e) / 2) / sigma, so
+    that a kernel value is exp2(-(distance * per_sigma)^2).
+    """
+    PIXELS: tl.constexpr = REGION * REGION
+    USED_ROWS: tl.constexpr = (BINS + 15) // 16
+    SCALE_BITS: tl.constexpr = 14  # kernel values as float16: 2^14 at most, subnormal only below 2^-28
+    i_region = tl.program_id(0)
+    i_x = i_region % map_width
+    i_y = i_region // map_width % map_height
+    i_image = i_region // map_width // map_height
+    p_region = images + i_image.to(tl.int64) * stride_image
+    p_region += (i_y * REGION).to(tl.int64) * stride_row + (i_x * REGION).to(tl.int64) * stride_column
+    b_density = tl.zeros((ROWS, 16), tl.float32)
+    for start in tl.range(0, PIXELS, BLOCK):
+        o_pixel = start + tl.arange(0, BLOCK)
+        m_pixel = o_pixel < PIXELS
+        o_y = o_pixel // REGION
+        o_x = o_pixel % REGION
+        p_pixel = p_region + o_y.to(tl.int64) * stride_row + o_x.to(tl.int64) * stride_column
+        b_gray, b_ok = _gray(p_pixel, m_pixel, stride_channel, weight_r, weight_g, weight_b, least, most, CHANNELS)
+        if CHECK:
+            tl.device_assert(b_ok, "kde_entropy: images must be finite and inside value_range")
+        b_value = (b_gray + offset) * scale
+        # The first row of the window, and where the pixel lies from its first bin, in units of 1 / per_sigma.
+        b_first = tl.floor((b_value * bins_per_unit + middle - REACH_BINS) * 0.0625)
+        b_first = tl.minimum(tl.maximum(b_first, 0.0), USED_ROWS - WINDOW)
+        b_bin = b_first * 16.0 - middle
+        b_x = ((b_value - b_bin * spacing_high) - b_bin * spacing_low) * per_sigma
+        b_first = tl.where(m_pixel, b_first.to(tl.int32), -ROWS)
+        b_density = _add_pixels(
+            b_density, b_x, b_first, spacing_high * per_sigma, ROWS, WINDOW, SCALE_BITS, BLOCK // PART
+        )
+    o_all = tl.arange(0, ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    b_p = tl.where(o_all < BINS, b_density, 0.0) * (1.0 / (1 << SCALE_BITS))
+    b_plogp = tl.where(b_p > 0, b_p * tl.log2(tl.where(b_p > 0, b_p, 1.0)), 0.0)
+    b_z = tl.sum(b_p)
+    b_sum = tl.sum(b_plogp)
+    LN_2: tl.constexpr = 0.6931471805599453
+    if NORMALIZE:
+        b_entropy = tl.where(b_z > 0, (tl.log2(b_z) - b_sum / b_z) * LN_2, 0.0)
+    else:
+        b_entropy = (b_z * tl.log2(tl.full((), PIXELS, tl.float32)) - b_sum) * (LN_2 / PIXELS)
+    tl.store(entropy + i_region, b_entropy)
+    if ENCODE:
+        b_grain = tl.zeros((), tl.int64)
+        for i in tl.range(0, num_thresholds):
+            b_grain += (b_entropy > tl.load(thresholds + i)).to(tl.int64)
+        tl.store(grains + i_region, b_grain)
+
+
+def _launch(
+    images: torch.Tensor,
+    thresholds: torch.Tensor | None,
+    region_size: int,
+    num_bins: int,
+    low: float,
+    high: float,
+    sigma: float,
+    normalize: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """images (B, 1|3, H, W), any strides; thresholds (k-1,) float32 -> (grains or None, entropy), (B, H/S, W/S)."""
+    batch, channels, height, width = images.shape
+    shape = (batch, height // region_size, width // region_size)
+    entropy = images.new_empty(shape, dtype=torch.float32)
+    grains = None if thresholds is None else images.new_empty(shape, dtype=torch.int64)
+    if not entropy.numel():
+        return grains, entropy
+    middle = (low + high) / 2
+    weights = (1.0, 0.0, 0.0) if channels == 1 else GRAY_WEIGHTS
+    byte = images.dtype == torch.uint8
+    if byte:  # weights in 1 / 10,000: the weighted sum is exact in float32
+        unit = (high - low) / 255 / 10000
+        offset, scale = (low * sum(weights) - middle) / unit, unit
+        weights = tuple(round(10000 * w) for w in weights)
+    else:
+        offset, scale = -middle, 1.0
+    slack = RANGE_SLACK * (high - low)
+    spacing = (high - low) / (num_bins - 1)
+    spacing_high = torch.tensor(spacing, dtype=torch.float32).item()
+    reach = min(math.ceil(REACH * sigma / spacing), num_bins)
+    rows = cdiv(num_bins, 16)
+    # 256 pixels to a warp: 16 bytes a lane in bfloat16 and float32. Pixels apart come one by one: fewer at a time.
+    block = min(256 if images.stride(3) == 1 else 64, next_power_of_2(region_size**2))
+    with device_guard(images):
+        kde_entropy_kernel[(entropy.numel(),)](
+            images,
+            thresholds if thresholds is not None else entropy,
+            entropy,
+            grains if grains is not None else entropy,
+            0 if thresholds is None else thresholds.numel(),
+            shape[1],
+            shape[2],
+            *images.stride(),
+            *(float(w) for w in weights),
+            offset,
+            scale,
+            low - slack,
+            high + slack,
+            1 / spacing,
+            (num_bins - 1) / 2,
+            spacing_high,
+            spacing - spacing_high,
+            math.sqrt(0.5 * math.log2(math.e)) / sigma,
+            CHANNELS=channels,
+            REGION=region_size,
+            BINS=num_bins,
+            REACH_BINS=reach,
+            WINDOW=min(cdiv(2 * reach, 16) + 1, rows),
+            ROWS=max(16, next_power_of_2(rows)),
+            BLOCK=block,
+            PART=min(block, 32),
+            NORMALIZE=normalize,
+            CHECK=not byte,
+            ENCODE=thresholds is not None,
+            num_warps=1,
+            **OPTIONS,
+        )
+    return grains, entropy
+
+
+def kde_entropy(images: torch.Tensor, *args: object) -> torch.Tensor:
+    return _launch(images, None, *args)[1]
+
+
+def encode_grains(images: torch.Tensor, thresholds: torch.Tensor, *args: object) -> tuple:
+    return _launch(images, thresholds.contiguous(), *args)
+
+
+@compile_cases
+def _compile_cases() -> Iterator[CompileCase]:
+    halves, full, byte = torch.bfloat16, torch.float32, torch.uint8
+    for size, channels, bins, low, dtype in (
+        *((16, 3, bins, -1.0, dtype) for bins in (256, 32) for dtype in (full, halves, byte)),
+        (16, 3, 256, 0.0, full),
+        (16, 1, 256, 0.0, byte),
+        (16, 3, 512, 0.0, full),
+        (8, 3, 64, -1.0, full),
+        (32, 3, 512, -1.0, halves),
+        (64, 1, 256, -1.0, full),
+    ):
+        images = torch.empty((8, channels, 256, 256), dtype=dtype, device="meta")
+        name = f"S{size}-C{channels}-bins{bins}-from{low:g}-{str(dtype)[6:]}"
+        yield name, partial(encode_grains, images, images.new_empty(1, dtype=full), size, bins, low, 1.0, 0.01, True)
+    nhwc = torch.empty((8, 3, 256, 256), device="meta").contiguous(memory_format=torch.channels_last)
+    yield "S16-C3-bins256-channels_last-float32", partial(kde_entropy, nhwc, 16, 256, -1.0, 1.0, 0.01, True)
