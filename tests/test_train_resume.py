@@ -7,66 +7,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("train_worker.py")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1"}
-
-
-class Server:
-    """`train_worker.py serve`: a forked run for every call."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = (folder / "stderr").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), "serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            bufsize=1,
-            env=ENVIRONMENT,
-        )
-
-    def start(self, folder: Path, **settings: object) -> int:
-        """Start a run; returns its pid."""
-        line = " ".join(f"{k}={v}" for k, v in {"dir": folder, **settings}.items())
-        assert self.process.stdin is not None
-        self.log.seek(0)
-        self.log.truncate()
-        self.process.stdin.write(line + "\n")
-        return int(self.line())
-
-    def finish(self) -> tuple[int, str, str]:
-        """Wait for the run: exit code (a kill: minus the signal), the printed hash, stderr."""
-        found = ""
-        while not (line := self.line()).startswith("exit "):
-            found = line.removeprefix("hash ") if line.startswith("hash ") else found
-        self.log.seek(0)
-        return int(line.removeprefix("exit ")), found, self.log.read()
-
-    def run(self, folder: Path, **settings: object) -> tuple[int, str, str]:
-        self.start(folder, **settings)
-        return self.finish()
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the server died"
-        return line.strip()
+from tests.train_server import Server, shared_server
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.process.kill()
+def server() -> Server:
+    return shared_server()
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -89,7 +40,7 @@ def test_fifty_kills_change_nothing(server: Server, tmp_path: Path, background: 
     draw = random.Random(1)
     kills, runs, hashes, folder = 0, 0, [], tmp_path / "run-0"
     while kills < 25:
-        pid = server.start(folder, **settings)
+        (pid,) = server.start(folder, **settings)
         time.sleep(draw.uniform(0.1, 0.8))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -111,7 +62,7 @@ def test_stopped_runs_save_and_say_where(server: Server, tmp_path: Path) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         folder = tmp_path / number.name
         settings = {"steps": 100000, "save_every": 100000, "log_every": 1}
-        pid = server.start(folder, **settings)
+        (pid,) = server.start(folder, **settings)
         wait_for(folder / "logs" / "toy.jsonl")
         os.kill(pid, number)
         code, _, log = server.finish()
@@ -124,7 +75,7 @@ def test_stopped_runs_save_and_say_where(server: Server, tmp_path: Path) -> None
 def test_stop_and_resume_is_exact(server: Server, tmp_path: Path) -> None:
     settings = {"steps": 300, "save_every": 1000, "log_every": 1}
     _, expected, _ = server.run(tmp_path / "a", **settings)
-    pid = server.start(tmp_path / "b", **settings)
+    (pid,) = server.start(tmp_path / "b", **settings)
     wait_for(tmp_path / "b" / "logs" / "toy.jsonl")
     os.kill(pid, signal.SIGTERM)
     code, _, _ = server.finish()

@@ -2,8 +2,9 @@
 
     python tests/train_worker.py key=value ...          one rank
     torchrun --nproc-per-node=2 tests/train_worker.py   several
-    python tests/train_worker.py serve                  a fork for each line of arguments on stdin: prints its pid,
-                                                        then its exit code (a kill: minus the signal)
+    python tests/train_worker.py serve                  forks for each line of arguments on stdin, ranks=2 for two:
+                                                        prints their pids, then their exit codes (a kill: minus the
+                                                        signal)
 
 Prints `hash <sha256 of all weights, averages and moments>` at the end.
 """
@@ -15,6 +16,7 @@ import hashlib
 import importlib
 import os
 import resource
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +42,7 @@ class Losses(nn.Module):
         self.register_buffer("frozen", torch.ones(8))
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor], Batch]:
-        x = batch["x"] + 0.1 * torch.randn_like(batch["x"])
+        x = batch["x"] + batch.get("noise", 0.1) * torch.randn_like(batch["x"])
         y = self.first(x)
         rows = batch["fine"]
         fine = self.second(torch.tanh(y[:rows])) * self.frozen
@@ -66,7 +68,8 @@ class Toy:
         return self.learners
 
     def batches(self, first: int) -> Iterator[Batch]:
-        step, rows = first, self.settings.batch_size // self.world.size
+        step, parts = first, self.settings.accumulate
+        rows = self.settings.batch_size // (self.world.size * parts)
         nan = [int(s) for s in str(self.extra.get("nan", "")).split("-") if s]
         while True:
             if step == self.extra.get("die") and self.world.rank == self.world.size - 1:
@@ -77,11 +80,14 @@ class Toy:
             generator = torch.Generator().manual_seed(seed_of("data", step))
             x = torch.randn(self.settings.batch_size, 8, generator=generator)
             bad = step in nan and self.world.rank == self.world.size - 1
-            yield {
-                "x": x[self.world.rank * rows :][:rows],
-                "fine": 0 if self.extra.get("uneven") and self.world.rank else rows,
-                "scale": float("nan") if bad else 1.0,
-            }
+            for part in range(parts):
+                place = (part * self.world.size + self.world.rank) * rows
+                yield {
+                    "x": x[place : place + rows],
+                    "fine": 0 if self.extra.get("uneven") and self.world.rank else rows,
+                    "scale": float("nan") if bad else 1.0,
+                    "noise": float(self.extra.get("noise", 0.1)),
+                }
             step += 1
 
     def work(self, batch: Batch) -> Work:
@@ -145,21 +151,36 @@ def main(arguments: list[str]) -> int:
 
 
 def serve() -> None:
-    """Fork a run for every line: torch is imported once, so that a run takes a fraction of a second."""
-    for name in ("torch._dynamo", "torch.utils.tensorboard", "tqdm"):  # imported where used; here before the forks
-        importlib.import_module(name)
-
+    """Fork the ranks of a run for every line: torch is imported once, so that a run takes a fraction of a second."""
+    for name in ("torch._dynamo", "torch.utils.tensorboard", "tqdm", "torch.distributed.fsdp"):
+        importlib.import_module(name)  # where a run would; here, before the forks
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = main(line.split())
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        print(pid, flush=True)
-        print("exit", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        arguments = line.split()
+        ranks = next((int(a.split("=")[1]) for a in arguments if a.startswith("ranks=")), 1)
+        arguments = [a for a in arguments if not a.startswith("ranks=")]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = [fork(arguments, rank, ranks, port) for rank in range(ranks)]
+        print(*pids, flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print("exit", *codes, flush=True)
+
+
+def fork(arguments: list[str], rank: int, ranks: int, port: int) -> int:
+    """A child that runs `main` as this rank, with the environment that torchrun would give it."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        if ranks > 1:
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            os.environ.update({k: str(v) for k, v in {**where, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        code = main(arguments)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

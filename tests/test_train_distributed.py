@@ -1,0 +1,139 @@
+"""Two ranks on gloo: agreement, uneven work, resharding, the elastic restart."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2it.training.loop import seed_of
+from tests.train_server import ENVIRONMENT, WORKER, Server, shared_server
+from tests.train_worker import Losses
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return shared_server()
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "logs" / "toy.jsonl").read_text().splitlines()]
+
+
+def losses_of_two_ranks(steps: int) -> list[float]:
+    """The two ranks' mean loss, step by step, without any of the loop. Rank 1 has no fine rows."""
+    torch.manual_seed(0)
+    model = Losses()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    found = []
+    for step in range(steps):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed_of("data", step)))
+        losses = []
+        for rank in range(2):
+            torch.manual_seed(seed_of(0, "toy", step, rank))
+            batch = {"x": x[4 * rank :][:4], "fine": 0 if rank else 4, "scale": 1.0}
+            losses.append(model(batch)[0])
+        loss = (losses[0] + losses[1]) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_average_and_agree(server: Server, tmp_path: Path, parallel: str) -> None:
+    """One rank has no fine rows, then NaN at two steps: nobody hangs, both skip, the logged loss is the ranks' mean."""
+    settings = {"ranks": 2, "parallel": parallel, "uneven": 1, "nan": "6-7"}
+    code, _, log = server.run(tmp_path, steps=12, log_every=1, save_every=6, **settings)
+    assert code == 0, log
+    logged = rows(tmp_path)
+    assert [r["toy/skipped_steps"] for r in logged] == [0] * 6 + [1] + [2] * 5
+    assert [r["toy/loss"] for r in logged[:6]] == pytest.approx(losses_of_two_ranks(6), rel=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_batch(server: Server, tmp_path: Path) -> None:
+    """Gradients of two ranks and two micro-batches are reduced once, and weigh the same."""
+    code, _, log = server.run(tmp_path, ranks=2, accumulate=2, steps=6, log_every=1, noise=0, width=4)
+    assert code == 0, log
+    code, _, log = server.run(tmp_path / "one", accumulate=1, steps=6, log_every=1, noise=0, width=4)
+    assert code == 0, log
+    pairs = zip(rows(tmp_path), rows(tmp_path / "one"))
+    for two, one in pairs:
+        assert two["toy/loss"] == pytest.approx(one["toy/loss"], rel=1e-5)
+
+
+def test_checkpoints_move_between_numbers_of_ranks_and_forms(server: Server, tmp_path: Path) -> None:
+    """Two ranks, then FSDP2 on two, then one: every resume takes up the last one's tensors."""
+    losses = {}
+    for name, parts in (("a", (("ddp", 2, 4), ("fsdp", 2, 8), ("ddp", 1, 12))), ("b", (("ddp", 2, 12),))):
+        for parallel, ranks, last in parts:
+            settings = {
+                "ranks": ranks,
+                "parallel": parallel,
+                "steps": last,
+                "save_every": 4,
+                "log_every": 1,
+                "noise": 0,
+            }
+            code, _, log = server.run(tmp_path / name, **settings)
+            assert code == 0, log
+        losses[name] = [r["toy/loss"] for r in rows(tmp_path / name)]
+    # Without noise of its own a step depends on the images alone, which are the same for any number of ranks.
+    assert losses["a"] == pytest.approx(losses["b"], rel=1e-5)
+    manifest = json.loads((tmp_path / "a" / "checkpoints" / "toy" / "step-00000008" / "manifest.json").read_text())
+    assert manifest["world_size"] == 2
+
+
+def test_a_bad_checkpoint_is_refused_by_all_ranks(server: Server, tmp_path: Path) -> None:
+    """Each rank hashes its share of the files; the one that finds the damage tells the other."""
+    assert server.run(tmp_path, ranks=2, steps=4, save_every=4)[0] == 0
+    path = tmp_path / "checkpoints" / "toy" / "step-00000004" / "__1_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+    code, _, log = server.run(tmp_path, ranks=2, steps=8, save_every=4)
+    assert code == 2
+    assert log.count(f"{path}: damaged checkpoint") == 2
+    assert "Traceback" not in log
+
+
+def torchrun(folder: Path, **settings: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    arguments = [f"{k}={v}" for k, v in {"dir": folder, **settings}.items()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, str(WORKER), *arguments], env=ENVIRONMENT, **pipes)
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_restarted_from_the_last_checkpoint(server: Server, tmp_path: Path) -> None:
+    """torchrun's agent restarts the ranks when one dies; the result is that of a run in which nobody died."""
+    code, expected, log = server.run(tmp_path / "a", ranks=2, steps=12, save_every=4)
+    assert code == 0, log
+    process = torchrun(tmp_path / "b", steps=12, save_every=4, die=9, log_every=1)
+    out, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert (tmp_path / "b" / "died").exists()
+    assert re.findall(r"hash (\w+)", out) == [expected]
+    assert [r["step"] for r in rows(tmp_path / "b")] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_on_all_ranks(tmp_path: Path) -> None:
+    process = torchrun(tmp_path, steps=100000, save_every=100000, log_every=1)
+    log = tmp_path / "logs" / "toy.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    (saved,) = (tmp_path / "checkpoints" / "toy").glob("step-*")
+    assert f"saved {saved}" in said
+    assert len(list(saved.glob("__*_0.distcp"))) == 2
+    assert json.loads((saved / "manifest.json").read_text())["world_size"] == 2
