@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from d2it.errors import UserError
 from d2it.models.losses import VAELossConfig
@@ -41,9 +41,9 @@ class RunConfig:
 class DataConfig:
     """The images. `path` is whatever `d2it.data.open_source` reads, or "demo"."""
 
-    path: str = "demo"
+    path: str = MISSING
     crops: int = 2048  # of the demo photos
-    image_size: int = 256
+    image_size: Any = 256  # a side, or [height, width]
     num_classes: int | None = None  # None: unconditional
     class_names: list[str] | None = None
     augment: bool = True  # horizontal flips
@@ -158,6 +158,8 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"configuration: {error.full_key or 'data.path'} must be given: add data.path=...") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"configuration: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
@@ -208,7 +210,10 @@ def _check(config: Config) -> None:
         need(getattr(config.run, key) >= 1, f"run.{key}", "at least 1")
     need(config.run.publish_every >= 0, "run.publish_every", "0 or more")
     need(config.data.crops >= 1, "data.crops", "at least 1")
-    need(config.data.image_size >= 1, "data.image_size", "at least 1")
+    size = config.data.image_size
+    sides = size if isinstance(size, list) else [size, size]
+    whole = len(sides) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sides)
+    need(whole, "data.image_size", "a side or [height, width] in pixels")
     need(
         config.data.num_classes is None or config.data.num_classes >= 1,
         "data.num_classes",

@@ -17,13 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2it.data import Calibration, ImageSource, SinglePass
 from d2it.errors import UserError
 from d2it.models import DynamicVAE, VAELoss
+from d2it.models.base import pair
 from d2it.models.pipeline import to_uint8
 from d2it.training import pictures
 from d2it.training.config import Config
 from d2it.training.distributed import World
 from d2it.training.loop import Batch, Learner, Work, seed_of
 from d2it.training.meters import Meters
-from d2it.training.stage import build, loader, to_device, user_error
+from d2it.training.stage import build, loader, spread_over, to_device, user_error
 
 
 class VaeLosses(nn.Module):
@@ -91,6 +92,11 @@ def build_vae(config: Config) -> DynamicVAE:
     settings = config.dvae
     with user_error("configuration: dvae"):
         plan = DynamicVAE.preset_config(settings.preset, **settings.overrides)
+    if any(side % plan.region_size for side in pair(config.data.image_size)):
+        raise UserError(
+            f"configuration: data.image_size must be a multiple of the VAE's region of {plan.region_size} pixels, "
+            f"got {config.data.image_size}"
+        )
     grains = plan.num_grains
     if "thresholds" in settings.overrides or grains == 1:
         return build(DynamicVAE, settings, "dvae")
@@ -187,7 +193,7 @@ class DvaeStage:
 @torch.no_grad()
 def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: int = 512) -> float:
     """Standard deviation of posterior draws over all cells of `count` images spread over the source; of all ranks."""
-    places = [i * len(source) // count for i in range(min(count, len(source)))]
+    places = spread_over(len(source), count)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     mine = places[world.rank :: world.size]
     with SinglePass(source, [mine[i : i + 16] for i in range(0, len(mine), 16)]) as batches:
@@ -203,7 +209,7 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
 @torch.no_grad()
 def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: torch.device) -> np.ndarray:
     """Images evenly spread over the source, their reconstructions, and those with the grain map: three rows."""
-    places = [i * len(source) // count for i in range(min(count, len(source)))]
+    places = spread_over(len(source), count)
     images = torch.stack([source[i]["image"] for i in places])
     mean, _, grains, _ = vae.encode(normalized(images.to(device)))
     decoded = to_uint8(vae.decode(mean, grains))

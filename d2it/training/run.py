@@ -27,6 +27,7 @@ from d2it.data.loader import default_workers
 from d2it.errors import UserError
 from d2it.files import atomic_write, sha256_of
 from d2it.models import DynamicVAE
+from d2it.models.base import pair
 from d2it.models.pipeline import PARTS, D2iT
 from d2it.training import distributed, pictures
 from d2it.training.config import Config, load, to_yaml
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         "--dry-run", action="store_true", help="build every stage, take two steps on noise, write nothing"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see d2it/training/config.py")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load(options.config, options.overrides)
         world = distributed.start(config.run.device)
@@ -212,12 +213,13 @@ def _begin(config: Config, folder: Path) -> None:
 
 def _source(config: Config) -> ImageSource:
     data = config.data
+    size = pair(data.image_size)
     options: dict[str, Any] = {"augment": data.augment, "crop": data.crop, "upsample": data.upsample}
     with user_error("configuration: data"):
         if data.path == "demo":
-            source: ImageSource = DemoPhotos(data.image_size, crops=data.crops, **options)
+            source: ImageSource = DemoPhotos(size, crops=data.crops, **options)
         else:
-            source = open_source(data.path, data.image_size, **options)
+            source = open_source(data.path, size, **options)
     if data.num_classes is not None:
         source.require_classes(data.num_classes)
     return source

@@ -78,3 +78,9 @@ def check_batch(settings: StageConfig, key: str, world: World) -> None:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Tensors copied without waiting (the loader's are page-locked); everything else as it is."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def spread_over(total: int, count: int) -> list[int]:
+    """`count` places of `total`, evenly spread, and off the beat of sources that repeat classes in turn."""
+    count = min(count, total)
+    return [(i * total // count + i) % total for i in range(count)]

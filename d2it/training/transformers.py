@@ -38,7 +38,7 @@ from d2it.training.config import Config, StageConfig
 from d2it.training.distributed import World
 from d2it.training.loop import Batch, Learner, Work, seed_of
 from d2it.training.meters import Meters
-from d2it.training.stage import build, loader, to_device
+from d2it.training.stage import build, loader, spread_over, to_device
 
 Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
@@ -265,7 +265,7 @@ class LatentStage:
         """True grain maps spread over the cache, their labels, and seeds."""
         assert self.data.cache is not None
         count = min(self.config.sample.images, len(self.data.cache))
-        batch = self.data.cache.fetch([i * len(self.data.cache) // count for i in range(count)])
+        batch = self.data.cache.fetch(spread_over(len(self.data.cache), count))
         labels = batch["label"] if self.network.config.num_classes else None
         return batch["grain_map"], labels, [seed_of(self.config.run.seed, "preview", i) for i in range(count)]
 

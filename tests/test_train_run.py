@@ -1,0 +1,253 @@
+"""The whole path in small: train.py from photos to a D2iT that samples, and what it says to wrong input."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from d2it.evaluation.sampling import main as sample
+from d2it.models import D2iT
+from d2it.training.config import load
+from d2it.training.run import main
+from tests.train_server import ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "run.log_every=2",
+    "run.publish_every=0",
+    "data.path=demo",
+    "data.crops=16",
+    "data.image_size=32",
+    "data.num_classes=8",
+    "data.workers=0",
+    "dvae.preset=tiny",
+    "dvae.overrides.channels=8",
+    "dvae.steps=4",
+    "dvae.batch_size=4",
+    "dvae.loss.disc_start=2",
+    "dvae.loss.disc_channels=8",
+    "cache.batch_size=8",
+    "cache.unit_size=8",
+    "grain.preset=tiny",
+    "grain.overrides.depth=1",
+    "grain.steps=4",
+    "grain.batch_size=4",
+    "content.preset=tiny",
+    "content.overrides.depth=1",
+    "content.steps=4",
+    "content.batch_size=4",
+    "sample.images=4",
+    "sample.steps=2",
+    "sample.grain_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "small"
+    assert main([*SMALL, f"run.dir={folder}"]) == 0
+    return folder
+
+
+def test_every_stage_leaves_what_it_promises(run: Path) -> None:
+    for name in ("dvae", "grain", "content"):
+        assert [p.name for p in (run / "checkpoints" / name).iterdir()] == ["step-00000004"]
+        rows = [json.loads(line) for line in (run / "logs" / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 4]
+        assert all(np.isfinite(row[f"{name}/loss"]) and row["images_per_second"] > 0 for row in rows)
+        assert list((run / "logs" / name).glob("events*"))
+    assert "critic/loss" in rows_of(run, "dvae")[-1]
+    assert "critic/loss" not in rows_of(run, "dvae")[0]  # the critic starts at step 2
+    for picture in ("reconstructions", "samples", "samples_grains", "curves"):
+        assert Image.open(run / f"{picture}.png").width >= 300
+    assert load(run / "config.yaml").content.steps == 4
+
+
+def rows_of(run: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "logs" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_run_is_a_pretrained_d2it(run: Path) -> None:
+    d2it = D2iT.from_pretrained(run)
+    assert d2it.num_classes == 8
+    assert d2it.sampling["steps"] == 2
+    drawn = d2it(3, labels=[1, 2, 3], seed=7)
+    assert drawn.images.shape == (3, 3, 32, 32)
+    assert drawn.grain_maps.shape == (3, 2, 2)
+    again = d2it(seeds=[8], labels=[2])
+    torch.testing.assert_close(drawn.images[1:2], again.images, rtol=1e-3, atol=1e-3)
+    given = d2it(2, grain_map=torch.tensor([[0, 1], [1, 0]]), labels=[0])
+    assert given.grain_maps.tolist() == [[[0, 1], [1, 0]]] * 2
+    assert float(d2it.vae.scaling_factor) != 1.0
+
+
+def test_save_pretrained_and_back(run: Path, tmp_path: Path) -> None:
+    d2it = D2iT.from_pretrained(run)
+    d2it.save_pretrained(tmp_path)
+    for part in ("vae", "grain_transformer", "content_transformer"):
+        ours, theirs = (load_file(folder / part / "model.safetensors") for folder in (run, tmp_path))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert torch.equal(D2iT.from_pretrained(tmp_path)(1).images, d2it(1).images)
+
+
+def test_shared_weights_are_the_average_and_hold_no_optimiser(run: Path) -> None:
+    size = (run / "content_transformer" / "model.safetensors").stat().st_size
+    parameters = sum(p.numel() for p in D2iT.from_pretrained(run).content_transformer.parameters())
+    assert 4 * parameters <= size <= 4 * parameters * 1.1
+
+
+def test_the_same_command_again_is_done_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "content_transformer" / "model.safetensors").stat().st_mtime_ns
+    assert main([*SMALL, f"run.dir={run}"]) == 0
+    assert not re.search(r"step \d+/4", capsys.readouterr().err)
+    assert (run / "content_transformer" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_more_steps_go_on_from_where_it_was(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, f"run.dir={run}", "grain.steps=6", "run.stages=[grain]"]) == 0
+    assert "grain: step 6/6" in capsys.readouterr().err
+    assert [row["step"] for row in rows_of(run, "grain")] == [2, 4, 6]
+
+
+def test_sample_command_gives_the_same_pictures_for_any_batch(run: Path, tmp_path: Path) -> None:
+    for size in (1, 3):
+        arguments = [str(run), "--images", "3", "--seed", "5", "--batch-size", str(size)]
+        assert sample([*arguments, "--out", str(tmp_path / str(size))]) == 0
+    for i in range(3):
+        a, b = (np.asarray(Image.open(tmp_path / n / f"{i:06d}.png")).astype(int) for n in ("1", "3"))
+        assert np.abs(a - b).max() <= 1
+    assert np.load(tmp_path / "1" / "grain_maps.npy").shape == (3, 2, 2)
+    assert (tmp_path / "1" / "grid_grains.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run.sed=1"], "no such configuration key: run.sed (did you mean seed?)"),
+        (["content.lr=fast"], "content.lr"),
+        (["content.lr"], "write section.key=value"),
+        (["content.batch_size=0"], "content.batch_size must be at least 1, got 0"),
+        (["run.stages=[dvea]"], "run.stages must be among"),
+        (["data.path=/nowhere"], "/nowhere: no such file or folder"),
+        (["data.path=EMPTY"], "no images"),
+        (["data.path=BROKEN"], "images cannot be read, more than 1%"),
+        (["data.path=SMALL"], "smaller than the 32 x 32 asked for"),
+        (["data.num_classes=4"], "labels reach 7, num_classes is 4"),
+        (
+            ["data.image_size=40", "run.dir=FRESH"],
+            "data.image_size must be a multiple of the VAE's region of 16 pixels",
+        ),
+        (["dvae.preset=huge"], "preset must be one of"),
+        (["dvae.overrides.width=3"], "has no setting width"),
+        (["content.overrides.window=3", "run.stages=[content]"], "window must divide the latent grid 4 x 4, got 3"),
+        (["content.overrides.image_size=64", "run.stages=[content]"], "follows from the data and the VAE"),
+        (["run.stages=[content]", "run.dir=FRESH"], "no latent cache here"),
+        (["run.stages=[cache]", "run.dir=FRESH"], "no trained VAE here"),
+        (
+            ["grain.overrides.dim=64", "grain.steps=8"],
+            "checkpoint of another model or data set: model.dim is 128 there",
+        ),
+        (["content.accumulate=3", "run.stages=[content]"], "must be a multiple of 1 ranks x 3 micro-batches"),
+        (["run.device=cuda"], "torch sees no GPU"),
+        (["--config", "nowhere.yaml"], "no such configuration file: nowhere.yaml"),
+        (["dvae.loss.lpips_path=/nowhere", "run.dir=FRESH"], "no LPIPS weights"),
+        (["run.dir=/proc/nowhere"], "cannot write here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_gets_one_line_and_exit_code_2(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    if "run.device=cuda" in arguments and torch.cuda.is_available():
+        arguments, said = ["run.device=tpu"], "run.device must be auto, cpu or cuda"
+    folders = {name: tmp_path / name.lower() for name in ("EMPTY", "BROKEN", "SMALL", "FRESH")}
+    for name in ("EMPTY", "BROKEN", "SMALL"):
+        folders[name].mkdir()
+    (folders["BROKEN"] / "a.jpg").write_bytes(b"\xff\xd8 nothing")
+    Image.new("RGB", (24, 24)).save(folders["SMALL"] / "a.png")
+    filled = [re.sub("|".join(folders), lambda m: str(folders[m[0]]), a) for a in arguments]
+    given = [a for a in SMALL if a.split("=")[0] not in {f.split("=")[0] for f in filled}]
+    if any(a.startswith("data.path") for a in filled):
+        given = [a for a in given if not a.startswith("data.num_classes")]
+        filled.append(f"run.dir={tmp_path / 'other'}")
+    if not any(a.startswith("run.dir") for a in filled):
+        given.append(f"run.dir={run}")
+    capfd.readouterr()
+    assert main([*given, *filled]) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
+    assert lines[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["MISSING"], "no d2it.json"),
+        (["RUN", "--labels", "8"], "labels must be in 0 ... 7, got [8]"),
+        (["RUN", "--steps", "0"], "steps must be in 1 ... 1000"),
+        (["RUN", "--grain-map", "MISSING"], "not a grain map"),
+        (["RUN", "--grain-map", "RUN/curves.png"], "grain_map must"),
+    ],
+)
+def test_sample_command_says_what_is_wrong(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    arguments = [a.replace("RUN", str(run)).replace("MISSING", str(tmp_path / "missing")) for a in arguments]
+    assert sample([*arguments, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+
+
+def test_dry_run_measures_every_stage_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", *SMALL, f"run.dir={tmp_path / 'dry'}"]) == 0
+    said = capsys.readouterr().err
+    for word in ("DynamicVAE tiny", "DynamicGrainTransformer", "DynamicContentTransformer", "GMAC", "GiB"):
+        assert word in said
+    assert said.count("a step takes") == 3
+    assert not (tmp_path / "dry").exists()
+
+
+def test_the_plain_dit_trains_in_the_same_stage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dry-run", "content.preset=DiT-S/2", "content.overrides.dim=64", "content.overrides.heads=2"]
+    given = [a for a in SMALL if not a.startswith("content.preset")]
+    assert main([*given, *arguments, f"run.dir={run}", "run.stages=[content]"]) == 0
+    assert "content: DiT DiT-S/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+def test_shipped_configurations_load_and_fit(name: str) -> None:
+    from d2it.models import DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+
+    given = [] if name == "demo.yaml" else ["data.path=/data"]
+    config = load(ROOT / "configs" / name, given)
+    vae = DynamicVAE.preset_config(config.dvae.preset, **config.dvae.overrides)
+    size = config.data.image_size
+    content = DynamicContentTransformer.preset_config(
+        config.content.preset, image_size=size, downsampling=vae.downsampling, **config.content.overrides
+    )
+    DynamicGrainTransformer.preset_config(config.grain.preset, grid=content.region_grid, **config.grain.overrides)
+    if name != "demo.yaml":
+        with pytest.raises(Exception, match=r"data\.path must be given"):
+            load(ROOT / "configs" / name)
+
+
+def test_torchrun_with_two_ranks(tmp_path: Path) -> None:
+    """The command of the README, on CPU: both ranks train every stage and one model comes out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    done = subprocess.run(
+        [*command, *SMALL, f"run.dir={tmp_path}"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "checkpoints" / "content" / "step-00000004").glob("__*_0.distcp"))) == 2
+    assert D2iT.from_pretrained(tmp_path)(1).images.isfinite().all()
