@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from d2it.evaluation.sampling import main as sample
 from d2it.models import D2iT
 from d2it.training.config import load
 from d2it.training.run import main
@@ -119,17 +118,6 @@ def test_more_steps_go_on_from_where_it_was(run: Path, capsys: pytest.CaptureFix
     assert [row["step"] for row in rows_of(run, "grain")] == [2, 4, 6]
 
 
-def test_sample_command_gives_the_same_pictures_for_any_batch(run: Path, tmp_path: Path) -> None:
-    for size in (1, 3):
-        arguments = [str(run), "--images", "3", "--seed", "5", "--batch-size", str(size)]
-        assert sample([*arguments, "--out", str(tmp_path / str(size))]) == 0
-    for i in range(3):
-        a, b = (np.asarray(Image.open(tmp_path / n / f"{i:06d}.png")).astype(int) for n in ("1", "3"))
-        assert np.abs(a - b).max() <= 1
-    assert np.load(tmp_path / "1" / "grain_maps.npy").shape == (3, 2, 2)
-    assert (tmp_path / "1" / "grid_grains.png").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -188,25 +176,6 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert said in lines[-1]
     assert lines[-1].startswith("error: ")
     assert not any("Traceback" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["MISSING"], "no d2it.json"),
-        (["RUN", "--labels", "8"], "labels must be in 0 ... 7, got [8]"),
-        (["RUN", "--steps", "0"], "steps must be in 1 ... 1000"),
-        (["RUN", "--grain-map", "MISSING"], "not a grain map"),
-        (["RUN", "--grain-map", "RUN/curves.png"], "grain_map must"),
-    ],
-)
-def test_sample_command_says_what_is_wrong(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
-    arguments = [a.replace("RUN", str(run)).replace("MISSING", str(tmp_path / "missing")) for a in arguments]
-    assert sample([*arguments, "--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
 
 
 def test_dry_run_measures_every_stage_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
