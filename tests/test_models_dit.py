@@ -132,8 +132,8 @@ def test_gmacs_of_dits_paper(name, gmac):
 
 
 def measured(model, *inputs):
-    # With gradients: without, the CPU pads the conditioning's rows. PyTorch counts no flash attention on CPU.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # PyTorch counts no flash attention on CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(*inputs)
     return counter.get_total_flops() / 2
 

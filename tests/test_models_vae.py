@@ -120,16 +120,6 @@ def test_decoder_tells_places_and_grains_apart():
     assert all(not torch.allclose(quadrants[0, 0], quadrants[i, j], atol=1e-4) for i, j in ((0, 1), (1, 0), (1, 1)))
 
 
-def test_an_image_does_not_depend_on_its_batch():
-    model = make_vae()
-    z = torch.randn(5, 4, 4, 6, generator=torch.Generator().manual_seed(0))
-    grains = torch.randint(0, 2, (5, 2, 3), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        together = model.decode(z, grains)
-        for i, n in ((0, 1), (1, 1), (2, 2), (1, 3)):
-            assert torch.equal(model.decode(z[i : i + n], grains[i : i + n]), together[i : i + n])
-
-
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,6 @@ from torch import Tensor, nn
 
 from d2it import ops
 
-#: In multiples of this many rows MKL's matrix products treat every row alike (seen with 1 and 2 threads: they differ
-#: below 4 rows a thread).
-CPU_ROWS = 64
-
 ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 
 
@@ -145,15 +141,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def _float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     """`linear(x)` outside autocast, in the dtype of the weights, returned as float32 (float64 stays).
 
-    One row an image: its cost is nothing, its rounding would reach every token. On a CPU few rows take other code paths
-    than many, with other roundings; without gradients the rows are padded, so that an image's sample has the same bits
-    in every batch.
+    One row an image: its cost is nothing, its rounding would reach every token.
     """
-    rows = x.shape[0]
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
-        x = F.pad(x, (0, 0, 0, -rows % CPU_ROWS))
     with torch.autocast(x.device.type, enabled=False):
-        out = linear(x.to(linear.weight.dtype))[:rows]
+        out = linear(x.to(linear.weight.dtype))
     return out if out.dtype == torch.float64 else out.float()
 
 
