@@ -35,6 +35,8 @@ class Known(nn.Module):
             region_grid=(4, 6),
             num_grains=2,
             code_sizes=(2, 1),
+            cells_per_region=2,
+            min_grain=1,
             masked=False,
         )
         signal = GaussianDiffusion().tables["sqrt_alphas_cumprod"].double()
@@ -42,6 +44,7 @@ class Known(nn.Module):
 
     def make_plan(self, grain_map, capacity=None):
         self.plans += 1
+        assert capacity == 4 * int(grain_map.sum())
         return ("plan", grain_map.shape[0])
 
     def forward(self, x, t, y, grain_map=None, plan=None):
@@ -172,7 +175,8 @@ def test_plain_dit_and_packed_and_masked():
     model = make(DynamicContentTransformer, image_size=64)
     grains = torch.randint(0, 2, (2, 4, 4), generator=torch.Generator().manual_seed(0))
     arguments = {"labels": torch.tensor([0, 1]), "seeds": [1, 2], "steps": 3, "guidance": Guidance(2.0)}
-    packed = sample_content(model, grains, capacity=int(grains.sum()) * 4, **arguments)
+    packed = sample_content(model, grains, **arguments)
+    torch.testing.assert_close(sample_content(model, grains, capacity=100, **arguments), packed, rtol=1e-4, atol=1e-4)
     model.config.masked = True
     torch.testing.assert_close(sample_content(model, grains, **arguments), packed, rtol=1e-4, atol=1e-4)
 

@@ -103,7 +103,8 @@ def sample_content(
         diffusion: None is the paper's schedule with the model's `learn_sigma`.
         scheduler, steps: see `SCHEDULERS`. With a learned variance "ddpm" uses it, the others leave it out.
         guidance: None is none. A guided step runs the model on both halves as one batch.
-        capacity: packed rows for one pass over the maps; None is always enough.
+        capacity: packed rows for one pass over the maps; None counts them. A fixed one keeps shapes equal from call to
+            call, for compiled models.
         autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32. A model that was itself
             cast (`model.bfloat16()`) needs none.
         cuda_graph: capture the model's pass once and replay it at every step: nothing is launched kernel by kernel.
@@ -270,11 +271,13 @@ def capture(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor
 
 def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided: bool) -> dict[bool, dict[str, Any]]:
     """Arguments of the model for one pass over the maps, and for two (guidance): maps and their plan, made once."""
+    if capacity is None:  # the maps stay for the whole sampling: one look at them, and no row is computed in vain
+        config = model.config
+        capacity = int((grain_map >= config.min_grain).sum()) * config.cells_per_region**2
     arguments = {}
     for twice in (False, True) if guided else (False,):
         maps = torch.cat([grain_map, grain_map]) if twice else grain_map
-        rows = None if capacity is None else capacity * (1 + twice)
-        plan = None if model.config.masked else model.make_plan(maps, rows)
+        plan = None if model.config.masked else model.make_plan(maps, capacity * (1 + twice))
         arguments[twice] = {"grain_map": maps, "plan": plan}
     return arguments
 
