@@ -1,0 +1,191 @@
+"""What train_bench and sample_bench share: the sizes, how a contender is measured, the table, the main.
+
+A contender is set up, checked, timed and dropped before the next one is built, so that each has the memory to itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import gc
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import common
+import torch
+from common import Skip
+from results import Row, speedup
+from torch import Tensor, nn
+
+from d2it.models.layers import FinalLayer, Modulation, WindowAttention
+from d2it.training.meters import peak_flops
+
+#: Size -> (preset of the DynamicContentTransformer, preset of the DiT of the same width and depth).
+SIZES = {size: (f"D2iT-{size}", f"DiT-{size}/2") for size in ("S", "B", "L", "XL")}
+
+
+@dataclasses.dataclass
+class Job:
+    """A contender that is ready: one call of it is timed."""
+
+    call: Callable[[], object]
+    images: int
+    flops: int = 0
+    """Of one call: 2 a multiply-accumulate of the tokens that exist."""
+    error: float | None = None
+    """Against the reference; None where there is nothing to compare with."""
+    tolerance: float = 0.0
+    host: bool = False
+    """Nothing of it runs on a GPU."""
+    close: Callable[[], object] = lambda: None
+
+
+@dataclasses.dataclass
+class Case:
+    """Contenders that share a line of the table. Each has its preset, and what sets it up or raises Skip."""
+
+    name: str
+    shape: dict[str, Any]
+    dtype: torch.dtype
+    direction: str
+    contenders: dict[str, tuple[str, Callable[[], Job]]]
+
+
+def size_arguments(description: str) -> argparse.ArgumentParser:
+    gpu = common.device() == "cuda"
+    parser = common.arguments(description)
+    parser.add_argument("--model", nargs="+", choices=sorted(SIZES), default=["XL", "B"] if gpu else ["S"])
+    parser.add_argument("--batch-size", type=int, default=32 if gpu else 2, help="images (%(default)s)")
+    parser.add_argument("--image-size", type=int, default=256 if gpu else 128, help="pixels (%(default)s)")
+    parser.add_argument("--fill", type=float, default=0.5, help="share of fine regions (%(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="on a CPU too, where compiling takes minutes")
+    return parser
+
+
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if common.device() == "cuda" else torch.float32
+
+
+def compilable(options: argparse.Namespace) -> None:
+    if common.device() == "cpu" and not options.compiled:
+        raise Skip("compiling takes minutes on a CPU: --compiled")
+
+
+def open_gates(network: nn.Module) -> None:
+    """Weights where the initialisation has zeros, the same in every call: else no block would reach the result."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in network.modules():
+            if isinstance(part, (Modulation, FinalLayer)):
+                part.linear.weight.copy_(torch.randn(part.linear.weight.shape, generator=rng) * 0.02)
+            if isinstance(part, WindowAttention) and part.bias is not None:
+                part.bias.copy_(torch.randn(part.bias.shape, generator=rng) * 0.02)
+
+
+def distance(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
+    """||got - want|| / ||want|| over all tensors together."""
+    off = total = 0.0
+    for a, b in zip(got, want, strict=True):
+        off += float((a.double() - b.double()).square().sum())
+        total += float(b.double().square().sum())
+    return (off / total) ** 0.5
+
+
+def run_case(case: Case, seconds: float | None) -> list[Row]:
+    rows = []
+    for name, (preset, setup) in case.contenders.items():
+        shape = {**case.shape, "preset": preset}
+        base = {"case": case.name, "contender": name, "dtype": str(case.dtype)[6:], "shape": shape}
+        torch.compiler.reset()
+        gc.collect()
+        if common.device() == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        job = None
+        try:
+            job = setup()
+            if common.device() == "cuda":  # what the check took is not the contender's
+                torch.cuda.reset_peak_memory_stats()
+            with common.Power() as power:
+                if job.host:
+                    timing = common._time_wall_clock([job.call], seconds or 0.25)
+                else:
+                    timing = common.time_calls([job.call], graph=False, seconds=seconds)
+        except Skip as reason:
+            rows.append({**base, "skipped": str(reason)})
+            continue
+        except torch.OutOfMemoryError:
+            rows.append({**base, "skipped": "out of memory"})
+            continue
+        finally:
+            if job is not None:
+                job.close()
+        rows.append({**base, "direction": case.direction, **_figures(job, timing, case.dtype), **power.read()})
+        print(f"{case.name} {name}: {timing.ms:.1f} ms", file=sys.stderr, flush=True)
+    return rows
+
+
+def _figures(job: Job, timing: common.Timing, dtype: torch.dtype) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        **dataclasses.asdict(timing),
+        "images_per_s": job.images / timing.ms * 1e3,
+    }
+    if job.error is not None:
+        row |= {"error": job.error, "correct": job.error <= job.tolerance}
+    if job.flops:
+        rate = common.machine_rates()["matmul_tflops"][str(dtype)[6:]]
+        row |= {"flops": job.flops, "tflops": job.flops / timing.ms / 1e9, "floor_ms": job.flops / rate / 1e9}
+        row["matmul_share"] = row["floor_share"] = row["floor_ms"] / timing.ms
+        peak = peak_flops(torch.device(common.device()))
+        if peak:
+            row["mfu"] = job.flops / timing.ms * 1e3 / peak
+    if common.device() == "cuda":
+        row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def table(rows: list[Row]) -> str:
+    lines = [("case", "contender", "ms", "q10..q90", "images/s", "TFLOP/s", "of matmul rate", "MFU", "GB", "")]
+    for row in rows:
+        if "skipped" in row:
+            lines.append((row["case"], row["contender"], *[""] * 7, f"skipped: {row['skipped']}"))
+            continue
+        faster = speedup(rows, row)
+        note = f"{faster[0]:.2f}x {faster[1]}" if faster else ""
+        if not row.get("correct", True):
+            note = f"WRONG: relative error {row['error']:.1e}"
+        lines.append(
+            (
+                row["case"],
+                row["contender"],
+                f"{row['ms']:.2f}",
+                f"{row['ms_q10']:.2f}..{row['ms_q90']:.2f}",
+                f"{row['images_per_s']:.2f}",
+                f"{row['tflops']:.3g}" if "tflops" in row else "",
+                f"{row['matmul_share']:.0%}" if "matmul_share" in row else "",
+                f"{row['mfu']:.1%}" if "mfu" in row else "",
+                f"{row['memory_gb']:.1f}" if "memory_gb" in row else "",
+                note,
+            )
+        )
+    return common.columns(lines)
+
+
+def main(operator: str, options: argparse.Namespace, cases: Callable[[argparse.Namespace], Iterator[Case]]) -> int:
+    """Measures the cases, prints the table, keeps the results after each case; 1 where a result of ours is wrong."""
+    chosen = [case for case in cases(options) if fnmatch.fnmatch(case.name, options.only)]
+    print(common.title())
+    if common.device() == "cpu":
+        print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures say nothing about a GPU")
+    rates = common.machine_rates()
+    print(f"copy {rates['copy_gbps']} GB/s; matrix product {rates['matmul_tflops']} TFLOP/s", flush=True)
+    rows: list[Row] = []
+    for i, case in enumerate(chosen):
+        rows += run_case(case, options.seconds)
+        if not options.no_save:
+            complete = options.only == "*" and i == len(chosen) - 1
+            common.write_results(operator, rows, options.out, complete=complete)
+    print(f"\n{table(rows)}")
+    return 1 if any(row.get("correct") is False and row["contender"].startswith("d2it") for row in rows) else 0

@@ -1,0 +1,121 @@
+"""Sampling with D2iT and with the DiT of the same width and depth: images/s, memory, share of the matrix product rate.
+
+python benchmarks/sample_bench.py [--model XL] [--batch-size 32] [--fill 0.5] [--only '*guided*']
+
+Timed is `sample_content` over a few DDIM steps (the case says how many): latents of given maps, without and with
+guidance (two passes a step), packed and with masks over all cells, eager, compiled, and as a CUDA graph. images/s
+counts these steps; for 250 steps divide by 250 / steps. Grain maps and decoding are not in it: both are small beside
+hundreds of steps. The error is that of the model's answer on one noised batch, against the masked one in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import common
+import torch
+from common import Skip
+from models import SIZES, Case, Job, compilable, distance, dtype, main, open_gates, size_arguments
+from torch import Tensor
+
+from d2it.diffusion import Guidance, random_grain_map, sample_content
+from d2it.models import DiT, DynamicContentTransformer
+from d2it.models.flops import count_macs, fine_tokens
+
+STEPS = 10 if common.device() == "cuda" else 2
+GUIDANCE = 1.5
+
+
+def build(options: argparse.Namespace, preset: str, **settings: Any) -> DiT | DynamicContentTransformer:
+    """Models of one preset have the same weights."""
+    kind = DynamicContentTransformer if preset.startswith("D2iT") else DiT
+    torch.manual_seed(0)
+    model = kind.from_preset(preset, image_size=options.image_size, **settings)
+    open_gates(model)
+    return model.to(common.device()).eval()
+
+
+def maps_of(options: argparse.Namespace, model: Any) -> Tensor:
+    drawn = [torch.Generator().manual_seed(i) for i in range(options.batch_size)]
+    return random_grain_map(model.config.region_grid, options.fill, generator=drawn).to(common.device())
+
+
+@torch.no_grad()
+def answer(model: Any, options: argparse.Namespace, autocast: bool) -> list[Tensor]:
+    """The model's answer on one batch, the same for every contender."""
+    rng = torch.Generator().manual_seed(0)
+    count, where = options.batch_size, common.device()
+    x = torch.randn(count, model.config.in_channels, *model.config.grid, generator=rng).to(where)
+    t, y = (torch.randint(high, (count,), generator=rng).to(where) for high in (1000, model.config.num_classes))
+    with torch.autocast(where, torch.bfloat16, enabled=autocast):
+        return [model(x, t, y, maps_of(options, model)).float().cpu()]
+
+
+class Reference:
+    """What the masked model answers in float32, computed when first asked for."""
+
+    def __init__(self, options: argparse.Namespace, preset: str) -> None:
+        self.options, self.preset = options, preset
+        self.found: list[Tensor] | None = None
+
+    def distance(self, model: Any) -> float:
+        if self.found is None:
+            self.found = answer(build(self.options, self.preset, masked=True), self.options, False)
+        return distance(answer(model, self.options, dtype() != torch.float32), self.found)
+
+
+def sampling(
+    options: argparse.Namespace, preset: str, reference: Reference | None, *, guided: bool, how: str, **settings: Any
+) -> Job:
+    """STEPS steps over one batch."""
+    if how == "graph" and common.device() == "cpu":
+        raise Skip("CUDA graphs need a GPU")
+    if how == "compiled":
+        compilable(options)
+    model = build(options, preset, **settings)
+    if how != "eager":  # the graph is one of compiled blocks
+        model.compile_blocks()
+    count = options.batch_size
+    maps = maps_of(options, model) if reference else None
+    fine = None if maps is None else fine_tokens(maps.cpu(), model.config)
+    arguments: dict[str, Any] = {
+        "labels": torch.arange(count) % model.config.num_classes,
+        "seeds": range(count),
+        "scheduler": "ddim",
+        "steps": STEPS,
+        "guidance": Guidance(GUIDANCE if guided else 1.0),
+        "autocast": None if dtype() == torch.float32 else dtype(),
+        "cuda_graph": how == "graph",
+    }
+    if fine is not None and not model.config.masked:
+        arguments["capacity"] = max(1, fine.rows)
+    flops = 2 * STEPS * (1 + guided) * count_macs(model.config, count, fine).total
+    error = reference.distance(model) if reference else None
+    return Job(partial(sample_content, model, maps, **arguments), count, flops, error, 2 * common.TOLERANCE[dtype()])
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for size in options.model:
+        preset, baseline = SIZES[size]
+        reference = Reference(options, preset)
+        for guided in (True, False):
+            contenders: dict[str, tuple[str, Callable[[], Job]]] = {}
+            for how in ("graph", "compiled", "eager"):
+                given: dict[str, Any] = {"guided": guided, "how": how}
+                contenders[f"d2it packed {how}"] = preset, partial(sampling, options, preset, reference, **given)
+                if how != "graph":
+                    masked = partial(sampling, options, preset, reference, masked=True, **given)
+                    contenders[f"masked {how}"] = preset, masked
+                contenders[f"dit {how}"] = baseline, partial(sampling, options, baseline, None, **given)
+            shape = {"batch": options.batch_size, "image_size": options.image_size, "fill": options.fill}
+            shape |= {"guided": guided, "steps": STEPS}
+            name = f"{preset}-{options.image_size}-B{options.batch_size}-fill{options.fill:g}-{STEPS}steps"
+            name += "-guided" if guided else ""
+            yield Case(f"{name}-{str(dtype())[6:]}", shape, dtype(), f"{STEPS} steps", contenders)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("sample", size_arguments(__doc__).parse_args(), cases))

@@ -1,0 +1,77 @@
+"""The benchmarks of whole models: packed and masked agree, wrong ones get no speed-up, every line is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import common  # noqa: E402
+import goals  # noqa: E402
+import models  # noqa: E402
+import results  # noqa: E402
+import sample_bench  # noqa: E402
+import train_bench  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmarks run themselves")
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    """Every call is made once and takes a millisecond."""
+
+    def timed(calls, *args, **kwargs):
+        calls[0]()
+        return common.Timing(1.0, 1.0, 1.0, 1, "wall clock")
+
+    monkeypatch.setattr(common, "time_calls", timed)
+    monkeypatch.setattr(common, "_time_wall_clock", timed)
+    rates = {"copy_gbps": 1.0, "matmul_tflops": {"float32": 1.0}}
+    monkeypatch.setattr(common, "machine_rates", lambda: rates)
+
+
+def options(script, *words):
+    return models.size_arguments(script.__doc__).parse_args(["--batch-size", "1", *words])
+
+
+def test_a_training_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SIZES, "S", ("tiny", "DiT-S/2"))
+    chosen = options(train_bench, "--image-size", "64", "--out", str(tmp_path))
+    assert models.main("train", chosen, train_bench.cases) == 0
+    rows = {row["contender"]: row for row in results.load(tmp_path)["train"]["rows"]}
+    measured = {"d2it packed eager", "masked eager", "dit eager"}
+    measured |= {f"part: {name}" for name in ("dense blocks", "RefineNet", "optimiser", "loader")}
+    assert {name for name, row in rows.items() if "ms" in row} == measured
+    assert rows["d2it packed compiled"]["skipped"].startswith("compiling takes minutes")
+    assert rows["d2it packed eager"]["correct"]
+    assert 0 < rows["d2it packed eager"]["error"] < 1e-4  # not the same code, the same gradients
+    assert rows["d2it packed eager"]["flops"] < rows["masked eager"]["flops"]
+    assert "correct" not in rows["dit eager"]
+    packed = list(goals.packed_against_masked({"train": {"rows": list(rows.values())}}))
+    assert packed == [(1.0, rows["masked eager"]["case"])]
+
+
+def test_sampling(tmp_path):
+    chosen = options(sample_bench, "--image-size", "128")
+    case = next(sample_bench.cases(chosen))
+    rows = {row["contender"]: row for row in models.run_case(case, None)}
+    assert {name for name, row in rows.items() if "ms" in row} == {"d2it packed eager", "masked eager", "dit eager"}
+    assert rows["d2it packed graph"]["skipped"] == "CUDA graphs need a GPU"
+    assert rows["d2it packed eager"]["correct"]
+    assert rows["d2it packed eager"]["images_per_s"] == 1000
+    assert "1.00x masked eager" in models.table(list(rows.values()))
+
+
+def test_a_wrong_contender_is_named_and_gets_no_speed_up():
+    def job(error):
+        return lambda: models.Job(lambda: None, 1, 2 * 10**9, error, 1e-4)
+
+    contenders = {"d2it packed": ("x", job(1e-2)), "masked": ("x", job(0.0))}
+    rows = models.run_case(models.Case("c", {}, torch.float32, "step", contenders), None)
+    text = models.table(rows)
+    assert "WRONG: relative error 1.0e-02" in text
+    assert "x masked" not in text
