@@ -10,12 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import common  # noqa: E402
-import goals  # noqa: E402
-import models  # noqa: E402
-import results  # noqa: E402
-import sample_bench  # noqa: E402
-import train_bench  # noqa: E402
+import common
+import goals
+import models
+import results
+import sample_bench
+import train_bench
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmarks run themselves")
 
