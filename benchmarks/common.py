@@ -660,12 +660,18 @@ def warm(bench: Bench) -> None:
     synchronize()
 
 
-def main(description: str, operator: str, benches: Callable[[], Iterator[Bench]]) -> int:
+def main(
+    description: str,
+    operator: str,
+    benches: Callable[[], Iterator[Bench]],
+    args: argparse.Namespace | None = None,
+) -> int:
     """A benchmark script's main: runs its benches, prints the table and keeps the results after each case.
 
+    `args`: parsed by the script, where it has options of its own beside those of `arguments`.
     Exit status 1 where a result of ours is wrong.
     """
-    args = arguments(description).parse_args()
+    args = args or arguments(description).parse_args()
     chosen = [bench for bench in benches() if fnmatch.fnmatch(bench.case, args.only)]
     print(title())
     if args.warm:

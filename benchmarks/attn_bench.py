@@ -1,0 +1,211 @@
+"""Window attention with a learnable bias, on packed windows, beside what one would use instead.
+
+python benchmarks/attn_bench.py [--only 'n64-*'] [--model D2iT-XL]
+
+Everybody gets packed rows and slots and gives packed rows: a rival first puts the rows into whole windows and takes them
+out again, but where the fill is 1 and the rows already are the windows. A model that keeps all cells and masks them pays
+what the rivals' rows at fill 1 say, whatever its fill.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import common
+import torch
+import torch.nn.functional as F
+from common import Bench, Cost, Run, Skip
+from torch import Tensor
+
+from d2it import ops
+
+MODELS = {"D2iT-S": (6, 64), "D2iT-B": (12, 64), "D2iT-L": (16, 64), "D2iT-XL": (16, 72)}
+
+
+def inputs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """qkv (T, 3, H, D), bias (1, H, n, n), slots (W, n); regions of 2 x 2 cells are fine at random, at `fill`."""
+    device = common.device()
+    rng = torch.Generator(device).manual_seed(seed)
+    side = int(n**0.5)
+    grid = max(32, side)
+    images = cells // grid**2
+    regions = images * (grid // 2) ** 2
+    fine = torch.rand(regions, generator=rng, device=device).argsort() < round(fill * regions)
+    grain_map = fine.to(torch.int64).reshape(images, grid // 2, grid // 2)
+    rows = 4 * round(fill * regions)
+    plan = ops.plan_tokens(grain_map, window=side, capacity=rows, backend="reference")
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device=device)
+
+    return {
+        "qkv": normal(rows, 3, heads, width).to(dtype),
+        "bias": normal(1, heads, n, n),
+        "slots": plan.slots,
+        # For the rivals, made beforehand: where each row lies in the windows, and a mask of what exists.
+        "cells": (plan.slots >= 0).flatten().nonzero().flatten(),
+        "mask": torch.where(plan.slots >= 0, 0.0, -torch.inf).to(dtype)[:, None, None, :] if fill < 1 else None,
+    }
+
+
+def ours(backend: str) -> Run:
+    def run(given: dict[str, Any]) -> Tensor:
+        return ops.window_attention_qkvpacked(given["qkv"], given["bias"], slots=given["slots"], backend=backend)
+
+    return run
+
+
+def on_windows(attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Run:
+    """`attend(q, k, v (W, H, N, D), bias or bias + mask)` -> (W, H, N, D), from rows to rows."""
+
+    def run(given: dict[str, Any]) -> Tensor:
+        qkv, slots, mask = given["qkv"], given["slots"], given["mask"]
+        windows, n = slots.shape
+        bias = given["bias"].to(qkv.dtype)
+        if mask is None:
+            whole = qkv.reshape(windows, n, *qkv.shape[1:])
+        else:
+            padded = torch.cat((qkv, qkv.new_zeros(1, *qkv.shape[1:])))
+            index = torch.where(slots >= 0, slots, qkv.shape[0]).flatten()
+            whole = padded.index_select(0, index).reshape(windows, n, *qkv.shape[1:])
+            # A window without tokens attends everywhere: its result is dropped, and must not be NaN.
+            mask = torch.where((slots >= 0).any(1)[:, None, None, None], mask, 0.0)
+            bias = bias + mask
+        q, k, v = whole.permute(2, 0, 3, 1, 4)  # (W, H, N, D) each
+        out = attend(q, k, v, bias).transpose(1, 2)
+        if mask is None:
+            return out.reshape(-1, *qkv.shape[2:])
+        return out.reshape(windows * n, *qkv.shape[2:]).index_select(0, given["cells"])
+
+    return run
+
+
+def attend_eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores + bias).softmax(dim=-1) @ v
+
+
+def eager() -> Run:
+    return on_windows(attend_eager)
+
+
+def compiled() -> Run:
+    return torch.compile(on_windows(attend_eager), fullgraph=True)
+
+
+def sdpa() -> Run:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    allowed = [SDPBackend.EFFICIENT_ATTENTION] if common.device() == "cuda" else [SDPBackend.FLASH_ATTENTION]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        with sdpa_kernel([*allowed, SDPBackend.MATH], set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(*q.shape[:3], k.shape[2]))
+
+    return on_windows(attend)
+
+
+def flex() -> Run:
+    if common.device() == "cpu":
+        raise Skip("FlexAttention has no backward on CPU")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def run(given: dict[str, Any]) -> Tensor:
+        slots, bias = given["slots"], given["bias"]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
+            def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return torch.where(slots[b, j] >= 0, s + bias[0, h, i, j], -1e30)
+
+            return flex_attention(q, k, v, score_mod=score)
+
+        return on_windows(attend)(given)
+
+    return torch.compile(run, fullgraph=True)
+
+
+def xformers() -> Run:
+    if importlib.util.find_spec("xformers") is None:
+        raise Skip("xformers is not installed")
+    if common.device() == "cpu":
+        raise Skip("xformers has no operator on CPU")
+    from xformers.ops import memory_efficient_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        whole = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).contiguous()
+        return memory_efficient_attention(q, k, v, attn_bias=whole).transpose(1, 2)
+
+    return on_windows(attend)
+
+
+def flash_attn() -> Run:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise Skip("flash-attn is not installed")
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    def run(given: dict[str, Any]) -> Tensor:
+        counts = (given["slots"] >= 0).sum(1, dtype=torch.int32)
+        ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return flash_attn_varlen_qkvpacked_func(given["qkv"], ends, given["slots"].shape[1])
+
+    return run
+
+
+CONTENDERS: dict[str, Callable[[], Run]] = {
+    "eager": eager,
+    "compiled": compiled,
+    "SDPA with a mask": sdpa,
+    "FlexAttention": flex,
+    "xformers": xformers,
+    "flash-attn (no bias: a lower bound, not the operator)": flash_attn,
+}
+
+
+def expected(given: dict[str, Any]) -> Tensor:
+    return ops.reference.window_attention_qkvpacked(given["qkv"], given["bias"], slots=given["slots"])
+
+
+def costs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """Forward: read q, k, v, write the output; 2 products. Backward: read q, k, v and the output's gradient, write
+    theirs; 5 products. The bias and its gradient are read and written once. FLOP of the pairs that exist."""
+    rows = round(fill * cells)
+    row = heads * width * dtype.itemsize
+    bias = heads * n * n * 4
+    pairs = rows * fill * n * heads * width
+    return Cost(4 * rows * row + bias, round(4 * pairs)), Cost(7 * rows * row + 2 * bias, round(10 * pairs))
+
+
+def benches(models: tuple[str, ...] = ()) -> Iterator[Bench]:
+    gpu = common.device() == "cuda"
+    cells = 262_144 if gpu else 2_048
+    shapes = [(n, 16, width) for n in (16, 64, 256) for width in (64, 72)] if gpu else [(16, 4, 32), (64, 4, 32)]
+    if models:
+        shapes = [(256, *MODELS[name]) for name in models]
+    backends = [b for b in ops.available_backends("window_attention_qkvpacked") if b != "reference"]
+    for n, heads, width in shapes if models or gpu else [*shapes, (256, 4, 32)]:
+        for fill in (0.25, 0.5, 1.0):
+            dtype = torch.bfloat16 if gpu else torch.float32
+            contenders = {f"d2it {b}": partial(ours, b) for b in backends} | CONTENDERS
+            forward, backward = costs(n, heads, width, fill, cells, dtype)
+            yield Bench(
+                case=f"n{n}-H{heads}-D{width}-fill{fill:g}-{str(dtype)[6:]}",
+                shape={"n": n, "H": heads, "D": width, "fill": fill, "cells": cells},
+                dtype=dtype,
+                inputs=partial(inputs, n, heads, width, fill, cells, dtype),
+                contenders=contenders,
+                forward=forward,
+                backward=backward,
+                gradients=("qkv", "bias"),
+                expected=expected,
+            )
+
+
+if __name__ == "__main__":
+    parser = common.arguments(__doc__)
+    parser.add_argument("--model", action="append", default=[], choices=MODELS, help="the shapes of a preset")
+    args = parser.parse_args()
+    raise SystemExit(common.main(__doc__, "window_attention", partial(benches, tuple(args.model)), args))
