@@ -2,9 +2,9 @@
 
 python benchmarks/attn_bench.py [--only 'n64-*'] [--model D2iT-XL]
 
-Everybody gets packed rows and slots and gives packed rows: a rival first puts the rows into whole windows and takes them
-out again, but where the fill is 1 and the rows already are the windows. A model that keeps all cells and masks them pays
-what the rivals' rows at fill 1 say, whatever its fill.
+Everybody gets packed rows and slots and gives packed rows: a rival first puts the rows into whole windows and takes
+them out again, but where the fill is 1 and the rows already are the windows. A model that keeps all cells and masks
+them pays what the rivals' rows at fill 1 say, whatever its fill.
 """
 
 from __future__ import annotations
