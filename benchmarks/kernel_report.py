@@ -1,14 +1,14 @@
-"""What the compiler made of every kernel, read off the machine code: no GPU needed.
+"""What the compiler made of every kernel: no GPU needed.
 
     python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 [--json FILE]
 
 Triton kernels: the compile cases that each kernel file declares are run through the real launchers on meta
 tensors, with launching replaced by compiling, so the alignment hints, constants and warps are the launcher's.
-CUDA kernels: every file of csrc/ goes through nvcc. Both end as a cubin, which is disassembled.
+CUDA kernels: every file of csrc/ goes through nvcc.
 
-Registers, stack and shared memory are ptxas's own (cuobjdump -res-usage). ``load_bits`` is the width of the
-instructions that load most bytes in the main loop: the loop (outermost, where loops nest) that loads most, or
-the whole kernel where no loop loads. ``store_bits`` is the width that stores most bytes in the whole kernel.
+Registers, stack and shared memory are ptxas's own, read off the cubin; widths are the PTX's. ``load_bits`` is the
+width of the instructions that load most bytes in the main loop: the loop (outermost, where loops nest) that loads
+most, or the whole kernel where no loop loads. ``store_bits`` is the width that stores most bytes in the whole kernel.
 
 Exit status 1: a kernel spills, loads narrowly in its main loop, does not fit, or is compiled by no case, and
 EXCEPTIONS does not say why that is right.
@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import fnmatch
 import functools
 import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -89,73 +91,77 @@ NARROW_SHARE = 0.25
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading machine code
+# Reading what the compiler made
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*?)\s*;")
-_LABEL = re.compile(r"^(\.L\w+):")
-_SECTION = re.compile(r"^\.text\.([^\s:]+):")
-_TARGET = re.compile(r"`\((\.L\w+)\)")
-_LOADS = ("LDG", "LD", "LDGSTS")
-_STORES = ("STG", "ST")
-# The copy engine moves whole rows: as wide as memory goes, whatever a thread issues.
-_BULK_LOADS, _BULK_STORES = ("UTMALDG", "UBLKCP"), ("UTMASTG", "UBLKRED")
-_TENSOR = re.compile(r"^(?:[HIDQO](?:G)?MMA|UTC\w*MMA)$")
+_ENTRY = re.compile(r"\.entry\s+(\w+)")
+_LABEL = re.compile(r"^(\$?\w+):")
+_INSTRUCTION = re.compile(r"(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+_WIDTH = re.compile(r"(?:\.v(\d))?\.[bfus](\d+)$")
+_TENSOR = re.compile(r"^(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+# A shared, local, parameter or constant access says so; one without a space may be global, and is counted as such.
+_NOT_GLOBAL = (".shared", ".local", ".param", ".const")
 
-
-def access_bits(opcode: str, modifiers: str) -> int:
-    """Bits a thread moves by a global memory instruction of SASS, from its modifiers (none: 32)."""
-    if opcode in _BULK_LOADS + _BULK_STORES:
-        return 128
-    sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-    # ".E" (64-bit address) and cache hints may stand between; ENL2.256 is Blackwell's 32-byte access.
-    widths = [sizes[part] for part in modifiers.split(".") if part in sizes]
-    return max(widths, default=32)
+Access = tuple[str, int]
+"""("load" or "store", bits that a thread moves), or (another opcode, 0)."""
 
 
-def split_functions(sass: str) -> dict[str, list[str]]:
-    """nvdisasm's text -> function name -> its lines."""
+def read_instruction(opcode: str, operands: str) -> Access:
+    """What an instruction of PTX does to global memory."""
+    if opcode.startswith("cp.async.bulk"):
+        # The copy engine moves whole rows: as wide as memory goes, whatever a thread issues.
+        return ("load" if ".shared::c" in opcode.partition(".global")[0] else "store", 128)
+    if opcode.startswith("cp.async.") and ".shared.global" in opcode:
+        return "load", 8 * int(operands.split("]")[2].split(",")[1], 0)
+    kind = {"ld": "load", "ldu": "load", "st": "store"}.get(opcode.partition(".")[0])
+    if kind and not any(space in opcode for space in _NOT_GLOBAL):
+        vector, bits = _WIDTH.search(opcode).groups()
+        return kind, int(vector or 1) * int(bits)
+    return opcode, 0
+
+
+def split_functions(ptx: str) -> dict[str, list[str]]:
+    """PTX -> kernel name -> its statements and labels, in order."""
     functions: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in sass.splitlines():
-        if match := _SECTION.match(line):
-            lines = functions.setdefault(match[1], [])
-        elif line.startswith("\t.section"):
-            lines = []
-        else:
-            lines.append(line)
+    for part in re.split(r"(?=\.entry\s)", ptx)[1:]:
+        name = _ENTRY.match(part)[1]
+        body = part.partition("{")[2].partition("\n}")[0]
+        body = re.sub(r"//.*|^\s*\.loc\b.*", "", body, flags=re.MULTILINE)
+        # A label ends its line, or stands before an instruction of inline assembly; braces open scopes there.
+        statements = re.split(r";|\n(?=\s*\$?\w+:)|(?<=\w:)\s", f"{body}\n")
+        functions[name] = [stripped for text in statements if (stripped := text.strip().lstrip("{} \t\n"))]
     return functions
 
 
-def basic_blocks(lines: list[str]) -> tuple[list[list[tuple[str, str]]], list[set[int]]]:
-    """Instructions (opcode, modifiers) by basic block, and each block's successors."""
-    blocks: list[list[tuple[str, str]]] = [[]]
-    labels: dict[str, int] = {}
+def basic_blocks(statements: list[str]) -> tuple[list[list[Access]], list[set[int]]]:
+    """What the instructions of each basic block do, and each block's successors."""
+    blocks: list[list[Access]] = [[]]
+    labels: dict[str, list[int]] = {}
     jumps: list[tuple[int, str]] = []
     falls: list[bool] = [True]
-    for line in lines:
-        if match := _LABEL.match(line):
-            if blocks[-1]:
-                blocks.append([])
-                falls.append(True)
-            labels[match[1]] = len(blocks) - 1
-        elif match := _INSTRUCTION.match(line):
-            predicate, opcode, modifiers, operands = match.groups()
-            blocks[-1].append((opcode, modifiers))
-            if opcode in ("BRA", "EXIT", "RET", "BRX", "JMP"):
-                if opcode in ("BRA", "JMP") and (target := _TARGET.search(operands)):
-                    jumps.append((len(blocks) - 1, target[1]))
-                # "BRA.U UP0, L" and "BRA.DIV" carry their condition as an operand.
-                conditional = predicate not in (None, "PT") or (opcode == "BRA" and "," in operands)
-                falls[-1] = conditional
-                blocks.append([])
-                falls.append(True)
-    successors: list[set[int]] = [set() for _ in blocks]
-    for i in range(len(blocks) - 1):
-        if falls[i]:
-            successors[i].add(i + 1)
+
+    def begin() -> None:
+        blocks.append([])
+        falls.append(True)
+
+    for text in statements:
+        if match := _LABEL.match(text):
+            begin()
+            labels.setdefault(match[1], []).append(len(blocks) - 1)
+            continue
+        match = _INSTRUCTION.match(text)
+        if match is None or text.startswith("."):
+            continue
+        predicate, opcode, operands = match.groups()
+        blocks[-1].append(read_instruction(opcode, operands))
+        if opcode.partition(".")[0] in ("bra", "ret", "exit", "brx", "trap"):
+            if opcode.startswith("bra"):
+                jumps.append((len(blocks) - 1, operands.strip()))
+            falls[-1] = predicate is not None
+            begin()
+    successors: list[set[int]] = [{i + 1} if falls[i] and i + 1 < len(blocks) else set() for i in range(len(blocks))]
     for source, label in jumps:
-        if label in labels:
-            successors[source].add(labels[label])
+        # Labels of inline assembly are local and may repeat: the nearest is meant.
+        successors[source].add(min(labels[label], key=lambda target: abs(target - source)))
     return blocks, successors
 
 
@@ -192,27 +198,26 @@ def loops(successors: list[set[int]]) -> list[list[int]]:
     return found
 
 
-def memory_traffic(instructions: list[tuple[str, str]], opcodes: tuple[str, ...]) -> Counter[int]:
-    """Width in bits -> bytes that one pass over the instructions moves at that width."""
-    traffic: Counter[int] = Counter()
-    for opcode, modifiers in instructions:
-        if opcode in opcodes:
-            bits = access_bits(opcode, modifiers)
-            traffic[bits] += bits // 8
-    return traffic
+def traffic(accesses: list[Access], kind: str) -> Counter[int]:
+    """Width in bits -> bytes that a thread moves at that width, passing over the instructions once."""
+    moved: Counter[int] = Counter()
+    for what, bits in accesses:
+        if what == kind and bits:
+            moved[bits] += bits // 8
+    return moved
 
 
-def read_function(lines: list[str]) -> dict:
-    """Widths, tensor-core instructions, atomics and local memory of one kernel's SASS."""
-    blocks, successors = basic_blocks(lines)
-    everything = [instruction for block in blocks for instruction in block]
-    loads, stores = _LOADS + _BULK_LOADS, _STORES + _BULK_STORES
-    bodies = [[i for b in component for i in blocks[b]] for component in loops(successors)]
-    main = max(bodies, key=lambda body: sum(memory_traffic(body, loads).values()), default=[])
-    in_loop = bool(memory_traffic(main, loads))
-    load = memory_traffic(main if in_loop else everything, loads)
-    store = memory_traffic(everything, stores)
-    opcodes = Counter(opcode for opcode, _ in everything)
+def read_function(statements: list[str]) -> dict:
+    """Widths, tensor-core instructions and atomics of one kernel's PTX."""
+    blocks, successors = basic_blocks(statements)
+    everything = [access for block in blocks for access in block]
+    bodies = [[access for b in component for access in blocks[b]] for component in loops(successors)]
+    main = max(bodies, key=lambda body: sum(traffic(body, "load").values()), default=[])
+    in_loop = bool(traffic(main, "load"))
+    load = traffic(main if in_loop else everything, "load")
+    store = traffic(everything, "store")
+    opcodes = [opcode for opcode, bits in everything if not bits]
+    tensor = Counter(match[1] for opcode in opcodes if (match := _TENSOR.match(opcode)))
     return {
         "load_bits": max(load, key=lambda bits: (load[bits], bits), default=0),
         "store_bits": max(store, key=lambda bits: (store[bits], bits), default=0),
@@ -220,21 +225,21 @@ def read_function(lines: list[str]) -> dict:
         "store_bytes_by_bits": {str(bits): store[bits] for bits in sorted(store)},
         "main_loop": in_loop,
         "narrow_load_share": round(sum(v for bits, v in load.items() if bits < 64) / max(sum(load.values()), 1), 3),
-        "tensor_core": {op: n for op, n in sorted(opcodes.items()) if _TENSOR.match(op)},
-        "atomics": sum(n for op, n in opcodes.items() if op in ("ATOMG", "ATOM", "RED", "REDG")),
-        "local_accesses": opcodes["LDL"] + opcodes["STL"],
+        "tensor_core": dict(sorted(tensor.items())),
+        "atomics": sum(opcode.startswith(("atom.", "red.")) and ".shared" not in opcode for opcode in opcodes),
         "instructions": len(everything),
     }
 
 
-def tool(name: str) -> str:
-    """A CUDA binary utility: Triton bundles cuobjdump and nvdisasm, else PATH."""
+@functools.cache
+def cuobjdump() -> str:
+    """Bundled with Triton, else on PATH."""
     import triton
 
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    found = str(bundled) if bundled.exists() else shutil.which(name)
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
     if found is None:
-        raise SystemExit(f"{name} is neither bundled with triton nor on PATH")
+        raise SystemExit("cuobjdump is neither bundled with triton nor on PATH")
     return found
 
 
@@ -242,37 +247,24 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read_cubin(cubin: bytes) -> dict[str, dict]:
-    """What the report says of each kernel in a cubin, launch aside. Kept under build/ by content."""
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    kept = CACHE / f"{hashlib.sha256(cubin).hexdigest()[:24]}-{version}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _output(tool("cuobjdump"), "-res-usage", str(path))
-        elf = _output(tool("cuobjdump"), "-elf", str(path))
-        functions = split_functions(_output(tool("nvdisasm"), "-c", str(path)))
+def read(cubin: bytes, ptx: str) -> dict[str, dict]:
+    """Kernel name -> what the report says of it, but for what the launch adds."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(cuobjdump(), "-res-usage", file.name)
+    bodies = split_functions(ptx)
     found = {}
     for name, numbers in re.findall(r"Function (\S+):\n\s*(REG:.*)", usage):
         resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
-        # nv.info: EIATTR_MAX_THREADS is what __launch_bounds__ (or Triton's warps) fixed.
-        info = elf.partition(f"\n.nv.info.{name}\n")[2].partition("\n\n")[0]
-        bound = re.search(
-            r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(0x[0-9a-f]+) (0x[0-9a-f]+) (0x[0-9a-f]+)", info
-        )
+        bound = re.search(rf"\.entry\s+{re.escape(name)}\b[^{{]*?\.maxntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", ptx)
         found[name] = {
             "registers": resources["REG"],
             "spill_bytes": resources["STACK"] + resources["LOCAL"],
             "shared_bytes": resources["SHARED"],
-            "max_threads": int(bound[1], 16) * int(bound[2], 16) * int(bound[3], 16) if bound else 0,
-            **read_function(functions[name]),
+            "max_threads": math.prod(int(n) for n in bound.groups() if n) if bound else 0,
+            **read_function(bodies[name]),
         }
-    CACHE.mkdir(parents=True, exist_ok=True)
-    partial_file = kept.with_suffix(f".{os.getpid()}")
-    partial_file.write_text(json.dumps(found))
-    partial_file.replace(kept)
     return found
 
 
@@ -354,18 +346,18 @@ def compile_triton(folder: str, stem: str, arch: str, slot: int, slots: int) -> 
                 raise SystemExit(f"{stem}: compile case {config} launched nothing")
             for function, kernel in compiled:
                 metadata = kernel.metadata
-                ((_, read),) = read_cubin(kernel.asm["cubin"]).items()
+                ((_, found),) = read(kernel.asm["cubin"], kernel.asm["ptx"]).items()
                 threads = metadata.num_warps * 32
                 row = {
                     "kernel": function.__name__,
                     "config": config,
                     "arch": arch,
                     "source": f"kernels/{stem}.py",
-                    **read,
+                    **found,
                     "threads": threads,
                     "num_stages": metadata.num_stages,
                 }
-                row["shared_bytes"] = max(metadata.shared, read["shared_bytes"])
+                row["shared_bytes"] = max(metadata.shared, found["shared_bytes"])
                 rows.append(row)
     declared = [
         function.__name__
@@ -398,20 +390,23 @@ def compile_cuda(source: str, arch: str) -> list[dict]:
     key = hashlib.sha256(" ".join([arch, *flags, torch.__version__, _output(nvcc(), "--version")]).encode())
     for path in [Path(source), *headers]:
         key.update(path.read_bytes())
-    kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}.cubin"
+    kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}"
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        partial_file = kept.with_suffix(f".{os.getpid()}.cubin")
-        made = subprocess.run(
-            [nvcc(), "-cubin", f"-arch={arch}", *flags, "-o", str(partial_file), source],
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode:
-            raise SystemExit(f"nvcc on {source}:\n{made.stderr}")
-        partial_file.replace(kept)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            kernels = Path(folder) / "kernels"
+            kernels.mkdir()
+            command = [nvcc(), "-cubin", f"-arch={arch}", *flags, "--keep", "--keep-dir", folder]
+            made = subprocess.run(
+                [*command, "-o", str(kernels / "cubin"), source], capture_output=True, text=True, cwd=folder
+            )
+            if made.returncode:
+                raise SystemExit(f"nvcc on {source}:\n{made.stderr}")
+            shutil.copy(Path(folder) / f"{Path(source).stem}.ptx", kernels / "ptx")
+            with contextlib.suppress(OSError):  # another process made the same
+                kernels.rename(kept)
     rows = []
-    for mangled, read in read_cubin(kept.read_bytes()).items():
+    for mangled, found in read((kept / "cubin").read_bytes(), (kept / "ptx").read_text()).items():
         name = _demangle(mangled)
         kernel, _, parameters = name.partition("<")
         rows.append(
@@ -420,8 +415,8 @@ def compile_cuda(source: str, arch: str) -> list[dict]:
                 "config": parameters.rpartition(">(")[0] or "-",
                 "arch": arch,
                 "source": f"csrc/{Path(source).name}",
-                **read,
-                "threads": read["max_threads"] or 1024,
+                **found,
+                "threads": found["max_threads"] or 1024,
                 "num_stages": 0,
             }
         )

@@ -78,38 +78,58 @@ def test_notices_spills_narrow_loads_and_kernels_without_a_case(tmp_path: Path) 
     assert "forgotten_kernel: no compile case launches it" in output
 
 
-SASS = """
-.text.k:
-        /*0000*/                   LDG.E.U16 R2, desc[UR4][R6.64] ;
-        /*0010*/               @P0 BRA `(.L_x_2) ;
-.L_x_1:
-        /*0020*/                   LDG.E.128 R4, desc[UR4][R6.64] ;
-        /*0030*/                   LDG.E R8, desc[UR4][R10.64] ;
-        /*0040*/                   HMMA.16816.F32 R4, R4, R8, R4 ;
-        /*0050*/              @!P1 BRA `(.L_x_3) ;
-        /*0060*/               @P2 BRA `(.L_x_1) ;
-.L_x_2:
-        /*0070*/                   STG.E.64 desc[UR4][R6.64], R4 ;
-        /*0080*/                   EXIT ;
-.L_x_3:
-        /*0090*/                   STL.64 [R1], R4 ;
-        /*00a0*/                   BRA `(.L_x_2) ;
-.L_x_4:
-        /*00b0*/                   BRA `(.L_x_4);
+PTX = """
+.visible .entry k(
+	.param .u64 .ptr .global .align 1 k_param_0
+)
+.reqntid 128
+{
+	.reg .pred 	%p<5>;
+	ld.param.b64 	%rd1, [k_param_0];
+	// begin inline asm
+	mov.u16 %rs1, 0x0;
+	@%p1 ld.global.b16 { %rs1 }, [ %rd1 + 0 ];
+	// end inline asm
+	@%p2 bra 	$L__BB0_2;
+$L__BB0_1:                              // =>This Inner Loop Header: Depth=1
+	// begin inline asm
+	@%p3 ld.global.L1::evict_first.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+	// end inline asm
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd1 + 0 ], 0x10, %r9;
+	ld.global.f32 %f1, [%rd1+4];
+	ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r5];
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1, %r2 }, { %r3 }, { %r4 }, { %r5 };
+	{
+	.reg .pred complete;
+	waitLoop:
+	mbarrier.try_wait.parity.shared.b64 complete, [%r1], %r2;
+	@!complete bra.uni waitLoop;
+	}
+	@%p4 bra 	$L__BB0_3;
+	@%p2 bra 	$L__BB0_1;
+$L__BB0_2:
+	.loc	1 20 5                          // sums.py:20:5
+	@%p1 st.global.v2.b32 [ %rd1 + 0 ], { %r1, %r2 };
+	red.global.add.f32 [%rd1], %f1;
+	ret;
+$L__BB0_3:
+	st.local.b32 [%rd2], %r1;
+	bra.uni 	$L__BB0_2;
+}
 """
 
 
-def test_reads_machine_code() -> None:
-    ((name, lines),) = kernel_report.split_functions(SASS).items()
-    read = kernel_report.read_function(lines)
+def test_reads_what_a_kernel_does() -> None:
+    ((name, statements),) = kernel_report.split_functions(PTX).items()
+    read = kernel_report.read_function(statements)
     assert name == "k"
     assert read["main_loop"]
-    # The 2 bytes before the loop are not the loop's; the closing self-branch and the block laid out behind are none.
-    assert read["load_bytes_by_bits"] == {"32": 4, "128": 16}
+    # The 2 bytes before the loop are not the loop's; what waits, and what is laid out behind, is no loop that loads.
+    assert read["load_bytes_by_bits"] == {"32": 4, "128": 32}
     assert (read["load_bits"], read["store_bits"]) == (128, 64)
-    assert read["narrow_load_share"] == pytest.approx(0.2)
-    assert read["tensor_core"] == {"HMMA": 1}
-    assert read["local_accesses"] == 1
+    assert read["narrow_load_share"] == pytest.approx(0.111)
+    assert read["tensor_core"] == {"mma.sync": 1}
+    assert read["atomics"] == 1
 
 
 @pytest.mark.parametrize(
