@@ -157,6 +157,7 @@ def test_generator_and_discriminator_losses():
     torch.testing.assert_close(after["gan"], -scores.mean().detach())
     torch.testing.assert_close(after["loss"].detach(), before["loss"].detach() + after["gan_weight"] * after["gan"])
     after["loss"].backward()
+    assert all(p.grad is None for p in loss.discriminator.parameters())
     # The discriminator's own step sees no graph of the generator.
     model.zero_grad()
     judged = loss.discriminate(images, output.reconstruction)

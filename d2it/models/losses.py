@@ -7,12 +7,13 @@ latent code once, not every cell that copies it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from d2it.diffusion.grains import grain_weights
 from d2it.models.dvae import VAEOutput, group_norm
@@ -73,7 +74,7 @@ class PatchDiscriminator(nn.Module):
 class VAELoss(nn.Module):
     """Generator and discriminator losses of a `DynamicVAE`.
 
-    The trainable part is `discriminator`; wrap it for DDP like the VAE and hand the wrapped module to both methods.
+    The trainable part is `discriminator`; wrap it for DDP like the VAE and hand the wrapped module to `discriminate`.
     """
 
     def __init__(self, config: VAELossConfig) -> None:
@@ -96,14 +97,14 @@ class VAELoss(nn.Module):
         step: int,
         last_layer: Tensor,
         code_sizes: Sequence[int],
-        discriminator: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The VAE's loss under "loss", and its parts, scalars without a host synchronisation.
+
+        It leaves no gradient in the discriminator.
 
         Args:
             images: (B, 3, H, W) in [-1, 1]; output: of the VAE's forward.
             last_layer: `DynamicVAE.last_layer`; code_sizes: `DynamicVAE.config.code_sizes`.
-            discriminator: the wrapped `self.discriminator`; None is itself.
         """
         config = self.config
         reconstruction = output.reconstruction.float()
@@ -118,26 +119,34 @@ class VAELoss(nn.Module):
         parts["kl"] = kl.detach()
         loss = nll + config.kl_weight * kl
         if self.adversarial(step):
-            gan = -self._discriminator(discriminator)(reconstruction).mean()
+            gan = -self._scores(reconstruction).mean()
             weight = config.disc_weight * adaptive_weight(nll, gan, last_layer)
             parts |= {"gan": gan.detach(), "gan_weight": weight}
             loss = loss + weight * gan
         return {"loss": loss, **parts}
 
     def discriminate(
-        self, images: Tensor, reconstruction: Tensor, *, discriminator: Callable[[Tensor], Tensor] | None = None
+        self, images: Tensor, reconstruction: Tensor, *, discriminator: nn.Module | None = None
     ) -> dict[str, Tensor]:
-        """The discriminator's hinge loss under "loss", and the mean scores of both sides."""
+        """The discriminator's hinge loss under "loss", and the mean scores of both sides.
+
+        Args:
+            discriminator: the wrapped `self.discriminator`; None is itself.
+        """
+        judge = discriminator if discriminator is not None else self._own()
         both = torch.cat([images, reconstruction.detach().to(images.dtype)])
-        real, fake = self._discriminator(discriminator)(both).float().chunk(2)
+        real, fake = judge(both).float().chunk(2)
         loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         return {"loss": loss, "real": real.detach().mean(), "fake": fake.detach().mean()}
 
-    def _discriminator(self, wrapped: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
-        found = wrapped if wrapped is not None else self.discriminator
-        if found is None:
+    def _scores(self, images: Tensor) -> Tensor:
+        critic = self._own()
+        return functional_call(critic, {name: p.detach() for name, p in critic.named_parameters()}, images)
+
+    def _own(self) -> nn.Module:
+        if self.discriminator is None:
             raise ValueError("disc_start is None: this VAELoss has no discriminator")
-        return found
+        return self.discriminator
 
 
 def kl_per_value(output: VAEOutput, code_sizes: Sequence[int], *, values: int) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2it.data import Calibration, ImageSource, SinglePass
@@ -28,20 +27,12 @@ from d2it.training.stage import build, loader, spread_over, to_device, user_erro
 
 
 class VaeLosses(nn.Module):
-    """L1, LPIPS, KL and the adversarial term: batch -> (loss, logs, batch with the reconstruction).
-
-    The critic is called with detached weights, so this backward leaves no gradient in it.
-    """
+    """L1, LPIPS, KL and the adversarial term: batch -> (loss, logs, batch with the reconstruction)."""
 
     def __init__(self, network: DynamicVAE, criterion: VAELoss) -> None:
         super().__init__()
         self.network = network
         self._criterion = [criterion]  # in a list: the critic's parameters are not this module's
-
-    def _critic(self, images: Tensor) -> Tensor:
-        critic = self._criterion[0].discriminator
-        assert critic is not None
-        return functional_call(critic, {n: p.detach() for n, p in critic.named_parameters()}, images)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
         images = normalized(batch["image"])
@@ -52,7 +43,6 @@ class VaeLosses(nn.Module):
             step=batch["step"],
             last_layer=self.network.last_layer,
             code_sizes=self.network.config.code_sizes,
-            discriminator=self._critic,
         )
         logs = {f"dvae/{name}": value for name, value in terms.items()}
         logs["dvae/fine_ratio"] = (output.grain_map > 0).float().mean()
