@@ -372,7 +372,8 @@ class KernelSuite:
             floats = [t for t in outputs if t.is_floating_point()]
             if leaves:
                 torch.autograd.grad(floats, leaves, [torch.randn_like(t) for t in floats], allow_unused=True)
-        assert recorder.calls, "the call reached no torch.ops.d2it operator"
+        expected = 2 if leaves else 1  # forward, and backward as an operator of its own
+        assert len(recorder.calls) >= expected, f"torch.ops.d2it saw {[str(c[0]) for c in recorder.calls]}"
         storages = {t.untyped_storage().data_ptr() for t in leaves}
         for i, (overload, args, kwargs) in enumerate(recorder.calls):
             differentiable = i == 0 and bool(leaves)
