@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2it.ops import _check, reference
+from d2it.ops import _check, _window_attention_cpu, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
 
@@ -298,3 +298,43 @@ for _direction, _name in (("forward", ""), ("backward", "_backward")):
         "triton",
         f"d2it.kernels.relative_position_bias:relative_position_bias_{_direction}",
     )
+
+
+def _cpu_fits(*args: Any, slots: Tensor | None = None, **kwargs: Any) -> list[str]:
+    if slots is None:
+        return ["dense windows have no token to skip: the reference is as fast"]
+    return []
+
+
+def _cpu_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    segment_ids: Tensor | None,
+    scale: float,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    dbias = _window_attention_cpu.backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, *grads)
+    return *grads, q.new_empty(0) if dbias is None else dbias
+
+
+def _cpu_qkv(qkv: Tensor, *rest: Any) -> Tensor:
+    return _window_attention_cpu.forward(*qkv.unbind(-3), *rest)
+
+
+def _cpu_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    dbias = _window_attention_cpu.backward(grad, *qkv.unbind(-3), *rest, *dqkv.unbind(-3))
+    return dqkv, qkv.new_empty(0) if dbias is None else dbias
+
+
+implement("window_attention", "cpu", _window_attention_cpu.forward)
+implement("window_attention_backward", "cpu", _cpu_backward)
+implement("window_attention_qkvpacked", "cpu", _cpu_qkv)
+implement("window_attention_qkvpacked_backward", "cpu", _cpu_qkv_backward)
+for _op in ("window_attention", "window_attention_qkvpacked"):
+    register_backend(_op, "cpu", _cpu_fits)

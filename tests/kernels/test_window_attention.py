@@ -1,0 +1,83 @@
+import random
+
+import torch
+
+from tests.kernels.harness import Call, KernelSuite, Shape
+
+
+def slots_of(windows: int, n: int, fill: float, rng: torch.Generator) -> torch.Tensor:
+    """(windows, n) int32: rows in a random order, so that nothing relies on a plan's; the first window is empty."""
+    exists = torch.rand(windows, n, generator=rng) < fill
+    if fill < 1:
+        exists[:1] = False
+    slots = torch.full((windows, n), -1, dtype=torch.int32)
+    slots[exists] = torch.randperm(int(exists.sum()), generator=rng).to(torch.int32)
+    return slots
+
+
+class WindowSuite(KernelSuite):
+    """Shapes: W windows of N positions, H heads of D; fill (None: dense), bias (Wb, Hb) or None, segments Ws."""
+
+    corners = [
+        {"W": 0, "N": 4, "H": 2, "D": 16, "fill": None, "bias": (1, 2), "segments": 0},
+        {"W": 3, "N": 4, "H": 2, "D": 16, "fill": 0.0, "bias": (1, 2), "segments": 0},
+        {"W": 5, "N": 4, "H": 2, "D": 32, "fill": 0.5, "bias": (1, 2), "segments": 0},
+        {"W": 7, "N": 16, "H": 1, "D": 72, "fill": 1.0, "bias": (1, 1), "segments": 0},
+        {"W": 3, "N": 16, "H": 2, "D": 16, "fill": None, "bias": (3, 2), "segments": 2},
+        {"W": 2, "N": 49, "H": 1, "D": 24, "fill": None, "bias": (2, 1), "segments": 2},
+        {"W": 3, "N": 64, "H": 1, "D": 64, "fill": 0.5, "bias": (1, 1), "segments": 0},
+        {"W": 2, "N": 65, "H": 1, "D": 16, "fill": 0.7, "bias": None, "segments": 0},
+        {"W": 2, "N": 144, "H": 1, "D": 16, "fill": 0.3, "bias": (2, 1), "segments": 1},
+    ]
+    gpu_corners = [
+        {"W": 64, "N": 16, "H": 16, "D": 72, "fill": 0.5, "bias": (1, 16), "segments": 0},
+        {"W": 32, "N": 64, "H": 12, "D": 64, "fill": 1.0, "bias": (32, 12), "segments": 4},
+        {"W": 8, "N": 256, "H": 16, "D": 72, "fill": 0.5, "bias": (1, 16), "segments": 0},
+        {"W": 8, "N": 256, "H": 8, "D": 128, "fill": None, "bias": (1, 1), "segments": 0},
+        {"W": 70_000, "N": 4, "H": 1, "D": 16, "fill": 0.5, "bias": (1, 1), "segments": 0},
+    ]
+    small = {"W": 3, "N": 4, "H": 2, "D": 16, "fill": 0.6, "bias": (1, 2), "segments": 1}
+
+    def random_shape(self, rng: random.Random) -> Shape:
+        heads = rng.randint(1, 3)
+        return {
+            "W": rng.randint(1, 5),
+            "N": rng.choice((4, 9, 16, 25, 36)),
+            "H": heads,
+            "D": rng.choice((16, 24, 40, 72)),
+            "fill": rng.choice((None, 0.2, 0.7, 1.0)),
+            "bias": rng.choice((None, (1, heads), (2, 1), (3, heads))),
+            "segments": rng.choice((0, 0, 1, 2)),
+        }
+
+    def parts(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> tuple[torch.Tensor, Call]:
+        """The three projections as one tensor, and the other arguments."""
+        windows, n, heads, width = (shape[key] for key in ("W", "N", "H", "D"))
+        slots = None if shape["fill"] is None else slots_of(windows, n, shape["fill"], rng)
+        rows = (windows, n) if slots is None else (int((slots >= 0).sum()) + 3,)
+        qkv = torch.randn(*rows, 3, heads, width, generator=rng, dtype=torch.float64).to(dtype)
+        call: Call = {"bias": None, "slots": slots, "segment_ids": None}
+        if shape["bias"]:
+            call["bias"] = torch.randn(*shape["bias"], n, n, generator=rng, dtype=torch.float64).to(dtype)
+        if shape["segments"]:
+            call["segment_ids"] = torch.randint(0, 2, (shape["segments"], n), generator=rng)
+        return qkv, call
+
+
+class TestWindowAttention(WindowSuite):
+    op = "window_attention"
+    gradients = ("q", "k", "v", "bias")
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        qkv, call = self.parts(shape, dtype, rng)
+        q, k, v = qkv.unbind(-3)
+        return {"q": q, "k": k, "v": v, **call}
+
+
+class TestWindowAttentionQKVPacked(WindowSuite):
+    op = "window_attention_qkvpacked"
+    gradients = ("qkv", "bias")
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        qkv, call = self.parts(shape, dtype, rng)
+        return {"qkv": qkv, **call, "scale": 0.3}
