@@ -1,0 +1,121 @@
+"""neighbor_copy against repeating or interpolating every grain and choosing with `where`.
+
+python benchmarks/neighbor_copy_bench.py [--case 'B30-*'] [--seconds 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import common
+import torch
+import torch.nn.functional as F
+from common import Bench, Cost, Run
+from torch import Tensor
+
+from d2it import ops
+
+
+def grain_map(batch: int, side: int, fills: Sequence[float], rng: torch.Generator) -> Tensor:
+    """(batch, side, side): `fills` are the shares of the grains. In patches, as in photographs."""
+    noise = torch.rand(batch, 1, max(side // 4, 1) + 1, max(side // 4, 1) + 1, generator=rng, device=rng.device)
+    field = F.interpolate(noise, size=(side, side), mode="bilinear")[:, 0]
+    order = field.flatten().argsort().argsort().reshape(field.shape) / field.numel()
+    limits = torch.tensor(fills, device=rng.device).cumsum(0)[:-1]
+    return torch.bucketize(order, limits, right=True)
+
+
+def inputs(
+    batch: int, channels: int, side: int, fills: Sequence[float], dtype: torch.dtype, layout: Any, seed: int
+) -> dict[str, Any]:
+    rng = torch.Generator(common.device()).manual_seed(seed)
+    latents = [
+        torch.randn(batch, channels, side << i, side << i, generator=rng, device=rng.device)
+        .to(dtype)
+        .contiguous(memory_format=layout)
+        for i in range(len(fills))
+    ]
+    return {"latents": latents, "grain_map": grain_map(batch, side, fills, rng)}
+
+
+def on(backend: str) -> Run:
+    return lambda given: ops.neighbor_copy(**given, backend=backend)
+
+
+def repeat(x: Tensor, ratio: int) -> Tensor:
+    return x.repeat_interleave(ratio, -2).repeat_interleave(ratio, -1)
+
+
+def interpolate(x: Tensor, ratio: int) -> Tensor:
+    return F.interpolate(x, scale_factor=ratio, mode="nearest")
+
+
+def choose(widen: Callable[[Tensor, int], Tensor], latents: list[Tensor], grain_map: Tensor) -> Tensor:
+    side = latents[-1].shape[-1]
+    grains = repeat(grain_map, side // grain_map.shape[-1])[:, None]
+    merged = latents[-1]
+    for i, latent in enumerate(latents[:-1]):
+        merged = torch.where(grains == i, widen(latent, side // latent.shape[-1]), merged)
+    return merged
+
+
+def rival(widen: Callable[[Tensor, int], Tensor], compiled: bool) -> Run:
+    function = torch.compile(choose, fullgraph=True) if compiled else choose
+    return lambda given: function(widen, **given)
+
+
+def benches() -> Iterator[Bench]:
+    gpu = common.device() == "cuda"
+    half, tenth, three = (0.5, 0.5), (0.9, 0.1), (0.3, 0.3, 0.4)
+    rows, pixels = torch.contiguous_format, torch.channels_last
+    # The features that the DynamicVAE merges (256 channels) and latents (4), on grids of 256-pixel images.
+    cases = (
+        [
+            (30, 256, 16, half, torch.float32, rows),
+            (256, 256, 16, half, torch.bfloat16, rows),
+            (256, 256, 16, tenth, torch.bfloat16, rows),
+            (256, 256, 16, (0.0, 1.0), torch.bfloat16, rows),
+            (256, 256, 16, half, torch.bfloat16, pixels),
+            (64, 256, 8, three, torch.bfloat16, rows),
+            (64, 256, 8, three, torch.bfloat16, pixels),
+            (256, 4, 16, half, torch.float32, rows),
+        ]
+        if gpu
+        else [
+            (4, 256, 16, half, torch.float32, rows),
+            (4, 256, 16, half, torch.float32, pixels),
+            (4, 256, 16, half, torch.bfloat16, rows),
+            (2, 256, 8, three, torch.float32, rows),
+            (32, 4, 16, half, torch.float32, rows),
+        ]
+    )
+    for batch, channels, side, fills, dtype, layout in cases:
+        backends = [b for b in ops.available_backends("neighbor_copy") if b != "reference"]
+        contenders: dict[str, Callable[[], Run]] = {f"d2it {b}": partial(on, b) for b in backends}
+        for name, widen in (("repeat_interleave", repeat), ("interpolate", interpolate)):
+            contenders[f"eager {name} + where"] = partial(rival, widen, False)
+            contenders[f"compiled {name} + where"] = partial(rival, widen, True)
+        # Of a coarser grain, a fine cell is a quarter, a sixteenth, ... of an element.
+        finest = batch * channels * (side << len(fills) - 1) ** 2 * dtype.itemsize
+        shares = [0.25**i for i in range(len(fills) - 1, -1, -1)]
+        regions = batch * side**2 * 8
+        read = sum(fill * share for fill, share in zip(fills, shares))
+        yield Bench(
+            case=f"B{batch}-C{channels}-{side}x{side}-fill{'-'.join(map(str, fills[1:]))}-{str(dtype)[6:]}"
+            f"{'-channels_last' if layout is pixels else ''}",
+            shape={"batch": batch, "channels": channels, "regions": side, "fill": fills[-1], "fills": list(fills)},
+            dtype=dtype,
+            inputs=partial(inputs, batch, channels, side, fills, dtype, layout),
+            contenders=contenders,
+            # Forward: of every region its own grain, and the finest grid. Backward: its gradient, and every grain's.
+            forward=Cost(bytes=int(finest * (read + 1)) + regions),
+            backward=Cost(bytes=int(finest * (1 + sum(shares))) + regions),
+            gradients=("latents",),
+            expected=lambda given: ops.reference.neighbor_copy(**given),
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(common.main(__doc__, "neighbor_copy", benches))
