@@ -7,14 +7,72 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
 
 // Compiles a function for plain x86-64, AVX2 and AVX-512; the loader picks one for the machine it runs on, so
 // a wheel built here is fast elsewhere. What such a function calls has to be inlined into it: D2IT_INLINE.
+// D2IT_CLONES_256 leaves out AVX-512: for loops over rows too short to fill its vectors.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define D2IT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define D2IT_CLONES_256 __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define D2IT_CLONES
+#define D2IT_CLONES_256
 #endif
 #define D2IT_INLINE inline __attribute__((always_inline))
+
+namespace d2it {
+
+// All bits where the condition holds, none elsewhere. A loop that chooses by masks vectorises; by conditions
+// it often does not, because what is under a condition may be a load or a sum that must not be taken
+// otherwise.
+template <typename T>
+D2IT_INLINE T mask(bool condition) {
+  return static_cast<T>(-static_cast<T>(condition));
+}
+
+// The 16-bit types, converted by integer operations alone so that loops over them vectorise on every machine.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+D2IT_INLINE float to_float(BFloat16 v) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(v.bits) << 16);
+}
+
+D2IT_INLINE float to_float(Half v) {
+  // The exponent's bias goes from 15 to 127 by a multiplication, which serves subnormals as well; infinities
+  // and NaNs get the exponent that says so.
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fff) << 13;
+  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | special | sign);
+}
+
+// The bits of a float in the second argument's type: to the nearest, ties to even; NaN stays NaN.
+D2IT_INLINE uint32_t bits_as(float v, BFloat16) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const uint32_t nan = mask<uint32_t>((bits & 0x7fffffff) > 0x7f800000);
+  return (rounded & ~nan) | (0x7fc0 & nan);
+}
+
+D2IT_INLINE uint32_t bits_as(float v, Half) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v), magnitude = bits & 0x7fffffff;
+  // Normal: the bias goes back, the mantissa is rounded. Subnormal: a sum whose last place is 2^-24.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t small =
+      __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t is_small = mask<uint32_t>(magnitude < 0x38800000);
+  const uint32_t infinite = mask<uint32_t>(magnitude >= 0x477ff000),
+                 nan = mask<uint32_t>(magnitude > 0x7f800000);
+  const uint32_t finite = (small & is_small) | (normal & ~is_small);
+  return (finite & ~infinite) | (0x7c00 & infinite) | (0x0200 & nan) | (bits >> 16 & 0x8000);
+}
+
+} // namespace d2it

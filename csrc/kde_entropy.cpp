@@ -142,28 +142,11 @@ void set_density(Job& job, double low, double high, double sigma) {
 // ----------------------------------------------------------------------------------------------------
 // Pixels of a region
 
+using d2it::BFloat16;
+using d2it::Half;
+using d2it::to_float;
 D2IT_INLINE float to_float(float v) { return v; }
 D2IT_INLINE float to_float(uint8_t v) { return v; }
-
-struct BFloat16 {
-  uint16_t bits;
-};
-D2IT_INLINE float to_float(BFloat16 v) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(v.bits) << 16);
-}
-
-struct Half {
-  uint16_t bits;
-};
-D2IT_INLINE float to_float(Half v) {
-  // The exponent's bias goes from 15 to 127 by a multiplication, which serves subnormals as well; infinities
-  // and NaNs get the exponent that says so.
-  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fff) << 13;
-  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
-  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
-  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | special | sign);
-}
 
 // Writes the region's values, from the middle of the range, row by row; whether all of them may be there.
 // column: the stride between neighbours in a row where it is known (0: read it).

@@ -16,7 +16,10 @@
 
 namespace {
 
+using d2it::BFloat16;
 using d2it::channels_adjacent;
+using d2it::Half;
+using d2it::mask;
 using d2it::Sizes;
 using d2it::Sum;
 using d2it::View;
@@ -51,78 +54,139 @@ bool read_map(const Tensor& grain_map, const Sizes& s, std::vector<uint8_t>& map
   return true;
 }
 
-// The grain map of one image as the row loops want it.
+// An unsigned integer of some bytes.
+template <int64_t kBytes>
+using Unsigned =
+    std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>;
+
+// Two elements that lie side by side: what a cell of twice the size covers in a row, chosen and repeated as
+// one.
+template <typename T>
+constexpr bool kPairs = sizeof(T) <= 4;
+template <typename T>
+struct PairOf {
+  typedef Unsigned<2 * sizeof(T)> Type __attribute__((aligned(sizeof(T)), may_alias));
+};
+template <typename T>
+using Pair = typename PairOf<T>::Type;
+
+// The grain map of one image as the row loops want it. T: an unsigned integer as wide as an element.
 template <typename T>
 struct Choice {
-  std::vector<T> grain;         // (map_height, width): at every finest column, in lanes as wide as an element
-  std::vector<uint8_t> present; // (map_height,): bit i is set where grain i occurs in that row of regions
+  std::vector<T> grains; // (map_height, width): of every finest column
+  std::vector<Unsigned<2 * sizeof(T)>>
+      of_pairs;                 // (map_height, width / 2): of every two, where regions are even
+  std::vector<uint8_t> present; // (map_height,): bit i is set where grain i occurs in that row
   int64_t image = -1;
 
   void load(const std::vector<uint8_t>& map, const Sizes& s, int64_t b) {
     if (b == image) return;
     image = b;
-    grain.resize(s.map_height * s.width);
+    const bool pairs = kPairs<T> && s.region % 2 == 0;
+    grains.resize(s.map_height * s.width);
+    of_pairs.resize(pairs ? s.map_height * s.width / 2 : 0);
     present.assign(s.map_height, 0);
     const uint8_t* in = map.data() + b * s.map_height * s.map_width;
-    T* out = grain.data();
+    T* single = grains.data();
+    auto* pair = of_pairs.data();
     for (int64_t y = 0; y < s.map_height; ++y) {
       for (int64_t x = 0; x < s.map_width; ++x, ++in) {
         present[y] |= static_cast<uint8_t>(1u << *in);
-        for (int64_t i = 0; i < s.region; ++i) *out++ = *in;
+        for (int64_t i = 0; i < s.region; ++i) *single++ = *in;
+        for (int64_t i = 0; pairs && i < s.region / 2; ++i) *pair++ = *in;
       }
     }
   }
 };
 
+// ----------------------------------------------------------------------------------------------------
+// Forward
+
 // Writes one row of a grain, every value ratio times, over the columns of out that are that grain's; or over
 // all of them, where no other grain has been before.
-template <int64_t kRatio, typename T>
+template <typename T>
 D2IT_INLINE void spread(T* __restrict out, const T* __restrict in, const T* __restrict grains, T grain,
                         bool all, int64_t stride, int64_t ratio, int64_t cells) {
-  if constexpr (kRatio != 0) stride = 1, ratio = kRatio;
-  if (all) {
-    for (int64_t x = 0; x < cells; ++x) {
-      for (int64_t i = 0; i < ratio; ++i) out[x * ratio + i] = in[x * stride];
+  for (int64_t x = 0; x < cells; ++x) {
+    for (int64_t i = 0; i < ratio; ++i) {
+      T& to = out[x * ratio + i];
+      const T mine = static_cast<T>(mask<T>(grains[x * ratio + i] == grain) | -static_cast<T>(all));
+      to = (in[x * stride] & mine) | (to & ~mine);
     }
-  } else {
-    for (int64_t x = 0; x < cells; ++x) {
-      for (int64_t i = 0; i < ratio; ++i) {
-        T& to = out[x * ratio + i];
-        to = grains[x * ratio + i] == grain ? in[x * stride] : to;
-      }
-    }
+  }
+}
+
+// The two rows that a row of cells of twice the finest size covers: those cells, or the finest grain where it
+// is.
+template <typename T>
+D2IT_INLINE void merge_pairs(T* out, int64_t out_row, const T* __restrict coarse, const T* fine,
+                             int64_t fine_row, const Unsigned<2 * sizeof(T)>* __restrict grains,
+                             int64_t finest, int64_t cells) {
+  auto* __restrict out0 = reinterpret_cast<Pair<T>*>(out);
+  auto* __restrict out1 = reinterpret_cast<Pair<T>*>(out + out_row);
+  const auto* __restrict fine0 = reinterpret_cast<const Pair<T>*>(fine);
+  const auto* __restrict fine1 = reinterpret_cast<const Pair<T>*>(fine + fine_row);
+#pragma GCC ivdep
+  for (int64_t x = 0; x < cells; ++x) {
+    Pair<T> both = coarse[x];
+    both |= both << 8 * sizeof(T);
+    const Pair<T> is_fine = mask<Pair<T>>(grains[x] == static_cast<Pair<T>>(finest));
+    out0[x] = (fine0[x] & is_fine) | (both & ~is_fine);
+    out1[x] = (fine1[x] & is_fine) | (both & ~is_fine);
   }
 }
 
 template <typename T>
 D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row,
                              const Sizes& s, int64_t b, int64_t c) {
-  for (int64_t y = 0; y < s.height; ++y, out += out_row) {
-    const T* grains = choice.grain.data() + y / s.region * s.width;
-    const unsigned present = choice.present[y / s.region];
+  const View<T>& fine = latents[s.grains - 1];
+  for (int64_t region_row = 0; region_row < s.map_height; ++region_row) {
+    const int64_t top = region_row * s.region;
+    const unsigned present = choice.present[region_row], finest = 1u << (s.grains - 1);
+    bool all = true;
     for (int64_t i = 0; i < s.grains; ++i) {
       if (!(present >> i & 1)) continue;
       const View<T>& latent = latents[i];
-      const T* in = latent.at(b, c, y / latent.ratio, 0);
-      const T grain = static_cast<T>(i);
-      const bool all = (present & ((1u << i) - 1)) == 0;
-      if (latent.column == 1 && latent.ratio == 1) {
-        spread<1>(out, in, grains, grain, all, 1, 1, s.width);
-      } else if (latent.column == 1 && latent.ratio == 2) {
-        spread<2>(out, in, grains, grain, all, 1, 2, s.width / 2);
-      } else if (latent.column == 1 && latent.ratio == 4) {
-        spread<4>(out, in, grains, grain, all, 1, 4, s.width / 4);
-      } else {
-        spread<0>(out, in, grains, grain, all, latent.column, latent.ratio, s.width / latent.ratio);
+      const int64_t ratio = latent.ratio, cells = s.width / ratio;
+      const T* in = latent.at(b, c, top / ratio, 0);
+      T* to = out + top * out_row;
+      if constexpr (kPairs<T>) {
+        if (ratio == 2 && latent.column == 1 && fine.column == 1 &&
+            (present | finest) == (1u << i | finest)) {
+          const auto* grains = choice.of_pairs.data() + region_row * cells;
+          const T* below = fine.at(b, c, top, 0);
+          for (int64_t y = 0; y < s.region; y += 2, in += latent.row) {
+            merge_pairs(to + y * out_row, out_row, in, below + y * fine.row, fine.row, grains, s.grains - 1,
+                        cells);
+          }
+          break;
+        }
       }
+      const T* grains = choice.grains.data() + region_row * s.width;
+      for (int64_t y = 0; y < s.region; y += ratio, in += latent.row) {
+        for (int64_t j = 0; j < ratio; ++j, to += out_row) {
+          if (ratio == 1 && latent.column == 1 && all) {
+            std::memcpy(to, in, s.width * sizeof(T));
+          } else if (ratio == 1 && latent.column == 1) {
+            spread<T>(to, in, grains, static_cast<T>(i), false, 1, 1, cells);
+          } else if (ratio == 2 && latent.column == 1) {
+            spread<T>(to, in, grains, static_cast<T>(i), all, 1, 2, cells);
+          } else if (ratio == 4 && latent.column == 1) {
+            spread<T>(to, in, grains, static_cast<T>(i), all, 1, 4, cells);
+          } else {
+            spread<T>(to, in, grains, static_cast<T>(i), all, latent.column, ratio, cells);
+          }
+        }
+      }
+      all = false;
     }
   }
 }
 
-#define D2IT_MERGE_PLANE(T)                                                                        \
-  D2IT_CLONES void merge(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row, \
-                         const Sizes& s, int64_t b, int64_t c) {                                   \
-    merge_plane<T>(latents, choice, out, out_row, s, b, c);                                        \
+#define D2IT_MERGE_PLANE(T)                                                                            \
+  D2IT_CLONES_256 void merge(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row, \
+                             const Sizes& s, int64_t b, int64_t c) {                                   \
+    merge_plane<T>(latents, choice, out, out_row, s, b, c);                                            \
   }
 D2IT_MERGE_PLANE(uint16_t)
 D2IT_MERGE_PLANE(uint32_t)
@@ -221,47 +285,90 @@ bool neighbor_copy(std::vector<Tensor> latents, Tensor grain_map, Tensor out) {
   }
 }
 
-// An integer as wide as T.
-template <typename T>
-using Lane =
-    std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+// ----------------------------------------------------------------------------------------------------
+// Backward. A sum is taken in at least fp32, over the rows of a cell and in each over its columns.
 
-// One row of cells: their gradient where the grain is theirs, zero elsewhere.
-template <int64_t kRatio, typename T>
-D2IT_INLINE void sum_row(T* __restrict to, const T* __restrict row, int64_t stride, int64_t next,
-                         const Lane<T>* __restrict grains, Lane<T> grain, Sum<T>* __restrict sums,
-                         int64_t ratio, int64_t width) {
-  if constexpr (kRatio != 0) ratio = kRatio;
-  for (int64_t x = 0; x < width; ++x) sums[x] = static_cast<Sum<T>>(row[x * stride]);
-  for (int64_t j = 1; j < ratio; ++j) {
-    const T* __restrict below = row + j * next;
-    for (int64_t x = 0; x < width; ++x) sums[x] += static_cast<Sum<T>>(below[x * stride]);
+using d2it::bits_as;
+using d2it::to_float;
+D2IT_INLINE float to_float(float v) { return v; }
+D2IT_INLINE double to_float(double v) { return v; }
+D2IT_INLINE uint32_t bits_as(float v, float) { return __builtin_bit_cast(uint32_t, v); }
+D2IT_INLINE uint64_t bits_as(double v, double) { return __builtin_bit_cast(uint64_t, v); }
+
+// An element as the integer that it is stored as: integers are what the grain map chooses or clears fastest.
+template <typename T>
+using Lane = Unsigned<sizeof(T)>;
+template <typename T>
+struct BitsOf {
+  typedef Lane<T> Type __attribute__((may_alias));
+};
+template <typename T>
+using Bits = typename BitsOf<T>::Type;
+
+// One row of cells: their gradients where the grain is theirs, zero elsewhere.
+template <typename T>
+D2IT_INLINE void sum_row(Bits<T>* __restrict to, const T* __restrict row, int64_t stride, int64_t next,
+                         const Lane<T>* __restrict grains, Lane<T> grain, int64_t ratio, int64_t cells) {
+#pragma GCC ivdep
+  for (int64_t x = 0; x < cells; ++x) {
+    Sum<T> sum = 0;
+    for (int64_t j = 0; j < ratio; ++j) {
+      for (int64_t i = 0; i < ratio; ++i) sum += to_float(row[j * next + (x * ratio + i) * stride]);
+    }
+    const auto bits = bits_as(sum, T{});
+    to[x] = static_cast<Lane<T>>(bits & mask<Lane<T>>(grains[x * ratio] == grain));
   }
-  for (int64_t x = 0; x < width / ratio; ++x) {
-    Sum<T> sum = sums[x * ratio];
-    for (int64_t j = 1; j < ratio; ++j) sum += sums[x * ratio + j];
-    to[x] = grains[x * ratio] == grain ? static_cast<T>(sum) : T(0);
+}
+
+// The same where a cell has 2 x 2 elements of 16 bits.
+template <typename T>
+D2IT_INLINE void sum_pairs(Bits<T>* __restrict to, const T* row, int64_t next,
+                           const uint32_t* __restrict grains, uint32_t grain, int64_t cells) {
+  const auto* __restrict row0 = reinterpret_cast<const Pair<T>*>(row);
+  const auto* __restrict row1 = reinterpret_cast<const Pair<T>*>(row + next);
+  const auto left = [](uint32_t pair)
+                        __attribute__((always_inline)) { return to_float(T{static_cast<uint16_t>(pair)}); };
+  const auto right = [](uint32_t pair) __attribute__((always_inline)) {
+    return to_float(T{static_cast<uint16_t>(pair >> 16)});
+  };
+#pragma GCC ivdep
+  for (int64_t x = 0; x < cells; ++x) {
+    const float sum = left(row0[x]) + right(row0[x]) + left(row1[x]) + right(row1[x]);
+    to[x] = static_cast<uint16_t>(bits_as(sum, T{}) & mask<uint32_t>(grains[x] == grain));
   }
 }
 
 template <typename T>
 D2IT_INLINE void sum_plane(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out, int64_t i,
-                           Sum<T>* sums, const Sizes& s, int64_t b, int64_t c) {
+                           const Sizes& s, int64_t b, int64_t c) {
   const Lane<T> grain = static_cast<Lane<T>>(i);
-  for (int64_t y = 0; y < s.height; y += out.ratio) {
-    T* to = out.at(b, c, y / out.ratio, 0);
-    const T* row = grad.at(b, c, y, 0);
-    const Lane<T>* grains = choice.grain.data() + y / s.region * s.width;
-    if (!(choice.present[y / s.region] >> i & 1)) {
-      std::memset(to, 0, s.width / out.ratio * sizeof(T));
-    } else if (grad.column == 1 && out.ratio == 1) {
-      for (int64_t x = 0; x < s.width; ++x) to[x] = grains[x] == grain ? row[x] : T(0);
-    } else if (grad.column == 1 && out.ratio == 2) {
-      sum_row<2>(to, row, 1, grad.row, grains, grain, sums, 2, s.width);
-    } else if (grad.column == 1 && out.ratio == 4) {
-      sum_row<4>(to, row, 1, grad.row, grains, grain, sums, 4, s.width);
-    } else {
-      sum_row<0>(to, row, grad.column, grad.row, grains, grain, sums, out.ratio, s.width);
+  const int64_t ratio = out.ratio, cells = s.width / ratio;
+  for (int64_t region_row = 0; region_row < s.map_height; ++region_row) {
+    const int64_t top = region_row * s.region;
+    const Lane<T>* grains = choice.grains.data() + region_row * s.width;
+    const bool present = choice.present[region_row] >> i & 1;
+    T* to = out.at(b, c, top / ratio, 0);
+    const T* row = grad.at(b, c, top, 0);
+    for (int64_t y = 0; y < s.region; y += ratio, to += out.row, row += ratio * grad.row) {
+      auto* __restrict bits = reinterpret_cast<Bits<T>*>(to);
+      if (!present) {
+        std::memset(to, 0, cells * sizeof(T));
+      } else if (grad.column == 1 && ratio == 1) {
+        const auto* __restrict in = reinterpret_cast<const Bits<T>*>(row);
+#pragma GCC ivdep
+        for (int64_t x = 0; x < cells; ++x) bits[x] = in[x] & mask<Lane<T>>(grains[x] == grain);
+      } else if (grad.column == 1 && ratio == 2) {
+        if constexpr (sizeof(T) == 2) {
+          const uint32_t* of_pairs = choice.of_pairs.data() + region_row * cells;
+          sum_pairs(bits, row, grad.row, of_pairs, static_cast<uint32_t>(i), cells);
+        } else {
+          sum_row(bits, row, 1, grad.row, grains, grain, 2, cells);
+        }
+      } else if (grad.column == 1 && ratio == 4) {
+        sum_row(bits, row, 1, grad.row, grains, grain, 4, cells);
+      } else {
+        sum_row(bits, row, grad.column, grad.row, grains, grain, ratio, cells);
+      }
     }
   }
 }
@@ -274,8 +381,9 @@ D2IT_INLINE void sum_pixels(const View<T>& grad, const uint8_t* grains, const Vi
   const int64_t channels = kChannels != 0 ? kChannels : s.channels, ratio = out.ratio;
   const int64_t cells = s.region / ratio, stride = kChannels != 0 ? 1 : grad.channel;
   for (int64_t y = top; y < top + s.region; y += ratio) {
-    T* __restrict to = out.at(b, 0, y / ratio, 0);
+    T* to = out.at(b, 0, y / ratio, 0);
     for (int64_t x = 0; x < cells * s.map_width; ++x, to += out.column) {
+      auto* __restrict bits = reinterpret_cast<Bits<T>*>(to);
       if (grains[x / cells] != i) {
         std::memset(to, 0, channels * sizeof(T));
         continue;
@@ -289,33 +397,33 @@ D2IT_INLINE void sum_pixels(const View<T>& grad, const uint8_t* grains, const Vi
       for (int64_t j = 0; j < ratio; ++j) {
         for (int64_t l = 0; l < ratio; ++l) {
           const T* __restrict in = cell + j * grad.row + l * grad.column;
-          for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<Sum<T>>(in[c * stride]);
+          for (int64_t c = 0; c < channels; ++c) sums[c] += to_float(in[c * stride]);
         }
       }
-      for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(sums[c]);
+      for (int64_t c = 0; c < channels; ++c) bits[c] = static_cast<Lane<T>>(bits_as(sums[c], T{}));
     }
   }
 }
 
-#define D2IT_BACKWARD(T)                                                                               \
-  D2IT_CLONES void sum_rows(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out,    \
-                            int64_t i, Sum<T>* sums, const Sizes& s, int64_t b, int64_t c) {           \
-    sum_plane<T>(grad, choice, out, i, sums, s, b, c);                                                 \
-  }                                                                                                    \
-  D2IT_CLONES void sum_line(const View<T>& grad, const uint8_t* grains, const View<T>& out, int64_t i, \
-                            Sum<T>* sums, const Sizes& s, int64_t b, int64_t top) {                    \
-    if (grad.channel == 1 && s.channels == 4) {                                                        \
-      sum_pixels<4, T>(grad, grains, out, i, sums, s, b, top);                                         \
-    } else if (grad.channel == 1 && s.channels == 8) {                                                 \
-      sum_pixels<8, T>(grad, grains, out, i, sums, s, b, top);                                         \
-    } else {                                                                                           \
-      sum_pixels<0, T>(grad, grains, out, i, sums, s, b, top);                                         \
-    }                                                                                                  \
+#define D2IT_BACKWARD(T)                                                                                   \
+  D2IT_CLONES_256 void sum_rows(const View<T>& grad, const Choice<Lane<T>>& choice, const View<T>& out,    \
+                                int64_t i, const Sizes& s, int64_t b, int64_t c) {                         \
+    sum_plane<T>(grad, choice, out, i, s, b, c);                                                           \
+  }                                                                                                        \
+  D2IT_CLONES_256 void sum_line(const View<T>& grad, const uint8_t* grains, const View<T>& out, int64_t i, \
+                                Sum<T>* sums, const Sizes& s, int64_t b, int64_t top) {                    \
+    if (grad.channel == 1 && s.channels == 4) {                                                            \
+      sum_pixels<4, T>(grad, grains, out, i, sums, s, b, top);                                             \
+    } else if (grad.channel == 1 && s.channels == 8) {                                                     \
+      sum_pixels<8, T>(grad, grains, out, i, sums, s, b, top);                                             \
+    } else {                                                                                               \
+      sum_pixels<0, T>(grad, grains, out, i, sums, s, b, top);                                             \
+    }                                                                                                      \
   }
 D2IT_BACKWARD(float)
 D2IT_BACKWARD(double)
-D2IT_BACKWARD(c10::Half)
-D2IT_BACKWARD(c10::BFloat16)
+D2IT_BACKWARD(Half)
+D2IT_BACKWARD(BFloat16)
 #undef D2IT_BACKWARD
 
 template <typename T>
@@ -324,12 +432,11 @@ void backward_rows(const View<T>& grad, const std::vector<uint8_t>& map, const s
   const int64_t planes_per_thread = kElementsPerThread / (s.height * s.width) + 1;
   torch::stable::parallel_for(0, s.batch * s.channels, planes_per_thread, [&](int64_t begin, int64_t end) {
     Choice<Lane<T>> choice;
-    std::vector<Sum<T>> sums(s.width);
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / s.channels, c = plane % s.channels;
       choice.load(map, s, b);
       for (int64_t i = 0; i < s.grains; ++i) {
-        sum_rows(grad, choice, outs[i], i, sums.data(), s, b, c);
+        sum_rows(grad, choice, outs[i], i, s, b, c);
       }
     }
   });
@@ -370,9 +477,9 @@ void neighbor_copy_backward(Tensor grad, Tensor grain_map, std::vector<Tensor> g
     case ScalarType::Double:
       return backward<double>(grad, map, grads, s);
     case ScalarType::Half:
-      return backward<c10::Half>(grad, map, grads, s);
+      return backward<Half>(grad, map, grads, s);
     case ScalarType::BFloat16:
-      return backward<c10::BFloat16>(grad, map, grads, s);
+      return backward<BFloat16>(grad, map, grads, s);
     default:
       d2it::fail("neighbor_copy_backward takes float32, float16, bfloat16 and float64");
   }

@@ -9,13 +9,17 @@ from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, Call, KernelSuite, Shape, fast_backends
 
 CPP_MUTATIONS = {
-    "wrong row": ("latent.at(b, c, «y / latent.ratio», 0)", "y / 2"),
-    "grain ignored": ("to = «grains[x * ratio + i] == grain» ? in[x * stride] : to", "true"),
+    "wrong row": ("const T* in = latent.at(b, c, «top / ratio», 0)", "top / 2"),
+    "grain ignored": ("mask<T>(«grains[x * ratio + i] == grain»)", "true"),
+    "fine where coarse": ("mask<Pair<T>>(«grains[x] == static_cast<Pair<T>>(finest)»)", "true"),
     "grain overlooked": ("static_cast<uint8_t>(«1u << *in»)", "*in == 0 ? 1u : 0u"),
     "stale map": ("if («b == image») return;", "image >= 0"),
     "wrong pixel": ("latent.at(b, 0, y / latent.ratio, «x * cells»)", "x"),
-    "missing row of the gradient": ("for (int64_t j = «1»; j < ratio; ++j) {", "2"),
-    "gradient not zeroed": ("if («grains[x / cells] != i») {", "false"),
+    "missing row of the gradient": (
+        "for (int64_t j = «0»; j < ratio; ++j) {\n      for (int64_t i = 0; i < ratio",
+        "1",
+    ),
+    "gradient not cleared": ("if («grains[x / cells] != i») {", "false"),
 }
 CUDA_MUTATIONS = {
     "wrong repeat": ("out[i] = in[«i >> kShift»]", "i % (kCount >> kShift)"),
