@@ -44,11 +44,13 @@ bool read_map(const Tensor& grain_map, const Sizes& s, std::vector<uint8_t>& map
   uint8_t* out = map.data();
   for (int64_t b = 0; b < s.batch; ++b) {
     for (int64_t y = 0; y < s.map_height; ++y) {
+      bool valid = true;
       for (int64_t x = 0; x < s.map_width; ++x) {
         const int64_t grain = data[b * image + y * row + x * column];
-        if (grain < 0 || grain >= s.grains) return false;
+        valid &= static_cast<uint64_t>(grain) < static_cast<uint64_t>(s.grains);
         *out++ = static_cast<uint8_t>(grain);
       }
+      if (!valid) return false;
     }
   }
   return true;
@@ -87,13 +89,24 @@ struct Choice {
     of_pairs.resize(pairs ? s.map_height * s.width / 2 : 0);
     present.assign(s.map_height, 0);
     const uint8_t* in = map.data() + b * s.map_height * s.map_width;
-    T* single = grains.data();
-    auto* pair = of_pairs.data();
     for (int64_t y = 0; y < s.map_height; ++y) {
-      for (int64_t x = 0; x < s.map_width; ++x, ++in) {
-        present[y] |= static_cast<uint8_t>(1u << *in);
-        for (int64_t i = 0; i < s.region; ++i) *single++ = *in;
-        for (int64_t i = 0; pairs && i < s.region / 2; ++i) *pair++ = *in;
+      for (int64_t x = 0; x < s.map_width; ++x)
+        present[y] |= static_cast<uint8_t>(1u << in[y * s.map_width + x]);
+    }
+    repeat(in, s, s.region, grains.data());
+    if (pairs) repeat(in, s, s.region / 2, of_pairs.data());
+  }
+
+  template <typename L>
+  static void repeat(const uint8_t* in, const Sizes& s, int64_t times, L* out) {
+    const int64_t regions = s.map_height * s.map_width;
+    if (times == 1) {
+      for (int64_t i = 0; i < regions; ++i) out[i] = in[i];
+    } else if (times == 2) {
+      for (int64_t i = 0; i < regions; ++i) out[2 * i] = out[2 * i + 1] = in[i];
+    } else {
+      for (int64_t i = 0; i < regions; ++i) {
+        for (int64_t j = 0; j < times; ++j) *out++ = in[i];
       }
     }
   }

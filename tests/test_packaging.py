@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import d2it
-from benchmarks.kernel_report import tool
+from benchmarks.kernel_report import cuobjdump
 from d2it.ops import _native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,8 +80,6 @@ class TestLibrary:
     def test_has_code_for_every_gpu_generation(self):
         if _native.why_not("neighbor_copy", "cuda"):
             pytest.skip("built without nvcc")
-        listing = subprocess.run(
-            [tool("cuobjdump"), "-lelf", "-lptx", LIBRARY], capture_output=True, text=True, check=True
-        )
+        listing = subprocess.run([cuobjdump(), "-lelf", "-lptx", LIBRARY], capture_output=True, text=True, check=True)
         for wanted in ("sm_80.cubin", "sm_90.cubin", "sm_100.cubin", "sm_100.ptx"):
             assert wanted in listing.stdout

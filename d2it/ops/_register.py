@@ -116,9 +116,20 @@ def _autograd(op: Any, setup: Callable[..., None], backward: Callable[..., Seque
     Function.__name__ = f"{op.name().split('::')[1].split('.')[0]}_autograd"
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        leaves, spec = tree_flatten(args)
-        if torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+        if torch.is_grad_enabled() and _require_gradients(args):
+            leaves, spec = tree_flatten(args)
             return Function.apply(keyset, spec, *leaves)
         return below(keyset, args)
 
     return autograd
+
+
+def _require_gradients(args: Sequence[Any]) -> bool:
+    """Whether a tensor in there, or in a list there, does. 0.8 us; flattening the arguments takes 6.6 us."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, (list, tuple)) and _require_gradients(arg):
+            return True
+    return False
