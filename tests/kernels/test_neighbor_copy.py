@@ -12,7 +12,7 @@ CPP_MUTATIONS = {
     "wrong row": ("const T* in = latent.at(b, c, «top / ratio», 0)", "top / 2"),
     "grain ignored": ("mask<T>(«grains[x * ratio + i] == grain»)", "true"),
     "fine where coarse": ("mask<Pair<T>>(«grains[x] == static_cast<Pair<T>>(finest)»)", "true"),
-    "grain overlooked": ("static_cast<uint8_t>(«1u << *in»)", "*in == 0 ? 1u : 0u"),
+    "grain overlooked": ("static_cast<uint8_t>(1u << «in[y * s.map_width + x]»)", "0"),
     "stale map": ("if («b == image») return;", "image >= 0"),
     "wrong pixel": ("latent.at(b, 0, y / latent.ratio, «x * cells»)", "x"),
     "missing row of the gradient": (
