@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import operator
+from d2it.ops._register import implement, operator
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -276,5 +276,48 @@ operator(
     "(Tensor grad_packed, Tensor grad_base)",
     fake=_unpack_backward_fake,
 )
+
+
+def _native_plan(
+    grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int
+) -> tuple[Tensor, ...]:
+    plan = _plan_fake(grain_map, cells_per_region, window, min_grain, capacity, "")
+    if not torch.ops.d2it_C.plan_tokens(grain_map, cells_per_region, window, min_grain, *plan):
+        check_plan(grain_map, cells_per_region, min_grain, capacity)  # raises: the operator only says that it must
+    return plan
+
+
+def _native_pack(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    packed = _pack_fake(x, index, inverse, "")
+    torch.ops.d2it_C.gather_rows(index, x, None, packed)
+    return packed
+
+
+def _native_unpack(
+    packed: Tensor, base: Tensor | None, index: Tensor, inverse: Tensor, batch: int, cells: int
+) -> Tensor:
+    out = _unpack_fake(packed, base, index, inverse, batch, cells, "")
+    torch.ops.d2it_C.gather_rows(inverse, packed, base, out)
+    return out
+
+
+def _native_unpack_backward(grad: Tensor, index: Tensor, inverse: Tensor, base_needs: bool) -> tuple[Tensor, Tensor]:
+    grad_packed, grad_base = _unpack_backward_fake(grad, index, inverse, base_needs, "")
+    torch.ops.d2it_C.gather_rows(index, grad, None, grad_packed)
+    if base_needs:
+        torch.ops.d2it_C.gather_rows(inverse, None, grad, grad_base)
+    return grad_packed, grad_base
+
+
 for _op in ("plan_tokens", "pack_tokens", "unpack_tokens"):
     register_backend(_op, "reference")
+    register_backend(_op, "triton")
+    register_backend(_op, "cpu", native="plan_tokens" if _op == "plan_tokens" else "gather_rows")
+implement("plan_tokens", "cpu", _native_plan, checks_values=True)
+implement("pack_tokens", "cpu", _native_pack)
+implement("unpack_tokens", "cpu", _native_unpack)
+implement("unpack_tokens_backward", "cpu", _native_unpack_backward)
+implement("plan_tokens", "triton", "d2it.kernels.plan_tokens:plan_tokens_forward")
+implement("pack_tokens", "triton", "d2it.kernels.pack_tokens:pack_tokens_forward")
+implement("unpack_tokens", "triton", "d2it.kernels.pack_tokens:unpack_tokens_forward")
+implement("unpack_tokens_backward", "triton", "d2it.kernels.pack_tokens:unpack_tokens_backward")

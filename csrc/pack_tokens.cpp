@@ -1,0 +1,206 @@
+// Planning, packing and merging tokens on CPU (D2iT, section 3.2.3, Eqs. 7 and 9).
+//
+// Packing and merging are one gather: row r of the result is row rows_of[r] of the source, or, where that is
+// -1, row r of the base, or zero. Every element of the result is written once, in order; no row is read
+// twice.
+#include "cpu.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kBytesPerThread = 1 << 17; // fewer are not worth waking a thread for
+
+// ----------------------------------------------------------------------------------------------------
+// gather
+
+// Rows of (B, L, C) or (T, C), flat over (B, L); or the one row, again and again.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t length = INT64_MAX, batch = 0, row = 0, channel = 1;
+
+  explicit Rows(const T* one) : data(one) {}
+
+  explicit Rows(const Tensor& tensor) : data(static_cast<const T*>(tensor.const_data_ptr())) {
+    const int64_t last = tensor.dim() - 1;
+    row = tensor.stride(last - 1);
+    channel = tensor.size(last) > 1 ? tensor.stride(last) : 1;
+    if (last == 1) return;
+    batch = tensor.stride(0);
+    if (tensor.size(1) * row != batch) length = tensor.size(1); // else one stride serves all rows
+  }
+
+  const T* at(int64_t r) const {
+    return r < length ? data + r * row : data + r / length * batch + r % length * row;
+  }
+
+  bool adjacent() const { return channel == 1 && length == INT64_MAX; }
+};
+
+// Rows whose channels are adjacent, all of them one stride apart. Whether a row comes from the source or the
+// base is a coin toss to the branch predictor, so it is no branch. kBytes is the size of a row, 0 where it is
+// not known.
+template <int64_t kBytes>
+void gather_bytes(const int32_t* rows_of, const char* source, int64_t source_row, const char* base,
+                  int64_t base_row, char* to, int64_t bytes, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r, to += bytes) {
+    const int64_t row = rows_of[r], from_base = row >> 63;
+    const auto from_source = reinterpret_cast<int64_t>(source) + row * source_row;
+    const auto otherwise = reinterpret_cast<int64_t>(base) + r * base_row;
+    const auto* from = reinterpret_cast<const char*>((from_source & ~from_base) | (otherwise & from_base));
+    std::memcpy(to, from, kBytes ? kBytes : bytes);
+  }
+}
+
+using GatherBytes = decltype(&gather_bytes<0>);
+
+GatherBytes gather_of_size(int64_t bytes) {
+  switch (bytes) { // 4, 8, 12 and 16 channels of 2 and 4 bytes: latents
+    case 8:
+      return gather_bytes<8>;
+    case 16:
+      return gather_bytes<16>;
+    case 24:
+      return gather_bytes<24>;
+    case 32:
+      return gather_bytes<32>;
+    case 48:
+      return gather_bytes<48>;
+    case 64:
+      return gather_bytes<64>;
+    default:
+      return gather_bytes<0>;
+  }
+}
+
+template <typename T>
+void gather(const int32_t* rows_of, int64_t stride, const Rows<T>& source, const Rows<T>& base, T* out,
+            int64_t rows, int64_t channels) {
+  const int64_t bytes = channels * sizeof(T);
+  const GatherBytes adjacent =
+      stride == 1 && source.adjacent() && base.adjacent() ? gather_of_size(bytes) : nullptr;
+  torch::stable::parallel_for(0, rows, kBytesPerThread / bytes + 1, [&](int64_t begin, int64_t end) {
+    T* to = out + begin * channels;
+    if (adjacent) {
+      return adjacent(rows_of, reinterpret_cast<const char*>(source.data), source.row * sizeof(T),
+                      reinterpret_cast<const char*>(base.data), base.row * sizeof(T),
+                      reinterpret_cast<char*>(to), bytes, begin, end);
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t row = rows_of[r * stride];
+      const Rows<T>& from = row >= 0 ? source : base;
+      const T* first = from.at(row >= 0 ? row : r);
+      for (int64_t c = 0; c < channels; ++c) *to++ = first[c * from.channel];
+    }
+  });
+}
+
+template <typename T>
+void gather(const Tensor& rows_of, const std::optional<Tensor>& source, const std::optional<Tensor>& base,
+            const Tensor& out) {
+  const int64_t channels = out.size(out.dim() - 1);
+  const std::vector<T> zeros(source && base ? 0 : channels);
+  const Rows<T> zero(zeros.data());
+  gather<T>(static_cast<const int32_t*>(rows_of.const_data_ptr()), rows_of.stride(0),
+            source ? Rows<T>(*source) : zero, base ? Rows<T>(*base) : zero,
+            static_cast<T*>(const_cast<void*>(out.const_data_ptr())), rows_of.size(0), channels);
+}
+
+// out[r] = source[rows_of[r]] where rows_of[r] >= 0, else base[r]; zero where the one that is wanted is
+// absent.
+void gather_rows(Tensor rows_of, std::optional<Tensor> source, std::optional<Tensor> base, Tensor out) {
+  if (out.numel() == 0) return;
+  switch (out.element_size()) {
+    case 1:
+      return gather<uint8_t>(rows_of, source, base, out);
+    case 2:
+      return gather<uint16_t>(rows_of, source, base, out);
+    case 4:
+      return gather<uint32_t>(rows_of, source, base, out);
+    default:
+      return gather<uint64_t>(rows_of, source, base, out);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------
+// plan
+
+int32_t* ints(const Tensor& tensor) {
+  return static_cast<int32_t*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+// False where a grain is below 0 or the tokens are more than the rows of index; nothing is written then.
+bool plan_tokens(Tensor grain_map, int64_t cells_per_region, int64_t window, int64_t min_grain, Tensor index,
+                 Tensor inverse, Tensor slots, Tensor sample, Tensor count) {
+  const int64_t batch = grain_map.size(0), height = grain_map.size(1), width = grain_map.size(2);
+  const auto* grains = static_cast<const int64_t*>(grain_map.const_data_ptr());
+  const int64_t capacity = index.size(0), region_cells = cells_per_region * cells_per_region;
+
+  std::vector<uint8_t> wanted(batch * height * width);
+  std::vector<int64_t> first(batch + 1); // the first row of every image
+  uint8_t* flag = wanted.data();
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t regions = 0;
+    for (int64_t y = 0; y < height; ++y) {
+      for (int64_t x = 0; x < width; ++x) {
+        const int64_t grain =
+            grains[b * grain_map.stride(0) + y * grain_map.stride(1) + x * grain_map.stride(2)];
+        if (grain < 0) return false;
+        *flag = grain >= min_grain;
+        regions += *flag++;
+      }
+    }
+    first[b + 1] = first[b] + regions * region_cells;
+  }
+  const int64_t total = first[batch];
+  if (total > capacity) return false;
+
+  const int64_t rows = height * cells_per_region, columns = width * cells_per_region, cells = rows * columns;
+  int32_t *to_index = ints(index), *to_inverse = ints(inverse), *to_slots = ints(slots),
+          *to_sample = ints(sample);
+  std::vector<int64_t> region_of(columns); // column of cells -> column of regions
+  for (int64_t x = 0; x < columns; ++x) region_of[x] = x / cells_per_region;
+  torch::stable::parallel_for(0, batch, 16384 / std::max<int64_t>(cells, 1) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t b = begin; b < end; ++b) {
+                                  const uint8_t* in_image = wanted.data() + b * height * width;
+                                  int32_t* slot = to_slots + b * cells;
+                                  auto row = static_cast<int32_t>(first[b]);
+                                  for (int64_t top = 0; top < rows; top += window) {
+                                    for (int64_t left = 0; left < columns; left += window) {
+                                      for (int64_t y = top; y < top + window; ++y) {
+                                        const uint8_t* in_row = in_image + y / cells_per_region * width;
+                                        const int64_t cell = b * cells + y * columns;
+                                        for (int64_t x = left; x < left + window; ++x) {
+                                          if (in_row[region_of[x]]) {
+                                            to_index[row] = static_cast<int32_t>(cell + x);
+                                            to_sample[row] = static_cast<int32_t>(b);
+                                            to_inverse[cell + x] = *slot++ = row++;
+                                          } else {
+                                            to_inverse[cell + x] = *slot++ = -1;
+                                          }
+                                        }
+                                      }
+                                    }
+                                  }
+                                }
+                              });
+  std::fill(to_index + total, to_index + capacity, -1);
+  std::fill(to_sample + total, to_sample + capacity, static_cast<int32_t>(std::max<int64_t>(batch - 1, 0)));
+  *ints(count) = static_cast<int32_t>(total);
+  return true;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(d2it_C, CPU, m) {
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
+  m.impl("plan_tokens", TORCH_BOX(&plan_tokens));
+}

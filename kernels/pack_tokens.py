@@ -1,0 +1,171 @@
+"""Packing the cells of a plan into rows, and merging rows back over a base (paper 3.2.3, Eqs. 7 and 9).
+
+Both directions are gathers: packing reads cells by ``index``, merging reads rows by ``inverse``. Each output
+element is written exactly once, so there is no memset and no atomic, and the backward of either is the other.
+Bytes: rows are read once and written once, the base is read only where no row is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.rows import row_layout, row_offsets
+
+TILE_BYTES = 8192  # of one program: 128 threads with 4 independent 16-byte loads in flight each
+MAX_ROWS = 128
+
+
+@triton.jit
+def gather_rows_kernel(
+    out,
+    rows_of,
+    source,
+    base,
+    rows,
+    stride_rows_of,
+    length_source,
+    stride_source_batch,
+    stride_source_row,
+    stride_source_col,
+    length_base,
+    stride_base_batch,
+    stride_base_row,
+    stride_base_col,
+    C: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    ALIGN_SOURCE: tl.constexpr,
+    ALIGN_BASE: tl.constexpr,
+    FLAT_SOURCE: tl.constexpr,
+    FLAT_BASE: tl.constexpr,
+    ALONG_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """out[r] = source[rows_of[r]] where rows_of[r] >= 0, else base[r] (else 0).
+
+    One program: a tile of ROWS rows and CHUNK channels. out (rows, C) contiguous; rows_of (rows,). source and base
+    are (batch, length, C) by strides, their rows flat over (batch, length); FLAT_*: one stride serves all rows.
+    The batch and row strides come divided by ALIGN_*, a power of two that divides them, which tells the compiler
+    how wide it may load. Lanes run along the channels, or along the rows (ALONG_ROWS) where the channels of a row
+    are not adjacent in memory.
+    """
+    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    o_row = (tl.program_id(0) // CHUNKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_col = (tl.program_id(0) % CHUNKS) * CHUNK + tl.arange(0, CHUNK)
+    m_row = o_row < rows
+    m_col = o_col < C
+    b_from = tl.load(rows_of + o_row * stride_rows_of, mask=m_row, other=-1)
+    if HAS_SOURCE:
+        o_source = row_offsets(b_from, length_source, stride_source_batch, stride_source_row, ALIGN_SOURCE, FLAT_SOURCE)
+    if HAS_BASE:
+        o_base = row_offsets(o_row, length_base, stride_base_batch, stride_base_row, ALIGN_BASE, FLAT_BASE)
+    ROW: tl.constexpr = 0 if ALONG_ROWS else 1
+    m_tile = tl.expand_dims(m_row, ROW) & tl.expand_dims(m_col, 1 - ROW)
+    m_from = tl.expand_dims(b_from >= 0, ROW)
+    o_col = tl.expand_dims(o_col, 1 - ROW).to(tl.int64)
+    if HAS_SOURCE:
+        p_source = source + tl.expand_dims(o_source, ROW) + o_col * stride_source_col
+        b_out = tl.load(p_source, mask=m_tile & m_from, other=0.0)
+    if HAS_BASE:
+        p_base = base + tl.expand_dims(o_base, ROW) + o_col * stride_base_col
+        b_base = tl.load(p_base, mask=m_tile & (m_from == 0), other=0.0)
+        if HAS_SOURCE:
+            b_out = tl.where(m_from, b_out, b_base)
+        else:
+            b_out = b_base
+    tl.store(out + tl.expand_dims(o_row, ROW) * C + o_col, b_out, mask=m_tile)
+
+
+def _tile(channels: int, itemsize: int) -> tuple[int, int]:
+    """(ROWS, CHUNK) of a program: the chunk that pads the channels least, then the largest."""
+    chunks = [chunk for chunk in (512, 256, 128) if chunk <= next_power_of_2(channels)]
+    chunk = min(chunks or [next_power_of_2(channels)], key=lambda chunk: cdiv(channels, chunk) * chunk)
+    # Narrow rows spend registers on addresses: with four loads in flight a merge of 12 float32 channels spills.
+    tile_bytes = TILE_BYTES if chunk >= 128 else TILE_BYTES // 2
+    return min(tile_bytes // itemsize // chunk, MAX_ROWS), chunk
+
+
+def _gather_rows(
+    rows_of: torch.Tensor, source: torch.Tensor | None, base: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    rows, channels = rows_of.shape[0], out.shape[-1]
+    if rows == 0 or channels == 0:
+        return out
+    source_at = row_layout(out if source is None else source)
+    base_at = row_layout(out if base is None else base)
+    block_rows, chunk = _tile(channels, out.element_size())
+    with device_guard(out):
+        gather_rows_kernel[(cdiv(rows, block_rows) * cdiv(channels, chunk),)](
+            out,
+            rows_of,
+            out if source is None else source,
+            out if base is None else base,
+            rows,
+            rows_of.stride(0),
+            *source_at.sizes,
+            *base_at.sizes,
+            C=channels,
+            HAS_SOURCE=source is not None,
+            HAS_BASE=base is not None,
+            ALIGN_SOURCE=source_at.align,
+            ALIGN_BASE=base_at.align,
+            FLAT_SOURCE=source_at.flat,
+            FLAT_BASE=base_at.flat,
+            ALONG_ROWS=channels > 1 and source_at.stride_col != 1,
+            ROWS=block_rows,
+            CHUNK=chunk,
+            num_warps=4,
+        )
+    return out
+
+
+def pack_tokens_forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """x (B, L, C), any strides -> (capacity, C): row r is cell index[r], zero where index[r] is -1."""
+    return _gather_rows(index, x, None, x.new_empty((index.shape[0], x.shape[2])))
+
+
+def unpack_tokens_forward(
+    packed: torch.Tensor,
+    base: torch.Tensor | None,
+    index: torch.Tensor,
+    inverse: torch.Tensor,
+    batch: int,
+    cells: int,
+) -> torch.Tensor:
+    """packed (capacity, C), any strides -> (B, cells, C): cell i is row inverse[i], or base (or 0) where that is -1."""
+    return _gather_rows(inverse, packed, base, packed.new_empty((batch, cells, packed.shape[1])))
+
+
+def unpack_tokens_backward(
+    grad: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, base_needs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad (B, L, C), any strides -> the gradients of packed (capacity, C) and of base (B, L, C, or empty)."""
+    grad_packed = pack_tokens_forward(grad, index, inverse)
+    if not base_needs:
+        return grad_packed, grad.new_empty((0,))
+    return grad_packed, _gather_rows(inverse, None, grad, grad.new_empty(grad.shape))
+
+
+@compile_cases
+def _compile_cases() -> Iterator[CompileCase]:
+    batch, cells = 32, 1024
+    inverse = torch.empty(batch * cells, dtype=torch.int32, device="meta")
+    index = torch.empty(batch * cells // 2, dtype=torch.int32, device="meta")
+    for channels in (4, 12, 72, 384, 768, 1024, 1152):
+        for dtype in (torch.bfloat16, torch.float32):
+            name = f"C{channels}-{str(dtype)[6:]}"
+            x = torch.empty((batch, cells, channels), dtype=dtype, device="meta")
+            packed = torch.empty((batch * cells // 2, channels), dtype=dtype, device="meta")
+            yield f"{name}-pack", partial(pack_tokens_forward, x, index, inverse)
+            yield f"{name}-unpack", partial(unpack_tokens_forward, packed, None, index, inverse, batch, cells)
+            yield f"{name}-merge", partial(unpack_tokens_forward, packed, x, index, inverse, batch, cells)
+            yield f"{name}-merge-dbase", partial(_gather_rows, inverse, None, x, torch.empty_like(x))
+    latents = torch.empty((batch, 12, cells), dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    yield "C12-bfloat16-pack-latents", partial(pack_tokens_forward, latents, index, inverse)

@@ -1,0 +1,124 @@
+import random
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import d2it.ops
+from d2it.ops import reference
+from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, Mutation, Shape, tensors_in
+
+FILE = "kernels/plan_tokens.py"
+WRONG_MAPS = [(1, 63, "capacity must hold"), (-1, 64, "grain_map must have no value below 0")]
+
+
+class TestPlanTokens(KernelSuite):
+    op = "plan_tokens"
+    # Regions (h, w) of s x s cells, windows of w x w cells that may cut through regions, a share of fine regions,
+    # rows to spare. 1,025 images of one cell are a block and one.
+    corners = [
+        {"B": 0, "h": 2, "w": 2, "s": 2, "window": 2, "fine": 0.5, "spare": 5},
+        {"B": 1, "h": 1, "w": 1, "s": 1, "window": 1, "fine": 1.0, "spare": 0},
+        {"B": 2, "h": 3, "w": 6, "s": 2, "window": 3, "fine": 0.5, "spare": 7},
+        {"B": 3, "h": 4, "w": 2, "s": 2, "window": 4, "fine": 0.0, "spare": 0},
+        {"B": 3, "h": 4, "w": 2, "s": 2, "window": 4, "fine": 1.0, "spare": 0},
+        {"B": 1025, "h": 1, "w": 1, "s": 1, "window": 1, "fine": 0.5, "spare": 1},
+        {"B": 2, "h": 7, "w": 14, "s": 4, "window": 7, "fine": 0.5, "spare": 3000},
+    ]
+    gpu_corners = [
+        {"B": 256, "h": 16, "w": 16, "s": 2, "window": 16, "fine": 0.5, "spare": 1000},
+        {"B": 1500, "h": 16, "w": 16, "s": 2, "window": 4, "fine": 0.3, "spare": 17},
+    ]
+    small = {"B": 2, "h": 2, "w": 4, "s": 2, "window": 2, "fine": 0.5, "spare": 3}
+    mutations = [
+        Mutation("rows of the chunk before", FILE, "o_chunk < i_chunk", "o_chunk <= i_chunk"),
+        Mutation("inclusive row", FILE, "tl.cumsum(b_token, 0) - 1", "tl.cumsum(b_token, 0)"),
+        Mutation(
+            "window across the image",
+            FILE,
+            "(o_window % windows_across) * WINDOW",
+            "(o_window // windows_across) * WINDOW",
+        ),
+        Mutation("columns of regions", FILE, "(o_x // REGION)", "(o_x // WINDOW)"),
+        Mutation("missing tail", FILE, "o_position >= i_total", "o_position > i_total"),
+        Mutation("image of the tail", FILE, "max(batch - 1, 0)", "max(batch - 2, 0)"),
+        Mutation("coarsest grain", FILE, "b_token = (m_position & (b_grain >=", "b_token = (m_position & (b_grain >"),
+    ]
+
+    def random_shape(self, rng: random.Random) -> Shape:
+        window, s = rng.choice((1, 2, 3, 4, 5)), rng.choice((1, 2, 3, 4))
+        # The smallest count of regions whose cells are whole windows.
+        step = next(n for n in range(1, window + 1) if n * s % window == 0)
+        return {
+            "B": rng.randint(0, 5),
+            "h": step * rng.randint(1, 3),
+            "w": step * rng.randint(1, 3),
+            "s": s,
+            "window": window,
+            "fine": rng.random(),
+            "spare": rng.choice((0, 1, 37)),
+        }
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        # Three grains, of which the finest alone has tokens.
+        size = (shape["B"], shape["h"], shape["w"])
+        fine = torch.rand(size, generator=rng) < shape["fine"]
+        grains = torch.where(fine, 2, torch.randint(0, 2, size, generator=rng))
+        return {
+            "grain_map": grains,
+            "cells_per_region": shape["s"],
+            "window": shape["window"],
+            "min_grain": 2,
+            "capacity": int(fine.sum()) * shape["s"] ** 2 + shape["spare"],
+        }
+
+    @pytest.mark.skipif(not INTERPRETED, reason="the GPU runs the batches that need more than one block a chunk")
+    def test_chunks_of_several_blocks(self, monkeypatch):
+        from d2it.kernels import plan_tokens
+
+        monkeypatch.setattr(plan_tokens, "BLOCK", 16)
+        monkeypatch.setattr(plan_tokens, "MAX_CHUNKS", 3)
+        self.check(self.corners[2], "triton", torch.float32, "transposed")
+
+    def test_no_capacity_is_room_for_every_cell(self, backend):
+        grains = torch.ones(2, 2, 2, dtype=torch.int64, device=DEVICE)
+        plan = d2it.ops.plan_tokens(grains, backend=backend)
+        assert plan.capacity == plan.count == 2 * 16
+        want = reference.plan_tokens(grains)
+        assert all(torch.equal(a, b) for a, b in zip(tensors_in(plan), tensors_in(want)))
+
+    @pytest.mark.skipif(not INTERPRETED, reason="on a GPU a device-side assertion")
+    @pytest.mark.parametrize(("grain", "capacity", "match"), WRONG_MAPS)
+    def test_what_the_maps_hold_is_judged(self, backend, grain, capacity, match):
+        grains = torch.ones(1, 4, 4, dtype=torch.int64)
+        grains[0, 1, 1] = grain
+        with pytest.raises(ValueError, match=match):
+            d2it.ops.plan_tokens(grains, capacity=capacity, backend=backend)
+
+    @pytest.mark.skipif(not INTERPRETED, reason="the launcher asserts on a GPU")
+    @pytest.mark.parametrize("capacity", [0, 1, 31])
+    def test_rows_past_the_capacity_are_left_out(self, capacity):
+        """Below the check, what a GPU leaves behind until the assertion is seen: nothing outside the buffers."""
+        from d2it.kernels import plan_tokens
+
+        grains = torch.ones(2, 2, 2, dtype=torch.int64)
+        got = plan_tokens.plan_tokens_forward(grains, 2, 2, 1, capacity)
+        want = reference.plan_tokens(grains, window=2, capacity=capacity)
+        assert all(torch.equal(a, b) for a, b in zip(got, tensors_in(want)))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+    @pytest.mark.parametrize(("grain", "capacity", "match"), WRONG_MAPS)
+    def test_what_the_maps_hold_is_asserted_on_the_device(self, backend, grain, capacity, match):
+        code = f"""
+            import torch, d2it.ops
+            grains = torch.ones(1, 4, 4, dtype=torch.int64)
+            grains[0, 1, 1] = {grain}
+            d2it.ops.plan_tokens(grains.cuda(), capacity={capacity}, backend={backend!r})
+            torch.cuda.synchronize()
+        """
+        run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode != 0
+        assert match in run.stderr + run.stdout
