@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import operator
+from d2it.ops._register import implement, operator
 
 
 def adaln_modulate(
@@ -27,7 +27,7 @@ def adaln_modulate(
     Args:
         x: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides.
         shift, scale: (B, C) floating point, of one dtype, which may differ from that of `x`.
-        sample: (T,) int32 or int64, the image of each row.
+        sample: (T,) int32 or int64, the image of each row, in 0..B-1.
         eps: added to the variance.
         backend: "reference", "triton", or None to choose.
 
@@ -35,13 +35,15 @@ def adaln_modulate(
         The shape and dtype of `x`, computed in float32. Gradients of shift and scale are summed in a fixed order.
 
     Raises:
-        TypeError, ValueError: shapes or devices that do not go together.
+        TypeError, ValueError: shapes or devices that do not go together, or a sample that names no image (on a GPU as
+            a device-side assertion, raised at the next synchronisation).
     """
     _validate(x, sample, (("shift", shift), ("scale", scale)))
     _check.same("dtype", "shift", shift, "scale", scale)
     _check.require(eps >= 0, "eps", "not be negative", eps)
     name = choose("adaln_modulate", backend, x, shift, scale, sample=sample)
     if name == "reference":
+        check_sample(sample, scale.shape[0])
         return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
     return torch.ops.d2it.adaln_modulate(x, shift, scale, sample, float(eps), name)
 
@@ -54,14 +56,15 @@ def gated_residual(
     Args:
         x, branch: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides, dtypes may differ.
         gate: (B, C) floating point.
-        sample: (T,) int32 or int64, the image of each row.
+        sample: (T,) int32 or int64, the image of each row, in 0..B-1.
         backend: "reference", "triton", or None to choose.
 
     Returns:
         The shape and dtype of `x`, computed in float32. The gradient of the gate is summed in a fixed order.
 
     Raises:
-        TypeError, ValueError: shapes or devices that do not go together.
+        TypeError, ValueError: shapes or devices that do not go together, or a sample that names no image (on a GPU as
+            a device-side assertion, raised at the next synchronisation).
     """
     _validate(x, sample, (("gate", gate),))
     _check.tensor("branch", branch, ndim=x.ndim, floating=True)
@@ -69,6 +72,7 @@ def gated_residual(
     _check.require(branch.shape == x.shape, "branch", f"have the shape of x {tuple(x.shape)}", tuple(branch.shape))
     name = choose("gated_residual", backend, x, branch, gate, sample=sample)
     if name == "reference":
+        check_sample(sample, gate.shape[0])
         return reference.gated_residual(x, branch, gate, sample=sample)
     return torch.ops.d2it.gated_residual(x, branch, gate, sample, name)
 
@@ -91,6 +95,17 @@ def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, 
         _check.tensor("sample", sample, ndim=1, floating=False)
         _check.same("device", "x", x, "sample", sample)
         _check.require(sample.shape[0] == x.shape[0], "sample", f"have the {x.shape[0]} rows of x", sample.shape[0])
+
+
+def check_sample(sample: Tensor | None, images: int) -> None:
+    """Raises unless every row names an image."""
+    if sample is None:
+        return
+    _check.values(
+        ((sample >= 0) & (sample < images)).all(),
+        f"sample must name images 0..{images - 1}",
+        lambda: f"{int(sample.min())}..{int(sample.max())}",
+    )
 
 
 def _modulate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -121,11 +136,34 @@ def _gate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     return grad, dbranch, dgate, None, None
 
 
+def _modulate_fits(
+    x: Tensor, shift: Tensor, scale: Tensor, *, sample: Tensor | None = None, eps: float = 1e-6
+) -> list[str]:
+    return _triton_fits(x, shift, scale)
+
+
+def _gate_fits(x: Tensor, branch: Tensor, gate: Tensor, *, sample: Tensor | None = None) -> list[str]:
+    return _triton_fits(x, branch, gate)
+
+
+def _triton_fits(x: Tensor, *others: Tensor) -> list[str]:
+    reasons = []
+    for tensor in (x, *others):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            reasons.append(f"it computes in float32 and takes no {tensor.dtype}")
+    if x.shape[-1] > 16384:
+        reasons.append(f"it holds a row in registers, at most 16384 channels, not {x.shape[-1]}")
+    if x.shape[:-1].numel() > 2**31 - 2**16:
+        reasons.append(f"it counts rows in int32, and {x.shape[:-1].numel()} are too many")
+    return reasons
+
+
 operator(
     "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, str backend) -> Tensor",
     fake=lambda x, *rest: x.new_empty(x.shape),
     setup=_modulate_setup,
     backward=_modulate_backward,
+    check=lambda x, shift, scale, sample, eps: check_sample(sample, scale.shape[0]),
 )
 operator(
     "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, str backend) -> "
@@ -137,6 +175,7 @@ operator(
     fake=lambda x, *rest: x.new_empty(x.shape),
     setup=_gate_setup,
     backward=_gate_backward,
+    check=lambda x, branch, gate, sample: check_sample(sample, gate.shape[0]),
 )
 operator(
     "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, str backend) -> "
@@ -146,5 +185,8 @@ operator(
         gate.new_empty(gate.shape),
     ),
 )
-for _op in ("adaln_modulate", "gated_residual"):
+for _op, _fits in (("adaln_modulate", _modulate_fits), ("gated_residual", _gate_fits)):
     register_backend(_op, "reference")
+    register_backend(_op, "triton", _fits)
+    implement(_op, "triton", f"d2it.kernels.modulate:{_op}_forward")
+    implement(f"{_op}_backward", "triton", f"d2it.kernels.modulate:{_op}_backward")

@@ -1,0 +1,160 @@
+import random
+
+import pytest
+import torch
+
+import d2it.ops
+from d2it.ops import reference
+from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
+
+FILE = "kernels/modulate.py"
+# order: images by (B, L); rows in order of their images, as a plan's; rows in any order; most images without rows.
+# C: 1 and 5 are narrower than a vector, 72 pads half a warp, 257 three chunks and one. Blocks are 16 rows: L = 17 puts
+# a run across two blocks, L = 3 five images into one.
+PLAN = {"B": 3, "L": 17, "C": 5, "order": "plan"}
+ANY = {"B": 3, "L": 9, "C": 5, "order": "any"}
+HALVES = {"B": 4, "L": 8, "C": 72, "order": "halves"}  # in order inside each block of rows, not from one to the next
+CORNERS = [
+    {"B": 0, "L": 3, "C": 8, "order": "images"},
+    {"B": 2, "L": 0, "C": 8, "order": "images"},
+    {"B": 2, "L": 3, "C": 0, "order": "images"},
+    {"B": 1, "L": 1, "C": 1, "order": "images"},
+    {"B": 3, "L": 17, "C": 5, "order": "images"},
+    {"B": 7, "L": 3, "C": 72, "order": "images"},
+    {"B": 2, "L": 17, "C": 257, "order": "images"},
+    {"B": 2, "L": 0, "C": 8, "order": "plan"},
+    PLAN,
+    {"B": 9, "L": 3, "C": 72, "order": "gaps"},
+    ANY,
+    {"B": 2, "L": 5, "C": 1152, "order": "any"},
+    HALVES,
+]
+GPU_CORNERS = [
+    {"B": 32, "L": 256, "C": channels, "order": order}
+    for channels in (384, 768, 1024, 1152, 4096)
+    for order in ("images", "plan", "any")
+]
+
+
+class Modulation(KernelSuite):
+    corners = CORNERS
+    gpu_corners = GPU_CORNERS
+    small = {"B": 3, "L": 5, "C": 6, "order": "plan"}
+
+    def random_shape(self, rng: random.Random) -> Shape:
+        return {
+            "B": rng.randint(1, 6),
+            "L": rng.randint(0, 20),
+            "C": rng.choice((1, 2, 3, 7, 8, 16, 31, 64, 65, 129, 384)),
+            "order": rng.choice(("images", "plan", "gaps", "any")),
+        }
+
+    def parts(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator, rows: int, parameters: int):
+        """`rows` tensors of rows, `parameters` slices of one projection in float32, and sample."""
+        batch, length, channels = shape["B"], shape["L"], shape["C"]
+        size = (batch, length) if shape["order"] == "images" else (batch * length,)
+        tensors = [torch.randn(*size, channels, generator=rng, dtype=torch.float64) for _ in range(rows)]
+        projection = torch.randn(batch, parameters, channels, generator=rng, dtype=torch.float64).float()
+        if shape["order"] == "images":
+            sample = None
+        elif shape["order"] == "gaps":
+            first = batch * length // 3
+            sample = torch.tensor([batch // 3, batch // 2]).repeat_interleave(
+                torch.tensor([first, batch * length - first])
+            )
+            sample = sample.int()
+        elif shape["order"] == "halves":
+            sample = torch.arange(batch).repeat_interleave(length // 2).repeat(2).int()
+        else:
+            sample = torch.randint(0, batch, size, generator=rng)
+            sample = sample if shape["order"] == "any" else sample.sort().values.int()
+        return [t.to(dtype) for t in tensors], projection.unbind(1), sample
+
+
+class TestAdalnModulate(Modulation):
+    op = "adaln_modulate"
+    gradients = ("x", "shift", "scale")
+    mutations = [
+        Mutation("plain scale", FILE, "b_normed[i] * (1.0 + b_scale) + b_shift", "b_normed[i] * b_scale + b_shift"),
+        Mutation("biased variance", FILE, "tl.sum(b_sum, 1) / C + eps", "tl.sum(b_sum, 1) / (C + 1) + eps"),
+        Mutation("mean over padding", FILE, "tl.where(_mask(m_row, i, C, CHUNK),", "tl.where(m_row[:, None],"),
+        Mutation("scale in dshift", FILE, "(b_shift_sum[i] + b_grad,)", "(b_shift_sum[i] + b_grad * b_normed[i],)"),
+        Mutation("no dot in dx", FILE, "- b_normed[i] * b_mean_dot[:, None]", ""),
+        Mutation("run of the image before", FILE, "& ((b_image <= i_image) |", "& ((b_image < i_image) |"),
+        Mutation("last run", FILE, "i_image_last = i_last // length", "i_image_last = i_first // length"),
+        Mutation("order unnoticed", FILE, "tl.where(ordered, i_image, -1)", "i_image", (ANY,)),
+        Mutation("order across blocks", FILE, "mask=o_row + 1 < rows", "mask=o_row < i_last", (HALVES,)),
+        Mutation("statistics of another row", FILE, "tl.load(p_stats + 1, mask", "tl.load(p_stats, mask", (ANY,)),
+        Mutation(
+            "last block", FILE, "i_end += tl.sum((b_from <= i_image)", "i_end += tl.sum((b_from < i_image)", (PLAN,)
+        ),
+    ]
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        (x,), (shift, scale), sample = self.parts(shape, dtype, rng, 1, 2)
+        return {"x": x, "shift": shift, "scale": scale, "sample": sample}
+
+    def test_large_mean_keeps_its_variance(self, backend):
+        """Two passes over the row, not E[x^2] - E[x]^2."""
+        x = 1000 + torch.randn(2, 9, 96, generator=torch.Generator().manual_seed(0))
+        zero = torch.zeros(2, 96, device=DEVICE)
+        got = d2it.ops.adaln_modulate(x.to(DEVICE), zero, zero, backend=backend)
+        want = reference.adaln_modulate(x.double(), zero.double().cpu(), zero.double().cpu())
+        assert (got.cpu() - want).abs().max() < 1e-3
+
+    def test_eps_is_used(self, backend):
+        x = torch.randn(1, 3, 40, device=DEVICE) * 0.01
+        zero = torch.zeros(1, 40, device=DEVICE)
+        got = d2it.ops.adaln_modulate(x, zero, zero, eps=0.5, backend=backend)
+        torch.testing.assert_close(got, reference.adaln_modulate(x, zero, zero, eps=0.5))
+
+
+class TestGatedResidual(Modulation):
+    op = "gated_residual"
+    gradients = ("x", "branch", "gate")
+    mutations = [
+        Mutation("gate on the residual", FILE, "b_x + b_gate * b_branch", "b_gate * b_x + b_branch"),
+        Mutation("no gate in dbranch", FILE, "(b_grad * b_gate).to", "(b_grad).to"),
+        Mutation("branch missing in dgate", FILE, "b_sum += b_grad * b_branch", "b_sum += b_grad"),
+        Mutation(
+            "missing channel", FILE, "element_ty), mask=m_tile)", "element_ty), mask=m_tile & (o_col < C - 1)[None, :])"
+        ),
+        Mutation(
+            "missing row",
+            FILE,
+            "o_row < i_first + i_end\n            m_tile",
+            "o_row < i_first + i_end - 1\n            m_tile",
+        ),
+        Mutation("blocks of the next image", FILE, "(i_block + o_place + i_image)", "(i_block + o_place)"),
+        Mutation("last block of an image", FILE, "// BLOCK_ROWS + 1, 0)", "// BLOCK_ROWS, 0)"),
+    ]
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        (x, branch), (gate,), sample = self.parts(shape, dtype, rng, 2, 1)
+        return {"x": x, "branch": branch, "gate": gate, "sample": sample}
+
+    def test_branch_may_have_another_dtype(self, backend):
+        x, branch, gate = (torch.randn(2, 5, 24, device=DEVICE).requires_grad_() for _ in range(3))
+        gate = gate[:, 0].detach().requires_grad_()
+        half = branch.detach().half().requires_grad_()
+        out = d2it.ops.gated_residual(x, half, gate, backend=backend)
+        want = reference.gated_residual(x, half, gate)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, want)
+        cotangent = torch.randn_like(out)
+        got = torch.autograd.grad(out, (x, half, gate), cotangent)
+        for a, b in zip(got, torch.autograd.grad(want, (x, half, gate), cotangent)):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a device-side assertion")
+@pytest.mark.parametrize("backend", d2it.ops.available_backends("adaln_modulate"))
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_a_sample_that_names_no_image(backend, wrong):
+    x, parameter = torch.randn(3, 8), torch.randn(2, 8)
+    sample = torch.tensor([0, wrong, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"sample must name images 0\.\.1"):
+        d2it.ops.adaln_modulate(x, parameter, parameter, sample=sample, backend=backend)
+    with pytest.raises(ValueError, match=r"sample must name images 0\.\.1"):
+        d2it.ops.gated_residual(x, x, parameter, sample=sample, backend=backend)
