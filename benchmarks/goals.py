@@ -115,7 +115,7 @@ def training(contender: str, figure: str, preset: str) -> Callable[[Results], It
 
 
 def packed_against_masked(results: Results) -> Iterator[Measured]:
-    rows = [row for row in _rows(results, "train") if "ms" in row]
+    rows = [row for row in _rows(results, "train") if right(row)]
     for case in cases(rows):
         at = {row["contender"]: row["ms"] for row in rows if row["case"] == case}
         packed = min((ms for name, ms in at.items() if name.startswith("d2it packed")), default=None)

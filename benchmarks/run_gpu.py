@@ -19,6 +19,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,8 +82,12 @@ def run(part: str, command: list[str], limit: float, **environment: str) -> Outc
             code = None
     # pytest's 5: this shard had nothing to run.
     passed = code == 0 or (code == 5 and part.startswith("tests"))
+    tail = log.read_text(errors="replace")
     state = "stopped at its limit" if code is None else "passed" if passed else "failed"
-    return Outcome(part, state, time.monotonic() - start, log.read_text(errors="replace"))
+    absent = re.search(r"^ModuleNotFoundError: No module named '(\w+)'$", tail[-500:], re.MULTILINE)
+    if state == "failed" and absent:
+        state = f"skipped: needs {absent[1]}, which is not installed"
+    return Outcome(part, state, time.monotonic() - start, tail)
 
 
 def build(limit: float) -> Outcome:

@@ -75,7 +75,8 @@ def test_every_benchmark_of_an_operator_is_right_on_its_first_case(script: str) 
         return
     bench = next(iter(module.benches()))
     assert bench.expected is not None
-    names = [name for name in bench.contenders if results.ours({"contender": name})] or ["eager"]
+    names = [name for name in bench.contenders if results.ours({"contender": name})]
+    names = names or list(bench.contenders)[:1]  # no C++ operators here
     inputs = bench.inputs(0)
     cotangents: list[torch.Tensor] = []
     wide = {key: torch.utils._pytree.tree_map_only(torch.Tensor, common._widen, value) for key, value in inputs.items()}
