@@ -111,7 +111,10 @@ def _autograd(op: Any, setup: Callable[..., None], backward: Callable[..., Seque
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return (None, None, *tree_flatten(tuple(backward(ctx, *grads)))[0])
+            leaves: list[Any] = [None, None]
+            for gradient in backward(ctx, *grads):
+                leaves.extend(gradient) if isinstance(gradient, (list, tuple)) else leaves.append(gradient)
+            return tuple(leaves)
 
     Function.__name__ = f"{op.name().split('::')[1].split('.')[0]}_autograd"
 
