@@ -27,6 +27,8 @@ def why_not(op: str, device_type: str) -> list[str]:
     """Why ``torch.ops.d2it_C.<op>`` cannot run on ``device_type`` ("cpu", "cuda"); empty if it can."""
     if reason := _load():
         return [reason]
+    if not hasattr(torch.ops.d2it_C, op):
+        return [f"{_LIBRARY.name} is older than {op}: build it again (make build)"]
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"d2it_C::{op}", key):
         return [f"d2it was built without {key} operators: reinstall with D2IT_BUILD={device_type}"]
