@@ -8,29 +8,34 @@
 // add to different copies of it, because in a smooth region they would otherwise wait for each other's
 // stores.
 //
+// A gray image of bytes whose bins are the 256 levels needs no taps per pixel: its histogram is exact, and
+// the density is the histogram convolved with the kernel at whole steps.
+//
 // With p the density before normalisation and Z its sum, H = ln Z - (sum p ln p) / Z.
+#include "kde_entropy.h"
 #include "cpu.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 namespace {
 
+using d2it::Gray;
+using d2it::Regions;
+using d2it::Results;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr double kReach = 6.0;         // sigma; what lies beyond changes no entropy by more than 3e-7
 constexpr double kLargestStep = 0.016; // sigma; the largest e: its third-order term stays below 1e-6
 constexpr int kCopies = 8;
 constexpr int kLanes = 16;
-constexpr int kMaxPixels = 64 * 64;
+constexpr int kLevels = 256;
+constexpr int kStrip = 256; // columns at a time: long loops, and what they leave stays in the L1 cache
 constexpr int64_t kPixelsPerThread = 4096; // fewer are not worth waking a thread for
 
 template <typename T, int n>
@@ -53,94 +58,100 @@ D2IT_INLINE const V& as(const float* p) {
 // ----------------------------------------------------------------------------------------------------
 // What is worked out once per call
 
-struct Job {
-  const void* images;
-  int64_t stride_batch, stride_channel, stride_row, stride_column; // elements
-  int64_t map_height, map_width;
-  int region, channels, bins;
-  bool normalize;
-
-  // value of a pixel, from the middle of the range = scale * (offset + sum of weight * channel)
-  float weights[3], offset, scale;
-  float least, most; // what a channel may hold
-
+struct Bins {
+  int count;
   // Nodes: `phases` of them per bin. node = round(value * nodes_per_unit + middle); e, in sigma, is what is
   // left.
   float nodes_per_unit, middle, step_high, step_low, per_sigma;
   int phase_bits, last_node;
-  int reach, taps; // bins j - reach + 1 .. j + reach, padded to whole vectors
-  float spacing;   // of the bins, in sigma
+  int reach, taps; // of a pixel in the interval j: bins j - reach + 1 .. j + reach, padded to whole vectors
+  int density;     // floats of one; entry i is bin i - (reach - 1)
+  float spacing;   // sigma
   std::vector<float> table;
 
-  const float* thresholds;
-  int num_thresholds;
-  float* entropy;
-  int64_t* grains;
+  Bins(int64_t num_bins, double low, double high, double sigma) : count(static_cast<int>(num_bins)) {
+    const double step = (high - low) / (count - 1), delta = step / sigma;
+    spacing = static_cast<float>(delta);
+    reach = static_cast<int>(std::min<double>(count, std::ceil(d2it::kReach / delta)));
+    phase_bits = 0;
+    while (reach > 1 && delta / (2 << phase_bits) > kLargestStep) ++phase_bits;
+    const int phases = 1 << phase_bits, width = 2 * reach;
+    taps = width <= 4 ? 4 : width <= 8 ? 8 : (width + kLanes - 1) / kLanes * kLanes;
+    density = (count + taps + 2 * kLanes - 1) / kLanes * kLanes;
+    last_node = (count - 1) * phases;
+    nodes_per_unit = static_cast<float>(phases / step);
+    middle = static_cast<float>(last_node / 2.0);
+    step_high = static_cast<float>(step / phases);
+    step_low = static_cast<float>(step / phases - step_high);
+    per_sigma = static_cast<float>(1 / sigma);
+    if (reach > 1) fill_table(delta, phases);
+  }
 
-  int pixels() const { return region * region; }
-  int copy_size() const { return (bins + taps + 2 * kLanes - 1) / kLanes * kLanes; }
+ private:
+  void fill_table(double delta, int phases) {
+    table.resize(3 * taps * phases);
+    for (int phase = 0; phase < phases; ++phase) {
+      float* row = table.data() + 3 * taps * phase;
+      for (int k = 0; k < taps; ++k) {
+        const double u = (k - reach + 1 - static_cast<double>(phase) / phases) * delta;
+        const double g = std::exp(-0.5 * u * u);
+        row[k] = static_cast<float>(g);
+        row[taps + k] = static_cast<float>(g * u);
+        row[2 * taps + k] = static_cast<float>(g * (u * u - 1) / 2);
+      }
+    }
+  }
 };
 
-// The float that bounds floats as `bound` bounds doubles.
-float round_up(double bound) {
-  const float f = static_cast<float>(bound);
-  return f < bound ? std::nextafter(f, std::numeric_limits<float>::infinity()) : f;
-}
+struct Job {
+  Regions in;
+  Gray gray;
+  Bins bins;
+  Results out;
 
-void set_values(Job& job, ScalarType dtype, double low, double high, double slack) {
-  const double gray[3] = {0.2989, 0.5870, 0.1140};
-  const double middle = (low + high) / 2;
-  double total = 0;
-  for (int c = 0; c < job.channels; ++c) total += job.channels == 1 ? 1.0 : gray[c];
-  if (dtype == ScalarType::Byte) { // weights in 1 / 10,000: the weighted sum is exact in float
-    const double unit = (high - low) / 255 / (job.channels == 1 ? 1 : 10000);
-    for (int c = 0; c < job.channels; ++c) {
-      job.weights[c] = job.channels == 1 ? 1.0f : static_cast<float>(std::round(gray[c] * 10000));
-    }
-    job.scale = static_cast<float>(unit);
-    job.offset = static_cast<float>((low * total - middle) / unit);
-  } else {
-    for (int c = 0; c < job.channels; ++c)
-      job.weights[c] = job.channels == 1 ? 1.0f : static_cast<float>(gray[c]);
-    job.scale = 1.0f;
-    job.offset = static_cast<float>(-middle);
-  }
-  job.least = round_up(low - slack);
-  job.most = -round_up(-(high + slack));
-}
+  int pixels() const { return in.size * in.size; }
+  int64_t strips() const {
+    return (in.map_width + regions_per_strip() - 1) / regions_per_strip();
+  } // in a row of them
+  int regions_per_strip() const { return std::max(1, kStrip / in.size); }
+};
 
-void set_density(Job& job, double low, double high, double sigma) {
-  const double spacing = (high - low) / (job.bins - 1), delta = spacing / sigma;
-  job.spacing = static_cast<float>(delta);
-  job.reach = static_cast<int>(std::min<double>(job.bins, std::ceil(kReach / delta)));
-  job.phase_bits = 0;
-  if (job.reach > 1) {
-    while (delta / (2 << job.phase_bits) > kLargestStep) ++job.phase_bits;
+// Some regions of one row of the map, side by side.
+struct Strip {
+  int64_t first_pixel; // offset in elements
+  int64_t first_region;
+  int regions, width; // columns
+
+  Strip(const Job& job, int64_t i) {
+    const Regions& in = job.in;
+    const int64_t line = i / job.strips(), x = i % job.strips() * job.regions_per_strip();
+    const int64_t b = line / in.map_height, y = line % in.map_height;
+    first_pixel = b * in.batch + y * in.size * in.row + x * in.size * in.column;
+    first_region = line * in.map_width + x;
+    regions = static_cast<int>(std::min<int64_t>(job.regions_per_strip(), in.map_width - x));
+    width = regions * in.size;
   }
-  const int phases = 1 << job.phase_bits, width = 2 * job.reach;
-  job.taps = width <= 4 ? 4 : width <= 8 ? 8 : (width + kLanes - 1) / kLanes * kLanes;
-  job.last_node = (job.bins - 1) * phases;
-  job.nodes_per_unit = static_cast<float>(phases / spacing);
-  job.middle = static_cast<float>(job.last_node / 2.0);
-  job.step_high = static_cast<float>(spacing / phases);
-  job.step_low = static_cast<float>(spacing / phases - job.step_high);
-  job.per_sigma = static_cast<float>(1 / sigma);
-  if (job.reach == 1) return; // two neighbours: worked out directly
-  job.table.resize(3 * job.taps * phases);
-  for (int phase = 0; phase < phases; ++phase) {
-    float* row = job.table.data() + 3 * job.taps * phase;
-    for (int k = 0; k < job.taps; ++k) {
-      const double u = (k - job.reach + 1 - static_cast<double>(phase) / phases) * delta;
-      const double g = std::exp(-0.5 * u * u);
-      row[k] = static_cast<float>(g);
-      row[job.taps + k] = static_cast<float>(g * u);
-      row[2 * job.taps + k] = static_cast<float>(g * (u * u - 1) / 2);
-    }
+};
+
+// What a thread works in.
+struct Scratch {
+  std::vector<float> density;         // kCopies of them, zero between regions
+  std::vector<float> values, offsets; // of the pixels of a strip, row by row
+  std::vector<int32_t> nodes;
+  std::vector<int32_t> lowest, highest; // node of a column
+
+  explicit Scratch(const Job& job) : density(kCopies * job.bins.density) {
+    const int width = job.regions_per_strip() * job.in.size, pixels = width * job.in.size;
+    values.resize(pixels);
+    offsets.resize(pixels);
+    nodes.resize(pixels);
+    lowest.resize(width);
+    highest.resize(width);
   }
-}
+};
 
 // ----------------------------------------------------------------------------------------------------
-// Pixels of a region
+// Pixels
 
 using d2it::BFloat16;
 using d2it::Half;
@@ -148,104 +159,108 @@ using d2it::to_float;
 D2IT_INLINE float to_float(float v) { return v; }
 D2IT_INLINE float to_float(uint8_t v) { return v; }
 
-// Writes the region's values, from the middle of the range, row by row; whether all of them may be there.
-// column: the stride between neighbours in a row where it is known (0: read it).
-template <typename T, int channels, int column>
-D2IT_INLINE bool read_region(const Job& job, const T* __restrict in, float* __restrict values) {
-  const int64_t step = column ? column : job.stride_column, next = job.stride_channel;
-  const float least = job.least, most = job.most, offset = job.offset, scale = job.scale;
-  const float w0 = job.weights[0], w1 = job.weights[1], w2 = job.weights[2];
-  const int region = job.region;
+// A row of pixels as values from the middle of the range; whether all of them may be there.
+// kColumn: 1 where neighbours are adjacent, 3 where pixels of three adjacent channels are, else 0.
+template <typename T, int kChannels, int kColumn>
+D2IT_INLINE bool read_row(const Regions& regions, const Gray& gray, const T* __restrict in,
+                          float* __restrict values, int width) {
+  const int64_t step = kColumn ? kColumn : regions.column, next = regions.channel;
+  const float least = gray.least, most = gray.most, offset = gray.offset, scale = gray.scale;
+  const float w0 = gray.weights[0], w1 = gray.weights[1], w2 = gray.weights[2];
+  constexpr bool kBytes = std::is_same_v<T, uint8_t>;
   int bad = 0;
-  for (int y = 0; y < region; ++y, in += job.stride_row, values += region) {
-    for (int x = 0; x < region; ++x) {
-      const T* pixel = in + x * step;
-      float value;
-      if (channels == 1) {
-        const float v = to_float(pixel[0]);
-        bad |= !((v >= least) & (v <= most));
-        value = v + offset;
-      } else {
-        const float r = to_float(pixel[0]);
-        const float g = to_float(pixel[column == 3 ? 1 : next]);
-        const float b = to_float(pixel[column == 3 ? 2 : 2 * next]);
+  for (int x = 0; x < width; ++x) {
+    const T* pixel = in + x * step;
+    if constexpr (kChannels == 1) {
+      const float v = to_float(pixel[0]);
+      if (!kBytes) bad |= !((v >= least) & (v <= most));
+      values[x] = (w0 * v + offset) * scale;
+    } else {
+      const float r = to_float(pixel[0]);
+      const float g = to_float(pixel[kColumn == 3 ? 1 : next]);
+      const float b = to_float(pixel[kColumn == 3 ? 2 : 2 * next]);
+      if (!kBytes)
         bad |= !((r >= least) & (r <= most) & (g >= least) & (g <= most) & (b >= least) & (b <= most));
-        value = std::is_same_v<T, uint8_t> ? (w0 * r + w1 * g + w2 * b) + offset
-                                           : w0 * r + (w1 * g + (w2 * b + offset));
-      }
-      values[x] = value * scale;
+      values[x] =
+          kBytes ? (w0 * r + w1 * g + w2 * b + offset) * scale : w0 * r + (w1 * g + (w2 * b + offset));
     }
   }
-  return std::is_same_v<T, uint8_t> || !bad;
+  return !bad;
 }
 
 template <typename T>
-D2IT_INLINE bool read_any(const Job& job, int64_t start, float* values) {
-  const T* in = static_cast<const T*>(job.images) + start;
-  if (job.channels == 1) {
-    return job.stride_column == 1 ? read_region<T, 1, 1>(job, in, values)
-                                  : read_region<T, 1, 0>(job, in, values);
+D2IT_INLINE bool read_strip(const Job& job, const Strip& strip, float* values) {
+  const Regions& in = job.in;
+  bool good = true;
+  for (int y = 0; y < in.size; ++y, values += strip.width) {
+    const T* row = static_cast<const T*>(in.images) + strip.first_pixel + y * in.row;
+    if (in.channels == 1) {
+      good &= in.column == 1 ? read_row<T, 1, 1>(in, job.gray, row, values, strip.width)
+                             : read_row<T, 1, 0>(in, job.gray, row, values, strip.width);
+    } else if (in.column == 1) {
+      good &= read_row<T, 3, 1>(in, job.gray, row, values, strip.width);
+    } else if (in.column == 3 && in.channel == 1) {
+      good &= read_row<T, 3, 3>(in, job.gray, row, values, strip.width);
+    } else {
+      good &= read_row<T, 3, 0>(in, job.gray, row, values, strip.width);
+    }
   }
-  if (job.stride_column == 1) return read_region<T, 3, 1>(job, in, values);
-  if (job.stride_column == 3 && job.stride_channel == 1) return read_region<T, 3, 3>(job, in, values);
-  return read_region<T, 3, 0>(job, in, values);
+  return good;
+}
+
+// The node of every pixel, its distance from it in sigma, and the columns' lowest and highest nodes.
+D2IT_INLINE void locate(const Job& job, const Strip& strip, Scratch& s) {
+  const Bins& bins = job.bins;
+  const float nodes_per_unit = bins.nodes_per_unit, middle = bins.middle, per_sigma = bins.per_sigma;
+  const float step_high = bins.step_high, step_low = bins.step_low;
+  const float rounding =
+      middle + (bins.reach == 1 ? 0.0f : 0.5f); // two neighbours: the node is the bin below
+  const int last_node = bins.last_node, width = strip.width;
+  int32_t* __restrict lowest = s.lowest.data();
+  int32_t* __restrict highest = s.highest.data();
+  for (int x = 0; x < width; ++x) {
+    lowest[x] = last_node;
+    highest[x] = 0;
+  }
+  for (int y = 0; y < job.in.size; ++y) {
+    const float* __restrict values = s.values.data() + y * width;
+    float* __restrict offsets = s.offsets.data() + y * width;
+    int32_t* __restrict nodes = s.nodes.data() + y * width;
+    for (int x = 0; x < width; ++x) {
+      int node = static_cast<int>(values[x] * nodes_per_unit + rounding);
+      node = node < 0 ? 0 : node;
+      node = node > last_node ? last_node : node;
+      const float at = static_cast<float>(node) - middle;
+      offsets[x] = ((values[x] - at * step_high) - at * step_low) * per_sigma;
+      nodes[x] = node;
+      lowest[x] = node < lowest[x] ? node : lowest[x];
+      highest[x] = node > highest[x] ? node : highest[x];
+    }
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------
 // Density
 
-struct Scratch {
-  std::vector<float> density; // kCopies of them; entry i is bin i - (reach - 1); zero between regions
-  std::vector<float> values, offsets;
-  std::vector<int32_t> nodes;
-
-  explicit Scratch(const Job& job)
-      : density(kCopies * job.copy_size()), values(kMaxPixels), offsets(kMaxPixels), nodes(kMaxPixels) {}
-};
-
-// The node of every pixel and its distance from it, in sigma. Returns the first and the last bin below a
-// pixel.
-D2IT_INLINE void locate(const Job& job, Scratch& s, int& first, int& last) {
-  const float* __restrict values = s.values.data();
-  float* __restrict offsets = s.offsets.data();
-  int32_t* __restrict nodes = s.nodes.data();
-  const float nodes_per_unit = job.nodes_per_unit, middle = job.middle, per_sigma = job.per_sigma;
-  const float step_high = job.step_high, step_low = job.step_low;
-  const float rounding = middle + (job.reach == 1 ? 0.0f : 0.5f);
-  const int last_node = job.last_node, pixels = job.pixels();
-  int lowest = last_node, highest = 0;
-  for (int i = 0; i < pixels; ++i) {
-    int node = static_cast<int>(values[i] * nodes_per_unit + rounding);
-    node = node < 0 ? 0 : node;
-    node = node > last_node ? last_node : node;
-    const float at = static_cast<float>(node) - middle;
-    offsets[i] = ((values[i] - at * step_high) - at * step_low) * per_sigma;
-    nodes[i] = node;
-    lowest = node < lowest ? node : lowest;
-    highest = node > highest ? node : highest;
-  }
-  first = lowest >> job.phase_bits;
-  last = highest >> job.phase_bits;
-}
-
-// Adds every pixel's taps to the density. kTaps: their number where it is a vector of its own, 0: whole
-// kLanes.
+// Adds every tap of a region's pixels to the density. kTaps: their number where it is a vector of its own, 0:
+// whole vectors of kLanes. start: the region's first pixel in the strip.
 template <int kTaps>
-D2IT_INLINE void add_taps(const Job& job, Scratch& s) {
+D2IT_INLINE void add_taps(const Job& job, Scratch& s, int start, int width) {
   constexpr int kWidth = kTaps ? kTaps : kLanes;
   using V = Floats<kWidth>;
-  const int taps = kTaps ? kTaps : job.taps, pixels = job.pixels(), copy_size = job.copy_size();
-  const int bits = job.phase_bits, mask = (1 << bits) - 1;
-  const float* table = job.table.data();
+  const int taps = kTaps ? kTaps : job.bins.taps, size = job.bins.density, region = job.in.size;
+  const int bits = job.bins.phase_bits, mask = (1 << bits) - 1;
+  const float* table = job.bins.table.data();
   float* density = s.density.data();
-  const float* offsets = s.offsets.data();
-  const int32_t* nodes = s.nodes.data();
-  for (int i = 0; i < pixels; ++i) {
-    const float* row = table + (nodes[i] & mask) * 3 * taps;
-    float* out = density + (i % kCopies) * copy_size + (nodes[i] >> bits);
-    const float e = offsets[i];
-    for (int k = 0; k < taps; k += kWidth) {
-      as<V>(out + k) += as<V>(row + k) + e * (as<V>(row + taps + k) + e * as<V>(row + 2 * taps + k));
+  for (int y = 0; y < region; ++y) {
+    const float* offsets = s.offsets.data() + start + y * width;
+    const int32_t* nodes = s.nodes.data() + start + y * width;
+    for (int x = 0; x < region; ++x) {
+      const float* row = table + (nodes[x] & mask) * 3 * taps;
+      float* out = density + x % kCopies * size + (nodes[x] >> bits);
+      const float e = offsets[x];
+      for (int k = 0; k < taps; k += kWidth)
+        as<V>(out + k) += as<V>(row + k) + e * (as<V>(row + taps + k) + e * as<V>(row + 2 * taps + k));
     }
   }
 }
@@ -266,30 +281,35 @@ D2IT_INLINE float exp_negative(float y) {
   return poly * __builtin_bit_cast(float, power);
 }
 
-// Bins kReach sigma apart or farther: a pixel counts at its two neighbours, in full precision however small.
-D2IT_INLINE void add_neighbours(const Job& job, Scratch& s) {
-  float* __restrict below = s.offsets.data(); // in: the distance from the bin below
+// Bins at least kReach sigma apart: a pixel counts at its two neighbours, in full precision however small.
+// These are the neighbours' values for a whole strip, the lower in place of the offsets.
+D2IT_INLINE void weigh_neighbours(const Job& job, const Strip& strip, Scratch& s) {
+  float* __restrict below = s.offsets.data();
   float* __restrict above = s.values.data();
-  const int pixels = job.pixels(), copy_size = job.copy_size();
-  const float spacing = job.spacing;
-  for (int i = 0; i < pixels; ++i) {
+  const float spacing = job.bins.spacing;
+  for (int i = 0; i < strip.width * job.in.size; ++i) {
     const float u = below[i], v = spacing - u;
     below[i] = exp_negative(-0.5f * u * u);
     above[i] = exp_negative(-0.5f * v * v);
   }
-  float* density = s.density.data();
-  const int32_t* nodes = s.nodes.data();
-  for (int i = 0; i < pixels; ++i) {
-    float* out = density + (i % kCopies) * copy_size + nodes[i];
-    out[0] += below[i];
-    out[1] += above[i];
+}
+
+D2IT_INLINE void add_neighbours(const Job& job, Scratch& s, int start, int width) {
+  const int size = job.bins.density, region = job.in.size;
+  for (int y = 0; y < region; ++y) {
+    const int row = start + y * width;
+    for (int x = 0; x < region; ++x) {
+      float* out = s.density.data() + x % kCopies * size + s.nodes[row + x];
+      out[0] += s.offsets[row + x];
+      out[1] += s.values[row + x];
+    }
   }
 }
 
 // ----------------------------------------------------------------------------------------------------
 // Entropy
 
-// p ln p, 0 where p is 0; p is normal or 0, at most 2^127.
+// p ln p, 0 where p is 0; p is normal or 0.
 D2IT_INLINE void p_log_p(const Floats<kLanes>& p, Floats<kLanes>& result) {
   // p = 2^n (1 + f), 1 + f in sqrt(1/2) .. sqrt(2)
   const Ints bits = (Ints)p;
@@ -309,15 +329,40 @@ D2IT_INLINE void p_log_p(const Floats<kLanes>& p, Floats<kLanes>& result) {
   result = (Floats<kLanes>)((Ints)(p * log) & (p > 0.0f));
 }
 
-// Sums up the copies of the density between two entries, clears them and returns the entropy.
-D2IT_INLINE float finish(const Job& job, Scratch& s, int first, int last) {
-  const int size = job.copy_size(), begin = job.reach - 1,
-            end = begin + job.bins; // the entries that are bins
-  first = first / kLanes * kLanes;
+struct Sums {
   Floats<kLanes> total = {}, weighted = {};
+
+  D2IT_INLINE void add(const Floats<kLanes>& p) {
+    Floats<kLanes> term;
+    p_log_p(p, term);
+    total += p;
+    weighted += term;
+  }
+
+  D2IT_INLINE void store(const Results& out, int64_t region) const {
+    double z = 0, sum = 0;
+    for (int k = 0; k < kLanes; ++k) {
+      z += total[k];
+      sum += weighted[k];
+    }
+    const double entropy = !out.normalize ? -sum : z > 0 ? std::log(z) - sum / z : 0.0;
+    out.entropy[region] = static_cast<float>(entropy);
+    if (!out.grains) return;
+    int64_t grain = 0;
+    for (int i = 0; i < out.num_thresholds; ++i) grain += out.entropy[region] > out.thresholds[i];
+    out.grains[region] = grain;
+  }
+};
+
+// Sums up the copies of the density between two entries and clears them.
+D2IT_INLINE void finish(const Job& job, Scratch& s, int first, int last, int64_t region) {
+  const int size = job.bins.density, begin = job.bins.reach - 1,
+            end = begin + job.bins.count; // entries that are bins
+  const float mean = 1.0f / static_cast<float>(job.pixels());
   Ints index;
   for (int k = 0; k < kLanes; ++k) index[k] = k;
-  for (int i = first; i < last; i += kLanes) {
+  Sums sums;
+  for (int i = first / kLanes * kLanes; i < last; i += kLanes) {
     float* entry = s.density.data() + i;
     Floats<kLanes> p = {};
     for (int copy = 0; copy < kCopies; ++copy) {
@@ -325,99 +370,114 @@ D2IT_INLINE float finish(const Job& job, Scratch& s, int first, int last) {
       as<Floats<kLanes>>(entry + copy * size) = Floats<kLanes>{};
     }
     const Ints at = index + i;
-    p = (Floats<kLanes>)((Ints)p & (at >= begin) & (at < end));
-    Floats<kLanes> term;
-    p_log_p(p, term);
-    total += p;
-    weighted += term;
+    p = (Floats<kLanes>)((Ints)(p * mean) & (at >= begin) & (at < end));
+    sums.add(p);
   }
-  double z = 0, sum = 0;
-  for (int k = 0; k < kLanes; ++k) {
-    z += total[k];
-    sum += weighted[k];
-  }
-  if (!(z > 0)) return 0.0f;
-  if (job.normalize) return static_cast<float>(std::log(z) - sum / z);
-  const double pixels = job.pixels(); // p was a sum over the pixels and is to be their mean
-  return static_cast<float>((z * std::log(pixels) - sum) / pixels);
+  sums.store(job.out, region);
 }
 
-// Regions begin .. end - 1, in the order of the map. Whether every value may be there.
+// Strips begin .. end - 1. Whether every value may be there.
 template <typename T>
-D2IT_INLINE bool encode_regions(const Job& job, int64_t begin, int64_t end) {
+D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
+  const Bins& bins = job.bins;
   Scratch s(job);
   bool good = true;
-  for (int64_t region = begin; region < end; ++region) {
-    const int64_t b = region / (job.map_height * job.map_width);
-    const int64_t y = region / job.map_width % job.map_height, x = region % job.map_width;
-    const int64_t start =
-        b * job.stride_batch + y * job.region * job.stride_row + x * job.region * job.stride_column;
-    good &= read_any<T>(job, start, s.values.data());
-    int first, last;
-    locate(job, s, first, last);
-    if (job.reach == 1) {
-      add_neighbours(job, s);
-    } else if (job.taps == 4) {
-      add_taps<4>(job, s);
-    } else if (job.taps == 8) {
-      add_taps<8>(job, s);
-    } else if (job.taps == 16) {
-      add_taps<16>(job, s);
-    } else {
-      add_taps<0>(job, s);
-    }
-    const float entropy = finish(job, s, first, last + job.taps);
-    job.entropy[region] = entropy;
-    if (job.grains) {
-      int64_t grain = 0;
-      for (int i = 0; i < job.num_thresholds; ++i) grain += entropy > job.thresholds[i];
-      job.grains[region] = grain;
+  for (int64_t i = begin; i < end; ++i) {
+    const Strip strip(job, i);
+    good &= read_strip<T>(job, strip, s.values.data());
+    locate(job, strip, s);
+    if (bins.reach == 1) weigh_neighbours(job, strip, s);
+    for (int r = 0; r < strip.regions; ++r) {
+      const int start = r * job.in.size;
+      if (bins.reach == 1) {
+        add_neighbours(job, s, start, strip.width);
+      } else if (bins.taps == 4) {
+        add_taps<4>(job, s, start, strip.width);
+      } else if (bins.taps == 8) {
+        add_taps<8>(job, s, start, strip.width);
+      } else if (bins.taps == 16) {
+        add_taps<16>(job, s, start, strip.width);
+      } else {
+        add_taps<0>(job, s, start, strip.width);
+      }
+      const int32_t lowest = *std::min_element(&s.lowest[start], &s.lowest[start] + job.in.size);
+      const int32_t highest = *std::max_element(&s.highest[start], &s.highest[start] + job.in.size);
+      finish(job, s, lowest >> bins.phase_bits, (highest >> bins.phase_bits) + bins.taps,
+             strip.first_region + r);
     }
   }
   return good;
 }
 
-D2IT_CLONES bool encode_float(const Job& j, int64_t b, int64_t e) { return encode_regions<float>(j, b, e); }
-D2IT_CLONES bool encode_half(const Job& j, int64_t b, int64_t e) { return encode_regions<Half>(j, b, e); }
-D2IT_CLONES bool encode_bfloat16(const Job& j, int64_t b, int64_t e) {
-  return encode_regions<BFloat16>(j, b, e);
+// Regions begin .. end - 1 of a gray image of bytes whose bins are the levels.
+D2IT_INLINE void encode_regions_of_levels(const Job& job, const float* taps, int reach, int64_t begin,
+                                          int64_t end) {
+  const Regions& in = job.in;
+  const float mean = 1.0f / static_cast<float>(job.pixels());
+  float counts[3 * kLevels] = {}; // with zeros on either side
+  int32_t histogram[4][kLevels];  // several, because equal neighbours would wait for each other
+  for (int64_t region = begin; region < end; ++region) {
+    const int64_t x = region % in.map_width, line = region / in.map_width;
+    const int64_t y = line % in.map_height, b = line / in.map_height;
+    const auto* pixel = static_cast<const uint8_t*>(in.images) + b * in.batch + y * in.size * in.row +
+                        x * in.size * in.column;
+    for (auto& part : histogram) std::fill_n(part, kLevels, 0);
+    for (int row = 0; row < in.size; ++row, pixel += in.row)
+      for (int column = 0; column < in.size; ++column) ++histogram[column % 4][pixel[column * in.column]];
+    for (int i = 0; i < kLevels; ++i)
+      counts[kLevels + i] =
+          static_cast<float>(histogram[0][i] + histogram[1][i] + histogram[2][i] + histogram[3][i]);
+    Sums sums;
+    for (int i = kLevels; i < 2 * kLevels; i += kLanes) {
+      Floats<kLanes> p = as<Floats<kLanes>>(counts + i) * taps[0];
+      for (int t = 1; t <= reach; ++t)
+        p += (as<Floats<kLanes>>(counts + i - t) + as<Floats<kLanes>>(counts + i + t)) * taps[t];
+      sums.add(p * mean);
+    }
+    sums.store(job.out, region);
+  }
 }
-D2IT_CLONES bool encode_bytes(const Job& j, int64_t b, int64_t e) { return encode_regions<uint8_t>(j, b, e); }
+
+D2IT_CLONES bool encode_float(const Job& j, int64_t b, int64_t e) { return encode_strips<float>(j, b, e); }
+D2IT_CLONES bool encode_half(const Job& j, int64_t b, int64_t e) { return encode_strips<Half>(j, b, e); }
+D2IT_CLONES bool encode_bfloat16(const Job& j, int64_t b, int64_t e) {
+  return encode_strips<BFloat16>(j, b, e);
+}
+D2IT_CLONES bool encode_bytes(const Job& j, int64_t b, int64_t e) { return encode_strips<uint8_t>(j, b, e); }
+D2IT_CLONES void encode_levels(const Job& j, const float* taps, int reach, int64_t b, int64_t e) {
+  encode_regions_of_levels(j, taps, reach, b, e);
+}
 
 // thresholds: float32, adjacent. entropy: (B, H/S, W/S) float32, grains: int64, both contiguous. False where
 // a value lies more than `slack` outside low..high or is not finite; the results then mean nothing.
 bool kde_entropy(Tensor images, std::optional<Tensor> thresholds, int64_t region_size, int64_t num_bins,
                  double low, double high, double sigma, bool normalize, double slack, Tensor entropy,
                  std::optional<Tensor> grains) {
-  Job job;
-  job.images = images.const_data_ptr();
-  job.stride_batch = images.stride(0);
-  job.stride_channel = images.stride(1);
-  job.stride_row = images.stride(2);
-  job.stride_column = images.stride(3);
-  job.map_height = entropy.size(1);
-  job.map_width = entropy.size(2);
-  job.region = static_cast<int>(region_size);
-  job.channels = static_cast<int>(images.size(1));
-  job.bins = static_cast<int>(num_bins);
-  job.normalize = normalize;
-  job.thresholds = thresholds ? static_cast<const float*>(thresholds->const_data_ptr()) : nullptr;
-  job.num_thresholds = thresholds ? static_cast<int>(thresholds->numel()) : 0;
-  job.entropy = static_cast<float*>(entropy.mutable_data_ptr());
-  job.grains = grains ? static_cast<int64_t*>(grains->mutable_data_ptr()) : nullptr;
+  if (entropy.numel() == 0) return true;
   const ScalarType dtype = images.scalar_type();
-  set_values(job, dtype, low, high, slack);
-  set_density(job, low, high, sigma);
-
+  const Job job{Regions(images, entropy, region_size), Gray(dtype, images.size(1), low, high, slack),
+                Bins(num_bins, low, high, sigma), Results(entropy, grains, thresholds, normalize)};
+  const int64_t grain_size = kPixelsPerThread / job.pixels() + 1;
+  if (dtype == ScalarType::Byte && job.in.channels == 1 && num_bins == kLevels) {
+    float taps[kLevels];
+    for (int t = 0; t < kLevels; ++t)
+      taps[t] = static_cast<float>(std::exp(-0.5 * std::pow(t * ((high - low) / (kLevels - 1) / sigma), 2)));
+    const int reach = std::min(job.bins.reach, kLevels - 1);
+    torch::stable::parallel_for(0, job.in.count, grain_size, [&](int64_t begin, int64_t end) {
+      encode_levels(job, taps, reach, begin, end);
+    });
+    return true;
+  }
   const auto encode = dtype == ScalarType::Float      ? encode_float
                       : dtype == ScalarType::Half     ? encode_half
                       : dtype == ScalarType::BFloat16 ? encode_bfloat16
                                                       : encode_bytes;
-  const int64_t regions_per_thread = kPixelsPerThread / job.pixels() + 1;
+  const int64_t strips = job.in.count / job.in.map_width * job.strips();
   std::atomic<bool> good = true;
-  torch::stable::parallel_for(0, entropy.numel(), regions_per_thread, [&](int64_t begin, int64_t end) {
-    if (!encode(job, begin, end)) good = false;
-  });
+  torch::stable::parallel_for(0, strips, grain_size / job.regions_per_strip() + 1,
+                              [&](int64_t begin, int64_t end) {
+                                if (!encode(job, begin, end)) good = false;
+                              });
   return good;
 }
 

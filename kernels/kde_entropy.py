@@ -165,7 +165,7 @@ def kde_entropy_kernel(
             b_density, b_x, b_first, spacing_high * per_sigma, ROWS, WINDOW, SCALE_BITS, BLOCK // PART
         )
     o_all = tl.arange(0, ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    b_p = tl.where(o_all < BINS, b_density, 0.0) * (1.0 / (1 << SCALE_BITS))
+    b_p = tl.where(o_all < BINS, b_density, 0.0) * (1.0 / (1 << SCALE_BITS) / PIXELS)
     b_plogp = tl.where(b_p > 0, b_p * tl.log2(tl.where(b_p > 0, b_p, 1.0)), 0.0)
     b_z = tl.sum(b_p)
     b_sum = tl.sum(b_plogp)
@@ -173,7 +173,7 @@ def kde_entropy_kernel(
     if NORMALIZE:
         b_entropy = tl.where(b_z > 0, (tl.log2(b_z) - b_sum / b_z) * LN_2, 0.0)
     else:
-        b_entropy = (b_z * tl.log2(tl.full((), PIXELS, tl.float32)) - b_sum) * (LN_2 / PIXELS)
+        b_entropy = -b_sum * LN_2
     tl.store(entropy + i_region, b_entropy)
     if ENCODE:
         b_grain = tl.zeros((), tl.int64)

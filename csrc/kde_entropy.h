@@ -1,0 +1,85 @@
+// kde_entropy: what the CPU and the CUDA file share.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+namespace d2it {
+
+constexpr double kReach = 6.0; // sigma; what lies beyond changes no entropy by more than 3e-7
+
+// The float that bounds floats as `bound` bounds doubles.
+inline float round_up(double bound) {
+  const float f = static_cast<float>(bound);
+  return f < bound ? std::nextafter(f, std::numeric_limits<float>::infinity()) : f;
+}
+
+// value of a pixel, from the middle of the range = scale * (offset + sum of weight * channel)
+struct Gray {
+  float weights[3], offset, scale;
+  float least, most; // what a channel may hold
+
+  Gray(torch::headeronly::ScalarType dtype, int64_t channels, double low, double high, double slack) {
+    const double gray[3] = {channels == 1 ? 1.0 : 0.2989, channels == 1 ? 0.0 : 0.5870,
+                            channels == 1 ? 0.0 : 0.1140};
+    const double middle = (low + high) / 2;
+    if (dtype == torch::headeronly::ScalarType::Byte) { // in 1 / 10,000: the weighted sum is exact in float
+      const double unit = (high - low) / 255 / 10000;
+      for (int c = 0; c < 3; ++c) weights[c] = static_cast<float>(std::round(gray[c] * 10000));
+      scale = static_cast<float>(unit);
+      offset = static_cast<float>((low * (gray[0] + gray[1] + gray[2]) - middle) / unit);
+    } else {
+      for (int c = 0; c < 3; ++c) weights[c] = static_cast<float>(gray[c]);
+      scale = 1.0f;
+      offset = static_cast<float>(-middle);
+    }
+    least = round_up(low - slack);
+    most = -round_up(-(high + slack));
+  }
+};
+
+// A tensor of images by strides in elements, and the regions in it.
+struct Regions {
+  const void* images;
+  int64_t batch, channel, row, column;
+  int64_t count;
+  int map_height, map_width, size, channels;
+
+  Regions(const torch::stable::Tensor& tensor, const torch::stable::Tensor& map, int64_t region_size)
+      : images(tensor.const_data_ptr()),
+        batch(tensor.stride(0)),
+        channel(tensor.stride(1)),
+        row(tensor.stride(2)),
+        column(tensor.stride(3)),
+        count(map.numel()),
+        map_height(static_cast<int>(map.size(1))),
+        map_width(static_cast<int>(map.size(2))),
+        size(static_cast<int>(region_size)),
+        channels(static_cast<int>(tensor.size(1))) {}
+};
+
+// What becomes of a region: its entropy, and the number of thresholds that it exceeds.
+struct Results {
+  float* entropy;
+  int64_t* grains = nullptr;
+  const float* thresholds = nullptr;
+  int num_thresholds = 0;
+  bool normalize;
+
+  Results(const torch::stable::Tensor& entropy, const std::optional<torch::stable::Tensor>& grains,
+          const std::optional<torch::stable::Tensor>& thresholds, bool normalize)
+      : entropy(static_cast<float*>(entropy.mutable_data_ptr())), normalize(normalize) {
+    if (grains) this->grains = static_cast<int64_t*>(grains->mutable_data_ptr());
+    if (thresholds) {
+      this->thresholds = static_cast<const float*>(thresholds->const_data_ptr());
+      num_thresholds = static_cast<int>(thresholds->numel());
+    }
+  }
+};
+
+} // namespace d2it
