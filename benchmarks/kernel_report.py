@@ -437,11 +437,11 @@ def compile_cuda(source: str, arch: str) -> list[dict]:
                 kernels.rename(kept)
     rows = []
     for mangled, found in read((kept / "cubin").read_bytes(), (kept / "ptx").read_text()).items():
-        name = _demangle(mangled)
+        name = _demangle(mangled).replace("(anonymous namespace)::", "")
         kernel, _, parameters = name.partition("<")
         rows.append(
             {
-                "kernel": kernel.rpartition(" ")[2].rpartition("::")[2].partition("(")[0],
+                "kernel": kernel.partition("(")[0].rpartition(" ")[2].rpartition("::")[2],
                 "config": parameters.rpartition(">(")[0] or "-",
                 "arch": arch,
                 "source": f"csrc/{Path(source).name}",
