@@ -685,6 +685,7 @@ class _Runs:
             ROWS=8,
             CHUNK=chunk,
             num_warps=4,
+            maxnreg=64,  # else ptxas aims at 40 and spills a pointer to get there
         )
 
 
