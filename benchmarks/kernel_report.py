@@ -59,6 +59,31 @@ EXCEPTIONS: list[tuple[str, str, str, str]] = [
         "takes the sizes and strides that have no 16-byte vectors, one element at a time",
     ),
     (
+        "clear_unnamed_rows_kernel",
+        "*",
+        "narrow load",
+        "reads a flag of one byte a row; the rows are only written, and only those without a name",
+    ),
+    (
+        "window_attention_blocks_dkv_kernel",
+        "n256-*",
+        "narrow load",
+        "the bias of a block of scores with keys first is read down a column, from L2 (256 KB a head); q, k, v and "
+        "their gradients come 16 bytes at a time",
+    ),
+    (
+        "*window_attention_*_kernel",
+        "n49-*",
+        "narrow load",
+        "rows of 49 entries of the bias start at odd addresses; one matrix of 10 KB a head, from L1",
+    ),
+    (
+        "reduce_sums_kernel",
+        "n49-*",
+        "narrow load",
+        "rows of 49 entries start at odd addresses",
+    ),
+    (
         "kde_entropy_kernel",
         "S16-*-uint8",
         "narrow load",

@@ -6,13 +6,47 @@ Work follows the pairs of tokens that exist. Half precision is computed in float
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # Scores held at a time: 64 MiB in float32.
 CHUNK = 2**24
+
+
+def window_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    segment_ids: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q, k, v (T, H, D) -> the result, and nothing to keep for the backward: the softmax is computed again."""
+    return _forward(q, k, v, bias, slots, segment_ids, scale), q.new_empty(0, dtype=torch.float32)
+
+
+def window_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slots: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbias), dbias empty where it is not needed."""
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    dbias = _backward(grad, q, k, v, bias, slots, *rest, *grads)
+    return *grads, q.new_empty(0) if dbias is None else dbias
+
+
+def window_attention_qkvpacked_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The same on one projection (T, 3, H, D)."""
+    return window_attention_forward(*qkv.unbind(-3), *rest)
+
+
+def window_attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(dqkv, dbias): the three gradients written into one tensor."""
+    dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    dbias = _backward(grad, *qkv.unbind(-3), *rest, *dqkv.unbind(-3))
+    return dqkv, qkv.new_empty(0) if dbias is None else dbias
 
 
 class Group(NamedTuple):
@@ -23,7 +57,7 @@ class Group(NamedTuple):
     hidden: Tensor | None  # (W', 1, n, n) pairs of different segments
 
 
-def forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -41,7 +75,7 @@ def forward(
     return out
 
 
-def backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -49,6 +83,8 @@ def backward(
     bias: Tensor | None,
     slots: Tensor,
     segment_ids: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     scale: float,
     needs_bias: bool,
     dq: Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2it.ops import _check, _window_attention_cpu, reference
+from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
 
@@ -61,7 +61,7 @@ def window_attention(
     if name == "reference":
         return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.d2it.window_attention(q, k, v, bias, slots, segment_ids, factor, name)
+    return torch.ops.d2it.window_attention(q, k, v, bias, slots, segment_ids, factor, name)[0]
 
 
 def window_attention_qkvpacked(
@@ -94,7 +94,7 @@ def window_attention_qkvpacked(
     if name == "reference":
         return reference.window_attention_qkvpacked(qkv, bias, slots=slots, segment_ids=segment_ids, scale=scale)
     factor = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.d2it.window_attention_qkvpacked(qkv, bias, slots, segment_ids, factor, name)
+    return torch.ops.d2it.window_attention_qkvpacked(qkv, bias, slots, segment_ids, factor, name)[0]
 
 
 def relative_position_bias(table: Tensor, window: int, *, backend: str | None = None) -> Tensor:
@@ -171,20 +171,43 @@ def _extras(
         _check.require(math.isfinite(scale), "scale", "be finite", scale)
 
 
-def _fake(q: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape)
+# Windows larger than this are attended block by block, and the backward wants the result and the logarithm of each
+# row's sum (lse) back; smaller ones it computes again from the inputs alone.
+_RECOMPUTED = 64
 
 
-def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+def _lse(q: Tensor, slots: Tensor | None, backend: str) -> Tensor:
+    windows, n = (q.shape[0], q.shape[1]) if slots is None else (slots.shape[0], slots.shape[1])
+    kept = backend == "triton" and n > _RECOMPUTED
+    return q.new_empty((windows, q.shape[-2], n) if kept else (0,), dtype=torch.float32)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    segment_ids: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _lse(q, slots, backend)
+
+
+def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *(output if lse.ndim == 3 else (None, None)))
 
 
-def _backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    q, k, v, bias, slots, segment_ids = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Sequence[Any]:
+    q, k, v, bias, slots, segment_ids, out, lse = ctx.saved_tensors
     needs_bias = bias is not None and ctx.needs[3]
     dq, dk, dv, dbias = torch.ops.d2it.window_attention_backward(
-        grad, q, k, v, bias, slots, segment_ids, ctx.scale, needs_bias, ctx.backend
+        grad, q, k, v, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend
     )
     return dq, dk, dv, dbias if needs_bias else None, None, None, None, None
 
@@ -197,6 +220,8 @@ def _backward_fake(
     bias: Tensor | None,
     slots: Tensor | None,
     segment_ids: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     scale: float,
     needs_bias: bool,
     backend: str,
@@ -205,15 +230,18 @@ def _backward_fake(
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dbias
 
 
-def _qkv_fake(qkv: Tensor, *rest: Any) -> Tensor:
-    return qkv.new_empty((*qkv.shape[:-3], *qkv.shape[-2:]))
+def _qkv_fake(
+    qkv: Tensor, bias: Tensor | None, slots: Tensor | None, segment_ids: Tensor | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    q = qkv.select(-3, 0)
+    return q.new_empty(q.shape), _lse(q, slots, backend)
 
 
-def _qkv_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    qkv, bias, slots, segment_ids = ctx.saved_tensors
+def _qkv_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Sequence[Any]:
+    qkv, bias, slots, segment_ids, out, lse = ctx.saved_tensors
     needs_bias = bias is not None and ctx.needs[1]
     dqkv, dbias = torch.ops.d2it.window_attention_qkvpacked_backward(
-        grad, qkv, bias, slots, segment_ids, ctx.scale, needs_bias, ctx.backend
+        grad, qkv, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend
     )
     return dqkv, dbias if needs_bias else None, None, None, None, None
 
@@ -224,6 +252,8 @@ def _qkv_backward_fake(
     bias: Tensor | None,
     slots: Tensor | None,
     segment_ids: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     scale: float,
     needs_bias: bool,
     backend: str,
@@ -244,28 +274,28 @@ def _table_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     return torch.ops.d2it.relative_position_bias_backward(grad, ctx.window, ctx.backend), None, None
 
 
-_WHERE = "Tensor? bias, Tensor? slots, Tensor? segment_ids, float scale"
+_WHERE = "Tensor? bias, Tensor? slots, Tensor? segment_ids"
+_BACK = f"{_WHERE}, Tensor? out, Tensor? lse, float scale, bool needs_bias, str backend"
 
 operator(
-    f"window_attention(Tensor q, Tensor k, Tensor v, {_WHERE}, str backend) -> Tensor",
+    f"window_attention(Tensor q, Tensor k, Tensor v, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
     fake=_fake,
     setup=_setup,
     backward=_backward,
 )
 operator(
-    f"window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_WHERE}, bool needs_bias, str backend) -> "
+    f"window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_BACK}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     fake=_backward_fake,
 )
 operator(
-    f"window_attention_qkvpacked(Tensor qkv, {_WHERE}, str backend) -> Tensor",
+    f"window_attention_qkvpacked(Tensor qkv, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
     fake=_qkv_fake,
     setup=_setup,
     backward=_qkv_backward,
 )
 operator(
-    f"window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, {_WHERE}, bool needs_bias, str backend) -> "
-    "(Tensor dqkv, Tensor dbias)",
+    f"window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, {_BACK}) -> (Tensor dqkv, Tensor dbias)",
     fake=_qkv_backward_fake,
 )
 operator(
@@ -289,52 +319,53 @@ def _table_fits(table: Tensor, window: int) -> list[str]:
     return reasons
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    slots: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> list[str]:
+    reasons = []
+    n, width = (q.shape[1] if slots is None else slots.shape[1]), q.shape[-1]
+    if q.dtype not in _DTYPES:
+        reasons.append(f"q must be float32, float16 or bfloat16, not {q.dtype}")
+    if bias is not None and bias.dtype not in _DTYPES:
+        reasons.append(f"bias must be float32, float16 or bfloat16, not {bias.dtype}")
+    if n > 256:
+        reasons.append(f"windows must have at most 256 positions, not {n}")
+    if not 1 <= width <= 128:
+        reasons.append(f"heads must be at most 128 wide, not {width}")
+    return reasons
+
+
+def _cpu_fits(*args: Any, slots: Tensor | None = None, **kwargs: Any) -> list[str]:
+    return [] if slots is not None else ["dense windows have no token to skip: the reference is as fast"]
+
+
+def _qkv_fits(qkv: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
+    return _fits(*qkv.unbind(-3), bias, **where)
+
+
 for _op in ("window_attention", "window_attention_qkvpacked", "relative_position_bias"):
     register_backend(_op, "reference")
+register_backend("window_attention", "cpu", _cpu_fits)
+register_backend("window_attention_qkvpacked", "cpu", _cpu_fits)
+register_backend("window_attention", "triton", _fits)
+register_backend("window_attention_qkvpacked", "triton", _qkv_fits)
 register_backend("relative_position_bias", "triton", _table_fits)
 for _direction, _name in (("forward", ""), ("backward", "_backward")):
+    for _op in ("window_attention", "window_attention_qkvpacked"):
+        implement(f"{_op}{_name}", "cpu", f"d2it.ops._window_attention_cpu:{_op}_{_direction}")
+        implement(f"{_op}{_name}", "triton", f"d2it.kernels.window_attention:{_op}_{_direction}")
     implement(
         f"relative_position_bias{_name}",
         "triton",
         f"d2it.kernels.relative_position_bias:relative_position_bias_{_direction}",
     )
-
-
-def _cpu_fits(*args: Any, slots: Tensor | None = None, **kwargs: Any) -> list[str]:
-    if slots is None:
-        return ["dense windows have no token to skip: the reference is as fast"]
-    return []
-
-
-def _cpu_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    slots: Tensor,
-    segment_ids: Tensor | None,
-    scale: float,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    dbias = _window_attention_cpu.backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, *grads)
-    return *grads, q.new_empty(0) if dbias is None else dbias
-
-
-def _cpu_qkv(qkv: Tensor, *rest: Any) -> Tensor:
-    return _window_attention_cpu.forward(*qkv.unbind(-3), *rest)
-
-
-def _cpu_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-    dbias = _window_attention_cpu.backward(grad, *qkv.unbind(-3), *rest, *dqkv.unbind(-3))
-    return dqkv, qkv.new_empty(0) if dbias is None else dbias
-
-
-implement("window_attention", "cpu", _window_attention_cpu.forward)
-implement("window_attention_backward", "cpu", _cpu_backward)
-implement("window_attention_qkvpacked", "cpu", _cpu_qkv)
-implement("window_attention_qkvpacked_backward", "cpu", _cpu_qkv_backward)
-for _op in ("window_attention", "window_attention_qkvpacked"):
-    register_backend(_op, "cpu", _cpu_fits)

@@ -2,7 +2,9 @@ import random
 
 import torch
 
-from tests.kernels.harness import Call, KernelSuite, Shape
+from tests.kernels.harness import Call, KernelSuite, Mutation, Shape
+
+FILE = "kernels/window_attention.py"
 
 
 def slots_of(windows: int, n: int, fill: float, rng: torch.Generator) -> torch.Tensor:
@@ -27,7 +29,7 @@ class WindowSuite(KernelSuite):
         {"W": 2, "N": 49, "H": 1, "D": 24, "fill": None, "bias": (2, 1), "segments": 2},
         {"W": 3, "N": 64, "H": 1, "D": 64, "fill": 0.5, "bias": (1, 1), "segments": 0},
         {"W": 2, "N": 65, "H": 1, "D": 16, "fill": 0.7, "bias": None, "segments": 0},
-        {"W": 2, "N": 144, "H": 1, "D": 16, "fill": 0.3, "bias": (2, 1), "segments": 1},
+        {"W": 2, "N": 96, "H": 1, "D": 16, "fill": 0.3, "bias": (2, 1), "segments": 1},
     ]
     gpu_corners = [
         {"W": 64, "N": 16, "H": 16, "D": 72, "fill": 0.5, "bias": (1, 16), "segments": 0},
@@ -77,6 +79,16 @@ class TestWindowAttention(WindowSuite):
 class TestWindowAttentionQKVPacked(WindowSuite):
     op = "window_attention_qkvpacked"
     gradients = ("qkv", "bias")
+    corners = WindowSuite.corners[1:5]
+    mutations = [
+        Mutation(name, FILE, old, new, ({"W": 5, "N": 4, "H": 2, "D": 16, "fill": 1.0, "bias": (1, 2), "segments": 0},))
+        for name, old, new in (
+            ("broken mask", "(o_local[:, None] == o_local[None, :]) & m_tile", "(o_local[:, None] >= 0) & m_tile"),
+            ("wrong bias index", "(o_position * stride_key)[None, :]", "(o_position * stride_query)[None, :]"),
+            ("missing row", "m_tile = (o_repeat < REPEATS)", "m_tile = (o_tile > 0) & (o_repeat < REPEATS)"),
+            ("no delta", "b_ds -= b_p * tl.sum(b_ds, 1)[:, None]", "b_ds -= b_p * 0.0"),
+        )
+    ]
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
         qkv, call = self.parts(shape, dtype, rng)
