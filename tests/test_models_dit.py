@@ -151,6 +151,25 @@ def test_macs_against_torchs_counter():
     assert measured(content, x, t, y, 0 * grains) == count_macs(content.config, 3, FineTokens(0, 0)).total
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_flop_formulas_of_window_attention(packed):
+    """Two products forward, five backward, over every slot of every window."""
+    windows, n, heads, width = 3, 16, 2, 8
+    rows = (windows * n,) if packed else (windows, n)
+    with torch.device("meta"):  # the operators' shapes, whatever backends this machine has
+        qkv = torch.empty(*rows, 3, heads, width, requires_grad=True)
+        slots = torch.empty(windows, n, dtype=torch.int32) if packed else None
+        cotangent = torch.empty(*rows, heads, width)
+    ops_of = torch.ops.d2it
+    for call in (
+        lambda: ops_of.window_attention_qkvpacked(qkv, None, slots, None, 1.0, "triton"),
+        lambda: ops_of.window_attention(*qkv.unbind(-3), None, slots, None, 1.0, "triton"),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            call().backward(cotangent)
+        assert counter.get_total_flops() == (2 + 5) * 2 * windows * heads * n * n * width
+
+
 def test_fine_tokens_and_their_pairs():
     config = DynamicContentTransformer.preset_config("tiny", image_size=(64, 96))
     grains = torch.randint(0, 2, (3, 4, 6), generator=torch.Generator().manual_seed(0))

@@ -49,7 +49,7 @@ VAE_PRESETS: dict[str, Preset] = {
     "f8": {"downsampling": (8,), "encoder_mult": (1, 1, 2, 2)},
     "f16": {"downsampling": (16,), "decoder_mult": (1, 1, 2, 2, 4)},
     "tiny": {
-        "channels": 32,
+        "channels": 16,
         "encoder_mult": (1, 1, 2, 2, 4),
         "decoder_mult": (1, 1, 2, 2),
         "residual_blocks": 1,
