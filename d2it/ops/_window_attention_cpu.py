@@ -32,20 +32,22 @@ def window_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slots: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias), dbias empty where it is not needed."""
-    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    dbias = _backward(grad, q, k, v, bias, slots, *rest, *grads)
-    return *grads, q.new_empty(0) if dbias is None else dbias
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dbias = _backward(grad, q, k, v, bias, slots, *rest, dq, dk, dv)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 def window_attention_qkvpacked_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The same on one projection (T, 3, H, D)."""
-    return window_attention_forward(*qkv.unbind(-3), *rest)
+    q, k, v = qkv.unbind(-3)
+    return window_attention_forward(q, k, v, *rest)
 
 
 def window_attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """(dqkv, dbias): the three gradients written into one tensor."""
     dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-    dbias = _backward(grad, *qkv.unbind(-3), *rest, *dqkv.unbind(-3))
+    q, k, v = qkv.unbind(-3)
+    dbias = _backward(grad, q, k, v, *rest, *dqkv.unbind(-3))
     return dqkv, qkv.new_empty(0) if dbias is None else dbias
 
 

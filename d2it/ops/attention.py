@@ -350,7 +350,8 @@ def _cpu_fits(*args: Any, slots: Tensor | None = None, **kwargs: Any) -> list[st
 
 
 def _qkv_fits(qkv: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
-    return _fits(*qkv.unbind(-3), bias, **where)
+    q, k, v = qkv.unbind(-3)
+    return _fits(q, k, v, bias, **where)
 
 
 for _op in ("window_attention", "window_attention_qkvpacked", "relative_position_bias"):
