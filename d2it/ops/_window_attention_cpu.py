@@ -33,7 +33,8 @@ def window_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias), dbias empty where it is not needed."""
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dbias = _backward(grad, q, k, v, bias, slots, *rest, dq, dk, dv)
+    into: tuple[Any, ...] = (dq, dk, dv)
+    dbias = _backward(grad, q, k, v, bias, slots, *rest, *into)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 

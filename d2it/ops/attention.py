@@ -203,7 +203,9 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> No
     ctx.save_for_backward(*tensors, *(output if lse.ndim == 3 else (None, None)))
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Sequence[Any]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
+    if grad is None:
+        return (None,) * 8
     q, k, v, bias, slots, segment_ids, out, lse = ctx.saved_tensors
     needs_bias = bias is not None and ctx.needs[3]
     dq, dk, dv, dbias = torch.ops.d2it.window_attention_backward(
@@ -237,7 +239,9 @@ def _qkv_fake(
     return q.new_empty(q.shape), _lse(q, slots, backend)
 
 
-def _qkv_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Sequence[Any]:
+def _qkv_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
+    if grad is None:
+        return (None,) * 6
     qkv, bias, slots, segment_ids, out, lse = ctx.saved_tensors
     needs_bias = bias is not None and ctx.needs[1]
     dqkv, dbias = torch.ops.d2it.window_attention_qkvpacked_backward(
