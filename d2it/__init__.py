@@ -1,3 +1,31 @@
-"""d2it: the Dynamic Diffusion Transformer, built around its kernels."""
+"""d2it: the Dynamic Diffusion Transformer, built around its kernels.
+
+    from d2it import D2iT, ops
+
+The networks and `ops` are imported at first use: `d2it.ops` alone needs torch and nothing else of d2it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d2it import ops
+    from d2it.models import D2iT, DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
 
 __version__ = "0.1.0"
+
+__all__ = ["D2iT", "DiT", "DynamicContentTransformer", "DynamicGrainTransformer", "DynamicVAE", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "ops":
+        return importlib.import_module("d2it.ops")
+    return getattr(importlib.import_module("d2it.models"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -64,6 +64,18 @@ print(ops.available_backends("neighbor_copy"), *ops.why_not("neighbor_copy", "cp
     assert "D2IT_BUILD=cpu" in made.stdout
 
 
+def test_the_operators_bring_in_nothing_else_of_the_package():
+    code = """
+import sys, d2it
+assert "torch" not in sys.modules
+d2it.ops.grain_map
+print(sorted(m for m in sys.modules if m.startswith("d2it.") and not m.startswith(("d2it.ops", "d2it.kernels"))))
+print("diffusers" in sys.modules, d2it.D2iT.__module__, "ops" in dir(d2it), hasattr(d2it, "nothing"))
+"""
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert made.stdout.splitlines() == ["[]", "False d2it.models.pipeline True False"], made.stderr
+
+
 @pytest.mark.skipif(not LIBRARY.exists(), reason="installed without C++ operators")
 class TestLibrary:
     def test_loads(self):

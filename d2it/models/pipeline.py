@@ -1,6 +1,6 @@
 """D2iT as one thing: labels in, images and grain maps out (section 3.2: map first, then content, then the decoder).
 
-    from d2it.models import D2iT
+    from d2it import D2iT
 
     d2it = D2iT.from_pretrained("runs/demo")
     samples = d2it(4, seed=0)
