@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,7 +237,7 @@ def test_lpips(tmp_path, lpips_files):
     vgg, heads = lpips_files
     torch.save(vgg, tmp_path / "vgg16.pth")
     torch.save(heads, tmp_path / "vgg_lpips.pth")
-    model = LPIPS.from_path(tmp_path)
+    model = LPIPS.from_path(tmp_path, check=False)
     first, second = photo_like(2, 32, 48), -photo_like(2, 32, 48)
     second.requires_grad_()
     distance = model(first, second)
@@ -249,7 +251,9 @@ def test_lpips(tmp_path, lpips_files):
 
 def test_lpips_in_the_loss(tmp_path, lpips_files):
     torch.save({**lpips_files[0], **lpips_files[1]}, tmp_path / "both.pt")
-    loss = VAELoss(VAELossConfig(lpips_path=str(tmp_path / "both.pt"), disc_start=None, perceptual_weight=2.0))
+    loss = VAELoss(
+        VAELossConfig(lpips_path=str(tmp_path / "both.pt"), lpips_check=False, disc_start=None, perceptual_weight=2.0)
+    )
     model = make_vae()
     images = photo_like(1, 32, 32)
     output = model(images, generator=torch.Generator().manual_seed(0))
@@ -267,11 +271,23 @@ def test_lpips_weights_that_are_not(tmp_path, lpips_files):
     with pytest.raises(ValueError, match="no LPIPS weights at"):
         LPIPS.from_path(tmp_path / "absent.pth")
     torch.save(lpips_files[1], tmp_path / "heads.pth")
-    with pytest.raises(ValueError, match=r"is not LPIPS with VGG-16: .* is missing"):
+    with pytest.raises(
+        ValueError, match=r"heads.pth: SHA-256 \w{8}... is neither that of torchvision's vgg16.* download"
+    ):
         LPIPS.from_path(tmp_path)
+    with pytest.raises(ValueError, match=r"is not LPIPS with VGG-16: .* is missing"):
+        LPIPS.from_path(tmp_path, check=False)
     (tmp_path / "heads.pth").write_bytes(b"\0\1\2")
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        LPIPS.from_path(tmp_path)
+        LPIPS.from_path(tmp_path, check=False)
+
+
+def test_the_released_heads_of_lpips_are_known():
+    torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics ships the heads")
+    heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
+    # Their hash is right and their names are read: what is missing is VGG-16.
+    with pytest.raises(ValueError, match=r"is not LPIPS with VGG-16: convolutions.0.0.weight .* is missing"):
+        LPIPS.from_path(heads)
 
 
 # ---- settings and weights -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from d2it.models import D2iT
+from d2it.models import D2iT, DiT
 from d2it.training.config import load
 from d2it.training.run import main
 from tests.train_server import ENVIRONMENT
@@ -87,6 +88,17 @@ def test_the_run_is_a_pretrained_d2it(run: Path) -> None:
     given = d2it(2, grain_map=torch.tensor([[0, 1], [1, 0]]), labels=[0])
     assert given.grain_maps.tolist() == [[[0, 1], [1, 0]]] * 2
     assert float(d2it.vae.scaling_factor) != 1.0
+
+
+def test_the_baseline_is_trained_and_sampled_in_the_same_way(run: Path, tmp_path: Path) -> None:
+    for part in ("vae", "grain_transformer", "cache"):
+        shutil.copytree(run / part, tmp_path / part)
+    plain = ["content.preset=DiT-S/2", "content.overrides.dim=32", "content.overrides.heads=2", "run.stages=[content]"]
+    assert main([*SMALL, *plain, f"run.dir={tmp_path}"]) == 0
+    d2it = D2iT.from_pretrained(tmp_path)
+    assert isinstance(d2it.content_transformer, DiT)
+    assert d2it(2).grain_maps.shape == (2, 2, 2)
+    assert Image.open(tmp_path / "samples.png").width >= 300
 
 
 def test_save_pretrained_and_back(run: Path, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from d2it.diffusion.grains import (
 )
 from d2it.diffusion.guidance import Guidance
 from d2it.diffusion.losses import ContentLoss, content_loss, grain_loss
-from d2it.diffusion.sampling import SCHEDULERS, make_scheduler, sample_content, sample_grain_maps
+from d2it.diffusion.sampling import sample_content, sample_grain_maps
+from d2it.diffusion.solvers import GRAIN_SCHEDULERS, SCHEDULERS, make_scheduler
 
 __all__ = [
+    "GRAIN_SCHEDULERS",
     "SCHEDULERS",
     "ContentLoss",
     "GaussianDiffusion",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,22 +43,37 @@ class GaussianDiffusion:
         self.beta_end = beta_end
         self.learn_sigma = learn_sigma
         betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-        alphas_cumprod = (1 - betas).cumprod(0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        self._signal = (1 - betas).cumprod(0)  # abar
+        self._tabulate(device)
+
+    def _tabulate(self, device: torch.device | str) -> None:
+        signal = self._signal
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
+        betas = 1 - signal / previous
+        variance = betas * (1 - previous) / (1 - signal)
         # The variance of t = 0 is 0: its logarithm is that of t = 1, as in DDPM's released code.
-        clipped = torch.cat([variance[1:2], variance[1:]]) if num_timesteps > 1 else betas
+        clipped = torch.cat([variance[1:2], variance[1:]]) if len(signal) > 1 else betas
         tables = {
-            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
-            "sqrt_recip_alphas_cumprod": alphas_cumprod.rsqrt(),
-            "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
+            "sqrt_alphas_cumprod": signal.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - signal).sqrt(),
+            "sqrt_recip_alphas_cumprod": signal.rsqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / signal - 1).sqrt(),
+            "sqrt_previous": previous.sqrt(),
+            "sqrt_one_minus_previous": (1 - previous).sqrt(),
             "posterior_log_variance": clipped.log(),
-            "posterior_mean_x0": betas * previous.sqrt() / (1 - alphas_cumprod),
-            "posterior_mean_xt": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+            "posterior_mean_x0": betas * previous.sqrt() / (1 - signal),
+            "posterior_mean_xt": (1 - previous) * (1 - betas).sqrt() / (1 - signal),
             "log_betas": betas.log(),
         }
         self.tables = {name: table.float().to(device) for name, table in tables.items()}
+
+    def respaced(self, timesteps: Sequence[int]) -> GaussianDiffusion:
+        """The diffusion that visits `timesteps` alone (ascending): its t counts them, its tables lie where ours do."""
+        spaced = copy.copy(self)
+        spaced.num_timesteps = len(timesteps)
+        spaced._signal = self._signal[list(timesteps)]
+        spaced._tabulate(self.tables["log_betas"].device)
+        return spaced
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
         """Moves the tables to `device`, in place."""
@@ -79,6 +96,14 @@ class GaussianDiffusion:
     def predict_x0(self, xt: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_0 of x_t and its noise."""
         return self._at("sqrt_recip_alphas_cumprod", t) * xt - self._at("sqrt_recipm1_alphas_cumprod", t) * noise
+
+    def predict_noise(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """The noise of x_t and its x_0."""
+        return (xt - self._at("sqrt_alphas_cumprod", t) * x0) / self._at("sqrt_one_minus_alphas_cumprod", t)
+
+    def q_sample_before(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_{t-1} of x_0 and its noise; x_0 itself at t = 0."""
+        return self._at("sqrt_previous", t) * x0 + self._at("sqrt_one_minus_previous", t) * noise
 
     def posterior(self, x0: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, H, W), log-variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0); at t = 0 the variance is t = 1's."""

@@ -55,7 +55,7 @@ class Guidance:
         return self.scale
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, channels: int) -> Tensor:
     """unconditional + scale (conditional - unconditional) on the first `channels`, the conditional on the rest."""
     guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
     return torch.cat([guided, conditional[:, channels:]], dim=1)

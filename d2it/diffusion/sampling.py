@@ -1,14 +1,13 @@
-"""Sampling grain maps, and latents under a grain map, with the schedulers of diffusers.
+"""Sampling grain maps, and latents under a grain map, with the solvers of `d2it.diffusion.solvers`.
 
 The state of a grained sampling stays one value a latent code at every step. The model's answer is averaged over each
-code (`project_to_grains`); a scheduler works element by element, so its step keeps equal cells equal but for the noise
+code (`project_to_grains`); a solver works element by element, so its step keeps equal cells equal but for the noise
 it draws for each cell; afterwards every code takes the value of its first cell, whose noise is one normal draw.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,63 +17,10 @@ from torch import Tensor, nn
 from d2it.diffusion.gaussian import GaussianDiffusion
 from d2it.diffusion.grains import copy_codes, expected_signal, project_to_grains, randn
 from d2it.diffusion.guidance import Guidance, guide
-
-#: name -> (class in diffusers, settings). "linspace" is ADM's respacing: from T - 1 to 0. The others step by a
-#: stride of their own or cannot stand two equal timesteps; their spacing from T - 1 is "trailing".
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "timestep_spacing": "trailing"}),
-    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"}),
-    "unipc": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
-    "deis": ("DEISMultistepScheduler", {"timestep_spacing": "trailing"}),
-    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
-}
-#: Those that also take a prediction of x_0, which is what the grain transformer gives.
-GRAIN_SCHEDULERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "unipc", "deis", "euler")
+from d2it.diffusion.solvers import Ddim, Ddpm, Diffusers, draw_noise, make_generators, make_scheduler
 
 Callback = Callable[[int, float, Tensor], None]
-
-
-def make_scheduler(
-    name: str,
-    diffusion: GaussianDiffusion,
-    steps: int,
-    *,
-    prediction: str = "epsilon",
-    learned_range: bool = False,
-) -> Any:
-    """A diffusers scheduler for `diffusion`'s schedule with its timesteps set.
-
-    Args:
-        name: a key of `SCHEDULERS`.
-        prediction: "epsilon" or "sample" (x_0).
-        learned_range: the model predicts the variance; only "ddpm" uses it.
-
-    Raises:
-        ValueError: an unknown name, or a number of steps outside 1 ... T.
-    """
-    choices = GRAIN_SCHEDULERS if prediction == "sample" else tuple(SCHEDULERS)
-    if name not in choices:
-        raise ValueError(f"scheduler must be one of {', '.join(choices)}, got {name!r}")
-    if not 1 <= steps <= diffusion.num_timesteps:
-        raise ValueError(f"steps must be in 1 ... {diffusion.num_timesteps}, got {steps}")
-    import diffusers
-
-    kind, settings = SCHEDULERS[name]
-    settings = {**diffusion.scheduler_arguments(), **settings, "prediction_type": prediction}
-    if name == "ddpm":
-        settings["variance_type"] = "learned_range" if learned_range else "fixed_small"
-    scheduler = getattr(diffusers, kind)(**settings)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def make_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
-    """One generator for each sample: its noise is the same in every batch and on every rank."""
-    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+Map = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -107,7 +53,8 @@ def sample_content(
             call, for compiled models.
         autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32. A model that was itself
             cast (`model.bfloat16()`) needs none.
-        cuda_graph: capture the model's pass once and replay it at every step: nothing is launched kernel by kernel.
+        cuda_graph: capture a step once and replay it: with "ddpm" and "ddim" the whole step, with the schedulers of
+            diffusers all of it but their own few operations.
         callback: called with (step, timestep, state) after every step.
 
     Raises:
@@ -117,12 +64,10 @@ def sample_content(
     config: Any = model.config
     guidance = guidance or Guidance()
     channels = config.in_channels
-    cfg_channels = channels if guidance.channels is None else guidance.channels
-    if cfg_channels > channels:
-        raise ValueError(f"guidance channels must be at most {channels}, got {cfg_channels}")
+    check_guidance(guidance, channels, config.num_classes)
     device = next(model.parameters()).device
     batch = len(seeds)
-    labels = check_labels(labels, batch, config.num_classes, guidance, device)
+    labels = check_labels(labels, batch, config.num_classes, device)
     diffusion = diffusion or GaussianDiffusion(learn_sigma=config.learn_sigma)
     solver = make_scheduler(scheduler, diffusion, steps, learned_range=config.learn_sigma)
     keep = 2 * channels if scheduler == "ddpm" and config.learn_sigma else channels
@@ -147,16 +92,10 @@ def sample_content(
         def project(x: Tensor) -> Tensor:
             return project_to_grains(x, grain_map, code_sizes=sizes)
 
-    answer = _Answers(model, labels, arguments, cfg_channels, autocast, cuda_graph, device)
+    answer = _Answers(model, labels, arguments, guidance.channels or channels, autocast)
     x = grained(randn((batch, channels, *config.grid), generators, device=device, dtype=torch.float32))
-    x = x * solver.init_noise_sigma
-    for i, t in enumerate(solver.timesteps):
-        weight = guidance.at(float(t) / diffusion.num_timesteps)
-        out = answer(solver.scale_model_input(x, t), float(t), weight)
-        x = grained(_step(solver, project(out[:, :keep]), t, x, generators))
-        if callback is not None:
-            callback(i, float(t), x)
-    return x
+    chain = _Chain(solver, answer, lambda out: project(out[:, :keep]), grained, cuda_graph)
+    return chain(x, generators, guidance, diffusion.num_timesteps, callback)[0]
 
 
 @torch.no_grad()
@@ -184,27 +123,24 @@ def sample_grain_maps(
     guidance = guidance or Guidance()
     device = next(model.parameters()).device
     batch = len(seeds)
-    labels = check_labels(labels, batch, config.num_classes, guidance, device)
+    check_guidance(guidance, config.num_grains, config.num_classes)
+    labels = check_labels(labels, batch, config.num_classes, device)
     diffusion = diffusion or GaussianDiffusion(learn_sigma=False)
     solver = make_scheduler(scheduler, diffusion, steps, prediction="sample")
     generators = make_generators(seeds, device)
-    answer = _Answers(model, labels, {False: {}, True: {}}, config.num_grains, autocast, cuda_graph, device)
-    x = randn((batch, 1, *config.grid), generators, device=device, dtype=torch.float32) * solver.init_noise_sigma
-    logits = x.new_zeros(batch, config.num_grains, *config.grid)
-    for i, t in enumerate(solver.timesteps):
-        weight = guidance.at(float(t) / diffusion.num_timesteps)
-        logits = answer(solver.scale_model_input(x, t), float(t), weight)
-        x = _step(solver, expected_signal(logits), t, x, generators)
-        if callback is not None:
-            callback(i, float(t), x)
-    return logits.argmax(dim=1)
+    channels = guidance.channels or config.num_grains
+    answer = _Answers(model, labels, {False: {}, True: {}}, channels, autocast)
+    x = randn((batch, 1, *config.grid), generators, device=device, dtype=torch.float32)
+    chain = _Chain(solver, answer, expected_signal, lambda x: x, cuda_graph)
+    return chain(x, generators, guidance, diffusion.num_timesteps, callback)[1].argmax(dim=1)
 
 
 class _Answers:
     """The model's answers in float32 during one sampling: maps, plan and labels stay, state and timestep change.
 
     Args:
-        labels: (B,) or None. arguments: of the model for one pass over the batch (False) and for two (True).
+        labels: (B,) or None.
+        arguments: of the model for one pass over the batch (False) and for two (True).
         channels: how many of the first are guided.
     """
 
@@ -215,42 +151,93 @@ class _Answers:
         arguments: Mapping[bool, dict[str, Any]],
         channels: int,
         autocast: torch.dtype | None,
-        cuda_graph: bool,
-        device: torch.device,
     ) -> None:
-        if cuda_graph and device.type != "cuda":
-            raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
-        self.model, self.arguments, self.channels = model, arguments, channels
-        self.autocast, self.cuda_graph = autocast, cuda_graph
+        self.model, self.arguments, self.channels, self.autocast = model, arguments, channels, autocast
         both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
         self.labels = {False: labels, True: both}
-        self.captured: dict[bool, Callable[..., Tensor]] = {}
 
-    def __call__(self, x: Tensor, t: float, weight: float) -> Tensor:
-        if weight == 1.0:
-            return self._pass(False, x, t)
-        conditional, unconditional = self._pass(True, torch.cat([x, x]), t).chunk(2)
-        return guide(conditional, unconditional, weight, self.channels)
-
-    def _pass(self, guided: bool, x: Tensor, t: float) -> Tensor:
-        times = torch.full((x.shape[0],), t, device=x.device)
-        run = functools.partial(self._run, guided)
-        if not self.cuda_graph or not x.shape[0]:
-            return run(x, times)
-        if guided not in self.captured:
-            self.captured[guided] = capture(run, x, times)
-        return self.captured[guided](x, times)
-
-    def _run(self, guided: bool, x: Tensor, times: Tensor) -> Tensor:
+    def __call__(self, guided: bool, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        """`t` and `weight` are (); the weight counts where `guided`."""
+        x = torch.cat([x, x]) if guided else x
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             x = x.to(next(self.model.parameters()).dtype)
-            return self.model(x, times, self.labels[guided], **self.arguments[guided]).float()
+            out = self.model(x, t.expand(x.shape[0]), self.labels[guided], **self.arguments[guided]).float()
+        if not guided:
+            return out
+        conditional, unconditional = out.chunk(2)
+        return guide(conditional, unconditional, weight, self.channels)
 
 
-def capture(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
-    """`run` as one CUDA graph: a function of inputs of the same shapes, whose result is the caller's own."""
+class _Chain:
+    """From noise to data: (state, the model's last answer).
+
+    Args:
+        predicted: what the solver is told, from the model's answer.
+        grained: puts a state back on its codes.
+    """
+
+    def __init__(
+        self, solver: Ddpm | Ddim | Diffusers, answer: _Answers, predicted: Map, grained: Map, cuda_graph: bool
+    ) -> None:
+        self.solver, self.answer, self.predicted, self.grained = solver, answer, predicted, grained
+        self.cuda_graph = cuda_graph
+        self.captured: dict[bool, Callable[..., tuple[Tensor, ...]]] = {}
+
+    def __call__(
+        self, x: Tensor, generators: list[torch.Generator], guidance: Guidance, total: int, callback: Callback | None
+    ) -> tuple[Tensor, Tensor]:
+        solver = self.solver
+        weights = [guidance.at(t / total) for t in solver.timesteps]
+        # All that changes from step to step lies on the device before the first one: the host never waits.
+        on_device = torch.tensor([solver.timesteps, weights], device=x.device)
+        numbers = torch.arange(len(weights), device=x.device)
+        if not isinstance(solver, Diffusers):
+            solver.to(x.device)
+        x = x * solver.init_noise_sigma
+        out = x
+        for i, (t, weight) in enumerate(zip(solver.timesteps, weights)):
+            guided = weight != 1.0
+            if isinstance(solver, Diffusers):
+                scaled = solver.scale_model_input(x, i)
+                prediction, out = self._run(self._predict, guided, scaled, *on_device[:, i])
+                x = self.grained(solver.step(prediction, i, x, generators))
+            else:
+                noise = draw_noise(solver, i, x, generators)
+                x, out = self._run(self._step, guided, x, *on_device[:, i], numbers[i], noise)
+            if callback is not None:
+                callback(i, t, x)
+        return x, out
+
+    def _predict(self, guided: bool, x: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.answer(guided, x, t, weight)
+        return self.predicted(out), out
+
+    def _step(
+        self, guided: bool, x: Tensor, t: Tensor, weight: Tensor, number: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert not isinstance(self.solver, Diffusers)
+        prediction, out = self._predict(guided, x, t, weight)
+        return self.grained(self.solver.step(prediction, number, x, noise)), out
+
+    def _run(self, part: Callable[..., Any], guided: bool, *inputs: Tensor) -> Any:
+        if not self.cuda_graph or not inputs[0].shape[0]:
+            return part(guided, *inputs)
+        if guided not in self.captured:
+            self.captured[guided] = capture(functools.partial(part, guided), *inputs)
+        return self.captured[guided](*inputs)
+
+
+def capture(run: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """`run` as one CUDA graph: a function of inputs of the same shapes, whose results are the caller's own.
+
+    Raises:
+        ValueError: inputs that are not on a GPU.
+    """
+    device = inputs[0].device
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
     held = [x.clone() for x in inputs]
-    stream = torch.cuda.Stream(inputs[0].device)
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # whatever is compiled, tuned or allocated for good happens here
         for _ in range(3):
@@ -260,11 +247,11 @@ def capture(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor
     with torch.cuda.graph(graph):
         out = run(*held)
 
-    def replay(*inputs: Tensor) -> Tensor:
+    def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
         for place, x in zip(held, inputs):
             place.copy_(x)
         graph.replay()
-        return out.clone()  # the next replay writes there
+        return tuple(x.clone() for x in out)  # the next replay writes there
 
     return replay
 
@@ -282,22 +269,17 @@ def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided:
     return arguments
 
 
-def _step(solver: Any, out: Tensor, t: Tensor, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-    options = {"generator": generators} if x.shape[0] and _takes_generator(type(solver)) else {}  # type: ignore[arg-type]
-    return solver.step(out, t, x, **options).prev_sample
+def check_guidance(guidance: Guidance, channels: int, num_classes: int) -> None:
+    """ValueError where the model has not so many channels, or no classes."""
+    if guidance.channels is not None and guidance.channels > channels:
+        raise ValueError(f"guidance channels must be at most {channels}, got {guidance.channels}")
+    if guidance.scale != 1.0 and not num_classes:
+        raise ValueError(f"guidance needs a model with classes; scale must be 1, got {guidance.scale}")
 
 
-@functools.cache
-def _takes_generator(kind: Any) -> bool:
-    return "generator" in inspect.signature(kind.step).parameters
-
-
-def check_labels(
-    labels: Tensor | None, batch: int, num_classes: int, guidance: Guidance, device: torch.device
-) -> Tensor | None:
+def check_labels(labels: Tensor | None, batch: int, num_classes: int, device: torch.device) -> Tensor | None:
+    """The labels on `device`, None without classes; ValueError where they do not fit."""
     if not num_classes:
-        if guidance.scale != 1.0:
-            raise ValueError(f"guidance needs a model with classes; scale must be 1, got {guidance.scale}")
         return None
     if labels is None or labels.shape != (batch,):
         got = None if labels is None else tuple(labels.shape)

@@ -1,14 +1,16 @@
-"""The networks of D2iT: DynamicVAE, DynamicGrainTransformer, DynamicContentTransformer, and the plain DiT."""
+"""The networks of D2iT: DynamicVAE, DynamicGrainTransformer, DynamicContentTransformer, the plain DiT, its VAE."""
 
 from d2it.models.content import ContentTransformerConfig, DynamicContentTransformer
 from d2it.models.dit import DiT, DiTConfig
 from d2it.models.dvae import DynamicVAE, DynamicVAEConfig, VAEOutput
 from d2it.models.grain import DynamicGrainTransformer, GrainTransformerConfig
+from d2it.models.klvae import KLVAE, KLVAEConfig
 from d2it.models.losses import PatchDiscriminator, VAELoss, VAELossConfig
 from d2it.models.lpips import LPIPS
 from d2it.models.pipeline import D2iT, Samples
 
 __all__ = [
+    "KLVAE",
     "LPIPS",
     "ContentTransformerConfig",
     "D2iT",
@@ -19,6 +21,7 @@ __all__ = [
     "DynamicVAE",
     "DynamicVAEConfig",
     "GrainTransformerConfig",
+    "KLVAEConfig",
     "PatchDiscriminator",
     "Samples",
     "VAELoss",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -120,14 +120,11 @@ class Model(nn.Module, PyTorchModelHubMixin):
             ValueError: no such folder, no model in it, or a model of another class or shape.
         """
         path = str(pretrained_model_name_or_path)
-        if not os.path.isdir(path):
-            if local_files_only:
-                raise ValueError(f"there is no folder {path!r} to read a {cls.__name__} from")
-            from huggingface_hub import snapshot_download
-
-            path = snapshot_download(
-                path, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token
-            )
+        if not local_files_only:
+            download = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
+            path = local_folder(path, cls.__name__, **download)
+        elif not os.path.isdir(path):
+            raise ValueError(f"there is no folder {path!r} to read a {cls.__name__} from")
         return cls._read(path, **kwargs)
 
     @classmethod
@@ -194,6 +191,35 @@ class Model(nn.Module, PyTorchModelHubMixin):
         """Parameters as DiT counts them: with the frozen position embedding."""
         frozen = sum(b.numel() for name, b in self.named_buffers() if name.endswith("positions"))
         return sum(p.numel() for p in self.parameters()) + frozen
+
+
+def local_folder(path: str | Path, what: str, **download: Any) -> str:
+    """`path` where it is a folder, else the folder of the hub's repository of that name, downloaded.
+
+    Raises:
+        ValueError: neither.
+    """
+    if os.path.isdir(path):
+        return str(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(str(path), **download)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no folder {str(path)!r} to read a {what} from, nor can it be had: {reason}"
+        ) from error
+
+
+def saved_kind(path: str | Path, kinds: Sequence[type[M]]) -> type[M]:
+    """Which of `kinds` `save_pretrained` wrote to the folder `path`; the first where that cannot be told."""
+    try:
+        name = json.loads((Path(path) / CONFIG_FILE).read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = None
+    return next((kind for kind in kinds if kind.__name__ == name), kinds[0])
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str, assign: bool = False) -> None:

@@ -1,18 +1,24 @@
-"""Weights of the original DiT (Peebles and Xie) in our DiT: `python -m d2it.models.convert DiT-XL-2-256x256.pt OUT`."""
+"""Weights of the original DiT (Peebles and Xie) in our DiT.
+
+python -m d2it.models.convert DiT-XL-2-256x256.pt runs/dit_xl --vae sd-vae-ft-ema
+python sample.py runs/dit_xl --labels 207 360 --guidance 4 --cfg-channels 3
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from d2it.errors import UserError
+from d2it.errors import UserError, run_command
 from d2it.models.base import load_weights
 from d2it.models.dit import DiT, DiTConfig
+from d2it.models.klvae import KLVAE
+from d2it.models.pipeline import D2iT
 
 #: Heads cannot be read off the weights: DiT's sizes by width.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -100,23 +106,32 @@ def load_dit(path: str | os.PathLike[str], *, heads: int | None = None) -> DiT:
     return convert_dit(state, heads=heads)
 
 
-def main(arguments: list[str]) -> int:
-    """Reads the original's file, writes a folder for `DiT.from_pretrained`."""
-    if len(arguments) != 2:
-        raise UserError("usage: python -m d2it.models.convert CHECKPOINT.pt FOLDER")
-    source, target = arguments
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the original's file, writes a folder for `DiT.from_pretrained`, with a VAE one for `D2iT`'s."""
+    parser = argparse.ArgumentParser(
+        prog="python -m d2it.models.convert", description="Weights of the original DiT for this package."
+    )
+    parser.add_argument("checkpoint", help="a released .pt file, or one of its training")
+    parser.add_argument("folder", help="where the model goes")
+    parser.add_argument(
+        "--vae",
+        metavar="FOLDER",
+        help="the VAE of its latents in diffusers' form (sd-vae-ft-ema or sd-vae-ft-mse): the folder is then one for "
+        "sample.py and evaluate.py",
+    )
+    options = parser.parse_args(arguments)
     try:
-        model = load_dit(source)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    model.save_pretrained(target)
-    print(f"{target}: DiT, width {model.config.dim}, {model.config.depth} blocks, {model.config.num_classes} classes")
+        model = load_dit(options.checkpoint)
+        if options.vae:
+            D2iT(KLVAE.from_diffusers(options.vae), None, model).save_pretrained(options.folder)
+        else:
+            model.save_pretrained(options.folder)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    config = model.config
+    print(f"{options.folder}: DiT, width {config.dim}, {config.depth} blocks, {config.num_classes} classes")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

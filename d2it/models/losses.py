@@ -26,6 +26,7 @@ class VAELossConfig:
     Args:
         perceptual_weight: of LPIPS, used where `lpips_path` is given.
         lpips_path: a file or folder for `LPIPS.from_path`; None leaves the term out.
+        lpips_check: whether its files must have the hashes of the released ones.
         kl_weight: see the module's reduction.
         disc_weight: of the adversarial term, before the adaptive weight.
         disc_start: first step (counted from 0) with an adversarial term; None is never.
@@ -34,6 +35,7 @@ class VAELossConfig:
 
     perceptual_weight: float = 1.0
     lpips_path: str | None = None
+    lpips_check: bool = True
     kl_weight: float = 1e-6
     disc_weight: float = 0.5
     disc_start: int | None = 50_001
@@ -83,7 +85,7 @@ class VAELoss(nn.Module):
         self.discriminator = (
             None if config.disc_start is None else PatchDiscriminator(config.disc_channels, config.disc_layers)
         )
-        self.lpips = None if config.lpips_path is None else LPIPS.from_path(config.lpips_path)
+        self.lpips = None if config.lpips_path is None else LPIPS.from_path(config.lpips_path, check=config.lpips_check)
 
     def adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part at `step`."""

@@ -11,10 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2it.files import sha256_of
+
 #: VGG-16 up to relu5_3: convolutions by width, "pool" between the five stages.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 #: The convolutions' places in torchvision's `vgg16().features`, stage by stage.
 FEATURE_INDEX = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+
+#: SHA-256, or its first digits that the file carries in its name -> the file.
+KNOWN = {
+    "397923af": "torchvision's vgg16-397923af.pth",
+    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868": "the heads vgg.pth of LPIPS v0.1",
+}
+WHERE = (
+    "download https://download.pytorch.org/models/vgg16-397923af.pth and "
+    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth into a folder of their "
+    "own and give its path"
+)
 
 
 class LPIPS(nn.Module):
@@ -63,24 +76,26 @@ class LPIPS(nn.Module):
         return distance
 
     @classmethod
-    def from_path(cls, path: str | os.PathLike[str]) -> LPIPS:
+    def from_path(cls, path: str | os.PathLike[str], *, check: bool = True) -> LPIPS:
         """Reads weights from `path`: a file, or every .pth, .pt and .safetensors file of a folder.
 
         Together they hold torchvision's VGG-16 (`features.0.weight` ...) and the heads of LPIPS v0.1 for VGG
-        (`lin0.model.1.weight` ...), or the whole LPIPS module of the reference implementation
+        (`lin0.model.1.weight` ...), or, where `check` is False, the whole LPIPS module of the reference implementation
         (`net.slice1.0.weight` ...). Pickles are read with `weights_only=True`.
 
+        Args:
+            check: whether every file must have the hash of a released one.
+
         Raises:
-            ValueError: nothing there, unreadable, or a weight missing or of another shape.
+            ValueError: nothing there, another hash, unreadable, or a weight missing or of another shape.
         """
-        root = Path(path)
-        kinds = (".pth", ".pt", ".safetensors")
-        files = sorted(f for f in root.iterdir() if f.suffix in kinds) if root.is_dir() else [root]
-        if not files or not all(f.is_file() for f in files):
-            raise ValueError(
-                f"no LPIPS weights at {str(path)!r}: expected torchvision's vgg16 and the LPIPS v0.1 vgg heads, as "
-                f"{', '.join(kinds)} files"
-            )
+        files = lpips_files(path)
+        for file in files if check else ():
+            found = sha256_of(file)
+            if not any(found.startswith(digits) for digits in KNOWN):
+                raise ValueError(
+                    f"{file}: SHA-256 {found[:8]}... is neither that of {' nor of '.join(KNOWN.values())}; {WHERE}"
+                )
         tensors: dict[str, Tensor] = {}
         for file in files:
             tensors |= _read(file)
@@ -91,6 +106,16 @@ class LPIPS(nn.Module):
     def train(self, mode: bool = True) -> LPIPS:
         """Stays frozen."""
         return super().train(False)
+
+
+def lpips_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The weight files at `path`; ValueError where there is none, with where to get them."""
+    root = Path(path)
+    kinds = (".pth", ".pt", ".safetensors")
+    files = sorted(f for f in root.iterdir() if f.suffix in kinds) if root.is_dir() else [root]
+    if not files or not all(f.is_file() for f in files):
+        raise ValueError(f"no LPIPS weights at {str(path)!r}, no {', '.join(kinds)} file; {WHERE}")
+    return files
 
 
 def convert_lpips(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:

@@ -28,23 +28,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2it.diffusion import GaussianDiffusion, Guidance, make_scheduler, sample_content, sample_grain_maps
-from d2it.diffusion.sampling import GRAIN_SCHEDULERS, check_grain_map
+from d2it.diffusion import (
+    GRAIN_SCHEDULERS,
+    GaussianDiffusion,
+    Guidance,
+    make_scheduler,
+    sample_content,
+    sample_grain_maps,
+)
+from d2it.diffusion.sampling import check_grain_map, check_guidance
 from d2it.files import atomic_write
-from d2it.models.base import Model, pair
+from d2it.models.base import Model, PyTorchModelHubMixin, local_folder, pair, saved_kind
 from d2it.models.content import DynamicContentTransformer
+from d2it.models.dit import DiT
 from d2it.models.dvae import DynamicVAE
 from d2it.models.grain import DynamicGrainTransformer
+from d2it.models.klvae import KLVAE
 from d2it.models.layers import Modulation
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 DESCRIPTION = "d2it.json"
-PARTS: dict[str, type[Model]] = {
-    "vae": DynamicVAE,
-    "grain_transformer": DynamicGrainTransformer,
-    "content_transformer": DynamicContentTransformer,
+#: The parts of a D2iT and what each may be; the first is the paper's.
+PARTS: dict[str, tuple[type[Model], ...]] = {
+    "vae": (DynamicVAE, KLVAE),
+    "grain_transformer": (DynamicGrainTransformer,),
+    "content_transformer": (DynamicContentTransformer, DiT),
 }
 
 
@@ -72,10 +82,15 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-class D2iT:
+class D2iT(PyTorchModelHubMixin):
     """A DynamicVAE, a Dynamic Grain Transformer and a Dynamic Content Transformer that fit each other.
 
+    The baseline is sampled in the same way: a plain `DiT` as `content_transformer`, over a DynamicVAE (of one grain,
+    the preset "f8", as a rule) or over the `KLVAE` of DiT's released weights. It needs no Grain Transformer; the grain
+    map then tells the decoder alone what it decodes, and is the finest everywhere unless given or sampled.
+
     Args:
+        grain_transformer: None: every call must give its grain maps, or the content is a plain DiT's.
         class_names: one for each class, or None.
         sampling: arguments of `__call__` that this model is best sampled with; a call's own arguments win.
 
@@ -85,9 +100,9 @@ class D2iT:
 
     def __init__(
         self,
-        vae: DynamicVAE,
-        grain_transformer: DynamicGrainTransformer,
-        content_transformer: DynamicContentTransformer,
+        vae: DynamicVAE | KLVAE,
+        grain_transformer: DynamicGrainTransformer | None,
+        content_transformer: DynamicContentTransformer | DiT,
         *,
         class_names: Sequence[str] | None = None,
         sampling: dict[str, Any] | None = None,
@@ -95,14 +110,21 @@ class D2iT:
         self.vae, self.grain_transformer, self.content_transformer = vae, grain_transformer, content_transformer
         self.class_names = list(class_names) if class_names is not None else None
         self.sampling = dict(sampling or {})
-        content, grain = content_transformer.config, grain_transformer.config
-        for what, ours, theirs in (
-            ("downsampling factors", tuple(vae.downsampling), content.downsampling),
+        content = content_transformer.config
+        plain = isinstance(content_transformer, DiT)
+        factors = vae.downsampling[0] if plain else tuple(vae.downsampling)
+        pairs: list[tuple[str, Any, Any]] = [
+            ("downsampling factors", factors, content.downsampling),
             ("latent channels", vae.config.latent_channels, content.in_channels),
-            ("grain map size", pair(grain.grid), content.region_grid),
-            ("number of grains", grain.num_grains, content.num_grains),
-            ("number of classes", grain.num_classes, content.num_classes),
-        ):
+        ]
+        if grain_transformer is not None:
+            grain = grain_transformer.config
+            pairs += [
+                ("grain map size", pair(grain.grid), self.region_grid),
+                ("number of grains", grain.num_grains, self.num_grains),
+                ("number of classes", grain.num_classes, content.num_classes),
+            ]
+        for what, ours, theirs in pairs:
             if ours != theirs:
                 raise ValueError(f"the parts of a D2iT must share their {what}, got {ours} and {theirs}")
 
@@ -110,6 +132,22 @@ class D2iT:
     def num_classes(self) -> int:
         """0 for an unconditional model."""
         return self.content_transformer.config.num_classes or 0
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return pair(self.content_transformer.config.image_size)
+
+    @property
+    def region_grid(self) -> tuple[int, int]:
+        """(H/S, W/S), the size of a grain map."""
+        height, width = self.image_size
+        return (height // self.vae.config.region_size, width // self.vae.config.region_size)
+
+    @property
+    def num_grains(self) -> int:
+        """k; grains are 0 ... k-1."""
+        return self.vae.config.num_grains
 
     @property
     def device(self) -> torch.device:
@@ -126,15 +164,15 @@ class D2iT:
         What lies outside the blocks, the modulations in them and the VAE stay float32: little memory and time, and
         their rounding would reach every token.
         """
-        for name in PARTS:
-            getattr(self, name).to(device)
+        for part in self._parts.values():
+            part.to(device)
         if dtype is not None:
             for transformer in self._transformers:
                 for block in transformer.transformer_blocks():
                     block.to(dtype)
-                    for part in block.modules():
-                        if isinstance(part, Modulation):
-                            part.float()
+                    for module in block.modules():
+                        if isinstance(module, Modulation):
+                            module.float()
         return self
 
     def compile(self, **kwargs: Any) -> D2iT:
@@ -148,22 +186,41 @@ class D2iT:
         return self
 
     @property
-    def _transformers(self) -> tuple[DynamicGrainTransformer, DynamicContentTransformer]:
-        return self.grain_transformer, self.content_transformer
+    def _parts(self) -> dict[str, Model]:
+        parts: dict[str, Model | None] = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def _transformers(self) -> list[Model]:
+        return [part for name, part in self._parts.items() if name != "vae"]
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = True,
+        revision: str | None = None,
     ) -> D2iT:
-        """Read what `save_pretrained`, or a training run, wrote to the folder `path`.
+        """Read what `save_pretrained`, or a training run, wrote to a folder.
 
         Args:
+            pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
+                Hugging Face hub, to which the other named arguments apply.
             dtype: of the weights of the transformers' blocks, see `to`; torch.bfloat16 halves their memory.
 
         Raises:
             ValueError: no such folder, no D2iT in it, or a part of another model.
         """
-        path = Path(path)
+        path = Path(pretrained_model_name_or_path)
+        if not local_files_only:
+            download = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
+            path = Path(local_folder(pretrained_model_name_or_path, cls.__name__, **download))
         try:
             description = json.loads((path / DESCRIPTION).read_text())
             names, sampling = description["class_names"], description["sampling"]
@@ -171,15 +228,34 @@ class D2iT:
             raise ValueError(
                 f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}"
             ) from None
-        parts: dict[str, Any] = {name: kind.from_pretrained(path / name) for name, kind in PARTS.items()}
-        return cls(**parts, class_names=names, sampling=sampling).to(device, dtype)
+        return cls.from_parts(path, class_names=names, sampling=sampling).to(device, dtype)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and safetensors of every part, and the description; each file by rename."""
+    @classmethod
+    def from_parts(cls, path: str | Path, **settings: Any) -> D2iT:
+        """Read the parts in the folder `path`; `settings` are those of a new D2iT.
+
+        Raises:
+            ValueError: a part that is missing, of another model, or does not fit the others.
+        """
         path = Path(path)
-        for name in PARTS:
-            getattr(self, name).save_pretrained(path / name)
+        given = {name: kinds for name, kinds in PARTS.items() if name != "grain_transformer" or (path / name).is_dir()}
+        read = {name: saved_kind(path / name, kinds).from_pretrained(path / name) for name, kinds in given.items()}
+        parts: dict[str, Any] = {"grain_transformer": None, **read}
+        return cls(**parts, **settings)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write config.json and safetensors of every part, and the description; each file by rename.
+
+        Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
+        `push_to_hub=True`.
+        """
+        path = Path(save_directory)
+        for name, part in self._parts.items():
+            part.save_pretrained(path / name)
         self.save_description(path)
+        if kwargs.pop("push_to_hub", False):
+            return self.push_to_hub(repo_id=kwargs.pop("repo_id", None) or path.name, **kwargs)
+        return None
 
     def save_description(self, path: str | Path) -> None:
         """Write what belongs to no part, into a folder that has the parts."""
@@ -231,7 +307,8 @@ class D2iT:
         Args:
             num_images: how many; None follows from `seeds`, `labels` or `grain_map`, else 1.
             labels: (N,) classes; None draws each from its sample's seed. One label serves all.
-            grain_map: (N, H/S, W/S) or one (H/S, W/S) for all; None samples maps from the grain transformer.
+            grain_map: (N, H/S, W/S) or one (H/S, W/S) for all; None samples maps from the grain transformer (and is
+                the finest everywhere where a plain DiT has none).
             seed: of the first image; image i has seed + i.
             seeds: one for each image, in place of `seed`.
             scheduler: see `d2it.diffusion.SCHEDULERS`; "ddpm" by default.
@@ -240,7 +317,7 @@ class D2iT:
             guidance, grain_guidance: classifier-free guidance of content and map; 1 is none.
             batch_size: images at once on a GPU; all by default.
             autocast: torch.bfloat16 for the transformers; None: the dtype of their blocks.
-            cuda_graph: capture each transformer's pass once a batch and replay it at every step.
+            cuda_graph: capture a step once a batch and replay it, see `d2it.diffusion.sample_content`.
 
         Raises:
             ValueError: arguments that do not fit each other or the model; nothing has been computed then.
@@ -259,16 +336,21 @@ class D2iT:
         count = self._count(num_images, seeds, labels, grain_map)
         seeds = list(seeds) if seeds is not None else [seed + i for i in range(count)]
         labels = self._labels(labels, seeds)
-        config = self.content_transformer.config
+        if grain_map is None and self.grain_transformer is None:
+            if not isinstance(self.content_transformer, DiT):
+                raise ValueError("grain_map must be given: this model has no Grain Transformer")
+            grain_map = torch.full(self.region_grid, self.num_grains - 1)
+        check_guidance(guide, self.content_transformer.config.in_channels, self.num_classes)
         make_scheduler(scheduler, GaussianDiffusion(), steps)
         if grain_map is None:
+            check_guidance(grain_guide, self.num_grains, self.num_classes)
             make_scheduler(grain_scheduler, GaussianDiffusion(), grain_steps, prediction="sample")
         else:
             grain_map = torch.as_tensor(grain_map)
             if grain_map.ndim not in (2, 3):
                 raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(grain_map.shape)}")
             grain_map = grain_map.expand(count, *grain_map.shape[-2:])
-            check_grain_map(grain_map, count, config)
+            check_grain_map(grain_map, count, self)
         if autocast is None and self.dtype != torch.float32:
             autocast = self.dtype
         shared: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph}
@@ -276,6 +358,7 @@ class D2iT:
         def draw(part: slice) -> tuple[Tensor, Tensor]:
             named = None if labels is None else labels[part]
             if grain_map is None:
+                assert self.grain_transformer is not None
                 grains = sample_grain_maps(
                     self.grain_transformer,
                     named,
@@ -289,7 +372,7 @@ class D2iT:
                 grains = grain_map[part].to(self.device)
             latents = sample_content(
                 self.content_transformer,
-                grains,
+                None if isinstance(self.content_transformer, DiT) else grains,
                 named,
                 seeds=[derived_seed(s, "content") for s in seeds[part]],
                 scheduler=scheduler,
@@ -305,9 +388,8 @@ class D2iT:
             size = batch_size or max(1, count)
             drawn = [draw(slice(first, first + size)) for first in range(0, count, size)]
         if not drawn:
-            height, width = pair(config.image_size)
-            empty = torch.empty(0, *config.region_grid, dtype=torch.int64)
-            return Samples(torch.empty(0, 3, height, width), empty, labels)
+            empty = torch.empty(0, *self.region_grid, dtype=torch.int64)
+            return Samples(torch.empty(0, 3, *self.image_size), empty, labels)
         images, maps = zip(*drawn)
         return Samples(torch.cat(images), torch.cat(maps), labels)
 
@@ -338,6 +420,15 @@ class D2iT:
         if bool(((labels < 0) | (labels >= self.num_classes)).any()):
             raise ValueError(f"labels must be in 0 ... {self.num_classes - 1}, got {labels.tolist()}")
         return labels.expand(len(seeds))
+
+
+def has_parts(path: str | Path) -> bool:
+    """Whether all parts that a D2iT needs are in the folder `path`."""
+    path = Path(path)
+    needed = {"vae", "content_transformer"}
+    if saved_kind(path / "content_transformer", PARTS["content_transformer"]) is not DiT:
+        needed.add("grain_transformer")
+    return all((path / name).is_dir() for name in needed)
 
 
 def _guidance(value: float | Guidance) -> Guidance:

@@ -28,7 +28,7 @@ from d2it.errors import UserError
 from d2it.files import atomic_write, sha256_of
 from d2it.models import DynamicVAE
 from d2it.models.base import pair
-from d2it.models.pipeline import PARTS, D2iT
+from d2it.models.pipeline import D2iT, has_parts
 from d2it.training import distributed, pictures
 from d2it.training.config import Config, load, to_yaml
 from d2it.training.distributed import World
@@ -171,7 +171,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
         vae = _vae(config).to(world.device)
         sheet = reconstructions(vae, source, min(8, config.sample.images), world.device)
         pictures.save_png(folder / "reconstructions.png", pictures.enlarge(sheet))
-    if all((folder / part).is_dir() for part in PARTS):
+    if has_parts(folder):
         try:
             draw_samples(config, world)
         except ValueError as error:
@@ -183,14 +183,13 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
 def draw_samples(config: Config, world: World) -> None:
     """Assemble the D2iT and sample from it."""
     folder, sample = Path(config.run.dir), config.sample
-    parts: dict[str, Any] = {name: kind.from_pretrained(folder / name) for name, kind in PARTS.items()}
     settings = {
         "scheduler": sample.scheduler,
         "steps": sample.steps,
         "grain_steps": sample.grain_steps,
         "guidance": sample.guidance,
     }
-    d2it = D2iT(**parts, class_names=config.data.class_names, sampling=settings)
+    d2it = D2iT.from_parts(folder, class_names=config.data.class_names, sampling=settings)
     d2it.save_description(folder)
     d2it.to(world.device)
     count = sample.images
@@ -198,7 +197,7 @@ def draw_samples(config: Config, world: World) -> None:
     samples = d2it(count, labels=labels, seed=config.run.seed, batch_size=sample.batch_size)
     images, maps = samples.uint8(), samples.grain_maps.numpy()
     pictures.save_png(folder / "samples.png", pictures.enlarge(pictures.tile(images)))
-    drawn = pictures.draw_grains(images, maps, d2it.content_transformer.config.num_grains)
+    drawn = pictures.draw_grains(images, maps, d2it.num_grains)
     pictures.save_png(folder / "samples_grains.png", pictures.enlarge(pictures.tile(drawn)))
 
 
