@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from d2it.errors import UserError
+from d2it.evaluation import sampling
 from d2it.evaluation.cli import main
 from d2it.evaluation.generation import compare, open_reference, summarize
 from d2it.evaluation.images import npz_writer, open_images
 from d2it.evaluation.inception import Features, Inception, resize_tensorflow1
 from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
+from d2it.files import sha256_of
 
 
 def normal(n, d, seed, shift=0.0):
@@ -273,6 +275,14 @@ def test_sets_that_cannot_be_compared_say_so(tmp_path):
     with pytest.raises(UserError, match="precision and recall need images"):
         open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid", "precision"])
     assert compare(small, open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid"]), ["fid"])["fid"] < 1e-3
+    few = summarize([pictures(3, 7)], extractor)
+    with pytest.raises(UserError, match="precision, recall: the samples must be more than 3, got 3"):
+        compare(few, small)
+    with pytest.raises(UserError, match="at least 2 images, got 1"):
+        summarize([pictures(1, 7)], extractor)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "fid_only.npz").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cut.npz: not an .npz file"):
+        open_reference(tmp_path / "cut.npz", extractor)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
@@ -302,7 +312,7 @@ def test_the_command_judges_a_folder_against_statistics(tmp_path, inception_weig
     assert "fid" in capsys.readouterr().out
 
 
-def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, inception_weights):
+def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, inception_weights, monkeypatch, capsys):
     from d2it.models import D2iT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
 
     torch.manual_seed(0)
@@ -317,16 +327,38 @@ def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, incepti
     reference = save_folder(tmp_path / "reference", pictures(5, 10, size=side))
     judge = ["generation", "--checkpoint", str(tmp_path / "run"), "--reference", str(reference), "--metrics", "fid"]
     settings = ["--count", "5", "--batch-size", "2", "--steps", "2", "--scheduler", "ddim", "--seed", "7"]
+    settings += ["--guidance", "2", "--guidance-mode", "power-cosine", "--cfg-channels", "3", "--fine-ratio", "0.25"]
     keep = ["--save", str(tmp_path / "samples.npz"), "--output", str(tmp_path / "report.json")]
     weights = ["--inception", inception_weights, "--any-inception", "--device", "cpu"]
     assert main([*judge, *settings, *keep, *weights]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["metrics"]["fid"] > 0
-    assert report["settings"]["steps"] == 2
-    wanted = d2it(seeds=range(7, 12), labels=[0, 1, 2, 0, 1], steps=2, scheduler="ddim").uint8()
-    with np.load(tmp_path / "samples.npz") as archive:
-        np.testing.assert_array_equal(archive["arr_0"], wanted)
+    told = report["settings"]
+    assert (told["steps"], told["seed"], told["labels"], told["dtype"]) == (2, 7, "balanced", "float32")
+    assert (told["guidance"]["mode"], told["guidance"]["channels"]) == ("power-cosine", 3)
+    assert told["grain_maps"] == "random, fine ratio 0.25"
+    assert told["weights"]["vae"] == sha256_of(tmp_path / "run" / "vae" / "model.safetensors")
+    # The same options draw the same samples with sample.py.
+    words = [
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path / "s"),
+        "--npz",
+        str(tmp_path / "s.npz"),
+        "--device",
+        "cpu",
+    ]
+    assert sampling.main([*words, *settings]) == 0
+    with np.load(tmp_path / "samples.npz") as kept, np.load(tmp_path / "s.npz") as drawn:
+        np.testing.assert_array_equal(kept["arr_0"], drawn["arr_0"])
+        assert kept["arr_1"].tolist() == [0, 1, 2, 0, 1]
     assert not list(tmp_path.glob("*.rank*"))
+
+    # What is wrong with the reference is said before anything is drawn.
+    monkeypatch.setattr(D2iT, "__call__", lambda self, number=None, **kw: None if number == 0 else 1 / 0)
+    small = save_folder(tmp_path / "small", pictures(5, 10))
+    assert main(["generation", "--checkpoint", str(tmp_path / "run"), "--reference", str(small), *weights]) == 2
+    assert f"samples of {side} x {side} pixels cannot be held against a reference of 16 x 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -336,7 +368,25 @@ def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, incepti
         (["statistics", "nowhere", "--save", "s.npz", "--inception", "none.pth"], "none.pth: no such file"),
         (["generation", "--samples", "x", "--reference", "r", "--metrics", "kid"], "unknown metric 'kid'"),
         (["reconstruction", "--checkpoint", "nowhere", "--data", "demo"], "nowhere"),
+        (["reconstruction", "--checkpoint", "nowhere", "--data", "demo", "--lpips", "l"], "nowhere"),
         (["generation", "--checkpoint", "nowhere", "--reference", "r", "--count", "1"], "--count must be at least 2"),
+        (["generation", "--samples", "x", "--reference", "r", "--metrics", ","], "none named"),
+        (["generation", "--samples", "x", "--reference", "r", "--save", "s.npz"], "--save goes with a --checkpoint"),
+        (
+            ["generation", "--samples", "x", "--reference", "r", "--guidance", "2"],
+            "--guidance goes with a --checkpoint",
+        ),
+        (["generation", "--samples", "x", "--reference", "r", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["statistics", "x", "--save", "s.txt"], "--save: the name must end in .npz"),
+        (["statistics", "x", "--save", "/proc/none/s.npz"], "--save /proc/none/s.npz: cannot write there"),
+        (
+            ["reconstruction", "--checkpoint", "x", "--data", "demo", "--ratios", "2"],
+            "--ratios must be in 0 ... 1, got 2",
+        ),
+        (
+            ["reconstruction", "--checkpoint", "x", "--data", "demo", "--count", "0"],
+            "--count must be at least 2, got 0",
+        ),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(arguments, match, capsys):
@@ -367,3 +417,42 @@ def test_reconstruction_spends_the_codes_of_the_ratio():
         assert row["rfid"] > 0
     with pytest.raises(UserError, match=r"a fine ratio must be in \[0, 1\], got 1.5"):
         evaluate_reconstruction(vae, lambda: photos.split(4), [1.5])
+
+
+def test_reconstruction_is_what_the_vae_gives_back(tmp_path, inception_weights):
+    from d2it.models import DynamicVAE
+
+    torch.manual_seed(0)
+    vae = DynamicVAE.from_preset("tiny").eval()
+    vae.save_pretrained(tmp_path / "vae")
+    photos = pictures(5, 9, size=64)
+    folder = save_folder(tmp_path / "photos", photos)
+    judge = ["reconstruction", "--checkpoint", str(tmp_path), "--data", str(folder), "--image-size", "64"]
+    assert (
+        main([*judge, "--ratios", "0", "1", "--batch-size", "2", "--output", str(tmp_path / "r" / "report.json")]) == 0
+    )
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    target = photos.float() / 127.5 - 1
+    for row, grain in zip(report["rows"], (0, 1)):
+        with torch.no_grad():
+            mean, _, grains, _ = vae.encode(target, torch.full((5, 4, 4), grain))
+            output = ((vae.decode(mean, grains) + 1) * 127.5).round().clamp(0, 255)
+        error = ((output - photos) / 255).square().mean((1, 2, 3))
+        assert row["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), abs=1e-3)
+        assert row["codes"] == 16 * 4**grain
+    settings = report["settings"]
+    assert (settings["count"], settings["size"], settings["crop"]) == (5, [64, 64], "center, scaled to cover the size")
+    assert settings["vae_sha256"] == sha256_of(tmp_path / "vae" / "model.safetensors")
+
+
+def test_reconstruction_of_a_vae_of_one_grain():
+    from d2it.evaluation.reconstruction import evaluate_reconstruction
+    from d2it.models import DynamicVAE
+
+    vae = DynamicVAE.from_preset("tiny", downsampling=(8,), encoder_mult=(1, 1, 2, 2), decoder_mult=(1, 1, 2, 2)).eval()
+    photos = pictures(4, 9, size=32)
+    rows = evaluate_reconstruction(
+        vae, lambda: photos.split(2), [0, 0.5], lpips=lambda a, b: (a - b).abs().mean((1, 2, 3))
+    )
+    assert [(row["fine_ratio"], row["codes"]) for row in rows] == [(1, 16)]
+    assert 0 < rows[0]["lpips"] < 2

@@ -17,11 +17,36 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2it.diffusion import SCHEDULERS, GaussianDiffusion, Guidance, make_scheduler, sample_content
+from d2it.diffusion.solvers import Diffusers
+from d2it.evaluation.generation import compare, open_reference, summarize
+from d2it.evaluation.inception import Features
 from d2it.evaluation.sampling import main
-from d2it.models import D2iT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE, pipeline
+from d2it.models import (
+    KLVAE,
+    D2iT,
+    DiT,
+    DynamicContentTransformer,
+    DynamicGrainTransformer,
+    DynamicVAE,
+    KLVAEConfig,
+    convert,
+    pipeline,
+)
+from d2it.models.base import PyTorchModelHubMixin
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),  # numpy of what diffusers does
+]
+
+
+def randomize(*parts) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in parts:
+            for p in part.eval().parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
 def small(num_classes: int | None = 3) -> D2iT:
@@ -32,11 +57,7 @@ def small(num_classes: int | None = 3) -> D2iT:
         DynamicGrainTransformer.from_preset("tiny", grid=(4, 4), **settings),
         DynamicContentTransformer.from_preset("tiny", image_size=64, **settings),
     )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for part in parts:
-            for p in part.eval().parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    randomize(*parts)
     names = None if num_classes is None else ["cat", "dog", "golden retriever"]
     sampling = {"scheduler": "ddim", "steps": 2, "guidance": 1.5 if num_classes else 1.0}
     return D2iT(*parts, class_names=names, sampling=sampling)
@@ -94,10 +115,13 @@ def test_threads_are_given_back_after_an_error(monkeypatch):
 WORKER = """
 import sys, torch
 from d2it.errors import UserError
+from d2it.evaluation.generation import summarize
 from d2it.evaluation.sampling import _parser, run
 from d2it.models import D2iT
 from d2it.training.distributed import start, stop
-folder, out = sys.argv[1:]
+sys.path.insert(0, sys.argv[3])
+from test_sampling_cli import features_of, noise_images
+folder, out = sys.argv[1:3]
 world = start("cpu")  # once: groups that are made anew meet the addresses of the old ones
 mine = range(world.rank, 6, 2)
 torch.save(D2iT.from_pretrained(folder)(seeds=mine, labels=[1]).images, f"{out}/{world.rank}.pt")
@@ -109,8 +133,21 @@ try:
     sample("--guidance", "2", "--cfg-channels", "9", "--output", f"{out}/wrong", "--count", "1")
 except UserError as error:  # on both ranks, though only the first one drew
     print(f"told {error}", file=sys.stderr)
+for count in (9, 5, 4):  # of 5 and of 4 the second rank has one batch, and none
+    told = summarize(noise_images(count).split(4)[world.rank :: 2], features_of)
+    if world.first:
+        told.save(f"{out}/{count}.npz")
 stop()
 """
+
+
+def noise_images(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def features_of(images: torch.Tensor) -> Features:
+    rows = images.float().flatten(1) / 255
+    return Features(rows[:, :6], rows[:, 6:16], rows[:, :5].softmax(dim=1))
 
 
 def test_two_ranks_draw_what_one_draws(folder, tmp_path):
@@ -119,7 +156,11 @@ def test_two_ranks_draw_what_one_draws(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(folder), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
+        [*command, str(folder), str(tmp_path), str(ROOT / "tests")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("told guidance channels must be at most 4, got 9") == 2
@@ -137,6 +178,15 @@ def test_two_ranks_draw_what_one_draws(folder, tmp_path):
         assert np.array_equal(many["arr_1"], [0, 1, 2, 0, 1, 2])
         assert np.array_equal(many["arr_0"], np.stack(list(one["images"].values())))
     assert len(list((tmp_path / "one").glob("0*.png"))) == 1  # the second rank had nothing to draw
+    for count in (9, 5, 4):
+        both, alone = (
+            open_reference(tmp_path / f"{count}.npz", features_of),
+            summarize([noise_images(count)], features_of),
+        )
+        assert both.count == count
+        assert both.features.shape == alone.features.shape
+        torch.testing.assert_close(both.pool.covariance, alone.pool.covariance, rtol=1e-9, atol=1e-12)
+        assert compare(alone, both, ["sfid"])["sfid"] == pytest.approx(0, abs=1e-6)
     assert not list(tmp_path.glob("*rank*"))
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -162,8 +212,10 @@ def test_labels(folder, tmp_path):
     assert named["labels"] == [2, 0]
     with np.load(tmp_path / "x.npz") as archive:
         assert archive["arr_1"].tolist() == [2, 0, 2]
-    drawn = sample(folder, tmp_path / "r", "--count", 3, "--random")
+    drawn = sample(folder, tmp_path / "r", "--count", 3, "--random", "--npz", tmp_path / "r.npz")
     expected = D2iT.from_pretrained(folder)(3)
+    with np.load(tmp_path / "r.npz") as archive:
+        assert archive["arr_1"].tolist() == expected.labels.tolist()
     assert drawn["labels"] == "random"
     assert np.array_equal(np.stack(list(drawn["images"].values())), expected.uint8())
 
@@ -224,7 +276,14 @@ def test_map_of_a_photo(folder, tmp_path):
     pixels[32:] = np.random.default_rng(0).integers(0, 256, (32, 80, 3))
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     told = sample(folder, tmp_path / "s", "--count", 2, "--photo", tmp_path / "photo.png")
-    assert np.array_equal(told["maps"], np.tile(np.array([[0], [0], [1], [1]]), (2, 1, 4)))
+    lower = np.tile(np.array([[0], [0], [1], [1]]), (1, 4))
+    assert np.array_equal(told["maps"], np.stack([lower, lower]))
+    (tmp_path / "photos").mkdir()
+    os.replace(tmp_path / "photo.png", tmp_path / "photos" / "a.png")
+    Image.fromarray(pixels[::-1]).save(tmp_path / "photos" / "b.png")
+    told = sample(folder, tmp_path / "s", "--count", 3, "--photo", tmp_path / "photos")
+    assert np.array_equal(told["maps"], np.stack([lower, lower[::-1], lower]))
+    assert told["grain_maps"].endswith("photos, 2 photos in turn")
 
 
 def test_random_maps(folder, tmp_path):
@@ -240,7 +299,7 @@ def test_random_maps(folder, tmp_path):
         (["--count", 0], "--count must be at least 1, got 0"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
         (["--scheduler", "magic"], "scheduler must be one of ddpm, ddim"),
-        (["--grain-scheduler", "heun"], "scheduler must be one of ddpm, ddim, dpm++, sde-dpm++, unipc, deis, euler,"),
+        (["--grain-scheduler", "heun"], "scheduler must be one of ddpm, ddim, dpm++, sde-dpm++, dpm++s, unipc, deis,"),
         (["--steps", 2000], "steps must be in 1 ... 1000, got 2000"),
         (["--labels", 0, 3], "--labels must be in 0 ... 2, got 3"),
         (["--labels", -1], "--labels must be in 0 ... 2, got -1"),
@@ -259,6 +318,7 @@ def test_random_maps(folder, tmp_path):
         (["--photo", "missing.jpg"], "missing.jpg: No such file"),
         (["--photo", "text.npy"], "text.npy: not a JPEG, PNG, WEBP or BMP image"),
         (["--photo", "three.png"], "three.png: 4 x 4 pixels, the model's images have 64 x 64"),
+        (["--photo", "."], "no images"),
         (["--npz", "samples.zip"], "--npz: the name must end in .npz"),
         (["--cuda-graph", "--device", "cpu"], "--cuda-graph needs a GPU"),
     ],
@@ -273,6 +333,9 @@ def test_what_does_not_fit_is_one_line(folder, tmp_path, monkeypatch, capsys, wo
     written(Path("dark.png"), three)
     written(Path("float.npy"), MAP.astype(float))
     Path("text.npy").write_text("words")
+    if words == ["--photo", "."]:
+        for path in Path().glob("*.png"):
+            path.unlink()
     assert main([str(folder), "--output", "out", *map(str, words)]) == 2
     told = capsys.readouterr().err
     assert line in told
@@ -307,6 +370,68 @@ def test_a_smaller_run_does_not_mix_with_a_larger_one(folder, tmp_path, capsys):
     assert "holds images of a larger run, 000002.png for one" in capsys.readouterr().err
 
 
+# ---- the baseline
+
+
+def test_a_plain_dit_is_sampled_in_the_same_way(tmp_path):
+    vae = DynamicVAE.from_preset("tiny", downsampling=(8,), encoder_mult=(1, 1, 2, 2), decoder_mult=(1, 1, 2, 2))
+    dit = DiT.from_preset("tiny", image_size=64, dim=32, depth=1, heads=2, num_classes=3)
+    randomize(vae, dit)
+    D2iT(vae, None, dit).save_pretrained(tmp_path / "m")
+    assert pipeline.has_parts(tmp_path / "m")
+    told = sample(tmp_path / "m", tmp_path / "s", "--count", 2, "--steps", 2, "--guidance", 2, "--cfg-channels", 3)
+    assert told["grain_maps"] == "finest everywhere"
+    assert told["maps"].tolist() == np.zeros((2, 8, 8), int).tolist()
+    assert told["weights"].keys() == {"vae", "content_transformer"}
+    guidance = Guidance(2.0, channels=3)
+    seeds = [pipeline.derived_seed(i, "content") for i in range(2)]
+    latents = sample_content(dit, labels=torch.tensor([0, 1]), seeds=seeds, steps=2, guidance=guidance)
+    with torch.no_grad():
+        images = pipeline.to_uint8(vae.decode(latents, torch.zeros(2, 8, 8, dtype=torch.int64)))
+    off = np.abs(np.stack(list(told["images"].values())).astype(int) - images)
+    assert off.max() <= 1
+    # Over a VAE of two grains the map tells the decoder what it decodes: the finest grain, or what is given.
+    mixed = D2iT(DynamicVAE.from_preset("tiny").eval(), None, dit)
+    assert mixed(1, steps=1).grain_maps.float().mean() == 1
+    assert mixed(1, steps=1, grain_map=torch.from_numpy(MAP)).grain_maps[0].tolist() == MAP.tolist()
+
+
+def test_a_d2it_without_grain_transformer_wants_maps():
+    whole = small()
+    model = D2iT(whole.vae, None, whole.content_transformer)
+    with pytest.raises(ValueError, match="grain_map must be given: this model has no Grain Transformer"):
+        model(1)
+    fine = torch.from_numpy(MAP)
+    given = {"grain_map": fine, "scheduler": "ddim", "steps": 2, "guidance": 1.0}
+    assert torch.equal(model(1, **given).images, whole(1, **given).images)
+
+
+def test_dits_released_weights_are_converted_with_their_vae(tmp_path, capsys, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    torch.manual_seed(0)
+    kl = AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=4, latent_channels=4, scaling_factor=0.18, **blocks)
+    kl.save_pretrained(tmp_path / "vae")
+    dit = DiT.from_preset("tiny", image_size=64, dim=32, depth=1, heads=2, num_classes=3)
+    randomize(dit)
+    monkeypatch.setattr(convert, "load_dit", lambda path: dit)
+    assert convert.main(["dit.pt", str(tmp_path / "m"), "--vae", str(tmp_path / "vae")]) == 0
+    assert "DiT, width 32, 1 blocks, 3 classes" in capsys.readouterr().out
+    model = D2iT.from_pretrained(tmp_path / "m")
+    assert isinstance(model.vae, KLVAE)
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(model.vae.decode(z, torch.zeros(1, 8, 8)), kl.eval().decode(z).sample)
+    assert model.vae.scaling_factor == 0.18
+    assert model(2, steps=1).images.shape == (2, 3, 64, 64)
+    with pytest.raises(ValueError, match="is no folder with an AutoencoderKL of diffusers"):
+        KLVAE.from_diffusers(tmp_path)
+    wide = KLVAE(KLVAEConfig({**model.vae.config.network, "latent_channels": 8}))
+    with pytest.raises(ValueError, match="must share their latent channels, got 8 and 4"):
+        D2iT(wide, None, dit)
+
+
 # ---- the library
 
 
@@ -314,6 +439,19 @@ def test_the_example_in_the_docstring():
     found = doctest.DocTestFinder(recurse=False).find(pipeline.D2iT.__call__, "D2iT.__call__", module=pipeline)
     assert len(found) == 1
     assert doctest.DocTestRunner().run(found[0]).failed == 0
+
+
+def test_the_hub(folder, tmp_path, monkeypatch):
+    model = D2iT.from_pretrained(folder, local_files_only=False)  # a folder needs no hub
+    assert isinstance(model, PyTorchModelHubMixin)
+    pushed = []
+    monkeypatch.setattr(D2iT, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs) or "url")
+    assert model.save_pretrained(tmp_path / "m", push_to_hub=True, private=True) == "url"
+    assert pushed == [{"repo_id": "m", "private": True}]
+    files = {str(path.relative_to(tmp_path / "m")) for path in (tmp_path / "m").rglob("*.*")}
+    assert files == {"d2it.json", *(f"{p}/{f}" for p in pipeline.PARTS for f in ("config.json", "model.safetensors"))}
+    with pytest.raises(ValueError, match="there is no folder 'no such/repository/name' to read a D2iT from"):
+        D2iT.from_pretrained("no such/repository/name", local_files_only=False)
 
 
 def test_bf16_weights(folder, tmp_path):
@@ -350,30 +488,36 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("name", "learned"), [*((name, False) for name in SCHEDULERS), ("ddpm", True)])
-def test_schedulers_do_not_wait_for_the_device(name, learned, monkeypatch):
-    solver = make_scheduler(name, GaussianDiffusion(), 6, learned_range=learned)
-    module = sys.modules[type(solver).__module__]
-    if hasattr(module, "randn_tensor"):  # the noise is drawn where its generator lives
-        monkeypatch.setattr(module, "randn_tensor", lambda shape, **kw: torch.empty(shape, device="meta"))
-    x = torch.empty(2, 4, 8, 8, device="meta")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_do_not_wait_for_the_device(name, monkeypatch):
+    solver = make_scheduler(name, GaussianDiffusion(), 6)
+    x, out = (torch.empty(2, 4, 8, 8, device="meta") for _ in range(2))
+    if isinstance(solver, Diffusers):
+        module = sys.modules[type(solver.scheduler).__module__]
+        if hasattr(module, "randn_tensor"):  # the noise is drawn where its generator lives
+            monkeypatch.setattr(module, "randn_tensor", lambda shape, **kw: torch.empty(shape, device="meta"))
+    else:
+        solver.to("meta")
     with Traffic() as traffic:
-        for t in solver.timesteps:
-            solver.scale_model_input(x, t)
-            x = solver.step(torch.empty(2, 8 if learned else 4, 8, 8, device="meta"), t, x).prev_sample
-    # diffusers' UniPC moves a few numbers to the device at every step.
+        for i in range(len(solver.timesteps)):
+            if isinstance(solver, Diffusers):
+                x = solver.step(out + solver.scale_model_input(x, i), i, x, [])
+            else:
+                x = solver.step(out, torch.empty((), dtype=torch.int64, device="meta"), x, x)
+    # In diffusers' own code a few numbers move to the device at every step.
     assert traffic.seen == ({"aten::_to_copy"} if name == "unipc" else set())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_cuda_graph(folder, compiled):
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm++"])
+def test_cuda_graph(folder, compiled, scheduler):
     model = D2iT.from_pretrained(folder, device="cuda")
     if compiled:
         model.compile()
-    plain = model(4, steps=5)
-    graph = model(4, steps=5, cuda_graph=True)
+    plain = model(4, steps=5, scheduler=scheduler)
+    graph = model(4, steps=5, scheduler=scheduler, cuda_graph=True)
     torch.testing.assert_close(graph.images, plain.images)
     assert torch.equal(graph.grain_maps, plain.grain_maps)
 

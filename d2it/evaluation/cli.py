@@ -17,10 +17,13 @@ from torch import Tensor
 
 import d2it
 from d2it.errors import UserError
-from d2it.evaluation.generation import METRICS, compare, open_reference, summarize
+from d2it.evaluation.drawing import Drawing, add_options, given_options
+from d2it.evaluation.generation import METRICS, check_sizes, compare, open_reference, summarize
 from d2it.evaluation.images import keep_npz, open_images
 from d2it.evaluation.inception import WHERE, Inception
 from d2it.files import atomic_write, sha256_of
+from d2it.models.base import WEIGHTS_FILE
+from d2it.models.lpips import WHERE as LPIPS_WHERE
 from d2it.training.distributed import World, start, stop
 
 
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = None
     try:
         world = start(options.device)
+        _prepare(options)
         report = options.run(options, world)
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -45,9 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _prepare(options: argparse.Namespace) -> None:
+    """What is written at the end must be writable, and that is said at the beginning."""
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
+    for name, ending in (("save", ".npz"), ("output", ".json")):
+        path = getattr(options, name, None)
+        if path is None:
+            continue
+        if not path.endswith(ending):
+            raise UserError(f"--{name}: the name must end in {ending}, got {path!r}")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{name} {path}: cannot write there: {error.strerror}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Judge samples and reconstructions.", epilog=f"Inception weights: {WHERE}."
+        prog="evaluate.py",
+        description="Judge samples and reconstructions.",
+        epilog=f"Inception weights: {WHERE}. LPIPS weights: {LPIPS_WHERE}.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -61,11 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     generation.add_argument("--metrics", default=",".join(METRICS), help="some of %(default)s")
     generation.add_argument("--count", type=int, help="samples to judge (50000 of a checkpoint, all of a set)")
     generation.add_argument("--save", metavar="FILE.npz", help="keep a checkpoint's samples for ADM's own evaluator")
-    generation.add_argument("--labels", choices=("balanced", "random"), default="balanced", help="classes of samples")
     generation.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has seed + i")
-    generation.add_argument("--scheduler", default=None, help="of diffusers, by name")
-    generation.add_argument("--steps", type=int, help="denoising steps")
-    generation.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
+    add_options(generation)
     generation.set_defaults(run=_generation)
 
     statistics = commands.add_parser("statistics", help="reference statistics of a set of images")
@@ -79,12 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     reconstruction.add_argument("--image-size", type=int, nargs="+", default=[256], help="side, or height and width")
     reconstruction.add_argument("--ratios", type=float, nargs="+", default=[0, 0.25, 0.5, 0.7, 1], help="fine ratios")
     reconstruction.add_argument("--count", type=int, help="the first so many images")
-    reconstruction.add_argument("--lpips", metavar="PATH", help="LPIPS weights; without them it is left out")
+    reconstruction.add_argument("--lpips", metavar="PATH", help="LPIPS weights (below); without them it is left out")
+    reconstruction.add_argument("--any-lpips", action="store_true", help="take weights of another hash")
     reconstruction.set_defaults(run=_reconstruction)
 
     for command in (generation, statistics, reconstruction):
         command.add_argument("--inception", metavar="PATH", help="Inception weights (below)")
-        command.add_argument("--any-inception", action="store_true", help="take weights of another hash, and say so")
+        command.add_argument("--any-inception", action="store_true", help="take weights of another hash")
         command.add_argument("--batch-size", type=int, default=64, help="images at once (%(default)s)")
         command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
         command.add_argument("--output", metavar="FILE.json", help="the report with its settings")
@@ -95,66 +115,60 @@ def _parser() -> argparse.ArgumentParser:
 def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UserError(f"--metrics: unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
-    _positive(options.count, "--count")
+    if unknown or not metrics:
+        named = f"unknown metric {unknown[0]!r}" if unknown else "none named"
+        raise UserError(f"--metrics: {named}; known are {', '.join(METRICS)}")
+    if options.count is not None and options.count < 2:
+        raise UserError(f"--count must be at least 2, got {options.count}")
+    drawn = [*(["--save"] if options.save else []), *given_options(options)]
+    if options.samples and drawn:
+        raise UserError(f"{drawn[0]} goes with a --checkpoint; those of --samples are there already")
     inception, settings = _inception(options, world)
-    common: dict[str, Any] = {"metrics": metrics, "device": world.device, "progress": world.first}
+    drawing, images = None, None
     if options.samples:
         images = open_images(options.samples)
         count = min(options.count or images.count, images.count)
         if options.count and options.count > images.count:
             raise UserError(f"--count {options.count}: {options.samples} has {images.count} images")
-        mine = _share(images.batches(options.batch_size, count), world)
-        samples = summarize(mine, inception, total=math.ceil(count / world.size), **common)
-        settings |= {"samples": options.samples}
+        size = images.size
     else:
         count = options.count or 50_000
-        batches, told = _drawn(options, world, count)
-        settings |= told
-        if options.save:
-            batches = keep_npz(batches, options.save, count, options.batch_size, world)
-        samples = summarize(batches, inception, total=math.ceil(count / world.size), **common)
+        drawing = Drawing(options, Path(options.checkpoint), count, world)
+        size = drawing.model.image_size
+    # The reference before any sample is drawn or judged: what is wrong with it is said in time.
+    common: dict[str, Any] = {"metrics": metrics, "device": world.device, "progress": world.first}
     reference = open_reference(
         options.reference,
         inception,
-        metrics=metrics,
-        device=world.device,
         batch_size=options.batch_size,
-        progress=world.first,
         share=lambda batches: _share(batches, world),
+        **common,
     )
+    check_sizes(size, reference.size)
+    if images is not None:
+        batches = _share(images.batches(options.batch_size, count), world)
+        settings |= {"samples": options.samples}
+    else:
+        assert drawing is not None
+        batches = _drawn(drawing)
+        settings = drawing.settings() | settings
+        if options.save:
+            batches = keep_npz(batches, options.save, count, options.batch_size, world, _labels(drawing))
+    samples = summarize(batches, inception, total=math.ceil(count / world.size), **common)
     found = compare(samples, reference, metrics)
-    settings |= {"count": count, "size": list(samples.size or ()), "reference": options.reference}
+    settings |= {"count": count, "size": list(size), "reference": options.reference}
+    if Path(options.reference).is_file():
+        settings["reference_sha256"] = sha256_of(options.reference)
     return {"metrics": found, "settings": settings | {"reference_count": reference.count or None}}
 
 
-def _drawn(options: argparse.Namespace, world: World, count: int) -> tuple[Iterator[Tensor], dict[str, Any]]:
-    """This rank's samples: every `world.size`-th batch. A sample follows from its seed, whatever rank draws it."""
-    from d2it.models import D2iT
+def _drawn(drawing: Drawing) -> Iterator[Tensor]:
+    for _, samples in drawing.batches():
+        yield torch.from_numpy(samples.uint8()).permute(0, 3, 1, 2)
 
-    try:
-        model = D2iT.from_pretrained(options.checkpoint, device=world.device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    classes = model.num_classes
-    autocast = torch.bfloat16 if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    given = {"scheduler": options.scheduler, "steps": options.steps, "guidance": options.guidance}
-    used = {name: value if value is not None else model.sampling.get(name) for name, value in given.items()}
 
-    def draw() -> Iterator[Tensor]:
-        starts = range(0, count, options.batch_size)
-        for first in itertools.islice(starts, world.rank, None, world.size):
-            indices = range(first, min(first + options.batch_size, count))
-            labels = [i % classes for i in indices] if classes and options.labels == "balanced" else None
-            try:
-                drawn = model(seeds=[options.seed + i for i in indices], labels=labels, autocast=autocast, **given)
-            except ValueError as error:
-                raise UserError(str(error)) from None
-            yield torch.from_numpy(drawn.uint8()).permute(0, 3, 1, 2)
-
-    settings = {"checkpoint": options.checkpoint, "seed": options.seed, **used}
-    return draw(), settings | {"labels": options.labels if classes else None, "autocast": str(autocast)}
+def _labels(drawing: Drawing) -> np.ndarray | None:
+    return None if drawing.labels is None else np.array(drawing.labels, np.int64)
 
 
 def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -166,29 +180,44 @@ def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:
     )
     if world.first:
         told.save(options.save)
-    return {"settings": settings | {"images": options.images, "count": told.count, "saved": options.save}}
+    settings |= {"images": options.images, "count": told.count, "size": list(images.size), "saved": options.save}
+    return {"settings": settings}
 
 
 def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]:
     from d2it.data import open_source
     from d2it.evaluation.reconstruction import evaluate_reconstruction
     from d2it.models import LPIPS, DynamicVAE
+    from d2it.models.lpips import lpips_files
 
     if world.size > 1:
         raise UserError("reconstruction runs in one process: start it without torchrun")
     if len(options.image_size) > 2:
         raise UserError(f"--image-size: a side, or height and width, got {options.image_size}")
+    if options.count is not None and options.count < 2:
+        raise UserError(f"--count must be at least 2, got {options.count}")
+    for ratio in options.ratios:
+        if not 0 <= ratio <= 1:
+            raise UserError(f"--ratios must be in 0 ... 1, got {ratio}")
     folder = Path(options.checkpoint)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    lpips, hashes = None, None
     try:
         vae = DynamicVAE.from_pretrained(folder).to(world.device).eval()
-        lpips = LPIPS.from_path(options.lpips).to(world.device) if options.lpips else None
+        if options.lpips:
+            lpips = LPIPS.from_path(options.lpips, check=not options.any_lpips).to(world.device)
+            hashes = {file.name: sha256_of(file) for file in lpips_files(options.lpips)}
     except ValueError as error:
         raise UserError(str(error)) from None
     inception, settings = _inception(options, world) if options.inception else (None, _versions())
     height, width = (options.image_size * 2)[:2]
+    region = vae.config.region_size
+    if height < 1 or width < 1 or height % region or width % region:
+        raise UserError(f"--image-size must be a multiple of the VAE's regions of {region}, got {height} x {width}")
     source = open_source(options.data, (height, width), upsample=True)
     count = min(options.count or len(source), len(source))
+    if options.count and options.count > count:
+        raise UserError(f"--count {options.count}: {options.data} has {count} images")
 
     def images() -> Iterator[Tensor]:
         for first in range(0, count, options.batch_size):
@@ -196,7 +225,9 @@ def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]
             yield torch.stack([source[i]["image"] for i in chosen])
 
     rows = evaluate_reconstruction(vae, images, options.ratios, extractor=inception, lpips=lpips, device=world.device)
-    settings |= {"checkpoint": options.checkpoint, "data": options.data, "count": count, "size": [height, width]}
+    settings |= {"checkpoint": options.checkpoint, "vae_sha256": sha256_of(folder / WEIGHTS_FILE)}
+    settings |= {"data": options.data, "source": source.description, "crop": "center, scaled to cover the size"}
+    settings |= {"count": count, "size": [height, width]} | ({"lpips_sha256": hashes} if hashes else {})
     return {"rows": rows, "settings": settings}
 
 
@@ -216,11 +247,6 @@ def _versions() -> dict[str, Any]:
 
 def _share(batches: Iterator[Tensor], world: World) -> Iterator[Tensor]:
     return itertools.islice(batches, world.rank, None, world.size)
-
-
-def _positive(value: int | None, name: str) -> None:
-    if value is not None and value < 2:
-        raise UserError(f"{name} must be at least 2, got {value}")
 
 
 def _show(report: dict[str, Any]) -> None:

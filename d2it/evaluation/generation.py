@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2it.errors import UserError
-from d2it.evaluation.images import ImageSet, open_images
+from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import Features
-from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
+from d2it.evaluation.metrics import NEIGHBOURS, Gaussian, GaussianStatistics, inception_score, precision_recall
 from d2it.files import atomic_write
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
@@ -93,11 +94,20 @@ def summarize(
             if "precision" in metrics or "recall" in metrics:
                 kept.append(features.pool.cpu())
             bar.update(images.shape[0])
-    if pool is None:
+    widths = (pool.dimensions, spatial.dimensions if spatial else 0) if pool else None
+    told = [w for w in _of_ranks((size, widths)) if w[1]]
+    if not told:
         raise UserError("no images to judge")
-    joined = _gather(torch.cat(probabilities)) if probabilities else None
-    features_all = _gather(torch.cat(kept)) if kept else None
-    count = int(_sum_over_ranks(pool.count))
+    size, widths = told[0]
+    if pool is None and widths:  # a rank without images joins the others' sums with zeros
+        pool = GaussianStatistics(widths[0], device)
+        spatial = GaussianStatistics(widths[1], device) if widths[1] else None
+    assert pool is not None
+    joined = _rows_of_ranks(probabilities) if "is" in metrics else None
+    features_all = _rows_of_ranks(kept) if "precision" in metrics or "recall" in metrics else None
+    count = sum(_of_ranks(pool.count))
+    if count < 2:
+        raise UserError(f"statistics need at least 2 images, got {count}")
     return Summary(count, size, pool.gaussian(), spatial.gaussian() if spatial else None, joined, features_all)
 
 
@@ -129,7 +139,7 @@ def open_reference(
             with np.load(path, allow_pickle=False) as archive:
                 names = set(archive.files)
                 stored = {name: archive[name] for name in names - {"arr_0", "arr_1"}}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
             raise UserError(f"{path}: not an .npz file ({error})") from None
         if {"mu", "sigma"} <= names:
             return _stored(path, stored, "arr_0" in names, extractor, metrics, device, batch_size, progress, share)
@@ -157,17 +167,17 @@ def _stored(
 
     if "sfid" in metrics and not {"mu_s", "sigma_s"} <= stored.keys():
         raise UserError(f"{path}: no mu_s and sigma_s, which sFID needs; leave sfid out of the metrics")
-    features, size = None, None
+    features, size = None, open_images(path).size if has_images else None
     if "features" in stored:
         features = torch.from_numpy(stored["features"])
     elif "precision" in metrics or "recall" in metrics:
         if not has_images:
             raise UserError(f"{path}: statistics alone, but precision and recall need images or features")
-        images: ImageSet = open_images(path)
+        images = open_images(path)
         batches = share(images.batches(batch_size))
         wanted = ("precision", "recall")
         told = summarize(batches, extractor, metrics=wanted, device=device, total=images.count, progress=progress)
-        features, size = told.features, images.size
+        features = told.features
     if "size" in stored:
         size = (int(stored["size"][0]), int(stored["size"][1]))
     return Summary(
@@ -179,6 +189,15 @@ def _stored(
     )
 
 
+def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | None) -> None:
+    """UserError where both resolutions are known and differ."""
+    if samples and reference and tuple(samples) != tuple(reference):
+        raise UserError(
+            f"samples of {samples[0]} x {samples[1]} pixels cannot be held against a reference of "
+            f"{reference[0]} x {reference[1]}"
+        )
+
+
 def compare(samples: Summary, reference: Summary, metrics: Sequence[str] = METRICS) -> dict[str, float]:
     """The metrics of `samples` against `reference`.
 
@@ -188,15 +207,18 @@ def compare(samples: Summary, reference: Summary, metrics: Sequence[str] = METRI
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UserError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
-    if samples.size and reference.size and samples.size != reference.size:
-        raise UserError(
-            f"samples of {samples.size[0]} x {samples.size[1]} pixels cannot be held against a reference of "
-            f"{reference.size[0]} x {reference.size[1]}"
-        )
+    check_sizes(samples.size, reference.size)
     if samples.pool.mean.shape != reference.pool.mean.shape:
         raise UserError(
             f"the reference has {reference.pool.mean.shape[0]} features, the extractor {samples.pool.mean.shape[0]}"
         )
+    asked = {"precision", "recall"} & set(metrics)
+    if asked:
+        for name, features in (("samples", samples.features), ("reference", reference.features)):
+            if features is not None and features.shape[0] <= NEIGHBOURS:
+                raise UserError(
+                    f"{', '.join(sorted(asked))}: the {name} must be more than {NEIGHBOURS}, got {features.shape[0]}"
+                )
     found: dict[str, float] = {}
     if "fid" in metrics:
         found["fid"] = samples.pool.frechet_distance(reference.pool)
@@ -204,29 +226,21 @@ def compare(samples: Summary, reference: Summary, metrics: Sequence[str] = METRI
         found["sfid"] = samples.spatial.frechet_distance(reference.spatial)
     if "is" in metrics and samples.probabilities is not None:
         found["is"] = inception_score(samples.probabilities)
-    if samples.features is not None and reference.features is not None and {"precision", "recall"} & set(metrics):
+    if samples.features is not None and reference.features is not None and asked:
         device = samples.pool.mean.device
         precision, recall = precision_recall(reference.features.to(device), samples.features.to(device))
         found |= {k: v for k, v in (("precision", precision), ("recall", recall)) if k in metrics}
     return found
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _of_ranks(item: Any) -> list[Any]:
+    """`item` of every rank, in their order."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
-def _sum_over_ranks(count: int) -> int:
-    if not _distributed():
-        return count
-    total = torch.tensor(count, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return int(total)
-
-
-def _gather(x: Tensor) -> Tensor:
-    """The rows of every rank, in the order of the ranks."""
-    if not _distributed():
-        return x
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x)
-    return torch.cat(parts)
+def _rows_of_ranks(parts: list[Tensor]) -> Tensor:
+    return torch.cat([rows for mine in _of_ranks(parts) for rows in mine])

@@ -16,6 +16,7 @@ class GaussianStatistics:
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu") -> None:
+        self.dimensions = dimensions
         self.count = 0
         self._origin: Tensor | None = None
         self._sum = torch.zeros(dimensions, dtype=torch.float64, device=device)
@@ -90,11 +91,17 @@ def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
     return float(torch.stack(scores).mean())
 
 
-def precision_recall(reference: Tensor, samples: Tensor, *, k: int = 3, block: int = 2048) -> tuple[float, float]:
+#: The k of precision and recall, as in ADM.
+NEIGHBOURS = 3
+
+
+def precision_recall(
+    reference: Tensor, samples: Tensor, *, k: int = NEIGHBOURS, block: int = 2048
+) -> tuple[float, float]:
     """The share of samples inside the reference's manifold, and of the reference inside the samples'.
 
     A manifold is the union of balls around its points that reach to the k-th nearest other point (Kynkaanniemi et al.
-    2019, Eqs. 1-3; k = 3 as in ADM).
+    2019, Eqs. 1-3).
 
     Args:
         reference, samples: (N, D), (M, D); both more than `k` points.
