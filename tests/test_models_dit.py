@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, convert, layers
+from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, convert
 from d2it.models.flops import FineTokens, all_fine, count_macs, fine_tokens
 
 DIM, DEPTH, HEADS, SIDE, PATCH, CLASSES = 16, 2, 2, 4, 2, 3
@@ -19,36 +19,49 @@ DIM, DEPTH, HEADS, SIDE, PATCH, CLASSES = 16, 2, 2, 4, 2, 3
 def original_state(learn_sigma=True):
     """A state dict with the names and shapes of the released checkpoints, at a small size."""
     generator = torch.Generator().manual_seed(0)
+    return original_tensors(
+        DIM, DEPTH, SIDE, CLASSES, learn_sigma, lambda *shape: torch.randn(*shape, generator=generator) * 0.2
+    )
 
-    def w(*shape):
-        return torch.randn(*shape, generator=generator) * 0.2
 
+def original_tensors(dim, depth, side, classes, learn_sigma, w):
+    """Names and shapes as in facebookresearch/DiT, models.py; `w` makes a tensor of a shape."""
     out = PATCH * PATCH * 4 * (2 if learn_sigma else 1)
     state = {
-        "pos_embed": layers.sincos_positions((SIDE // PATCH,) * 2, DIM)[None],
-        "x_embedder.proj.weight": w(DIM, 4, PATCH, PATCH),
-        "x_embedder.proj.bias": w(DIM),
-        "t_embedder.mlp.0.weight": w(DIM, 256),
-        "t_embedder.mlp.0.bias": w(DIM),
-        "t_embedder.mlp.2.weight": w(DIM, DIM),
-        "t_embedder.mlp.2.bias": w(DIM),
-        "y_embedder.embedding_table.weight": w(CLASSES + 1, DIM),
-        "final_layer.linear.weight": w(out, DIM),
+        "pos_embed": original_positions(side // PATCH, dim)[None],
+        "x_embedder.proj.weight": w(dim, 4, PATCH, PATCH),
+        "x_embedder.proj.bias": w(dim),
+        "t_embedder.mlp.0.weight": w(dim, 256),
+        "t_embedder.mlp.0.bias": w(dim),
+        "t_embedder.mlp.2.weight": w(dim, dim),
+        "t_embedder.mlp.2.bias": w(dim),
+        "y_embedder.embedding_table.weight": w(classes + 1, dim),
+        "final_layer.linear.weight": w(out, dim),
         "final_layer.linear.bias": w(out),
-        "final_layer.adaLN_modulation.1.weight": w(2 * DIM, DIM),
-        "final_layer.adaLN_modulation.1.bias": w(2 * DIM),
+        "final_layer.adaLN_modulation.1.weight": w(2 * dim, dim),
+        "final_layer.adaLN_modulation.1.bias": w(2 * dim),
     }
-    for i in range(DEPTH):
+    for i in range(depth):
         for name, rows, columns in [
-            ("attn.qkv", 3 * DIM, DIM),
-            ("attn.proj", DIM, DIM),
-            ("mlp.fc1", 4 * DIM, DIM),
-            ("mlp.fc2", DIM, 4 * DIM),
-            ("adaLN_modulation.1", 6 * DIM, DIM),
+            ("attn.qkv", 3 * dim, dim),
+            ("attn.proj", dim, dim),
+            ("mlp.fc1", 4 * dim, dim),
+            ("mlp.fc2", dim, 4 * dim),
+            ("adaLN_modulation.1", 6 * dim, dim),
         ]:
             state[f"blocks.{i}.{name}.weight"] = w(rows, columns)
             state[f"blocks.{i}.{name}.bias"] = w(rows)
     return state
+
+
+def original_positions(side, dim):
+    """Entry (row, column): sines and cosines of the column, then of the row, frequencies 10000^(-4 i / dim)."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) * 4 / dim)
+    rows = []
+    for row in range(side):
+        for column in range(side):
+            rows.append(torch.cat([f(place * frequencies) for place in (column, row) for f in (torch.sin, torch.cos)]))
+    return torch.stack(rows).float()
 
 
 def original_forward(state, x, t, y):
@@ -96,10 +109,10 @@ def test_original_checkpoints(tmp_path, learn_sigma):
     assert loaded.config.learn_sigma == learn_sigma
 
 
-def test_names_of_a_preset_are_all_converted():
-    ours = DiT.from_preset("DiT-S/2").state_dict()
-    names = {name for name in convert.convert_dit(original_state(), heads=HEADS).state_dict() if ".blocks." not in name}
-    assert names == {name for name in ours if ".blocks." not in name}
+@pytest.mark.parametrize("image_size", [256, 512])
+def test_the_released_sizes_are_our_presets(image_size):
+    state = original_tensors(1152, 28, image_size // 8, 1000, True, torch.empty)  # memory that nobody touches
+    assert convert.convert_dit(state).config == DiT.preset_config("DiT-XL/2", image_size=image_size)
 
 
 def test_checkpoints_of_something_else(tmp_path):

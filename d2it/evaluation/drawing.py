@@ -270,7 +270,9 @@ def read_grain_maps(path: Path, grid: tuple[int, int], num_grains: int) -> Tenso
             if isinstance(values, np.lib.npyio.NpzFile):
                 values = values["grain_maps" if "grain_maps" in values.files else values.files[0]]
     except (OSError, ValueError, IndexError, EOFError, BadZipFile, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a grain map (.npy, .npz or .png): {str(error).splitlines()[0]}") from None
+        # What numpy and Pillow say of a broken file is about pickles and plugins.
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise UserError(f"{path}: not a grain map (.npy, .npz or .png){reason}") from None
     if values.ndim not in (2, 3) or values.dtype.kind not in "iub" or not len(values):
         raise UserError(f"{path}: a grain map is whole numbers (h, w) or (N, h, w), got {values.dtype} {values.shape}")
     if values.shape[-2:] != grid:

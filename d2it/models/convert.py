@@ -36,7 +36,7 @@ _NAMES = (
 
 
 def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None) -> DiT:
-    """Our DiT with the weights of the original's state dict, in evaluation mode.
+    """Our DiT with the weights of the original's state dict (the same memory if float32), in evaluation mode.
 
     Args:
         state: the original's names and shapes, the frozen `pos_embed` included: it gives the grid, and is compared with
@@ -64,7 +64,7 @@ def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None) -> DiT
     for name, tensor in state.items():
         for pattern, ours in _NAMES:
             if re.fullmatch(pattern, name):
-                converted[re.sub(pattern, ours, name)] = tensor.flatten(1) if tensor.ndim == 4 else tensor
+                converted[re.sub(pattern, ours, name)] = (tensor.flatten(1) if tensor.ndim == 4 else tensor).float()
                 break
         else:
             raise ValueError(f"not a state dict of DiT: it has {name}")
@@ -80,8 +80,10 @@ def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None) -> DiT
         num_classes=labels.shape[0] - 1,
         learn_sigma=out_channels == 2 * channels,
     )
-    model = DiT(config)
-    load_weights(model, converted, source="the state dict")
+    with torch.device("meta"):  # nothing is allocated or initialised that the state dict is about to replace
+        model = DiT(config)
+    load_weights(model, converted, source="the state dict", assign=True)
+    model.reset_buffers(torch.device("cpu"))
     if positions.shape != model.trunk.positions.shape or not torch.allclose(
         positions.float(), model.trunk.positions, atol=1e-4
     ):
