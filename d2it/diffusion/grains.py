@@ -86,8 +86,11 @@ def grain_weights(grain_map: Tensor, *, cells_per_region: int = 2, code_sizes: S
     Eq. 11's 1 / (2^(k-i))^2 where the factors double from grain to grain.
     """
     sizes = code_sizes or default_code_sizes(cells_per_region)
-    alphas = torch.tensor([1 / size**2 for size in sizes], device=grain_map.device)
-    return expand_map(alphas[grain_map], cells_per_region)[:, None]
+    # Not a lookup: a table would be copied from the host in every step, which waits for the device.
+    alphas = torch.full_like(grain_map, 1 / sizes[0] ** 2, dtype=torch.float32)
+    for grain, size in enumerate(sizes[1:], start=1):
+        alphas = torch.where(grain_map == grain, 1 / size**2, alphas)
+    return expand_map(alphas, cells_per_region)[:, None]
 
 
 def expand_map(grain_map: Tensor, cells_per_region: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from d2it.files import atomic_write
+from d2it.files import atomic_write, save_tensors
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -87,12 +87,10 @@ class Model(nn.Module, PyTorchModelHubMixin):
         return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
-
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         description = {"model": type(self).__name__, "config": dataclasses.asdict(self.config)}
         with atomic_write(save_directory / WEIGHTS_FILE) as file:
-            save_file(tensors, file, metadata={"model": type(self).__name__})
+            save_tensors(file, tensors, {"model": type(self).__name__})
         with atomic_write(save_directory / CONFIG_FILE) as file:
             file.write_text(json.dumps(description, indent=2))
 
@@ -175,7 +173,11 @@ class Model(nn.Module, PyTorchModelHubMixin):
             kwargs: as for `torch.compile`; `fullgraph=True` unless given.
         """
         kwargs.setdefault("fullgraph", True)
-        for block in self.transformer_blocks():
+        blocks = self.transformer_blocks()
+        # Dynamo counts the graphs of blocks of one class together, and those of an autoencoder all differ.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 2 * len(blocks))
+        for block in blocks:
             block.compile(**kwargs)
 
     def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:

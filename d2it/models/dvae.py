@@ -5,8 +5,9 @@ The convolutional parts are those of the latent-diffusion autoencoder (Rombach e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,13 @@ class DynamicVAEConfig:
     def code_sizes(self) -> tuple[int, ...]:
         """Cells along the side of one latent code, by grain (coarsest first)."""
         return tuple(f // self.downsampling[0] for f in reversed(self.downsampling))
+
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+
+
+def call(block: nn.Module, h: Tensor) -> Tensor:
+    return block(h)
 
 
 class ResidualBlock(nn.Module):
@@ -184,13 +192,18 @@ class HierarchicalEncoder(nn.Module):
             if i + 1 < len(widths):
                 self.down.append(nn.Conv2d(width, width, 3, stride=2))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def blocks(self) -> list[nn.Module]:
+        return [*self.levels, *(cast(nn.Sequential, branch)[0] for branch in self.branches.values())]
+
+    def forward(self, images: Tensor, run: Run = call) -> list[Tensor]:
+        """`run(block, h)` executes a block."""
         h = self.embed(images)
         moments = []
         for i, level in enumerate(self.levels):
-            h = level(h)
+            h = run(level, h)
             if f"f{2**i}" in self.branches:
-                moments.append(self.branches[f"f{2**i}"](h))
+                branch = cast(nn.Sequential, self.branches[f"f{2**i}"])
+                moments.append(branch[1](run(branch[0], h)))
             if i < len(self.down):
                 h = self.down[i](F.pad(h, (0, 1, 0, 1)))
         return moments[::-1]
@@ -226,11 +239,15 @@ class Decoder(nn.Module):
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
         self.head = Head(channels, 3)
 
-    def forward(self, z: Tensor, grain_map: Tensor) -> Tensor:
+    def blocks(self) -> list[nn.Module]:
+        return [self.middle, *self.levels]
+
+    def forward(self, z: Tensor, grain_map: Tensor, run: Run = call) -> Tensor:
+        """`run(block, h)` executes a block."""
         h = self.embed(z)
-        h = self.middle(h + self._positions(grain_map, h))
+        h = run(self.middle, h + self._positions(grain_map, h))
         for i, level in enumerate(self.levels):
-            h = level(h)
+            h = run(level, h)
             if i < len(self.up):
                 h = self.up[i](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.head(h)
@@ -292,6 +309,10 @@ class DynamicVAE(Model):
         """Finest to coarsest, (8, 16)."""
         return self.config.downsampling
 
+    def transformer_blocks(self) -> list[nn.Module]:
+        """The levels and middles. The heads are not among them: `last_layer` must have a gradient of its own."""
+        return [*self.encoder.blocks(), *self.decoder.blocks()]
+
     @property
     def last_layer(self) -> Tensor:
         """The decoder's last weight, at which the adversarial weight compares gradients."""
@@ -347,7 +368,7 @@ class DynamicVAE(Model):
         expected = (images.shape[0], images.shape[2] // s, images.shape[3] // s)
         if tuple(grain_map.shape) != expected:
             raise ValueError(f"grain_map must be {expected}, got {tuple(grain_map.shape)}")
-        moments = [m.float() for m in self.encoder(images)]
+        moments = [m.float() for m in self.encoder(images, self.run_block)]
         mean, logvar = ops.neighbor_copy(moments, grain_map).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20), grain_map, entropy
 
@@ -369,7 +390,7 @@ class DynamicVAE(Model):
                 f"z must be {(batch, self.config.latent_channels, h * side, w * side)} for this grain_map, "
                 f"got {tuple(z.shape)}"
             )
-        return self.decoder(z, grain_map)
+        return self.decoder(z, grain_map, self.run_block)
 
     def forward(self, images: Tensor, grain_map: Tensor | None = None, *, generator: Generators = None) -> VAEOutput:
         """Encode, draw from the posterior, decode: the whole of a training step that must go through DDP."""

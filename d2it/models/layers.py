@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,6 +157,7 @@ class Block(nn.Module):
         self.modulation = Modulation(dim, 6)
         self.attn = attn
         self.mlp = Mlp(dim, mlp_ratio)
+        self._compiled: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -165,11 +167,35 @@ class Block(nn.Module):
         slots: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
+        modulation = self.modulation(c)
+        if self._compiled is None:
+            return self.body(x, modulation, sample, slots, segments)
+        if sample is not None:  # each batch has another number of packed rows: one graph for all
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            torch._dynamo.maybe_mark_dynamic(sample, 0)
+        return self._compiled(self, x, modulation, sample, slots, segments)
+
+    def body(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        sample: Tensor | None,
+        slots: Tensor | None,
+        segments: Tensor | None,
+    ) -> Tensor:
+        """The block under the modulation of its images."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         branch = self.attn(ops.adaln_modulate(x, shift_attn, scale_attn, sample=sample), slots, segments)
         x = ops.gated_residual(x, branch, gate_attn, sample=sample)
         branch = self.mlp(ops.adaln_modulate(x, shift_mlp, scale_mlp, sample=sample))
         return ops.gated_residual(x, branch, gate_mlp, sample=sample)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile of the body, in place; arguments as for `torch.compile`.
+
+        The modulation and the block's hooks stay outside: FSDP2 shards both apart, and Dynamo cannot trace its hooks.
+        """
+        self._compiled = torch.compile(type(self).body, *args, **kwargs)
 
 
 class FinalLayer(nn.Module):

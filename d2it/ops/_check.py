@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 
-def require(condition: bool, argument: str, rule: str, value: Any) -> None:
-    """Raises `ValueError("<argument> must <rule>, got <value>")` unless `condition`."""
+def require(condition: bool, argument: str, rule: str | Callable[[], str], value: Any) -> None:
+    """Raises `ValueError("<argument> must <rule>, got <value>")` unless `condition`.
+
+    A rule that tells sizes is a function, called when it is broken: a size put into a string is a constant to
+    torch.compile, which would compile again for the next one.
+    """
     if not condition:
-        raise ValueError(f"{argument} must {rule}, got {value}")
+        raise ValueError(f"{argument} must {rule if isinstance(rule, str) else rule()}, got {value}")
 
 
 def tensor(argument: str, value: Any, *, ndim: int | tuple[int, ...], floating: bool | None = None) -> None:

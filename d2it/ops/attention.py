@@ -54,7 +54,7 @@ def window_attention(
         _check.tensor(name, x, ndim=ndim, floating=True)
         _check.same("dtype", "q", q, name, x)
         _check.same("device", "q", q, name, x)
-        _check.require(x.shape == q.shape, name, f"have the shape of q {tuple(q.shape)}", tuple(x.shape))
+        _check.require(x.shape == q.shape, name, lambda: f"have the shape of q {tuple(q.shape)}", tuple(x.shape))
     windows, n = (q.shape[0], q.shape[1]) if slots is None else _slots(slots, q)
     _extras(windows, n, q.shape[-2], q, bias, segment_ids, scale)
     name = choose("window_attention", backend, q, k, v, bias, slots=slots, segment_ids=segment_ids)

@@ -69,7 +69,9 @@ def gated_residual(
     _validate(x, sample, (("gate", gate),))
     _check.tensor("branch", branch, ndim=x.ndim, floating=True)
     _check.same("device", "x", x, "branch", branch)
-    _check.require(branch.shape == x.shape, "branch", f"have the shape of x {tuple(x.shape)}", tuple(branch.shape))
+    _check.require(
+        branch.shape == x.shape, "branch", lambda: f"have the shape of x {tuple(x.shape)}", tuple(branch.shape)
+    )
     name = choose("gated_residual", backend, x, branch, gate, sample=sample)
     if name == "reference":
         check_sample(sample, gate.shape[0])
@@ -82,19 +84,20 @@ def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, 
     for name, parameter in parameters:
         _check.tensor(name, parameter, ndim=2, floating=True)
         _check.same("device", "x", x, name, parameter)
-        shape = f"(B, {x.shape[-1]})" if sample is not None else f"({x.shape[0]}, {x.shape[-1]})"
         _check.require(
             parameter.shape[1] == x.shape[-1]
             and (sample is not None or parameter.shape[0] == x.shape[0])
             and parameter.shape[0] == parameters[0][1].shape[0],
             name,
-            f"be {shape}",
+            lambda: f"be ({x.shape[0] if sample is None else 'B'}, {x.shape[-1]})",
             tuple(parameter.shape),
         )
     if sample is not None:
         _check.tensor("sample", sample, ndim=1, floating=False)
         _check.same("device", "x", x, "sample", sample)
-        _check.require(sample.shape[0] == x.shape[0], "sample", f"have the {x.shape[0]} rows of x", sample.shape[0])
+        _check.require(
+            sample.shape[0] == x.shape[0], "sample", lambda: f"have the {x.shape[0]} rows of x", sample.shape[0]
+        )
 
 
 def check_sample(sample: Tensor | None, images: int) -> None:

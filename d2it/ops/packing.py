@@ -147,8 +147,8 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
     _check.require(
         x.shape[:2] == (plan.batch, plan.cells_per_image),
         "x",
-        f"have the plan's {plan.batch} images of {plan.cells_per_image} cells",
-        f"shape {tuple(x.shape)}",
+        lambda: f"have the plan's {plan.batch} images of {plan.cells_per_image} cells",
+        tuple(x.shape),
     )
     name = choose("pack_tokens", backend, x, plan)
     if name == "reference":
@@ -177,15 +177,15 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
     _check.require(
         packed.shape[0] == plan.capacity,
         "packed",
-        f"have the plan's {plan.capacity} rows",
-        f"shape {tuple(packed.shape)}",
+        lambda: f"have the plan's {plan.capacity} rows",
+        tuple(packed.shape),
     )
     if base is not None:
         shape = (plan.batch, plan.cells_per_image, packed.shape[1])
         _check.tensor("base", base, ndim=3, floating=True)
         _check.same("dtype", "packed", packed, "base", base)
         _check.same("device", "packed", packed, "base", base)
-        _check.require(tuple(base.shape) == shape, "base", f"have shape {shape}", f"shape {tuple(base.shape)}")
+        _check.require(tuple(base.shape) == shape, "base", lambda: f"have shape {shape}", tuple(base.shape))
     name = choose("unpack_tokens", backend, packed, plan, base)
     if name == "reference":
         return reference.unpack_tokens(packed, plan, base)
