@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -72,3 +73,11 @@ def shared_server() -> Server:
     server = Server()
     atexit.register(server.close)
     return server
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    """Until the file is there and not empty."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.005)

@@ -16,20 +16,25 @@ import hashlib
 import importlib
 import os
 import resource
-import socket
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import TCPStore
 
+from d2it.diffusion import GaussianDiffusion
 from d2it.errors import UserError
+from d2it.models import DynamicContentTransformer
+from d2it.models.layers import FinalLayer, Modulation
 from d2it.training import distributed
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import RunConfig, StageConfig
 from d2it.training.loop import Batch, Learner, Stopped, Work, restore, seed_of, train
+from d2it.training.transformers import ContentLosses, count_tokens
 
 
 class Losses(nn.Module):
@@ -70,8 +75,12 @@ class Toy:
     def batches(self, first: int) -> Iterator[Batch]:
         step, parts = first, self.settings.accumulate
         rows = self.settings.batch_size // (self.world.size * parts)
+        with open(os.path.join(self.run.dir, f"starts-{self.world.rank}"), "a") as file:
+            file.write(f"{first}\n")
+        progress = os.open(os.path.join(self.run.dir, f"step-{self.world.rank}"), os.O_WRONLY | os.O_CREAT)
         nan = [int(s) for s in str(self.extra.get("nan", "")).split("-") if s]
         while True:
+            os.pwrite(progress, b"%8d" % step, 0)
             if step == self.extra.get("die") and self.world.rank == self.world.size - 1:
                 marker = os.path.join(self.run.dir, "died")
                 if not os.path.exists(marker):
@@ -82,19 +91,49 @@ class Toy:
             bad = step in nan and self.world.rank == self.world.size - 1
             for part in range(parts):
                 place = (part * self.world.size + self.world.rank) * rows
-                yield {
-                    "x": x[place : place + rows],
-                    "fine": 0 if self.extra.get("uneven") and self.world.rank else rows,
-                    "scale": float("nan") if bad else 1.0,
-                    "noise": float(self.extra.get("noise", 0.1)),
-                }
+                yield self.batch(x[place : place + rows], bad)
             step += 1
 
+    def batch(self, x: torch.Tensor, bad: bool) -> Batch:
+        return {
+            "x": x,
+            "fine": 0 if self.extra.get("uneven") and self.world.rank else len(x),
+            "scale": float("nan") if bad else 1.0,
+            "noise": float(self.extra.get("noise", 0.1)),
+        }
+
     def work(self, batch: Batch) -> Work:
-        return Work(len(batch["x"]), 0, 0)
+        return Work(self.settings.batch_size // (self.world.size * self.settings.accumulate), 0, 0)
 
     def publish(self, meters: Any, step: int) -> None:
         pass
+
+
+class Dynamic(Toy):
+    """As `Toy`, with a D2iT whose second rank has no fine region; `x` seeds the latents."""
+
+    def __init__(self, settings: StageConfig, run: RunConfig, world: distributed.World, extra: dict[str, Any]) -> None:
+        torch.manual_seed(run.seed)
+        self.settings, self.run, self.world, self.extra = settings, run, world, extra
+        network = DynamicContentTransformer.from_preset("tiny", image_size=64, depth=1, refine_depth=1, num_classes=3)
+        for part in network.modules():  # zeros would keep the blocks from the loss
+            if isinstance(part, Modulation | FinalLayer):
+                torch.nn.init.normal_(part.linear.weight, std=0.05)
+        losses = ContentLosses(network, GaussianDiffusion(), 1.0)
+        self.learners = [Learner("toy", losses, settings, world, network)]
+        self.config = network.config
+
+    def batch(self, x: torch.Tensor, bad: bool) -> Batch:
+        generator = torch.Generator().manual_seed(int(x.view(torch.int32)[0, 0]))
+        count, grid = len(x), self.config.grid
+        grains = torch.randint(2, (count, *self.config.region_grid), generator=generator)
+        batch = {
+            "mean": torch.randn(count, 4, *grid, generator=generator),
+            "std": torch.full((count, 4, *grid), float("nan") if bad else 0.1),
+            "grain_map": grains * 0 if self.world.rank else grains,
+            "label": torch.randint(3, (count,), generator=generator),
+        }
+        return count_tokens(batch, self.config, capacity_step=0.125)
 
 
 def digest(learner: Learner) -> str:
@@ -132,7 +171,9 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     world = distributed.start("cpu")
     try:
-        stage = Toy(settings, run, world, extra)
+        if settings.compile:  # traced and cut as ever, and run as it stands
+            torch.compiler.set_stance(force_backend="eager")
+        stage = (Dynamic if extra.get("dynamic") else Toy)(settings, run, world, extra)
         train(stage, settings, run, world)
         checkpoints = Checkpoints(Path(run.dir) / "checkpoints" / stage.name, world, stage.identity())
         restore(stage, checkpoints, settings.steps)
@@ -154,32 +195,34 @@ def serve() -> None:
     """Fork the ranks of a run for every line: torch is imported once, so that a run takes a fraction of a second."""
     for name in ("torch._dynamo", "torch.utils.tensorboard", "tqdm", "torch.distributed.fsdp"):
         importlib.import_module(name)  # where a run would; here, before the forks
-    for line in sys.stdin:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
+    for run, line in enumerate(sys.stdin):
         arguments = line.split()
         ranks = next((int(a.split("=")[1]) for a in arguments if a.startswith("ranks=")), 1)
         arguments = [a for a in arguments if not a.startswith("ranks=")]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        pids = [fork(arguments, rank, ranks, port) for rank in range(ranks)]
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        where |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_RUN_ID": run}
+        pids = [fork(arguments, where | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(ranks)]
         print(*pids, flush=True)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print("exit", *codes, flush=True)
 
 
-def fork(arguments: list[str], rank: int, ranks: int, port: int) -> int:
-    """A child that runs `main` as this rank, with the environment that torchrun would give it."""
+def fork(arguments: list[str], where: dict[str, Any]) -> int:
+    """A child that runs `main` as one rank, with the environment that torchrun would give it."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        if ranks > 1:
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            os.environ.update({k: str(v) for k, v in {**where, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        if where["WORLD_SIZE"] > 1:
+            os.environ.update({k: str(v) for k, v in where.items()})
         code = main(arguments)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

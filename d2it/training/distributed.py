@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,19 +101,34 @@ def start(device: str = "auto") -> World:
         here = torch.device("cpu")
     if "RANK" not in os.environ:
         return World(0, 1, 1, here)
-    if kind == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=here)
-    else:
-        dist.init_process_group("gloo")
-    size = dist.get_world_size()
+    store, rank, size = next(dist.rendezvous("env://"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # One machine talks to itself, whatever its host name resolves to.
+    if local_size == size and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    options = {"backend": "cpu:gloo,cuda:nccl", "device_id": here} if kind == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=size, **options)
     return World(
-        rank=dist.get_rank(),
+        rank=rank,
         size=size,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        local_size=local_size,
         device=here,
         control=dist.new_group(backend="gloo"),
         saver=dist.new_group(backend="gloo"),
     )
+
+
+_starts = itertools.count()
+
+
+def _attempt() -> str:
+    """A name for this meeting of the ranks, the same on all of them and never used before.
+
+    The store may outlive a meeting: torchrun restarts ranks, a process may leave a run and join the next. Under the
+    names of an earlier meeting gloo would find the addresses of ranks that are gone, and fail to connect.
+    """
+    run, restart = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    return f"d2it/{run}/{restart}/{next(_starts)}"
 
 
 def stop() -> None:
