@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from d2it.training.loop import seed_of
-from tests.train_server import ENVIRONMENT, WORKER, Server, shared_server
+from tests.train_server import ENVIRONMENT, WORKER, Server, shared_server, wait_for
 from tests.train_worker import Losses
 
 
@@ -59,6 +59,26 @@ def test_ranks_average_and_agree(server: Server, tmp_path: Path, parallel: str) 
     assert [r["toy/loss"] for r in logged[:6]] == pytest.approx(losses_of_two_ranks(6), rel=1e-5)
 
 
+def test_a_dynamic_model_is_the_same_however_it_is_spread(server: Server, tmp_path: Path) -> None:
+    """DDP and FSDP2, eager and compiled, blocks kept and recomputed; one rank has no fine token, and NaN in step 1."""
+    common = {"ranks": 2, "dynamic": 1, "steps": 4, "log_every": 1, "save_every": 4, "clip": 0.5, "nan": 1}
+    found = {}
+    for name, settings in {
+        "ddp": {},
+        "ddp-compiled": {"compile": True},
+        "fsdp-compiled": {"parallel": "fsdp", "activation_checkpointing": True, "compile": True},
+        "fsdp-bf16": {"parallel": "fsdp", "precision": "bf16"},
+    }.items():
+        code, _, log = server.run(tmp_path / name, **common, **settings)
+        assert code == 0, log
+        found[name] = rows(tmp_path / name)
+        assert [r["toy/skipped_steps"] for r in found[name]] == [0, 1, 1, 1]
+    for key in ("content/loss", "toy/gradient_norm"):
+        values = {name: [r[key] for r in logged if r["step"] != 2] for name, logged in found.items()}
+        for name, near in (("ddp-compiled", 1e-4), ("fsdp-compiled", 1e-4), ("fsdp-bf16", 3e-2)):
+            assert values[name] == pytest.approx(values["ddp"], rel=near), (name, key)
+
+
 def test_accumulated_micro_batches_are_one_batch(server: Server, tmp_path: Path) -> None:
     """Gradients of two ranks and two micro-batches are reduced once, and weigh the same."""
     code, _, log = server.run(tmp_path, ranks=2, accumulate=2, steps=6, log_every=1, noise=0, width=4)
@@ -71,9 +91,10 @@ def test_accumulated_micro_batches_are_one_batch(server: Server, tmp_path: Path)
 
 
 def test_checkpoints_move_between_numbers_of_ranks_and_forms(server: Server, tmp_path: Path) -> None:
-    """Two ranks, then FSDP2 on two, then one: every resume takes up the last one's tensors."""
+    """One rank, two, FSDP2 on two, two, one again: every resume takes up the last one's tensors."""
     losses = {}
-    for name, parts in (("a", (("ddp", 2, 4), ("fsdp", 2, 8), ("ddp", 1, 12))), ("b", (("ddp", 2, 12),))):
+    chain = (("ddp", 1, 4), ("ddp", 2, 8), ("fsdp", 2, 12), ("ddp", 2, 16), ("ddp", 1, 20))
+    for name, parts in (("a", chain), ("b", (("ddp", 2, 20),))):
         for parallel, ranks, last in parts:
             settings = {
                 "ranks": ranks,
@@ -88,7 +109,7 @@ def test_checkpoints_move_between_numbers_of_ranks_and_forms(server: Server, tmp
         losses[name] = [r["toy/loss"] for r in rows(tmp_path / name)]
     # Without noise of its own a step depends on the images alone, which are the same for any number of ranks.
     assert losses["a"] == pytest.approx(losses["b"], rel=1e-5)
-    manifest = json.loads((tmp_path / "a" / "checkpoints" / "toy" / "step-00000008" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "a" / "checkpoints" / "toy" / "step-00000016" / "manifest.json").read_text())
     assert manifest["world_size"] == 2
 
 
@@ -110,27 +131,41 @@ def torchrun(folder: Path, **settings: object) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, str(WORKER), *arguments], env=ENVIRONMENT, **pipes)
 
 
-@pytest.mark.slow
 def test_a_dead_rank_is_restarted_from_the_last_checkpoint(server: Server, tmp_path: Path) -> None:
     """torchrun's agent restarts the ranks when one dies; the result is that of a run in which nobody died."""
     code, expected, log = server.run(tmp_path / "a", ranks=2, steps=12, save_every=4)
     assert code == 0, log
-    process = torchrun(tmp_path / "b", steps=12, save_every=4, die=9, log_every=1)
+    process = torchrun(tmp_path / "b", steps=12, save_every=4, async_save=False, die=11, log_every=1)
     out, log = process.communicate(timeout=300)
     assert process.returncode == 0, log
     assert (tmp_path / "b" / "died").exists()
+    for rank in range(2):  # died in step 11: three steps are done again, less than an interval
+        assert (tmp_path / "b" / f"starts-{rank}").read_text().split() == ["0", "8"]
     assert re.findall(r"hash (\w+)", out) == [expected]
     assert [r["step"] for r in rows(tmp_path / "b")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_saves_on_all(server: Server, tmp_path: Path, rank: int) -> None:
+    pids = server.start(tmp_path, ranks=2, steps=100000, save_every=100000, log_every=1)
+    wait_for(tmp_path / "logs" / "toy.jsonl")
+    os.kill(pids[rank], signal.SIGTERM)
+    code, _, said = server.finish()
+    assert code == 128 + signal.SIGTERM
+    (saved,) = (tmp_path / "checkpoints" / "toy").glob("step-*")
+    assert said.count(f"saved {saved}") == 2
+    assert {p.name for p in saved.glob("__*_0.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    last = int(saved.name.removeprefix("step-"))
+    code, found, log = server.run(tmp_path, ranks=2, steps=last + 3)
+    assert code == 0, log
+    code, expected, log = server.run(tmp_path / "undisturbed", ranks=2, steps=last + 3)
+    assert (code, found) == (0, expected), log
 
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_on_all_ranks(tmp_path: Path) -> None:
     process = torchrun(tmp_path, steps=100000, save_every=100000, log_every=1)
-    log = tmp_path / "logs" / "toy.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(tmp_path / "logs" / "toy.jsonl")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     (saved,) = (tmp_path / "checkpoints" / "toy").glob("step-*")

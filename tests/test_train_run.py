@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,37 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert said in lines[-1]
     assert lines[-1].startswith("error: ")
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("stage", "limit", "said"),
+    [
+        ("cache", 6_000, "cache: cannot write the latent cache: "),
+        ("grain", 20_000, "model.safetensors"),
+        ("", 6_000, "reconstructions.png"),
+    ],
+    ids=["units", "weights", "pictures"],
+)
+def test_a_full_disk_is_one_line_at_any_file(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], stage: str, limit: int, said: str
+) -> None:
+    """A limit on the size of files stands for the disk."""
+    shutil.copytree(run / "vae", tmp_path / "vae")
+    arguments = [*SMALL, f"run.dir={tmp_path}", f"run.stages=[{stage or 'cache'}]", "cache.unit_size=16"]
+    if stage != "cache":
+        shutil.copytree(run / "cache", tmp_path / "cache")
+        arguments[-1] = "cache.unit_size=8"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code = main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert lines[-1].startswith("error: ")
+    assert said in lines[-1]
+    assert "File too large" in lines[-1]
 
 
 def test_dry_run_measures_every_stage_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

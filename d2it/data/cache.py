@@ -28,11 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2it.errors import UserError
-from d2it.files import atomic_write, sha256_of
+from d2it.files import atomic_write, save_tensors, sha256_of
 
 from .loader import SinglePass
 from .order import Draws
@@ -229,7 +228,7 @@ def _write_unit(folder: Path, unit: int, rows: list[dict[str, Tensor]], skipped:
     name = _unit_name(unit)
     tensors = {key: torch.cat([row[key] for row in rows]) for key in _KEYS} if rows else {}
     with atomic_write(folder / name) as path:
-        save_file(tensors, path, metadata={"format": f"{FORMAT} {VERSION}"})  # one key: their order is not fixed
+        save_tensors(path, tensors, {"format": f"{FORMAT} {VERSION}"})  # one key: their order is not fixed
         record = {
             "file": name,
             "images": len(tensors["index"]) if rows else 0,

@@ -91,6 +91,35 @@ def count_macs(
     return Macs(batch * _trunk(config, config.patch_size, *channels, grid), 0)
 
 
+def kept_values(
+    config: DiTConfig | GrainTransformerConfig | ContentTransformerConfig,
+    batch: int = 1,
+    fine: FineTokens | None = None,
+    *,
+    recompute: bool = False,
+) -> int:
+    """Numbers that the blocks keep from the forward to the backward pass, in the dtype of the residual stream.
+
+    Of every token the residual stream (twice), both modulated inputs, q, k and v, the attention's output, both
+    branches, and the MLP's hidden layer before and after its GELU. Compilation saves some of them.
+
+    Args:
+        config, batch, fine: as for `count_macs`.
+        recompute: activation checkpointing: every block's input, and once all of the largest block.
+    """
+    if isinstance(config, ContentTransformerConfig):
+        rows = all_fine(config, batch).rows if fine is None or config.masked else fine.rows
+        patch = config.patch_size or config.cells_per_region
+        layers = [(config.depth, batch * config.grid[0] * config.grid[1] // patch**2), (config.refine_depth, rows)]
+    else:
+        height, width = config.grid  # type: ignore[misc]
+        layers = [(config.depth, batch * height * width // config.patch_size**2)]
+    of_a_token = int(config.dim * (10 + 2 * config.mlp_ratio))
+    if recompute:
+        return config.dim * sum(depth * rows for depth, rows in layers) + of_a_token * max(rows for _, rows in layers)
+    return of_a_token * sum(depth * rows for depth, rows in layers)
+
+
 def _trunk(config: Any, patch: int, in_channels: int, out_channels: int, grid: tuple[int, int]) -> int:
     tokens = grid[0] * grid[1] // patch**2
     block = _block_row(config) + 2 * tokens * config.dim

@@ -136,6 +136,15 @@ class Checkpoints:
         )
         return final
 
+    def settle(self) -> None:
+        """Take the result of the save in the background if it has ended on every rank; does not wait for it.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._thread is not None and all(self.world.gather(self._pending is not None and self._pending.done())):
+            self.wait()
+
     def wait(self) -> None:
         """Wait for the save in the background.
 

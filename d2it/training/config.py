@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from d2it.errors import UserError
 from d2it.models.losses import VAELossConfig
+from d2it.training.float8 import RECIPES
 
 STAGES = ("dvae", "cache", "grain", "content")
 
@@ -71,6 +72,7 @@ class StageConfig:
     precision: str = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     parallel: str = "ddp"  # or fsdp: parameters, gradients and optimiser state sharded (FSDP2)
     compile: bool = False  # torch.compile, block by block
+    float8: str | None = None  # products of the blocks through torchao: tensorwise, rowwise; emulated on any device
     activation_checkpointing: bool = False
 
 
@@ -237,6 +239,8 @@ def _check(config: Config) -> None:
         need(stage.schedule in ("constant", "cosine"), f"{name}.schedule", "constant or cosine")
         need(stage.precision in ("auto", "bf16", "fp32"), f"{name}.precision", "auto, bf16 or fp32")
         need(stage.parallel in ("ddp", "fsdp"), f"{name}.parallel", "ddp or fsdp")
+        need(stage.float8 in (None, *RECIPES), f"{name}.float8", f"null, {' or '.join(RECIPES)}")
+    need(config.dvae.float8 is None, "dvae.float8", "null (its convolutions have no float8)")
     need(config.dvae.parallel == "ddp", "dvae.parallel", "ddp (the critic's weight needs whole gradients)")
     need(all(0 <= r <= 1 for r in config.dvae.fine_ratios), "dvae.fine_ratios", "shares in [0, 1]")
     need(0 < config.content.capacity_step <= 1, "content.capacity_step", "in (0, 1]")

@@ -23,7 +23,7 @@ from d2it.training.config import Config
 from d2it.training.distributed import World
 from d2it.training.loop import Batch, Learner, Work, seed_of
 from d2it.training.meters import Meters
-from d2it.training.stage import build, loader, spread_over, to_device, user_error
+from d2it.training.stage import build, loader, spread_over, to_device, uncompiled, user_error
 
 
 class VaeLosses(nn.Module):
@@ -165,6 +165,9 @@ class DvaeStage:
         images = len(batch["image"])
         return Work(images, 0, images * self.macs)
 
+    def activations(self, batch: Batch) -> int | None:
+        return None
+
     def synthetic(self) -> Batch:
         """A micro-batch of noise of the right shape: for dry runs and benchmarks."""
         size = self.settings.batch_size // (self.world.size * self.settings.accumulate)
@@ -173,7 +176,7 @@ class DvaeStage:
 
     def publish(self, meters: Meters, step: int) -> None:
         learner = self.learners[0]
-        with learner.ema.applied():
+        with learner.ema.applied(), uncompiled(self.settings):
             self.vae.set_scaling_factor(1 / latent_deviation(self.vae, self.source, self.world))
             picture = reconstructions(self.vae, self.source, self.config.sample.images, self.world.device)
         learner.share(Path(self.config.run.dir) / "vae")

@@ -28,6 +28,7 @@ from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import RunConfig, StageConfig
 from d2it.training.distributed import StopSignal, World, gradient_sync, spread
 from d2it.training.ema import Ema
+from d2it.training.float8 import to_float8
 from d2it.training.meters import Meters
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ class Stage(Protocol):
 
     def work(self, batch: Batch) -> Work:
         """What this micro-batch costs on this rank."""
+
+    def activations(self, batch: Batch) -> int | None:
+        """Bytes that this micro-batch keeps for the backward pass, where that can be told beforehand."""
 
     def publish(self, meters: Meters, step: int) -> None:
         """Write the averaged weights to share, and pictures for tensorboard; called on all ranks."""
@@ -132,7 +136,11 @@ class Learner:
         blocks = [] if network is None else network.transformer_blocks()
         if network is not None:
             network.gradient_checkpointing = settings.activation_checkpointing
+            if settings.float8 is not None:
+                to_float8(blocks, settings.float8, world.device, f"{name}.float8")
             if settings.compile:
+                # Left on, it would cut each block's graph at the borders of DDP's buckets.
+                torch._dynamo.config.optimize_ddp = False
                 network.compile_blocks()
         self.bf16 = bf16(settings, world.device)
         self.module = spread(self.losses, self.network, blocks, world, settings.parallel, self.bf16)
@@ -234,7 +242,8 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
             torch.manual_seed(seed_of(run.seed, stage.name, step, world.rank))  # noise, timesteps, dropout
             learners = stage.active(step)
             for micro in range(settings.accumulate):
-                batch = next(batches)
+                with meters.loading():
+                    batch = next(batches)
                 meters.count(stage.work(batch))
                 for learner in learners:
                     logs, batch = learner.backward(batch, last=micro == settings.accumulate - 1)
@@ -248,6 +257,7 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
                 meters.add({f"{x.name}/skipped_steps": x.guard[0] for x in stage.learners})
                 meters.report(done, learning_rate(settings, step))
                 check_guard(stage, run, done)
+                checkpoints.settle()
             last = done == settings.steps
             if last or (run.publish_every and done % run.publish_every == 0 and not signal):
                 stage.publish(meters, done)

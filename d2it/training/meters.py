@@ -6,10 +6,13 @@ device.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "H800": 989.4e12,
     "A100": 312e12,
@@ -54,12 +58,14 @@ class Energy:
             return
         try:
             import pynvml
-
+        except ImportError:
+            return
+        try:
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except (ImportError, pynvml.NVMLError):
+        except pynvml.NVMLError:
             return
         self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
@@ -84,6 +90,7 @@ class Meters:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._images = self._tokens = self._macs = 0
+        self._loading = 0.0
         self._energy = Energy(world.device)
         self._peak = peak_flops(world.device)
         self._first, self._reported = first, first
@@ -95,8 +102,7 @@ class Meters:
         self._board: Any = None
         self._bar: Any = None
         self._wandb: Any = None
-        if world.first:
-            self._open(run)
+        world.together(lambda: self._open(run) if world.first else None)
 
     def _open(self, run: RunConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -116,7 +122,13 @@ class Meters:
                 import wandb
             except ImportError:
                 raise UserError(f"run.wandb={run.wandb}: the wandb package is not installed") from None
-            self._wandb = wandb.init(project=run.wandb, name=f"{Path(run.dir).name}-{self.name}", resume="allow")
+            place = f"{Path(run.dir).resolve()}:{self.name}"  # a resumed stage goes on in its own wandb run
+            self._wandb = wandb.init(
+                project=run.wandb,
+                name=f"{Path(run.dir).name}-{self.name}",
+                id=hashlib.sha256(place.encode()).hexdigest()[:16],
+                resume="allow",
+            )
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add 0-dim device tensors; `report` gives each one's mean."""
@@ -131,19 +143,26 @@ class Meters:
         self._tokens += work.tokens
         self._macs += work.macs
 
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        start = time.perf_counter()
+        yield
+        self._loading += time.perf_counter() - start
+
     def report(self, step: int, rate: float) -> dict[str, float]:
         """Wait for the device, average over steps and ranks, write, and start anew."""
         now, joules = None, self._energy.joules()
         keys = list(self._sums)
         device = self.world.device
-        host = [self._images, self._tokens, self._macs, 0.0]
+        host = [self._images, self._tokens, self._macs, self._loading, 0.0]
         values = torch.stack([self._sums[k] / self._counts[k] for k in keys])
         means = self.world.mean(values).tolist()  # waits for the device
         now = time.perf_counter()
         seconds = now - self._since
         if joules is not None and self._joules is not None:
-            host[3] = joules - self._joules
-        images, tokens, macs, energy = (
+            host[4] = joules - self._joules
+        images, tokens, macs, loading, energy = (
             self.world.mean(torch.tensor(host, dtype=torch.float64, device=device)) * self.world.size
         ).tolist()
         figures = dict(zip(keys, means)) | {
@@ -151,6 +170,7 @@ class Meters:
             "images_per_second": images / seconds,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds / max(1, step - self._reported),
+            "loader_wait": loading / self.world.size / seconds,
         }
         if self._peak is not None:
             figures["mfu"] = 6 * macs / seconds / (self._peak * self.world.size)
@@ -158,36 +178,44 @@ class Meters:
         if energy:
             figures["watts"] = energy / seconds
             figures["images_per_joule"] = images / energy
-        self._write(step, figures, now)
+        self.world.together(lambda: self._write(step, figures, now) if self.world.first else None)
         self._sums.clear()
         self._counts.clear()
         self._images = self._tokens = self._macs = 0
+        self._loading = 0.0
         self._since, self._reported, self._joules = now, step, joules
         return figures
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """A picture (H, W, 3) uint8 for tensorboard and wandb."""
-        if self._board is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb
+        """A picture (H, W, 3) uint8 for tensorboard and wandb; called on all ranks."""
 
-            self._wandb.log({name: wandb.Image(image)}, step=step)
+        def write() -> None:
+            if self._board is not None and self._log is not None:
+                with _writing(self._log.parent):
+                    self._board.add_image(name, image, step, dataformats="HWC")
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({name: wandb.Image(image)}, step=step)
+
+        self.world.together(write)
 
     def close(self) -> None:
         for each in (self._bar, self._board):
             if each is not None:
-                each.close()
+                with contextlib.suppress(OSError):  # what closes a run that failed must not hide why
+                    each.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _write(self, step: int, figures: dict[str, float], now: float) -> None:
-        if self._log is None or self._board is None:
-            return
-        with self._log.open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        for key, value in figures.items():
-            self._board.add_scalar(key, value, step)
+        assert self._log is not None
+        assert self._board is not None
+        with _writing(self._log.parent):
+            with self._log.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+            for key, value in figures.items():
+                self._board.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(figures, step=step)
         shown = {k.split("/")[-1]: v for k, v in figures.items() if k.endswith("/loss")}
@@ -205,6 +233,14 @@ class Meters:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the logs: {error.strerror or error}") from None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -95,9 +95,7 @@ def run(config: Config, world: World) -> None:
         if world.first:
             print(summarize(stage, settings, config, world), file=sys.stderr, flush=True)
         train(stage, settings, config.run, world)
-    if world.first:
-        finish(config, world, source)
-    world.barrier()
+    world.together(lambda: finish(config, world, source) if world.first else None)
 
 
 def rehearse_all(config: Config, world: World) -> None:

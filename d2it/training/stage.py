@@ -75,6 +75,11 @@ def check_batch(settings: StageConfig, key: str, world: World) -> None:
         )
 
 
+def uncompiled(settings: StageConfig) -> contextlib.AbstractContextManager[Any]:
+    """Around what has shapes of its own and is rare: a picture is not worth a compilation."""
+    return torch.compiler.set_stance("force_eager") if settings.compile else contextlib.nullcontext()
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Tensors copied without waiting (the loader's are page-locked); everything else as it is."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -34,10 +34,13 @@ def summarize(stage: Stage, settings: StageConfig, config: Config, world: World)
         "bf16" if stage.learners[0].bf16 else "fp32",
         settings.parallel,
         "compiled" if settings.compile else "eager",
+        *([f"float8 ({settings.float8})"] if settings.float8 else []),
         *(["activation checkpointing"] if settings.activation_checkpointing else []),
     ]
     lines.append(f"  {name}{threads}, {', '.join(how)}")
-    lines.append(f"  {state:.2f} GiB a rank for weights, gradients, moments and average; activations come on top")
+    kept = stage.activations(batch)
+    activations = "activations come on top" if kept is None else f"about {kept / 2**30:.2f} for activations"
+    lines.append(f"  {state:.2f} GiB a rank for weights, gradients, moments and average, {activations}")
     return "\n".join(lines + [f"  {note}" for note in stage.notes()])
 
 

@@ -31,14 +31,14 @@ from d2it.models import (
     DynamicVAE,
     DynamicVAEConfig,
 )
-from d2it.models.flops import FineTokens, count_macs, fine_tokens
+from d2it.models.flops import FineTokens, count_macs, fine_tokens, kept_values
 from d2it.models.pipeline import to_uint8
 from d2it.training import pictures
 from d2it.training.config import Config, StageConfig
 from d2it.training.distributed import World
 from d2it.training.loop import Batch, Learner, Work, seed_of
 from d2it.training.meters import Meters
-from d2it.training.stage import build, loader, spread_over, to_device
+from d2it.training.stage import build, loader, spread_over, to_device, uncompiled
 
 Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
@@ -244,6 +244,11 @@ class LatentStage:
         macs = count_macs(self.network.config, images, fine)
         return Work(images, images * self.dense_tokens + fine.rows, macs.total)
 
+    def activations(self, batch: Batch) -> int | None:
+        images, fine = len(batch["grain_map"]), batch.get("fine")
+        values = kept_values(self.network.config, images, fine, recompute=self.settings.activation_checkpointing)
+        return values * (2 if self.learners[0].bf16 else 4)
+
     @property
     def dense_tokens(self) -> int:
         """Tokens of an image that pass through the dense blocks."""
@@ -253,7 +258,7 @@ class LatentStage:
     def publish(self, meters: Meters, step: int) -> None:
         learner = self.learners[0]
         learner.share(Path(self.config.run.dir) / self.folder)
-        with learner.ema.applied():
+        with learner.ema.applied(), uncompiled(self.settings):
             picture = self.picture()
         meters.picture(f"{self.name}/samples", picture, step)
 
