@@ -79,6 +79,12 @@ def test_a_dynamic_model_is_the_same_however_it_is_spread(server: Server, tmp_pa
             assert values[name] == pytest.approx(values["ddp"], rel=near), (name, key)
 
 
+def test_ranks_that_met_before_meet_again(server: Server, tmp_path: Path) -> None:
+    """In one process, through one store: nobody calls at the address that another had in an earlier run."""
+    code, _, log = server.run(tmp_path, ranks=2, steps=2, earlier=1)
+    assert code == 0, log
+
+
 def test_accumulated_micro_batches_are_one_batch(server: Server, tmp_path: Path) -> None:
     """Gradients of two ranks and two micro-batches are reduced once, and weigh the same."""
     code, _, log = server.run(tmp_path, ranks=2, accumulate=2, steps=6, log_every=1, noise=0, width=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from d2it.training.config import Config, RunConfig
 from d2it.training.distributed import World
 from d2it.training.ema import Ema
 from d2it.training.loop import Batch
-from d2it.training.meters import Meters
+from d2it.training.meters import Energy, Meters
 from d2it.training.transformers import ContentStage, GrainStage, LatentData, LatentStage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -321,8 +322,11 @@ def test_attention_of_other_packages(package: str, monkeypatch: pytest.MonkeyPat
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     given = batch(stage(), fine=5)
-    losses = [step(stage(overrides={"attention": name}), given) for name in ("sdpa", package)]
-    torch.testing.assert_close(*losses)
+    chosen = [stage(overrides={"attention": name}, precision="bf16") for name in ("sdpa", package)]
+    torch.testing.assert_close(*(step(made, given) for made in chosen))
+    if package == "flash_attn":
+        with pytest.raises(UserError, match="attention=flash_attn takes no float32"):
+            stage(overrides={"attention": package}, precision="fp32")
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -360,9 +364,23 @@ def test_wandb_goes_on_in_the_run_of_the_same_folder(tmp_path: Path, monkeypatch
         Meters("toy", run, 4, 4, WORLD)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard's own thread
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_energy_is_the_gpus_own_counter(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = types.ModuleType("pynvml")
+    millijoules = iter((5_000, 7_500))
+    nvml.NVMLError = type("NVMLError", (Exception,), {})  # type: ignore[attr-defined]
+    nvml.nvmlInit = lambda: None  # type: ignore[attr-defined]
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid  # type: ignore[attr-defined]
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: next(millijoules)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml if installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="0-1"))
+    assert Energy(torch.device("cuda", 0)).joules() == (7.5 if installed else None)
+    assert Energy(torch.device("cpu")).joules() is None
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the size of files stands for a full disk."""
+    monkeypatch.setattr(threading, "excepthook", lambda *args: None)  # tensorboard's thread says it too
     meters = Meters("toy", RunConfig(dir=str(tmp_path)), 4, 0, WORLD)
     meters.add({"toy/loss": torch.ones((), device=DEVICE)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

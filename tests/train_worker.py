@@ -17,6 +17,7 @@ import importlib
 import os
 import resource
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,10 @@ def main(arguments: list[str]) -> int:
     if "file_limit" in extra:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(extra["file_limit"]),) * 2)
     torch.set_num_threads(1)
+    for _ in range(int(extra.get("earlier", 0))):
+        distributed.start("cpu")
+        distributed.stop()
+        time.sleep(int(os.environ["RANK"]))  # the first rank comes back a second before the other
     world = distributed.start("cpu")
     try:
         if settings.compile:  # traced and cut as ever, and run as it stands

@@ -124,8 +124,8 @@ _starts = itertools.count()
 def _attempt() -> str:
     """A name for this meeting of the ranks, the same on all of them and never used before.
 
-    The store may outlive a meeting: torchrun restarts ranks, a process may leave a run and join the next. Under the
-    names of an earlier meeting gloo would find the addresses of ranks that are gone, and fail to connect.
+    The store may outlive a meeting: torchrun restarts ranks, a process may leave a run and join the next. Under an old
+    name the rank that comes first finds the address where another one was, and never gets through.
     """
     run, restart = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
     return f"d2it/{run}/{restart}/{next(_starts)}"

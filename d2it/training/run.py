@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
     except UserError as error:
         where = f" (rank {world.rank})" if world.rank else ""
         return _say(f"error{where}: {error}", 2)
+    except torch.OutOfMemoryError as error:
+        less = "more micro-batches (<stage>.accumulate) or <stage>.activation_checkpointing=true need less"
+        return _say(f"error (rank {world.rank}): {str(error).splitlines()[0]}: {less}", 2)
     except KeyboardInterrupt:  # outside the loop, where there is nothing to save
         return _say("interrupted; the same command resumes", 130)
     except Stopped as stopped:

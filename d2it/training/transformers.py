@@ -23,6 +23,7 @@ from d2it.diffusion import (
     sample_content,
     sample_grain_maps,
 )
+from d2it.errors import UserError
 from d2it.models import (
     ContentTransformerConfig,
     DiT,
@@ -193,6 +194,11 @@ class LatentStage:
         learns_sigma = getattr(self.network.config, "learn_sigma", False)
         self.diffusion = GaussianDiffusion(learn_sigma=learns_sigma, device=world.device)
         self.learners = [Learner(self.name, self.make_losses(), settings, world, self.network)]
+        if self.network.config.attention == "flash_attn" and not self.learners[0].bf16:
+            raise UserError(
+                f"{self.name}.overrides.attention=flash_attn takes no float32: leave it at sdpa, or train in bf16 "
+                f"({self.name}.precision)"
+            )
 
     def make(self) -> Transformer:
         """The network, untrained."""
