@@ -453,12 +453,17 @@ def cotangents_like(outputs: list[Tensor]) -> list[Tensor]:
     return [torch.randn(t.shape, generator=rng, device=t.device, dtype=t.dtype) for t in outputs]
 
 
+def fresh_compiler() -> None:
+    """Every case compiles for its own static shapes. A kept graph forbids donated buffers, and what is compiled with
+    them would not be found in the compilers' caches."""
+    torch.compiler.reset()
+    torch._functorch.config.donated_buffer = False
+
+
 def run_bench(bench: Bench, seconds: float | None = None) -> list[Row]:
     """Rows of the result file: one for each contender and direction, or one that says why it was skipped."""
     rates = machine_rates()
-    # Every case compiles afresh, for its own static shapes; a kept graph forbids donated buffers.
-    torch.compiler.reset()
-    torch._functorch.config.donated_buffer = False
+    fresh_compiler()
     sets = input_sets(bench)
     rows: list[Row] = []
     reference: _Reference | None = None
@@ -642,22 +647,45 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go, not benchmarks/results/<device>")
     parser.add_argument("--no-save", action="store_true", help="print the table, write nothing")
     parser.add_argument("--seconds", type=float, help="how long to measure each line")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no case after that")
     parser.add_argument(
-        "--warm", action="store_true", help="run everything once and time nothing: fills compilers' caches"
+        "--warm",
+        nargs="?",
+        const="0/1",
+        metavar="I/N",
+        help="run everything once and time nothing, which fills compilers' caches; I/N: every N-th case, from I on",
     )
+    parser.add_argument("--memory", type=float, default=1.0, help="share of the GPU's memory that may be used")
     return parser
+
+
+def begin(args: argparse.Namespace) -> None:
+    """What every benchmark says and sets before it starts."""
+    print(title(), flush=True)
+    if device() == "cuda":
+        torch.cuda.set_per_process_memory_fraction(args.memory)
+    elif not args.warm:
+        print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures say nothing about a GPU")
+    if not args.warm:
+        rates = machine_rates()
+        print(f"copy {rates['copy_gbps']} GB/s; matrix product {rates['matmul_tflops']} TFLOP/s", flush=True)
+
+
+def share_of(items: list[Any], shard: str) -> list[Any]:
+    """The part of them that "I/N" names."""
+    i, _, n = shard.partition("/")
+    return items[int(i) :: int(n)]
 
 
 def warm(bench: Bench) -> None:
     """Runs every contender once, forward and backward, and looks at nothing."""
-    torch.compiler.reset()
-    inputs = bench.inputs(0)
+    fresh_compiler()
     for name, setup in bench.contenders.items():
         try:
-            direction_call("backward" if bench.backward else "forward", setup(), inputs, bench.gradients)()
+            direction_call("backward" if bench.backward else "forward", setup(), bench.inputs(0), bench.gradients)()
+            synchronize()
         except (Skip, RuntimeError) as reason:  # reported when it is measured
             print(f"{bench.case} {name}: {reason}")
-    synchronize()
 
 
 def main(
@@ -673,15 +701,12 @@ def main(
     """
     args = args or arguments(description).parse_args()
     chosen = [bench for bench in benches() if fnmatch.fnmatch(bench.case, args.only)]
-    print(title())
+    begin(args)
     if args.warm:
-        for bench in chosen:
+        for bench in share_of(chosen, args.warm):
             warm(bench)
         return 0
-    if device() == "cpu":
-        print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures say nothing about a GPU")
-    rates = machine_rates()
-    print(f"copy {rates['copy_gbps']} GB/s; matrix product {rates['matmul_tflops']} TFLOP/s", flush=True)
+    end = time.monotonic() + 60 * args.minutes
     rows: dict[str, list[Row]] = {}
     for i, bench in enumerate(chosen):
         name = bench.operator or operator
@@ -692,6 +717,9 @@ def main(
         if not args.no_save:
             finished = all((later.operator or operator) != name for later in chosen[i + 1 :])
             write_results(name, rows[name], args.out, complete=args.only == "*" and finished)
+        if time.monotonic() > end and i + 1 < len(chosen):
+            print(f"out of time: {len(chosen) - i - 1} of {len(chosen)} cases left out")
+            break
     for name, own in rows.items():
         print(f"\n{name}\n{table(own)}")
     if not args.no_save and chosen:

@@ -98,8 +98,9 @@ def proportional(operator: str) -> Callable[[Results], Iterator[Measured]]:
 
 
 def plan_us(results: Results) -> Iterator[Measured]:
+    """Only what a CUDA graph could capture: a plan that makes the host wait is none."""
     for row in _best(results, "plan_tokens"):
-        if row["shape"].get("batch") == 256:
+        if row["shape"].get("batch") == 256 and row["how"] == "graph":
             yield row["ms"] * 1000, row["case"]
 
 
@@ -140,7 +141,7 @@ GOALS = [
     Goal("KDE entropy", ">= 100x eager", times("kde_entropy", "eager"), 100.0, "{:.0f}x"),
     Goal("KDE entropy", ">= 10x compiled", times("kde_entropy", "compiled"), 10.0, "{:.1f}x"),
     *(Goal(f"{name}", ">= 80 % of copy bandwidth", share(name, "copy_share"), 0.8) for name in MOVERS),
-    Goal("plan, 256 images", "<= 20 us", plan_us, 20.0, "{:.1f} us", at_most=True),
+    Goal("plan, 256 images", "<= 20 us, no sync", plan_us, 20.0, "{:.1f} us", at_most=True),
     Goal("D2iT-XL training step", ">= 45 % MFU", training("d2it packed", "mfu", "D2iT-XL"), 0.45),
     Goal("training step, packed", ">= 1.25x the same model with masks", packed_against_masked, 1.25, "{:.2f}x"),
     Goal("DiT-XL/2 training", ">= 500 images/s", training("dit", "images_per_s", "DiT-XL/2"), 500.0, "{:.0f} images/s"),

@@ -9,7 +9,9 @@ import argparse
 import dataclasses
 import fnmatch
 import gc
+import itertools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,17 +95,32 @@ def distance(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
     return (off / total) ** 0.5
 
 
-def run_case(case: Case, seconds: float | None) -> list[Row]:
-    rows = []
+def warm(case: Case) -> None:
+    """Runs what compiles once, and looks at nothing."""
+    for name, (_, setup) in case.contenders.items():
+        if not name.endswith(("compiled", "graph")):
+            continue
+        torch.compiler.reset()
+        gc.collect()
+        try:
+            job = setup()
+            job.call()
+            common.synchronize()
+            job.close()
+        except (Skip, RuntimeError) as reason:  # reported when it is measured
+            print(f"{case.name} {name}: {reason}")
+
+
+def run_case(case: Case, seconds: float | None) -> Iterator[Row]:
+    """A row for each contender, as soon as it is measured."""
     for name, (preset, setup) in case.contenders.items():
         shape = {**case.shape, "preset": preset}
         base = {"case": case.name, "contender": name, "dtype": str(case.dtype)[6:], "shape": shape}
+        job: Job | None = None  # the one before lets go of its memory
         torch.compiler.reset()
         gc.collect()
         if common.device() == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        job = None
         try:
             job = setup()
             if common.device() == "cuda":  # what the check took is not the contender's
@@ -114,17 +131,16 @@ def run_case(case: Case, seconds: float | None) -> list[Row]:
                 else:
                     timing = common.time_calls([job.call], graph=False, seconds=seconds)
         except Skip as reason:
-            rows.append({**base, "skipped": str(reason)})
+            yield {**base, "skipped": str(reason)}
             continue
         except torch.OutOfMemoryError:
-            rows.append({**base, "skipped": "out of memory"})
+            yield {**base, "skipped": "out of memory"}
             continue
         finally:
             if job is not None:
                 job.close()
-        rows.append({**base, "direction": case.direction, **_figures(job, timing, case.dtype), **power.read()})
         print(f"{case.name} {name}: {timing.ms:.1f} ms", file=sys.stderr, flush=True)
-    return rows
+        yield {**base, "direction": case.direction, **_figures(job, timing, case.dtype), **power.read()}
 
 
 def _figures(job: Job, timing: common.Timing, dtype: torch.dtype) -> dict[str, Any]:
@@ -174,18 +190,24 @@ def table(rows: list[Row]) -> str:
 
 
 def main(operator: str, options: argparse.Namespace, cases: Callable[[argparse.Namespace], Iterator[Case]]) -> int:
-    """Measures the cases, prints the table, keeps the results after each case; 1 where a result of ours is wrong."""
+    """Measures the cases, prints the table, keeps the results after each line; 1 where a result of ours is wrong."""
     chosen = [case for case in cases(options) if fnmatch.fnmatch(case.name, options.only)]
-    print(common.title())
-    if common.device() == "cpu":
-        print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures say nothing about a GPU")
-    rates = common.machine_rates()
-    print(f"copy {rates['copy_gbps']} GB/s; matrix product {rates['matmul_tflops']} TFLOP/s", flush=True)
+    common.begin(options)
+    if options.warm:
+        for case in common.share_of(chosen, options.warm):
+            warm(case)
+        return 0
+    end = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
-    for i, case in enumerate(chosen):
-        rows += run_case(case, options.seconds)
+    lines = sum(len(case.contenders) for case in chosen)
+    for row in itertools.chain.from_iterable(run_case(case, options.seconds) for case in chosen):
+        rows.append(row)
         if not options.no_save:
-            complete = options.only == "*" and i == len(chosen) - 1
+            complete = options.only == "*" and len(rows) == lines
             common.write_results(operator, rows, options.out, complete=complete)
+        if time.monotonic() > end:
+            break
+    if len(rows) < lines:
+        print(f"out of time: {lines - len(rows)} of {lines} lines left out")
     print(f"\n{table(rows)}")
     return 1 if any(row.get("correct") is False and row["contender"].startswith("d2it") for row in rows) else 0

@@ -247,7 +247,7 @@ def plot(result: Result, path: Path) -> None:
         axis.set_xlabel(f"{direction} ms")
     axes[0][0].invert_yaxis()
     axes[0][0].legend(fontsize="small")
-    figure.suptitle(f"{result['operator']}: {result['device']}, torch {result['torch']}, commit {result['commit']}")
+    figure.suptitle(f"{result['operator']}: {result['device']}\n{_ran_on(result)}", fontsize="medium")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import sys
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
 import goals  # noqa: E402
 import results  # noqa: E402
+import run_gpu  # noqa: E402
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*_bench.py"))
 
@@ -76,6 +78,8 @@ def test_every_benchmark_of_an_operator_is_right_on_its_first_case(script: str) 
     bench = next(iter(module.benches()))
     assert bench.expected is not None
     names = [name for name in bench.contenders if results.ours({"contender": name})]
+    if not torch.cuda.is_available() and len(names) > 1:  # interpreted it takes half a minute; tests/kernels runs it
+        names = [name for name in names if name != "d2it triton"]
     names = names or list(bench.contenders)[:1]  # no C++ operators here
     inputs = bench.inputs(0)
     cotangents: list[torch.Tensor] = []
@@ -90,6 +94,84 @@ def test_every_benchmark_of_an_operator_is_right_on_its_first_case(script: str) 
         assert right, f"{name}: relative error {error}"
         error, right = common._distance(got.gradients, want.gradients, 2 * common.TOLERANCE[bench.dtype])
         assert right, f"{name}: relative error {error} of the gradients"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "machine_rates", lambda: {"copy_gbps": 1.0, "matmul_tflops": {"float32": 1.0}})
+
+
+def run_main(benches: list[common.Bench], *words: str) -> int:
+    args = common.arguments("Squares.").parse_args(["--seconds", "0.01", *words])
+    return common.main("Squares.", "square", lambda: iter(benches), args)
+
+
+def test_a_benchmark_keeps_each_case_and_stops_in_time(
+    quick: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    right = {"d2it square": lambda: lambda given: given["x"].square()}
+    benches = [square_bench(right), dataclasses.replace(square_bench(right), case="n1000-again")]
+    assert run_main(benches, "--out", str(tmp_path)) == 0
+    (written,) = results.load(tmp_path).values()
+    assert written["complete"]
+    assert results.cases(written["rows"]) == ["n1000", "n1000-again"]
+    for key in ("device", "torch", "python", "commit", "source", "date", "rates", "small"):
+        assert key in written
+    assert "say nothing about a GPU" in capsys.readouterr().out
+
+    assert run_main(benches, "--out", str(tmp_path), "--minutes", "0") == 0
+    assert "out of time: 1 of 2 cases left out" in capsys.readouterr().out
+    (written,) = results.load(tmp_path).values()
+    assert not written["complete"]
+    assert results.cases(written["rows"]) == ["n1000"]
+
+
+def test_a_wrong_result_of_ours_fails_the_benchmark(quick: None) -> None:
+    wrong = {"d2it square": lambda: lambda given: given["x"].square() + 1}
+    assert run_main([square_bench(wrong)], "--no-save") == 1
+
+
+def test_warming_runs_its_share_and_times_nothing(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ran: list[str] = []
+
+    def contender(case: str) -> common.Run:
+        return lambda given: (ran.append(case), given["x"].square())[1]
+
+    benches = [
+        dataclasses.replace(square_bench({"d2it": lambda i=i: contender(str(i)), "absent": unavailable}), case=str(i))
+        for i in range(3)
+    ]
+    assert run_main(benches, "--out", str(tmp_path), "--warm", "1/2") == 0
+    assert ran == ["1"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        ("print('fine')", "passed"),
+        ("raise SystemExit(3)", "failed"),
+        ("import no_such_module_anywhere", "skipped: needs no_such_module_anywhere, which is not installed"),
+        ("import time; time.sleep(60)", "stopped at its limit"),
+    ],
+)
+def test_a_part_of_make_gpu_is_told_by_how_it_ended(
+    code: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_gpu, "LOGS", tmp_path / "logs")
+    outcome = run_gpu.run("part", [sys.executable, "-S", "-c", code], 30 if state != "stopped at its limit" else 1)
+    assert outcome.state == state
+    assert (tmp_path / "logs" / "part.log").exists()
+
+
+def test_make_gpu_runs_every_test_of_the_suite_and_every_benchmark() -> None:
+    tasks, _ = run_gpu.suite_tasks(["tests"])
+    words = [word for _, command, _ in tasks for word in command]
+    for path in (ROOT / "tests" / "kernels").glob("test_*.py"):
+        assert words.count(str(path)) == run_gpu.SHARDS
+    assert str(ROOT / "tests" / "test_no_sync.py") in words
+    assert sorted(run_gpu.benchmarks()) == SCRIPTS
+    assert {f"{name}_bench" for name in run_gpu.SHARES} <= set(SCRIPTS) | {"entropy_bench"}
 
 
 def row(case: str, contender: str, ms: float, direction: str = "forward", **more: object) -> dict:
@@ -166,6 +248,18 @@ def test_readme_table_replaces_what_stands_between_the_markers(tmp_path: Path) -
     assert "| `pack_tokens` forward | a | 20.0 µs | 50% | 3.0x eager |" in text
     assert "old" not in text
     assert "## NVIDIA H200" in results.document(folders)
+
+
+def test_plots_say_where_and_with_what_they_were_measured(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot.Figure, "suptitle", lambda self, text, **kwargs: seen.append(text))
+        measured = result("pack_tokens", [row("a", "d2it triton", 0.02), row("a", "eager", 0.06)])
+        results.plot({**measured, "driver": "580.1"}, tmp_path / "pack_tokens.png")
+    assert (tmp_path / "pack_tokens.png").stat().st_size > 1000
+    for word in ("pack_tokens", "NVIDIA H200", "driver 580.1", "torch 2.11", "commit abc1234"):
+        assert word in seen[0]
 
 
 def test_documents_hold_what_the_result_files_give() -> None:

@@ -71,7 +71,7 @@ def test_a_wrong_contender_is_named_and_gets_no_speed_up():
         return lambda: models.Job(lambda: None, 1, 2 * 10**9, error, 1e-4)
 
     contenders = {"d2it packed": ("x", job(1e-2)), "masked": ("x", job(0.0))}
-    rows = models.run_case(models.Case("c", {}, torch.float32, "step", contenders), None)
+    rows = list(models.run_case(models.Case("c", {}, torch.float32, "step", contenders), None))
     text = models.table(rows)
     assert "WRONG: relative error 1.0e-02" in text
     assert "x masked" not in text

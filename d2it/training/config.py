@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from d2it.errors import UserError
 from d2it.models.losses import VAELossConfig
 from d2it.training.float8 import RECIPES
 
+if TYPE_CHECKING:  # OmegaConf is imported where files and overrides are read: the stages run without it
+    from omegaconf.errors import ConfigKeyError
+
+MISSING = "???"  # OmegaConf's mark of a value that has to be given
 STAGES = ("dvae", "cache", "grain", "content")
 
 
@@ -148,6 +148,10 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
         UserError: a file that is not there or not YAML, a key that the schema does not have, a value of
             the wrong type or out of range.
     """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
     layers = [] if path is None else _files(Path(path))
     try:
         for item in overrides:
@@ -172,11 +176,15 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration, as a record of the run; `load` reads it."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _files(path: Path) -> list[Any]:
     """The YAML file's chain of `extends`, base first."""
+    from omegaconf import DictConfig, OmegaConf
+
     if not path.is_file():
         raise UserError(f"no such configuration file: {path}")
     try:
@@ -191,6 +199,8 @@ def _files(path: Path) -> list[Any]:
 
 def _did_you_mean(error: ConfigKeyError) -> str:
     import difflib
+
+    from omegaconf import OmegaConf
 
     section = getattr(error, "parent_node", None)
     known = [str(k) for k in section] if section is not None and OmegaConf.is_dict(section) else []
