@@ -111,7 +111,7 @@ class ContentConfig(StageConfig):
     """Stage 2b, section 3.2.3."""
 
     preset: str = "D2iT-XL"
-    capacity_step: float = 0.0625  # packed lengths are rounded up to this share of all cells: few shapes to compile
+    capacity_step: float = 0.0625  # packed lengths are rounded up to this share of all cells: shapes repeat
 
 
 @dataclass

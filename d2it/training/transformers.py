@@ -113,7 +113,7 @@ def count_tokens(batch: Batch, config: ContentTransformerConfig, capacity_step: 
     """The batch with its packed fine tokens ("fine") and the rows to allocate for them ("capacity").
 
     The loader's workers run this: the host knows the lengths before the device has the maps, so nobody waits.
-    Capacities are whole steps of all cells, which keeps the shapes that torch.compile sees few.
+    Capacities are whole steps of all cells: shapes repeat, and with them the allocator's blocks.
     """
     fine = fine_tokens(batch["grain_map"], config)
     cells = batch["grain_map"].numel() * config.cells_per_region**2
