@@ -11,9 +11,12 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run an entry point; a UserError becomes one line on stderr and exit code 2."""
+    """Run an entry point; a UserError becomes one line on stderr and exit code 2, Ctrl-C 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

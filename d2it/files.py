@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d2it.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -47,6 +49,23 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metad
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+
+
+def prepare_file(path: str | os.PathLike[str], name: str) -> None:
+    """Make the folder of a file that is written when the work is done; for entry points, before they start.
+
+    Raises:
+        UserError: there can be no such file; names the argument.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"{name} {path}: is a folder")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{name} {path}: cannot write there")
+    except OSError as error:
+        raise UserError(f"{name} {path}: {error.strerror}") from None
 
 
 def flush_folder(path: Path) -> None:

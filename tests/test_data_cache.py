@@ -302,3 +302,14 @@ def test_verify_command(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     with pytest.raises(UserError, match=r"unit-00001\.safetensors is damaged"):
         verify_cache.main([str(tmp_path)])
+
+
+def test_labels_are_held_against_the_number_of_classes(tmp_path):
+    cache = make(tmp_path / "labelled")
+    cache.require_classes(5)
+    with pytest.raises(UserError, match="labels reach 4, num_classes is 4"):
+        cache.require_classes(4)
+    tiles = Tiles()
+    tiles.labels, tiles.num_classes, tiles.classes = None, 0, None
+    with pytest.raises(UserError, match="num_classes=5 needs labels"):
+        make(tmp_path / "unlabelled", tiles).require_classes(5)

@@ -378,7 +378,7 @@ def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, incepti
         ),
         (["generation", "--samples", "x", "--reference", "r", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["statistics", "x", "--save", "s.txt"], "--save: the name must end in .npz"),
-        (["statistics", "x", "--save", "/proc/none/s.npz"], "--save /proc/none/s.npz: cannot write there"),
+        (["statistics", "x", "--save", "/proc/none/s.npz"], "--save /proc/none/s.npz: No such file or directory"),
         (
             ["reconstruction", "--checkpoint", "x", "--data", "demo", "--ratios", "2"],
             "--ratios must be in 0 ... 1, got 2",
@@ -397,6 +397,25 @@ def test_the_command_says_in_one_line_what_is_wrong(arguments, match, capsys):
 
 
 # ---- reconstruction -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_reconstructs_what_can_be_read(tmp_path, capsys):
+    from d2it.models import DynamicVAE
+
+    torch.manual_seed(0)
+    DynamicVAE.from_preset("tiny", channels=8).save_pretrained(tmp_path / "vae")
+    (tmp_path / "photos").mkdir()
+    for i, photo in enumerate(pictures(120, 3, size=32)):
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / f"{i:03d}.png")
+    (tmp_path / "photos" / "005.png").write_bytes(b"not a photo")
+    words = ["reconstruction", "--checkpoint", tmp_path / "vae", "--data", tmp_path / "photos", "--ratios", "0.5"]
+    words += ["--device", "cpu", "--image-size"]
+    assert main([*map(str, words), "32", "--output", str(tmp_path / "new" / "report.json")]) == 0
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert (report["settings"]["count"], report["settings"]["skipped"]) == (119, 1)
+    assert report["rows"][0]["fine_ratio"] == 0.5
+    assert main([*map(str, words), "40"]) == 2
+    assert "--image-size must be a multiple of the VAE's regions of 16, got 40 x 40" in capsys.readouterr().err
 
 
 def test_reconstruction_spends_the_codes_of_the_ratio():

@@ -288,6 +288,8 @@ def test_blocks_compile_without_a_graph_break(bias):
     ("settings", "message"),
     [
         ({"window": 3}, "window must divide the latent grid 8 x 8, got 3"),
+        ({"window": 0}, "window must be a whole number of at least 1, got 0"),
+        ({"depth": 2.5}, "depth must be a whole number of at least 1, got 2.5"),
         ({"image_size": 72}, "image_size must be a multiple of 16"),
         ({"downsampling": (16, 8)}, "downsampling must ascend"),
         ({"patch_size": 3}, "patch_size must divide"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from d2it.data import LatentCache
 from d2it.models import D2iT, DiT
 from d2it.training.config import load
+from d2it.training.dvae import DvaeStage
 from d2it.training.run import main
 from tests.train_server import ENVIRONMENT
 
@@ -81,6 +86,8 @@ def test_the_run_is_a_pretrained_d2it(run: Path) -> None:
     d2it = D2iT.from_pretrained(run)
     assert d2it.num_classes == 8
     assert d2it.sampling["steps"] == 2
+    assert d2it.class_names is not None
+    assert d2it.class_names[2] == "coffee"  # as the source calls it: the configuration names no class
     drawn = d2it(3, labels=[1, 2, 3], seed=7)
     assert drawn.images.shape == (3, 3, 32, 32)
     assert drawn.grain_maps.shape == (3, 2, 2)
@@ -151,6 +158,16 @@ def test_more_steps_go_on_from_where_it_was(run: Path, capsys: pytest.CaptureFix
         (["dvae.preset=huge"], "preset must be one of"),
         (["dvae.overrides.width=3"], "has no setting width"),
         (["content.overrides.window=3", "run.stages=[content]"], "window must divide the latent grid 4 x 4, got 3"),
+        (["content.overrides.window=0", "run.dir=FRESH"], "window must be a whole number of at least 1, got 0"),
+        (["content.overrides.heads=5", "run.dir=FRESH"], "heads must divide the width 128, got 5"),
+        (
+            ["dvae.overrides.channels=wide", "run.dir=FRESH"],
+            "channels must be a whole number of at least 1, got 'wide'",
+        ),
+        (["sample.scheduler=magic"], "sample.scheduler must be one of ddpm, ddim, "),
+        (["sample.grain_steps=2000"], "sample.grain_steps must be in 1 ... 1000, got 2000"),
+        (["sample.guidance=2", "data.num_classes=null"], "sample.guidance must be 1 where data.num_classes is null"),
+        (["data.class_names=[cat]"], "data.class_names must be null or 8 names"),
         (["content.overrides.image_size=64", "run.stages=[content]"], "follows from the data and the VAE"),
         (["run.stages=[content]", "run.dir=FRESH"], "no latent cache here"),
         (["run.stages=[cache]", "run.dir=FRESH"], "no trained VAE here"),
@@ -189,6 +206,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert said in lines[-1]
     assert lines[-1].startswith("error: ")
     assert not any("Traceback" in line for line in lines)
+    assert not (tmp_path / "fresh" / "checkpoints").exists()  # said before the first step, whichever stage it is about
 
 
 @pytest.mark.parametrize(
@@ -231,11 +249,65 @@ def test_dry_run_measures_every_stage_and_writes_nothing(tmp_path: Path, capsys:
     assert not (tmp_path / "dry").exists()
 
 
-def test_the_plain_dit_trains_in_the_same_stage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--dry-run", "content.preset=DiT-S/2", "content.overrides.dim=64", "content.overrides.heads=2"]
-    given = [a for a in SMALL if not a.startswith("content.preset")]
-    assert main([*given, *arguments, f"run.dir={run}", "run.stages=[content]"]) == 0
+def test_the_plain_dit_trains_in_the_same_stage(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("vae", "grain_transformer"):
+        shutil.copytree(run / part, tmp_path / part)
+    arguments = ["content.preset=DiT-S/2", "content.overrides.dim=64", "content.overrides.heads=2"]
+    arguments += [f"run.dir={tmp_path}", f"cache.path={run / 'cache'}", "run.stages=[content]"]
+    assert main([*(a for a in SMALL if not a.startswith("content.preset")), *arguments]) == 0
     assert "content: DiT DiT-S/2" in capsys.readouterr().err
+    assert DiT.from_pretrained(tmp_path / "content_transformer").num_parameters() > 0
+
+
+def test_a_photo_that_cannot_be_read_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even the first one, which every sheet of reconstructions shows."""
+    photos = np.random.default_rng(0).integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / "photos" / f"{i:03d}.png")
+    (tmp_path / "photos" / "000.png").write_bytes(b"not a photo")
+    given = [a for a in SMALL if not a.startswith(("data.path", "data.num_classes"))]
+    given += [f"data.path={tmp_path / 'photos'}", f"run.dir={tmp_path / 'run'}", "run.stages=[dvae,cache]"]
+    assert main(given) == 0
+    assert "000.png" in caplog.text
+    assert Image.open(tmp_path / "run" / "reconstructions.png").width >= 300
+    assert len(LatentCache(tmp_path / "run" / "cache")) == 119
+
+
+def test_curves_are_left_out_where_nothing_draws_them(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else real(name, *a))
+    assert main([*SMALL, f"run.dir={run}", "run.stages=[]"]) == 0
+    assert "curves.png is left out: matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_sigterm_outside_the_steps(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the cache stage, say: it ends in one line, and the handlers of whoever called are back."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("d2it.training.run.build_cache", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    assert main([*SMALL, f"run.dir={run}", "run.stages=[cache]"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == f"SIGTERM: what is finished is in {run}; the same command resumes\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_the_last_step_publishes_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish = DvaeStage.publish
+
+    def interrupted(stage: DvaeStage, *given: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        publish(stage, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DvaeStage, "publish", interrupted)
+    assert main([*SMALL, f"run.dir={tmp_path}", "run.stages=[dvae,cache]"]) == 128 + signal.SIGTERM
+    assert f"saved {tmp_path}/checkpoints/dvae/step-00000004" in capsys.readouterr().err
+    assert (tmp_path / "vae" / "model.safetensors").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))

@@ -35,7 +35,7 @@ from d2it.files import atomic_write, save_tensors, sha256_of
 
 from .loader import SinglePass
 from .order import Draws
-from .sources import ImageSource
+from .sources import ImageSource, check_classes
 
 FORMAT = "d2it latent cache"
 VERSION = 1
@@ -377,6 +377,10 @@ class LatentCache:
                     f"{self.folder} was made with {key} = {_short(self.facts.get(key))}, not {_short(value)}: "
                     "delete it or name another folder"
                 )
+
+    def require_classes(self, num_classes: int) -> None:
+        """Raise UserError unless every image has a label below ``num_classes``."""
+        check_classes(f"{self.folder} ({self.description})", self.num_classes, num_classes)
 
     def fetch(self, indices: Sequence[int], draws: Sequence[Draws] | None = None, *, replace: bool = False) -> dict:
         """Return a batch; with ``draws``, half of the images as their mirror images where those were encoded.

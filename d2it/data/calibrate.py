@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from d2it.errors import UserError, run_command
+from d2it.files import prepare_file
 
 from .calibration import calibrate, check_ratios
 from .loader import default_workers
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no GPU")
     check_ratios(options.ratios)
+    if options.output:
+        prepare_file(options.output, "--output")
     gpu = options.device != "cpu" and torch.cuda.is_available()
 
     height, width = (options.image_size * 2)[:2]

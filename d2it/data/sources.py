@@ -34,6 +34,14 @@ from .order import Draws
 UNREADABLE_SHARE = 0.01
 
 
+def check_classes(description: str, found: int, num_classes: int) -> None:
+    """Raise UserError unless images of ``found`` classes (0: without labels) have labels below ``num_classes``."""
+    if not found:
+        raise UserError(f"{description}: num_classes={num_classes} needs labels")
+    if found > num_classes:
+        raise UserError(f"{description}: labels reach {found - 1}, num_classes is {num_classes}")
+
+
 class ImageSource(ABC):
     """A finite, ordered set of images, cut to one size.
 
@@ -92,10 +100,7 @@ class ImageSource(ABC):
 
     def require_classes(self, num_classes: int) -> None:
         """Raise UserError unless every image has a label below ``num_classes``."""
-        if not self.num_classes:
-            raise UserError(f"{self.description}: num_classes={num_classes} needs labels")
-        if self.num_classes > num_classes:
-            raise UserError(f"{self.description}: labels reach {self.num_classes - 1}, num_classes is {num_classes}")
+        check_classes(self.description, self.num_classes, num_classes)
 
     def pixels(self, index: int, draws: Draws | None = None) -> np.ndarray:
         """Return image ``index`` as (H, W, 3) uint8, augmented if ``draws`` are given and the source augments.

@@ -42,6 +42,11 @@ SCHEDULERS = ("ddpm", "ddim", *_DIFFUSERS)
 GRAIN_SCHEDULERS = ("ddpm", "ddim", "dpm++", "sde-dpm++", "dpm++s", "unipc", "deis", "sa", "euler", "lms")
 
 
+def grain_scheduler_for(scheduler: str) -> str:
+    """The scheduler of the grain maps where only the content's is named: the same one if it can, else "ddpm"."""
+    return scheduler if scheduler in GRAIN_SCHEDULERS else "ddpm"
+
+
 class Spaced:
     """What DDPM and DDIM share: the diffusion over the chosen timesteps alone, its tables read at the step's place.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from d2it.evaluation.drawing import Drawing, add_options, given_options
 from d2it.evaluation.generation import METRICS, check_sizes, compare, open_reference, summarize
 from d2it.evaluation.images import keep_npz, open_images
 from d2it.evaluation.inception import WHERE, Inception
-from d2it.files import atomic_write, sha256_of
+from d2it.files import atomic_write, prepare_file, sha256_of
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
 from d2it.training.distributed import World, start, stop
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     finally:
         stop()
     if world.first:
@@ -59,10 +63,7 @@ def _prepare(options: argparse.Namespace) -> None:
             continue
         if not path.endswith(ending):
             raise UserError(f"--{name}: the name must end in {ending}, got {path!r}")
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{name} {path}: cannot write there: {error.strerror}") from None
+        prepare_file(path, f"--{name}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,13 +186,15 @@ def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    from d2it.data import open_source
+    from d2it.data import SinglePass, open_source
     from d2it.evaluation.reconstruction import evaluate_reconstruction
     from d2it.models import LPIPS, DynamicVAE
     from d2it.models.lpips import lpips_files
 
     if world.size > 1:
         raise UserError("reconstruction runs in one process: start it without torchrun")
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise UserError("reconstruction needs torchmetrics, which is not installed: pip install torchmetrics")
     if len(options.image_size) > 2:
         raise UserError(f"--image-size: a side, or height and width, got {options.image_size}")
     if options.count is not None and options.count < 2:
@@ -219,15 +222,21 @@ def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]
     if options.count and options.count > count:
         raise UserError(f"--count {options.count}: {options.data} has {count} images")
 
+    batches = [range(at, min(at + options.batch_size, count)) for at in range(0, count, options.batch_size)]
+    skipped: list[str] = []
+
     def images() -> Iterator[Tensor]:
-        for first in range(0, count, options.batch_size):
-            chosen = range(first, min(first + options.batch_size, count))
-            yield torch.stack([source[i]["image"] for i in chosen])
+        with SinglePass(source, batches) as stream:
+            for batch in stream:
+                if len(batch["image"]):
+                    yield batch["image"]
+            skipped[:] = stream.unreadable
 
     rows = evaluate_reconstruction(vae, images, options.ratios, extractor=inception, lpips=lpips, device=world.device)
     settings |= {"checkpoint": options.checkpoint, "vae_sha256": sha256_of(folder / WEIGHTS_FILE)}
     settings |= {"data": options.data, "source": source.description, "crop": "center, scaled to cover the size"}
-    settings |= {"count": count, "size": [height, width]} | ({"lpips_sha256": hashes} if hashes else {})
+    settings |= {"count": count - len(skipped), "skipped": len(skipped), "size": [height, width]}
+    settings |= {"lpips_sha256": hashes} if hashes else {}
     return {"rows": rows, "settings": settings}
 
 

@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world is None or world.first:  # every rank has the same arguments, or was told by `World.together`
             print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     finally:
         stop()
 

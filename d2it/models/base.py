@@ -36,6 +36,14 @@ def pair(value: int | Iterable[int]) -> tuple[int, int]:
     return (int(height), int(width))
 
 
+def check_whole(config: Any, **least: int) -> None:
+    """Raise ValueError unless the named fields of a configuration are whole numbers of at least so much."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{name} must be a whole number of at least {bound}, got {value!r}")
+
+
 class Model(nn.Module, PyTorchModelHubMixin):
     """Base of the trainable models. A subclass names its dataclass `Config` and its table of `presets`."""
 

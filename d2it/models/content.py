@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from d2it import ops
 from d2it.models import layers
-from d2it.models.base import pair
+from d2it.models.base import check_whole, pair
 from d2it.models.dit import ClassConditional, Trunk
 from d2it.models.presets import CONTENT_PRESETS
 
@@ -56,6 +56,7 @@ class ContentTransformerConfig:
         self.image_size = pair(self.image_size)
         self.downsampling = tuple(self.downsampling)
         self.num_classes = self.num_classes or 0
+        check_whole(self, in_channels=1, dim=4, depth=1, refine_depth=1, heads=1, window=1, num_classes=0)
         finest, coarsest = self.downsampling[0], self.downsampling[-1]
         if list(self.downsampling) != sorted(set(self.downsampling)) or any(
             coarsest % f or f % finest for f in self.downsampling
@@ -68,6 +69,7 @@ class ContentTransformerConfig:
             raise ValueError(f"image_size must be a multiple of {coarsest}, got {self.image_size}")
         if self.patch_size is None:
             self.patch_size = self.cells_per_region
+        check_whole(self, patch_size=1)
         if self.cells_per_region % self.patch_size:
             raise ValueError(
                 f"patch_size must divide the {self.cells_per_region} cells of a region's side, got {self.patch_size}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2it.models import layers
-from d2it.models.base import Model, pair
+from d2it.models.base import Model, check_whole, pair
 from d2it.models.presets import DIT_PRESETS
 
 
@@ -128,6 +128,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         self.image_size = pair(self.image_size)
         self.num_classes = self.num_classes or 0
+        check_whole(self, downsampling=1, in_channels=1, patch_size=1, dim=4, depth=1, heads=1, num_classes=0)
         if any(side % self.downsampling for side in self.image_size):
             raise ValueError(f"image_size must be a multiple of {self.downsampling}, got {self.image_size}")
 

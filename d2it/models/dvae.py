@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2it import ops
 from d2it.diffusion.grains import Generators, copy_codes, randn
 from d2it.models import layers
-from d2it.models.base import Model
+from d2it.models.base import Model, check_whole
 from d2it.models.presets import VAE_PRESETS
 
 #: Median entropy in nats (256 bins on [-1, 1], sigma 0.01, regions of 16 x 16) over 1,000 ImageNet photos (one per
@@ -59,6 +59,7 @@ class DynamicVAEConfig:
         self.encoder_mult = tuple(self.encoder_mult)
         self.decoder_mult = tuple(self.decoder_mult)
         self.value_range = (float(self.value_range[0]), float(self.value_range[1]))
+        check_whole(self, latent_channels=1, channels=1, residual_blocks=1, attention_from=1)
         factors = self.downsampling
         if list(factors) != sorted(set(factors)) or any(f < 2 or f & (f - 1) for f in factors):
             raise ValueError(f"downsampling must be ascending powers of 2, got {factors}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from d2it.models import layers
-from d2it.models.base import pair
+from d2it.models.base import check_whole, pair
 from d2it.models.dit import ClassConditional, Trunk
 from d2it.models.presets import GRAIN_PRESETS
 
@@ -31,6 +31,7 @@ class GrainTransformerConfig:
     def __post_init__(self) -> None:
         self.grid = pair(self.grid)
         self.num_classes = self.num_classes or 0
+        check_whole(self, patch_size=1, dim=4, depth=1, heads=1, num_classes=0)
         if self.num_grains < 2:
             raise ValueError(f"num_grains must be at least 2, got {self.num_grains}")
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from d2it.diffusion import (
-    GRAIN_SCHEDULERS,
     GaussianDiffusion,
     Guidance,
     make_scheduler,
@@ -37,6 +36,7 @@ from d2it.diffusion import (
     sample_grain_maps,
 )
 from d2it.diffusion.sampling import check_grain_map, check_guidance
+from d2it.diffusion.solvers import grain_scheduler_for
 from d2it.files import atomic_write
 from d2it.models.base import Model, PyTorchModelHubMixin, local_folder, pair, saved_kind
 from d2it.models.content import DynamicContentTransformer
@@ -328,7 +328,7 @@ class D2iT(PyTorchModelHubMixin):
         grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
         grain_scheduler = grain_scheduler if grain_scheduler is not None else own.get("grain_scheduler")
         if grain_scheduler is None:
-            grain_scheduler = scheduler if scheduler in GRAIN_SCHEDULERS else "ddpm"
+            grain_scheduler = grain_scheduler_for(scheduler)
         guide = _guidance(guidance if guidance is not None else own.get("guidance", 1.0))
         grain_guide = _guidance(grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0))
 

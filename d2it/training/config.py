@@ -6,10 +6,12 @@ Example:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2it.diffusion import SCHEDULERS, GaussianDiffusion
 from d2it.errors import UserError
 from d2it.models.losses import VAELossConfig
 from d2it.training.float8 import RECIPES
@@ -46,7 +48,7 @@ class DataConfig:
     crops: int = 2048  # of the demo photos
     image_size: Any = 256  # a side, or [height, width]
     num_classes: int | None = None  # None: unconditional
-    class_names: list[str] | None = None
+    class_names: list[str] | None = None  # null: the source's own, such as the names of its folders
     augment: bool = True  # horizontal flips
     crop: str = "center"  # ADM's centre crop, or random
     upsample: bool = False  # enlarge images smaller than image_size instead of refusing them
@@ -256,5 +258,14 @@ def _check(config: Config) -> None:
     need(0 < config.content.capacity_step <= 1, "content.capacity_step", "in (0, 1]")
     need(config.cache.batch_size >= 1, "cache.batch_size", "at least 1")
     need(config.cache.unit_size >= 1, "cache.unit_size", "at least 1")
-    for key in ("images", "steps", "grain_steps", "batch_size"):
+    for key in ("images", "batch_size"):
         need(getattr(config.sample, key) >= 1, f"sample.{key}", "at least 1")
+    # Known now: samples are first drawn when a stage publishes, days later.
+    most = GaussianDiffusion().num_timesteps
+    for key in ("steps", "grain_steps"):
+        need(1 <= getattr(config.sample, key) <= most, f"sample.{key}", f"in 1 ... {most}")
+    need(config.sample.scheduler in SCHEDULERS, "sample.scheduler", f"one of {', '.join(SCHEDULERS)}")
+    need(0 <= config.sample.guidance < math.inf, "sample.guidance", "finite and not negative")
+    classes, names = config.data.num_classes, config.data.class_names
+    need(classes is not None or config.sample.guidance == 1, "sample.guidance", "1 where data.num_classes is null")
+    need(names is None or len(names) == classes, "data.class_names", f"null or {classes or 0} names (data.num_classes)")

@@ -91,7 +91,7 @@ def start(device: str = "auto") -> World:
         UserError: `device="cuda"` without a GPU that this torch can use.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device=cuda, but torch sees no GPU (run.device=auto takes the CPU then)")
+        raise UserError("device is cuda, but torch sees no GPU (auto takes the CPU then)")
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
@@ -137,6 +137,29 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM outside the training loop."""
+
+    def __init__(self, signal: signal.Signals) -> None:
+        super().__init__(signal.name)
+        self.signal = signal
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted: in stages without steps, between stages, and while pictures are drawn."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(signal.Signals(number))
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopSignal:
     """SIGINT and SIGTERM, as a decision that all ranks take at the same step.
 
@@ -165,7 +188,7 @@ class StopSignal:
 
     def _catch(self, number: int, frame: object) -> None:
         if self.caught is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted(signal.SIGINT)
         self.caught = signal.Signals(number)
 
     def agreed(self) -> signal.Signals | None:
@@ -181,6 +204,11 @@ class StopSignal:
             return None
         before[1].wait()
         return signal.Signals(int(before[0])) if before[0] else None
+
+    def at_last(self) -> signal.Signals | None:
+        """Call once after the last step on every rank: the signal that some rank has caught by now, or None."""
+        caught = max(self.world.gather(int(self.caught or 0)))
+        return signal.Signals(caught) if caught else None
 
 
 def spread(losses: nn.Module, network: nn.Module, blocks: list[nn.Module], world: World, parallel: str, bf16: bool):

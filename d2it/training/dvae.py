@@ -202,10 +202,9 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
 @torch.no_grad()
 def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: torch.device) -> np.ndarray:
     """Images evenly spread over the source, their reconstructions, and those with the grain map: three rows."""
-    places = spread_over(len(source), count)
-    images = torch.stack([source[i]["image"] for i in places])
+    images = source.fetch(spread_over(len(source), count), replace=True)["image"]
     mean, _, grains, _ = vae.encode(normalized(images.to(device)))
     decoded = to_uint8(vae.decode(mean, grains))
     drawn = pictures.draw_grains(decoded, grains.cpu().numpy(), vae.config.num_grains)
     originals = images.permute(0, 2, 3, 1).numpy()
-    return pictures.tile(np.concatenate([originals, decoded, drawn]), columns=len(places))
+    return pictures.tile(np.concatenate([originals, decoded, drawn]), columns=len(images))

@@ -263,6 +263,8 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
                 stage.publish(meters, done)
             if last or done % run.save_every == 0 or signal:
                 saved = checkpoints.save(done, {x.name: x.state() for x in stage.learners})
+            if last and not signal:
+                signal = stop.at_last()  # while the last step published and saved: the next stage would not know
             if signal:
                 checkpoints.wait()
                 raise Stopped(signal, f"{signal.name} at step {done}: saved {saved}; the same command resumes")

@@ -14,6 +14,7 @@ A stage that has reached its last step is passed over, so the same command resum
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from d2it.models.base import pair
 from d2it.models.pipeline import D2iT, has_parts
 from d2it.training import distributed, pictures
 from d2it.training.config import Config, load, to_yaml
-from d2it.training.distributed import World
+from d2it.training.distributed import Interrupted, World
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, normalized, reconstructions
 from d2it.training.loop import Stage, Stopped, train
 from d2it.training.meters import read_log
@@ -58,10 +59,11 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
     except UserError as error:  # the same on every rank
         return _say(f"error: {error}", 2) if int(os.environ.get("RANK", 0)) == 0 else 2
     try:
-        if options.dry_run:
-            rehearse_all(config, world)
-        else:
-            run(config, world)
+        with distributed.interruptible():
+            if options.dry_run:
+                rehearse_all(config, world)
+            else:
+                run(config, world)
         return 0
     except UserError as error:
         where = f" (rank {world.rank})" if world.rank else ""
@@ -69,8 +71,9 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
     except torch.OutOfMemoryError as error:
         less = "more micro-batches (<stage>.accumulate) or <stage>.activation_checkpointing=true need less"
         return _say(f"error (rank {world.rank}): {str(error).splitlines()[0]}: {less}", 2)
-    except KeyboardInterrupt:  # outside the loop, where there is nothing to save
-        return _say("interrupted; the same command resumes", 130)
+    except Interrupted as interrupted:  # outside the loop, where all that is finished is on the disk
+        line = f"{interrupted}: what is finished is in {config.run.dir}; the same command resumes"
+        return _say(line, 128 + interrupted.signal) if world.first else 128 + interrupted.signal
     except Stopped as stopped:
         return _say(str(stopped), 128 + stopped.signal) if world.first else 128 + stopped.signal
     finally:
@@ -87,6 +90,7 @@ def run(config: Config, world: World) -> None:
     folder = Path(config.run.dir)
     world.together(lambda: _begin(config, folder) if world.first else None)
     source = _source(config) if {"dvae", "cache"} & set(config.run.stages) else None
+    check_models(config)
     for name in config.run.stages:
         if name == "cache":
             assert source is not None
@@ -99,6 +103,30 @@ def run(config: Config, world: World) -> None:
             print(summarize(stage, settings, config, world), file=sys.stderr, flush=True)
         train(stage, settings, config.run, world)
     world.together(lambda: finish(config, world, source) if world.first else None)
+
+
+def check_models(config: Config) -> None:
+    """Build the network of every stage to come without memory for its weights.
+
+    What does not fit is said here, before the first step, and not when its stage begins.
+
+    Raises:
+        UserError: a preset or setting that does not exist, or one that does not fit the others.
+    """
+    stages, folder = set(config.run.stages), Path(config.run.dir) / "vae"
+    with torch.device("meta"):
+        if "dvae" in stages:
+            vae = build_vae(config).config
+        elif folder.is_dir():
+            with user_error(str(folder)):
+                vae = DynamicVAE.read_config(folder)
+        else:
+            return  # the first stage says so
+        with user_error("configuration: data.image_size"):
+            data = LatentData.of_vae(vae, pair(config.data.image_size), 0)
+        for kind in (GrainStage, ContentStage):
+            if kind.name in stages:
+                kind.make(config, data)
 
 
 def rehearse_all(config: Config, world: World) -> None:
@@ -166,8 +194,10 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
         rows = [row for row in read_log(folder / "logs" / f"{name}.jsonl") if f"{name}/loss" in row]
         if rows:
             curves[f"{name}: loss"] = [row["step"] for row in rows], [row[f"{name}/loss"] for row in rows]
-    if curves:
+    if curves and importlib.util.find_spec("matplotlib"):
         pictures.save_curves(folder / "curves.png", curves)
+    elif curves:
+        print(f"{folder / 'curves.png'} is left out: matplotlib is not installed", file=sys.stderr, flush=True)
     if source is not None and (folder / "vae").is_dir():
         vae = _vae(config).to(world.device)
         sheet = reconstructions(vae, source, min(8, config.sample.images), world.device)
@@ -190,7 +220,7 @@ def draw_samples(config: Config, world: World) -> None:
         "grain_steps": sample.grain_steps,
         "guidance": sample.guidance,
     }
-    d2it = D2iT.from_parts(folder, class_names=config.data.class_names, sampling=settings)
+    d2it = D2iT.from_parts(folder, class_names=_class_names(config), sampling=settings)
     d2it.save_description(folder)
     d2it.to(world.device)
     count = sample.images
@@ -225,6 +255,15 @@ def _source(config: Config) -> ImageSource:
     return source
 
 
+def _class_names(config: Config) -> list[str] | None:
+    """What the configuration calls the classes, or else what the images' source does."""
+    if config.data.class_names is not None or config.data.num_classes is None:
+        return config.data.class_names
+    cache = _cache_folder(config)
+    known = LatentCache(cache, verify=False).classes if (cache / "index.json").exists() else None
+    return known if len(known or ()) == config.data.num_classes else None
+
+
 def _vae(config: Config) -> DynamicVAE:
     folder = Path(config.run.dir) / "vae"
     if not folder.is_dir():
@@ -253,10 +292,8 @@ def _stage(name: str, config: Config, world: World, source: ImageSource | None, 
         data = LatentData.of_vae(build_vae(config).config, source.image_size, len(source))
         return kind(config, settings, world, data, None)
     latents = LatentCache(cache)
-    if config.data.num_classes is not None and latents.num_classes > config.data.num_classes:
-        raise UserError(
-            f"{cache}: labels reach {latents.num_classes - 1}, data.num_classes is {config.data.num_classes}"
-        )
+    if config.data.num_classes is not None:
+        latents.require_classes(config.data.num_classes)
     vae = _vae(config)
     latents.require(vae=sha256_of(Path(config.run.dir) / "vae" / "model.safetensors"))
     return kind(config, settings, world, LatentData.of_cache(latents), vae)

@@ -23,6 +23,7 @@ from d2it.diffusion import (
     sample_content,
     sample_grain_maps,
 )
+from d2it.diffusion.solvers import grain_scheduler_for
 from d2it.errors import UserError
 from d2it.models import (
     ContentTransformerConfig,
@@ -190,7 +191,7 @@ class LatentStage:
     ) -> None:
         self.config, self.settings, self.world, self.data, self.vae = config, settings, world, data, vae
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
-        self.network: Any = self.make()
+        self.network: Any = self.make(config, data)
         learns_sigma = getattr(self.network.config, "learn_sigma", False)
         self.diffusion = GaussianDiffusion(learn_sigma=learns_sigma, device=world.device)
         self.learners = [Learner(self.name, self.make_losses(), settings, world, self.network)]
@@ -200,9 +201,14 @@ class LatentStage:
                 f"({self.name}.precision)"
             )
 
-    def make(self) -> Transformer:
-        """The network, untrained."""
-        raise TypeError(f"{type(self).__name__} must say what it trains")
+    @staticmethod
+    def make(config: Config, data: LatentData) -> Transformer:
+        """The network, untrained.
+
+        Raises:
+            UserError: settings that do not fit the latents.
+        """
+        raise TypeError("a stage must say what it trains")
 
     def make_losses(self) -> nn.Module:
         """The network's losses."""
@@ -291,16 +297,11 @@ class GrainStage(LatentStage):
     name = "grain"
     folder = "grain_transformer"
 
-    def make(self) -> Transformer:
-        data = self.data
-        return build(
-            DynamicGrainTransformer,
-            self.settings,
-            self.name,
-            grid=data.grid,
-            num_grains=data.num_grains,
-            num_classes=self.config.data.num_classes,
-        )
+    @staticmethod
+    def make(config: Config, data: LatentData) -> Transformer:
+        classes = config.data.num_classes
+        given: dict[str, Any] = {"grid": data.grid, "num_grains": data.num_grains, "num_classes": classes}
+        return build(DynamicGrainTransformer, config.grain, "grain", **given)
 
     def make_losses(self) -> nn.Module:
         return GrainLosses(self.network, self.diffusion)
@@ -312,7 +313,7 @@ class GrainStage(LatentStage):
             self.network,
             labels,
             seeds=seeds,
-            scheduler=sample.scheduler,
+            scheduler=grain_scheduler_for(sample.scheduler),
             steps=sample.grain_steps,
             autocast=self.autocast,
         )
@@ -328,16 +329,16 @@ class ContentStage(LatentStage):
     name = "content"
     folder = "content_transformer"
 
-    def make(self) -> Transformer:
-        data, config = self.data, self.config
+    @staticmethod
+    def make(config: Config, data: LatentData) -> Transformer:
         given: dict[str, Any] = {
             "image_size": data.image_size,
             "in_channels": data.latent_shape[0],
             "num_classes": config.data.num_classes,
         }
-        if self.settings.preset in DiT.presets and self.settings.preset not in DynamicContentTransformer.presets:
-            return build(DiT, self.settings, self.name, downsampling=data.downsampling[0], **given)
-        return build(DynamicContentTransformer, self.settings, self.name, downsampling=data.downsampling, **given)
+        if config.content.preset in DiT.presets and config.content.preset not in DynamicContentTransformer.presets:
+            return build(DiT, config.content, "content", downsampling=data.downsampling[0], **given)
+        return build(DynamicContentTransformer, config.content, "content", downsampling=data.downsampling, **given)
 
     def make_losses(self) -> nn.Module:
         return ContentLosses(self.network, self.diffusion, self.data.scale)
