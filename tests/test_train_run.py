@@ -164,6 +164,8 @@ def test_more_steps_go_on_from_where_it_was(run: Path, capsys: pytest.CaptureFix
             ["dvae.overrides.channels=wide", "run.dir=FRESH"],
             "channels must be a whole number of at least 1, got 'wide'",
         ),
+        (["dvae.overrides.sigma=0", "run.dir=FRESH"], "sigma must be positive and finite, got 0"),
+        (["dvae.loss.disc_channels=0"], "dvae.loss.disc_channels must be at least 1, got 0"),
         (["sample.scheduler=magic"], "sample.scheduler must be one of ddpm, ddim, "),
         (["sample.grain_steps=2000"], "sample.grain_steps must be in 1 ... 1000, got 2000"),
         (["sample.guidance=2", "data.num_classes=null"], "sample.guidance must be 1 where data.num_classes is null"),

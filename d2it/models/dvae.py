@@ -60,6 +60,12 @@ class DynamicVAEConfig:
         self.decoder_mult = tuple(self.decoder_mult)
         self.value_range = (float(self.value_range[0]), float(self.value_range[1]))
         check_whole(self, latent_channels=1, channels=1, residual_blocks=1, attention_from=1)
+        if self.num_bins is not None:
+            check_whole(self, num_bins=2)
+        if not isinstance(self.sigma, (int, float)) or not 0 < self.sigma < float("inf"):
+            raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range must ascend, got {self.value_range}")
         factors = self.downsampling
         if list(factors) != sorted(set(factors)) or any(f < 2 or f & (f - 1) for f in factors):
             raise ValueError(f"downsampling must be ascending powers of 2, got {factors}")

@@ -253,6 +253,11 @@ def _check(config: Config) -> None:
         need(stage.parallel in ("ddp", "fsdp"), f"{name}.parallel", "ddp or fsdp")
         need(stage.float8 in (None, *RECIPES), f"{name}.float8", f"null, {' or '.join(RECIPES)}")
     need(config.dvae.float8 is None, "dvae.float8", "null (its convolutions have no float8)")
+    loss = config.dvae.loss
+    for key, least in (("disc_start", 0), ("disc_channels", 1), ("disc_layers", 1)):
+        value = getattr(loss, key)
+        if value is not None and value < least:
+            raise UserError(f"configuration: dvae.loss.{key} must be at least {least}, got {value}")
     need(config.dvae.parallel == "ddp", "dvae.parallel", "ddp (the critic's weight needs whole gradients)")
     need(all(0 <= r <= 1 for r in config.dvae.fine_ratios), "dvae.fine_ratios", "shares in [0, 1]")
     need(0 < config.content.capacity_step <= 1, "content.capacity_step", "in (0, 1]")
