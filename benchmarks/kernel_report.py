@@ -1,10 +1,11 @@
 """What the compiler made of every kernel: no GPU needed.
 
     python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 [--json FILE]
+    python benchmarks/kernel_report.py --arch sm_90 --heaviest sm_80 sm_100 --library d2it/_C.abi3.so
 
 Triton kernels: the compile cases that each kernel file declares are run through the real launchers on meta
 tensors, with launching replaced by compiling, so the alignment hints, constants and warps are the launcher's.
-CUDA kernels: every file of csrc/ goes through nvcc.
+CUDA kernels: every file of csrc/ goes through nvcc, or is read off a library that was built of them.
 
 Registers, stack and shared memory are ptxas's own, read off the cubin; widths are the PTX's. ``load_bits`` is the
 width of the instructions that load most bytes in the main loop: the loop (outermost, where loops nest) that loads
@@ -179,12 +180,22 @@ def split_functions(ptx: str) -> dict[str, list[str]]:
     functions: dict[str, list[str]] = {}
     for part in re.split(r"(?=\.entry\s)", ptx)[1:]:
         name = _ENTRY.match(part)[1]
-        body = part.partition("{")[2].partition("\n}")[0]
+        body = _braced(part)
         body = re.sub(r"//.*|^\s*\.loc\b.*", "", body, flags=re.MULTILINE)
         # A label ends its line, or stands before an instruction of inline assembly; braces open scopes there.
         statements = re.split(r";|\n(?=\s*\$?\w+:)|(?<=\w:)\s", f"{body}\n")
         functions[name] = [stripped for text in statements if (stripped := text.strip().lstrip("{} \t\n"))]
     return functions
+
+
+def _braced(text: str) -> str:
+    """What stands between the first brace and the one that closes it."""
+    start = end = text.index("{")
+    depth = 1
+    while depth:
+        end = re.compile("[{}]").search(text, end + 1).start()
+        depth += 1 if text[end] == "{" else -1
+    return text[start + 1 : end]
 
 
 def basic_blocks(statements: list[str]) -> tuple[list[list[Access]], list[set[int]]]:
@@ -307,7 +318,11 @@ def read(cubin: bytes, ptx: str) -> dict[str, dict]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output(cuobjdump(), "-res-usage", file.name)
+        return read_usage(_output(cuobjdump(), "-res-usage", file.name), ptx)
+
+
+def read_usage(usage: str, ptx: str) -> dict[str, dict]:
+    """The same from what cuobjdump says of registers and memory."""
     bodies = split_functions(ptx)
     found = {}
     for name, numbers in re.findall(r"Function (\S+):\n\s*(REG:.*)", usage):
@@ -378,8 +393,10 @@ def _import_kernels(folder: str, stem: str):
     return importlib.import_module(stem)
 
 
-def compile_triton(folder: str, stem: str, arch: str, slot: int, slots: int) -> tuple[list[dict], list[str]]:
-    """Rows for every slots-th compile case of one kernel file, and the kernels that file declares."""
+def compile_triton(
+    folder: str, stem: str, arch: str, slot: int, slots: int, chosen: frozenset[int] | None = None
+) -> tuple[list[dict], list[str]]:
+    """Rows for every slots-th compile case of one kernel file (of those chosen), and the kernels it declares."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -393,7 +410,7 @@ def compile_triton(folder: str, stem: str, arch: str, slot: int, slots: int) -> 
     with compile_target(capability, ARCHS[arch]["sms"]):
         cases = COMPILE_CASES[module.__name__]() if module.__name__ in COMPILE_CASES else ()
         for i, (config, call) in enumerate(cases):
-            if i % slots != slot:
+            if i % slots != slot or (chosen is not None and i not in chosen):
                 continue
             compiled.clear()
             call()
@@ -408,6 +425,7 @@ def compile_triton(folder: str, stem: str, arch: str, slot: int, slots: int) -> 
                     "config": config,
                     "arch": arch,
                     "source": f"kernels/{stem}.py",
+                    "case": i,
                     **found,
                     "threads": threads,
                     "num_stages": metadata.num_stages,
@@ -460,24 +478,50 @@ def compile_cuda(source: str, arch: str) -> list[dict]:
             shutil.copy(Path(folder) / f"{Path(source).stem}.ptx", kernels / "ptx")
             with contextlib.suppress(OSError):  # another process made the same
                 kernels.rename(kept)
+    found = read((kept / "cubin").read_bytes(), (kept / "ptx").read_text())
+    return [_cuda_row(mangled, arch, numbers) for mangled, numbers in found.items()]
+
+
+def read_library(library: Path, archs: list[str]) -> list[dict]:
+    """Rows for every kernel of csrc/ as the built library has it: registers and memory of each architecture. It carries
+    PTX of the newest one alone, so the widths are those."""
+    ptx = _output(cuobjdump(), "-ptx", str(library))
     rows = []
-    for mangled, found in read((kept / "cubin").read_bytes(), (kept / "ptx").read_text()).items():
-        name = _demangle(mangled).replace("(anonymous namespace)::", "")
-        kernel, _, parameters = name.partition("<")
-        rows.append(
-            {
-                "kernel": kernel.partition("(")[0].rpartition(" ")[2].rpartition("::")[2],
-                "config": parameters.rpartition(">(")[0] or "-",
-                "arch": arch,
-                "source": f"csrc/{Path(source).name}",
-                **found,
-                "threads": found["max_threads"] or 1024,
-                "num_stages": 0,
-            }
-        )
+    for part in re.split(r"^Fatbin elf code:", _output(cuobjdump(), "-res-usage", str(library)), flags=re.MULTILINE)[
+        1:
+    ]:
+        arch = re.search(r"^arch = (\w+)", part, re.MULTILINE)[1]
+        if arch in archs:
+            rows += [_cuda_row(mangled, arch, found) for mangled, found in read_usage(part, ptx).items()]
+    if absent := set(archs) - {row["arch"] for row in rows}:
+        raise SystemExit(f"{library} has no code for {', '.join(sorted(absent))}")
     return rows
 
 
+def _cuda_row(mangled: str, arch: str, found: dict) -> dict:
+    name = _demangle(mangled).replace("(anonymous namespace)::", "")
+    kernel, _, parameters = name.partition("<")
+    kernel = kernel.partition("(")[0].rpartition(" ")[2].rpartition("::")[2]
+    return {
+        "kernel": kernel,
+        "config": parameters.rpartition(">(")[0] or "-",
+        "arch": arch,
+        "source": _source_of(kernel),
+        **found,
+        "threads": found["max_threads"] or 1024,
+        "num_stages": 0,
+    }
+
+
+@functools.cache
+def _source_of(kernel: str) -> str:
+    for path in sorted((ROOT / "csrc").glob("*.cu")):
+        if re.search(rf"\b{kernel}\b", path.read_text()):
+            return f"csrc/{path.name}"
+    raise SystemExit(f"no file of csrc/ holds {kernel}: the library is older than they are")
+
+
+@functools.cache
 def _demangle(name: str) -> str:
     demangler = shutil.which("cu++filt") or shutil.which("c++filt")
     return _output(demangler, name).strip() if demangler else name
@@ -504,38 +548,62 @@ def excused(row: dict, kind: str) -> bool:
     for kernel, config, accepted, reason in EXCEPTIONS:
         names = fnmatch.fnmatch(row["kernel"], kernel) and fnmatch.fnmatch(row["config"], config)
         if names and kind == accepted:
-            row["accepted"] = f"{kind} in {kernel} [{config}]: {reason}"
+            row.setdefault("accepted", []).append(f"{kind} in {kernel} [{config}]: {reason}")
             return True
     return False
 
 
-def report(archs: list[str], folder: Path, only: str, jobs: int, cuda: bool) -> tuple[list[dict], list[str]]:
-    """All rows, and the kernels that no case compiles."""
+def report(
+    archs: list[str], heaviest: list[str], folder: Path, only: str, jobs: int, cuda: bool, library: Path | None
+) -> tuple[list[dict], list[str]]:
+    """All rows, and the kernels that no case compiles.
+
+    heaviest: more architectures, for which only those cases are compiled in which a kernel of Triton takes most
+    registers on the first of `archs`. CUDA kernels are in it for all.
+    """
     stems = sorted(path.stem for path in folder.glob("*.py") if path.stem != "common")
-    sources = sorted((ROOT / "csrc").glob("*.cu")) if cuda else []
+    stems = [stem for stem in stems if fnmatch.fnmatch(stem, only)]
+    sources = [path for path in sorted((ROOT / "csrc").glob("*.cu")) if cuda and fnmatch.fnmatch(path.stem, only)]
+    rows: list[dict] = []
+    if library:
+        names = {f"csrc/{path.name}" for path in sources}
+        rows += [row for row in read_library(library, archs + heaviest) if row["source"] in names]
+        sources = []
     if sources and nvcc() is None:
         print(f"skipped csrc/: no nvcc ({', '.join(path.name for path in sources)})")
         sources = []
-    stems = [stem for stem in stems if fnmatch.fnmatch(stem, only)]
-    sources = [path for path in sources if fnmatch.fnmatch(path.stem, only)]
     slots = 1 if jobs == 1 else 4
-    rows: list[dict] = []
     declared: set[str] = set()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        cuda_tasks = [pool.submit(compile_cuda, str(path), arch) for path in sources for arch in archs]
+        cuda_tasks = [pool.submit(compile_cuda, str(path), arch) for path in sources for arch in archs + heaviest]
         triton_tasks = [
             pool.submit(compile_triton, str(folder), stem, arch, slot, slots)
             for stem in stems
             for arch in archs
             for slot in range(slots)
         ]
+        of_triton: list[dict] = []
         for task in triton_tasks:
             some, names = task.result()
-            rows += some
+            of_triton += some
             declared |= set(names)
+        most: dict[str, dict] = {}
+        for row in of_triton:
+            if row["arch"] == archs[0] and row["registers"] > most.get(row["kernel"], {"registers": -1})["registers"]:
+                most[row["kernel"]] = row
+        triton_tasks = []
+        for stem in stems:
+            cases = frozenset(row["case"] for row in most.values() if row["source"] == f"kernels/{stem}.py")
+            triton_tasks += [
+                pool.submit(compile_triton, str(folder), stem, arch, 0, 1, cases) for arch in heaviest if cases
+            ]
+        for task in triton_tasks:
+            of_triton += task.result()[0]
+        rows += of_triton
         for task in cuda_tasks:
             rows += task.result()
+    order = archs + heaviest
     seen: Counter[tuple] = Counter()
     for row in rows:
         row["occupancy"] = occupancy(row["arch"], row["registers"], row["threads"], row["shared_bytes"])
@@ -544,7 +612,9 @@ def report(archs: list[str], folder: Path, only: str, jobs: int, cuda: bool) -> 
         seen[key] += 1
         if seen[key] > 1:
             row["config"] += f" ({seen[key]})"
-    rows.sort(key=lambda row: (row["source"], row["kernel"], row["config"], archs.index(row["arch"])))
+    rows.sort(key=lambda row: (row["source"], row["kernel"], row["config"], order.index(row["arch"])))
+    for row in rows:
+        row.pop("case", None)
     return rows, sorted(declared - {row["kernel"] for row in rows})
 
 
@@ -586,6 +656,11 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=sorted(ARCHS), default=list(ARCHS))
+    parser.add_argument(
+        "--heaviest", nargs="+", choices=sorted(ARCHS), default=[], metavar="ARCH",
+        help="also these, but of each Triton kernel only the case that takes most registers on the first --arch",
+    )  # fmt: skip
+    parser.add_argument("--library", type=Path, metavar="FILE", help="read csrc/'s kernels off this built library")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as a list of objects")
     parser.add_argument("--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*'")
     parser.add_argument("--kernels", type=Path, default=ROOT / "kernels", metavar="DIR", help="another folder")
@@ -594,15 +669,24 @@ def main() -> int:
 
     # Interpreted kernels have no machine code; the workers import Triton after this.
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster, the same code
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     home = args.kernels == ROOT / "kernels"
-    rows, missing = report(args.arch, args.kernels.resolve(), args.only, args.jobs, cuda=home)
+    rows, missing = report(
+        args.arch, args.heaviest, args.kernels.resolve(), args.only, args.jobs, cuda=home, library=args.library
+    )
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 
-    for line in sorted({row["accepted"] for row in rows if "accepted" in row}):
+    accepted = {line for row in rows for line in row.get("accepted", ())}
+    for line in sorted(accepted):
         print(f"accepted: {line}")
+    if home and args.only == "*":
+        for kernel, config, kind, reason in EXCEPTIONS:
+            line = f"{kind} in {kernel} [{config}]: {reason}"
+            if line not in accepted:
+                print(f"not needed here: {line}")
     wrong = [f"{row['kernel']} [{row['config']}] {row['arch']}: {p}" for row in rows for p in row["problems"]]
     wrong += [f"{name}: no compile case launches it" for name in missing]
     for line in wrong:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernel_report
+from d2it.ops import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,15 +50,35 @@ def run(*arguments: str) -> tuple[int, str]:
     return made.returncode, made.stdout + made.stderr
 
 
-def test_every_shipped_kernel_is_lean_on_sm_90(tmp_path: Path) -> None:
-    file = tmp_path / "report.json"
-    code, output = run("--arch", "sm_90", "--json", str(file))
+LIBRARY = ROOT / "d2it" / "_C.abi3.so"
+FIELDS = {"kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "load_bits", "store_bits"}
+
+
+def read_rows(file: Path, *words: str) -> list[dict]:
+    """The rows of a report that finds no problem."""
+    code, output = run(*words, "--json", str(file))
     assert code == 0, output
     rows = json.loads(file.read_text())
-    fields = {"kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "load_bits", "store_bits"}
-    assert rows
-    assert all(fields <= row.keys() and row["arch"] == "sm_90" for row in rows)
+    assert all(row.keys() >= FIELDS for row in rows)
+    return rows
+
+
+def test_every_shipped_kernel_is_lean_on_sm_90(tmp_path: Path) -> None:
+    library = [] if _native.why_not("neighbor_copy", "cuda") else ["--library", str(LIBRARY)]
+    rows = read_rows(tmp_path / "report.json", "--arch", "sm_90", *library)
+    assert {row["arch"] for row in rows} == {"sm_90"}
     assert {row["kernel"] for row in rows} >= {"relative_position_bias_fwd_kernel", "relative_position_bias_bwd_kernel"}
+
+
+def test_every_cuda_kernel_is_lean_on_every_architecture(tmp_path: Path) -> None:
+    """As the library has them that is shipped."""
+    if _native.why_not("neighbor_copy", "cuda"):
+        pytest.skip("built without nvcc")
+    archs = ["sm_80", "sm_90", "sm_100"]
+    rows = read_rows(tmp_path / "report.json", "--only", "*_cuda", "--arch", *archs, "--library", str(LIBRARY))
+    kernels = {arch: {(row["kernel"], row["config"]) for row in rows if row["arch"] == arch} for arch in archs}
+    assert len(kernels["sm_90"]) > 50
+    assert kernels["sm_80"] == kernels["sm_90"] == kernels["sm_100"]
 
 
 def test_notices_spills_narrow_loads_and_kernels_without_a_case(tmp_path: Path) -> None:
