@@ -83,7 +83,7 @@ def run(part: str, command: list[str], limit: float, **environment: str) -> Outc
             start_new_session=True,
         )
         try:
-            code = process.wait(timeout=max(limit, 1))
+            code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGTERM)
             try:
@@ -206,7 +206,8 @@ def main() -> int:
         return end - time.monotonic()
 
     def before_the_benchmarks(part: str, command: list[str], environment: dict[str, str]) -> Outcome:
-        return run(part, command, checked - time.monotonic(), **environment)
+        limit = checked - time.monotonic()
+        return run(part, command, limit, **environment) if limit > 1 else Outcome(part, "stopped at its limit")
 
     cores = os.cpu_count() or 1
     print(common.title(), flush=True)
