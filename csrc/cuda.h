@@ -40,6 +40,13 @@ inline void check_launch(const char* kernel) {
   if (error != cudaSuccess) fail(kernel, ": ", cudaGetErrorString(error));
 }
 
+// 2^x, to 2 units in the last place; 0 where that is subnormal.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Stores. The wide ones are in assembly: the compiler splits a vector whose parts it has chosen one by one.
 __device__ inline void put(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)

@@ -345,7 +345,7 @@ struct Sums {
       z += total[k];
       sum += weighted[k];
     }
-    const double entropy = !out.normalize ? -sum : z > 0 ? std::log(z) - sum / z : 0.0;
+    const double entropy = !out.normalize ? -sum : z > 0 ? std::max(std::log(z) - sum / z, 0.0) : 0.0;
     out.entropy[region] = static_cast<float>(entropy);
     if (!out.grains) return;
     int64_t grain = 0;

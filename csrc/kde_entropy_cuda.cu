@@ -130,12 +130,6 @@ __device__ const T* first_pixel(const Regions& in, int region) {
 
 // ------------------------------------------------------------------------------------------------ density
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // x: the bin nearest to a pixel; y: how far the pixel lies above it, in 1 / per_sigma.
 __device__ inline float2 locate(const Bins& bins, float value) {
   const float nearest = rintf(value * bins.per_unit + bins.middle);
@@ -151,7 +145,7 @@ __device__ inline int tap(const Bins& bins, float2 pixel, float own, int width, 
   const float shifted = kWidth ? fmaf(from, 1.0f / kWidth, kRound) : from / width + kRound;
   const float bins_away = fmaf(shifted - kRound, -static_cast<float>(width), from);
   const float distance = fmaf(bins_away, bins.spacing, pixel.y);
-  value = exp2_fast(-distance * distance);
+  value = d2it::exp2_fast(-distance * distance);
   return __float_as_int(shifted) - __float_as_int(kRound) + 1;
 }
 
@@ -191,7 +185,7 @@ __device__ inline float warp_sum(float x) {
 __device__ void store_results(const Results& out, int region, float total, float weighted) {
   constexpr float kLn2 = 0.693147181f;
   const float z = warp_sum(total), sum = warp_sum(weighted);
-  const float entropy = kLn2 * (!out.normalize ? -sum : z > 0 ? log2f(z) - sum / z : 0.0f);
+  const float entropy = kLn2 * (!out.normalize ? -sum : z > 0 ? fmaxf(log2f(z) - sum / z, 0.0f) : 0.0f);
   const int lane = threadIdx.x % kWarp;
   if (lane == 0) out.entropy[region] = entropy;
   if (out.grains) {

@@ -171,7 +171,7 @@ def kde_entropy_kernel(
     b_sum = tl.sum(b_plogp)
     LN_2: tl.constexpr = 0.6931471805599453
     if NORMALIZE:
-        b_entropy = tl.where(b_z > 0, (tl.log2(b_z) - b_sum / b_z) * LN_2, 0.0)
+        b_entropy = tl.where(b_z > 0, tl.maximum(tl.log2(b_z) - b_sum / b_z, 0.0) * LN_2, 0.0)
     else:
         b_entropy = -b_sum * LN_2
     tl.store(entropy + i_region, b_entropy)

@@ -1,8 +1,8 @@
 """Compiles a source of csrc/ by itself for the CPU, with mutations to choose from; a CUDA source as C++.
 
-The launches of a .cu file become loops over the threads, and `cuda.h` in this folder stands in for the real one: its
-indexing and arithmetic are tested where there is no GPU. What that cannot show is what the hardware does: speed, races,
-asynchronous errors.
+The launches of a .cu file become calls that run every thread, and `cuda.h` in this folder stands in for the real one:
+indexing, arithmetic and synchronisation within warps are tested where there is no GPU. What that cannot show is what
+the hardware does: speed, races between warps, asynchronous errors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils import cpp_extension
 
@@ -67,11 +68,19 @@ class Source:
         """Makes the mutation `name` the active one; None: none of them."""
         self._mutant.value = 0 if name is None else self._names.index(name) + 1
 
+    def replace(self, monkeypatch: pytest.MonkeyPatch, mutation: str | None = None) -> None:
+        """From here on, the "cpu" backends run this source, with the mutation of this name."""
+        self.mutate(mutation)
+        monkeypatch.setattr(torch.ops, "d2it_C", self.ops)
+
 
 def translate(source: str, namespace: str) -> str:
     """The source with its launches as calls, registering itself for the CPU as `torch.ops.<namespace>`."""
     source = LAUNCH.sub(r"d2it::launch(\2, [&] { \1(\3); });", source)
     source = re.sub(r"#include <cuda_\w+\.h>\n", "", source)
+    source = re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];", r"auto* \2 = reinterpret_cast<\1*>(d2it::dynamic_shared.data());", source
+    )
     source = re.sub(r"LIBRARY_IMPL\(d2it_C, \w+, m\)", f"LIBRARY_IMPL({namespace}, CPU, m)", source)
     schemas = (CSRC / "registration.cpp").read_text().split("STABLE_TORCH_LIBRARY(d2it_C, m)")[1]
     return f'extern "C" {{ int d2it_mutant = 0; }}\n{source}\nSTABLE_TORCH_LIBRARY({namespace}, m){schemas}'

@@ -12,7 +12,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if suite is None or not issubclass(suite, KernelSuite):
         return
     names = metafunc.fixturenames
-    backends = fast_backends(suite.op)
+    backends = list(suite.backends or fast_backends(suite.op))
     if "mutation" in names:
         # In the interpreter alone: on a GPU a mutant that reads astray may end the process and the tests behind it.
         found = suite.mutations if "triton" in backends and INTERPRETED else []

@@ -224,6 +224,10 @@ class KernelSuite:
     """Allowed beside 2x the eager error: roundings (eps of the dtype) of the largest value of the result."""
     gradient_floor: ClassVar[float] = 2.0
     """The same beside 3x the eager gradient error."""
+    absolute_floor: ClassVar[float] = 0.0
+    """The same in the unit of the results, for those whose rounding does not shrink with them."""
+    backends: ClassVar[tuple[str, ...]] = ()
+    """The backends to test; every fast one of the machine where none is named."""
 
     def __init_subclass__(cls) -> None:
         if not cls.gradients:
@@ -358,7 +362,7 @@ class KernelSuite:
         assert not bad, f"{what}: {bad} of {got.numel()} values are not finite"
         error = (got.double() - want).abs().max().item()
         allowed = factor * (eager.double() - want).abs().max().item()
-        allowed += floor * torch.finfo(got.dtype).eps * want.abs().max().item()
+        allowed += floor * torch.finfo(got.dtype).eps * want.abs().max().item() + self.absolute_floor
         assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
 
     # -- the tests ----------------------------------------------------------------------------------

@@ -1,0 +1,377 @@
+import functools
+import random
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import Tensor
+
+import d2it.ops
+from d2it.ops import reference
+from tests import cuda_on_cpu
+from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, Mutation, Shape, fast_backends
+
+FILE = "kernels/kde_entropy.py"
+CPP_MUTATIONS = {
+    "one copy of the density": ("for (int copy = 0; copy < «kCopies»; ++copy)", "1"),
+    "missing column of taps": ("for (int x = «0»; x < region; ++x) {\n      const float* row = table", "1"),
+    "no correction": ("const float e = «offsets[x]»;", "0.0f"),
+    "first phase alone": ("const float* row = table + «(nodes[x] & mask)»", "0"),
+    "bins past the last": ("(at >= begin) & «(at < end)»", "Ints{} == 0"),
+    "another region's pixels": ("const int start = «r * job.in.size»;", "0"),
+    "neighbour above": ("const float u = below[i], v = «spacing - u»;", "u"),
+    "missing histogram": ("histogram[2][i] + «histogram[3][i]»", "0"),
+    "taps of one side": ("(as<Floats<kLanes>>(counts + i - t) + as<Floats<kLanes>>(counts + «i + t»))", "i - t"),
+    "one threshold": ("for (int i = «0»; i < out.num_thresholds; ++i) grain +=", "1"),
+    "mean of a region": ("const double entropy = !out.normalize ? «-sum»", "sum"),
+}
+CUDA_MUTATIONS = {
+    "row of the window": ("density + («bin / width + 1») * row", "bin / width"),
+    "one copy of the density": ("for (int i = 0; i < «kCopies * (kWarp / kGroup)»; ++i)", "1"),
+    "groups of lanes forgotten": (
+        "p += entry[i % kCopies * size + «i / kCopies * kGroup»]",
+        "0",
+    ),
+    "taps before the pixels": (
+        "    «__syncwarp()»;\n    add_taps<kWidth>(bins, shared.density, shared.pixels, "
+        "min(pixels - start, kCount * kWarp));",
+        "void()",
+    ),
+    "pixels before the taps": ("    «__syncwarp()»;\n    if (pixel < pixels) {", "void()"),
+    "sums before the taps": (
+        "  «__syncwarp()»;\n  finish<kWidth>(bins, out, region, shared.density, pixels);\n  check(good);\n}\n\n"
+        "// Any strides",
+        "void()",
+    ),
+    "filler counts": ("float2 pixel = {0.0f, «1e18f»};", "0.0f"),
+    "second slot": ("slot * kWarp + «lane % kGroup»", "lane % kGroup / 2"),
+    "channel of a vector": ("«c * kCount + i»]);", "i"),
+    "levels of one side": ("(at[t] + at[«-t»])", "t"),
+    "levels before the histogram": ("  «__syncwarp()»;\n  constexpr int kOwn", "void()"),
+    "thresholds of one lane": ("for (int i = «lane»; i < out.num_thresholds; i += kWarp)", "lane + 1"),
+}
+
+
+@functools.cache
+def source(file):
+    return cuda_on_cpu.Source(file, CPP_MUTATIONS if file.endswith(".cpp") else CUDA_MUTATIONS)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(file, mutation): from here on, the "cpu" backend is csrc/<file>, the CUDA kernels thread by thread."""
+
+    def use(file, mutation=None):
+        source(file).replace(monkeypatch, mutation)
+
+    return use
+
+
+# Value ranges whose ends every dtype has exactly.
+CENTRED, UNIT, BYTES, ODD = (-1.0, 1.0), (0.0, 1.0), (0.0, 255.0), (-3.5, 10.25)
+# sigma is a share of the range's width: the paper's 0.01 on [-1, 1] is 0.005. With S * S bins it is 1.3 bins at S = 16;
+# 32 bins lie 6.5 of it apart, and a pixel counts at its two neighbours; 64 bins 3.2; 512 bins need a window of 32.
+CORNERS = [
+    {"B": 0, "C": 3, "h": 1, "w": 2, "S": 16},
+    {"B": 1, "C": 1, "h": 0, "w": 2, "S": 16},
+    {"B": 1, "C": 3, "h": 1, "w": 1, "S": 4},
+    {"B": 2, "C": 3, "h": 1, "w": 3, "S": 16},
+    {"B": 1, "C": 3, "h": 2, "w": 1, "S": 16, "pixels": "uint8"},
+    {"B": 2, "C": 1, "h": 1, "w": 2, "S": 16, "pixels": "uint8"},
+    {"B": 1, "C": 1, "h": 1, "w": 2, "S": 7, "bins": 256, "range": UNIT, "pixels": "uint8"},
+    {"B": 1, "C": 3, "h": 1, "w": 2, "S": 16, "bins": 32},
+    {"B": 1, "C": 3, "h": 1, "w": 2, "S": 8, "bins": 64, "range": BYTES},
+    {"B": 1, "C": 1, "h": 2, "w": 1, "S": 17, "bins": 512, "range": UNIT, "layout": "channels_last"},
+    {"B": 1, "C": 3, "h": 1, "w": 2, "S": 5, "bins": 17, "range": ODD, "sigma": 0.05, "layout": "channels_last"},
+    {"B": 1, "C": 3, "h": 1, "w": 1, "S": 32, "bins": 100, "sigma": 0.2, "normalize": False},
+    {"B": 1, "C": 3, "h": 1, "w": 2, "S": 16, "layout": "channels_last", "normalize": False},
+]
+GPU_CORNERS = [
+    {"B": 8, "C": 3, "h": 16, "w": 16, "S": 16, "pixels": pixels, "bins": bins}
+    for pixels in ("float", "uint8")
+    for bins in (32, 256)
+] + [
+    {"B": 4, "C": 3, "h": 16, "w": 16, "S": 16, "layout": "channels_last"},
+    {"B": 4, "C": 3, "h": 4, "w": 4, "S": 64, "bins": 512},
+    {"B": 4, "C": 1, "h": 16, "w": 16, "S": 16, "pixels": "uint8"},
+]
+
+
+def regions(shape: tuple[int, ...], size: int, rng: torch.Generator) -> Tensor:
+    """(B, C, H, W) float64 in [0, 1]: regions of one value, of two, smooth with a little noise, and of any value."""
+    batch, channels, height, width = shape
+    cells = (batch, channels, height // size, 1, width // size, 1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=rng, dtype=torch.float64)
+
+    def whole(x: Tensor) -> Tensor:
+        return x.expand(batch, channels, height // size, size, width // size, size).reshape(shape)
+
+    one, other, slope = (whole(random(*cells)) for _ in range(3))
+    ramp = torch.linspace(-0.2, 0.2, max(width, 1), dtype=torch.float64)
+    noise = random(*shape)
+    two = torch.where(noise[:, :1] < 0.3, one, other)
+    smooth = (one + slope * ramp + 0.02 * noise).clamp(0, 1)
+    kind = whole(torch.randint(0, 4, (batch, 1, *cells[2:]), generator=rng).expand(cells))
+    one = torch.where(slope < 0.2, slope.round(), one)  # at an end of the range, now and then
+    return torch.where(kind == 0, one, torch.where(kind == 1, two, torch.where(kind == 2, smooth, noise)))
+
+
+class Entropy(KernelSuite):
+    corners = CORNERS
+    gpu_corners = GPU_CORNERS
+    small = {"B": 2, "C": 3, "h": 1, "w": 2, "S": 8}
+    absolute_floor = (
+        1.5e-5  # nats, of the 1e-4 that are promised; plain PyTorch's own error is up to 7e-6, and may be none
+    )
+
+    def random_shape(self, rng: random.Random) -> Shape:
+        return {
+            "B": rng.randint(1, 2),
+            "C": rng.choice((1, 3)),
+            "h": rng.randint(1, 2),
+            "w": rng.randint(1, 3),
+            "S": rng.choice((4, 5, 8, 12, 16, 19)),
+            "bins": rng.choice((16, 31, 64, 100, 255, 256, 257, 512)),
+            "range": rng.choice((CENTRED, UNIT, BYTES, ODD)),
+            "sigma": rng.choice((0.007, 0.01, 0.03, 0.3)),
+            "pixels": rng.choice(("float", "float", "uint8")),
+            "layout": rng.choice(("contiguous", "channels_last")),
+            "normalize": rng.random() < 0.8,
+        }
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        size = shape["S"]
+        low, high = shape.get("range", CENTRED)
+        values = regions((shape["B"], shape["C"], shape["h"] * size, shape["w"] * size), size, rng)
+        if shape.get("pixels") == "uint8":
+            images = (values * 255).round().to(torch.uint8)
+        else:
+            images = (low + values * (high - low)).to(dtype)
+        if shape.get("layout") == "channels_last":
+            images = images.contiguous(memory_format=torch.channels_last)
+        return {
+            "images": images,
+            "region_size": size,
+            "num_bins": shape.get("bins"),
+            "value_range": (low, high),
+            "sigma": shape.get("sigma", 0.005) * (high - low),
+            "normalize": shape.get("normalize", True),
+        }
+
+    def everything(self, backend: str, *dtypes: torch.dtype) -> None:
+        for shape in self.corners:
+            for dtype in dtypes:
+                self.check(shape, backend, dtype, "plain")
+
+
+MUTATIONS = [
+    Mutation("green alone", FILE, "b_green * weight_g + b_blue * weight_b", "b_green * (weight_g + weight_b)"),
+    Mutation("low halves forgotten", FILE, "return tl.dot(b_hot, b_low, b_density)", "return b_density"),
+    Mutation("first row of the window", FILE, "== b_first[None, :] + i_window)", "== b_first[None, :])"),
+    Mutation("bins past the last", FILE, "tl.where(o_all < BINS, b_density, 0.0)", "b_density"),
+    Mutation("pixels past the last", FILE, "tl.where(m_pixel, b_first.to(tl.int32), -ROWS)", "b_first.to(tl.int32)"),
+    Mutation("column of the region", FILE, "o_x = o_pixel % REGION", "o_x = o_pixel // REGION"),
+    Mutation("window past the end", FILE, "USED_ROWS - WINDOW)", "USED_ROWS)"),
+]
+
+
+class TestKdeEntropy(Entropy):
+    op = "kde_entropy"
+    mutations = MUTATIONS
+
+    @pytest.mark.skipif(not cuda_on_cpu.COMPILER, reason="needs a C++ compiler")
+    @pytest.mark.parametrize("name", [name for name in CPP_MUTATIONS if name != "one threshold"])
+    def test_cpp_mutation_is_noticed(self, name, run):
+        run("kde_entropy.cpp", name)
+        with pytest.raises(AssertionError):
+            self.everything("cpu", torch.float32)
+
+
+class TestEncodeGrains(Entropy):
+    op = "encode_grains"
+    mutations = [
+        Mutation("one threshold", FILE, "tl.range(0, num_thresholds)", "tl.range(1, num_thresholds)"),
+        Mutation("at least", FILE, "(b_entropy > tl.load(thresholds + i))", "(b_entropy < tl.load(thresholds + i))"),
+    ]
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        call = super().build(shape, dtype, rng)
+        found = reference.kde_entropy(**call).flatten()
+        limits = torch.quantile(found, torch.tensor([0.3, 0.6, 0.8])) if found.numel() else torch.arange(3.0)
+        return {"images": call.pop("images"), "thresholds": limits + torch.tensor([0.0, 1e-3, 2e-3]), **call}
+
+    def compare_integers(self, got: Tensor, want: Tensor, call: Call) -> None:
+        """Equal where the entropy lies further from every threshold than its error, 2e-5 nats."""
+        given = {**call, "images": call["images"].double() if call["images"].is_floating_point() else call["images"]}
+        limits = given.pop("thresholds")
+        apart = (reference.kde_entropy(**given)[..., None] - limits).abs().amin(-1) > 2e-5
+        assert torch.equal(got[apart], want[apart])
+
+    @pytest.mark.skipif(not cuda_on_cpu.COMPILER, reason="needs a C++ compiler")
+    def test_cpp_mutation_is_noticed(self, run):
+        run("kde_entropy.cpp", "one threshold")
+        with pytest.raises(AssertionError):
+            self.everything("cpu", torch.float32)
+
+
+EMULATED = cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in fast_backends("kde_entropy")
+
+
+@pytest.mark.skipif(
+    not EMULATED, reason="needs a C++ compiler and the CPU operators; a GPU runs the kernels themselves"
+)
+class TestKdeEntropyCudaSource(TestEncodeGrains):
+    """The CUDA kernels on the CPU, warps in step."""
+
+    backends = ("cpu",)
+    mutations = []
+    test_cpp_mutation_is_noticed = None
+
+    @pytest.fixture(autouse=True)
+    def _run_cuda_source(self, run):
+        run("kde_entropy_cuda.cu")
+
+    @pytest.mark.parametrize("name", CUDA_MUTATIONS)
+    def test_cuda_mutation_is_noticed(self, name, run):
+        run("kde_entropy_cuda.cu", name)
+        with pytest.raises((AssertionError, RuntimeError)):
+            self.everything("cpu", torch.float32, torch.float16)
+
+    @pytest.mark.parametrize("value", [1.01, float("nan"), float("-inf")])
+    def test_a_value_outside_the_range_is_asserted(self, value):
+        call = self.build(self.small, torch.float32, torch.Generator().manual_seed(0))
+        call["images"][1, 1, 3, 9] = value
+        with pytest.raises(RuntimeError, match="images must be finite and inside value_range"):
+            d2it.ops.encode_grains(**call, backend="cpu")
+
+
+# -------------------------------------------------------------------------------------------------
+# The promise: 1e-4 nats from the float64 entropy of float32 images, whatever the setting
+
+
+def natural(size: int, count: int, seed: int) -> Tensor:
+    """`count` regions of photographs, (count, 3, size, size) float32 in [-1, 1]."""
+    data = pytest.importorskip("skimage.data")
+    rng = random.Random(seed)
+    photos = [torch.from_numpy(photo()).permute(2, 0, 1) for photo in (data.astronaut, data.chelsea, data.coffee)]
+    cut = []
+    for _ in range(count):
+        photo = rng.choice(photos)
+        y, x = (rng.randrange(side - size + 1) for side in photo.shape[1:])
+        cut.append(photo[:, y : y + size, x : x + size])
+    return torch.stack(cut).float() / 127.5 - 1
+
+
+SETTINGS = [
+    # S, bins, (low, high), sigma
+    (16, 256, CENTRED, 0.01),
+    (16, 256, UNIT, 0.01),
+    (16, 32, UNIT, 0.01),
+    (16, 32, CENTRED, 0.01),
+    (4, 16, CENTRED, 0.03),
+    (5, 25, BYTES, 2.0),
+    (7, 49, CENTRED, 0.01),
+    (8, 64, ODD, 0.05),
+    (13, 169, (-0.125, 0.0625), 0.0007),
+    (16, 512, CENTRED, 0.01),
+    (8, 128, UNIT, 0.5),
+    (33, 257, BYTES, 1.0),
+    (64, 500, CENTRED, 0.002),
+]
+
+
+@pytest.mark.parametrize("backend", fast_backends("kde_entropy") + ["cuda source"] * bool(EMULATED))
+@pytest.mark.parametrize(("size", "bins", "value_range", "sigma"), SETTINGS)
+def test_within_a_ten_thousandth_of_a_nat(backend, size, bins, value_range, sigma, run):
+    few = min(6, max(1, 1536 // size**2))
+    count = few if INTERPRETED and backend != "cpu" else 64 if size <= 16 else 6
+    if backend == "cuda source":
+        run("kde_entropy_cuda.cu")
+        backend = "cpu"
+    low, high = value_range
+    artificial = regions((count, 3, size, size), size, torch.Generator().manual_seed(size + bins))
+    for unit in (artificial, (natural(size, count, seed=bins).double() + 1) / 2):
+        images = (low + unit * (high - low)).float().clamp(low, high)
+        call = {"region_size": size, "num_bins": bins, "value_range": value_range, "sigma": sigma}
+        want = reference.kde_entropy(images.double(), **call)
+        limits = want.flatten().quantile(torch.tensor([0.3, 0.7], dtype=torch.float64)).float()
+        limits[1] += 1e-3
+        grains, got = d2it.ops.encode_grains(images.to(DEVICE), limits.to(DEVICE), **call, backend=backend)
+        error = (got.cpu() - want).abs().max().item()
+        assert error <= 1e-4, f"{error:.1e} nats"
+        apart = (want[..., None] - limits).abs().amin(-1) > error
+        assert torch.equal(grains.cpu()[apart], reference.grain_map(want, limits)[apart])
+
+
+@pytest.mark.parametrize("backend", fast_backends("kde_entropy"))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_are_the_levels_of_the_range(backend, channels):
+    """Against float64 values on the levels: the reference computes bytes in float32."""
+    count = 6 if backend == "triton" and INTERPRETED else 48
+    unit = regions((count, channels, 16, 16), 16, torch.Generator().manual_seed(0))
+    images = (unit * 255).round().to(torch.uint8)
+    for value_range in (CENTRED, UNIT):
+        low, high = value_range
+        want = reference.kde_entropy(images.double() / 255 * (high - low) + low, value_range=value_range)
+        got = d2it.ops.kde_entropy(images.to(DEVICE), value_range=value_range, backend=backend)
+        assert (got.cpu() - want).abs().max() <= 1e-4
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU a device-side assertion")
+@pytest.mark.parametrize("backend", d2it.ops.available_backends("kde_entropy"))
+@pytest.mark.parametrize("value", [1.001, -1.001, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("channel", [0, 2])
+def test_a_value_outside_the_range(backend, value, channel):
+    images = torch.zeros(1, 3, 8, 16)
+    images[0, channel, 7, 15] = value
+    with pytest.raises(ValueError, match=r"images must be finite and inside value_range=\(-1, 1\)"):
+        d2it.ops.kde_entropy(images, 8, backend=backend)
+    with pytest.raises(ValueError, match=r"images must be finite and inside value_range=\(-1, 1\)"):
+        d2it.ops.encode_grains(images, [1.0], 8, backend=backend)
+
+
+@pytest.mark.parametrize("backend", fast_backends("kde_entropy"))
+def test_the_rounding_of_a_resize_is_no_error(backend):
+    images = torch.full((1, 3, 8, 8), 1 + 1e-5, device=DEVICE)
+    want = reference.kde_entropy(images.double().cpu(), 8)
+    assert (d2it.ops.kde_entropy(images, 8, backend=backend).cpu() - want).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", fast_backends("kde_entropy"))
+@pytest.mark.parametrize("value", ["1.01", "float('nan')"])
+def test_a_value_outside_the_range_is_asserted_on_the_device(backend, value):
+    code = f"""
+        import torch, d2it.ops
+        images = torch.zeros(1, 3, 16, 16, device="cuda")
+        images[0, 1, 3, 3] = {value}
+        d2it.ops.kde_entropy(images, backend={backend!r})
+        torch.cuda.synchronize()
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode != 0
+    assert "images must be finite and inside value_range" in run.stderr + run.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"region_size": 65}, "region_size must be in 4..64, not 65"),
+        ({"num_bins": 600}, "num_bins must be in 16..512, not 600"),
+        ({"sigma": 0.001, "num_bins": 16}, "sigma apart"),
+        ({"dtype": torch.float64}, "not torch.float64"),
+    ],
+)
+def test_what_the_fused_backends_do_not_take(change, reason):
+    change = dict(change)
+    images = torch.zeros(1, 3, 65, 65, dtype=change.pop("dtype", torch.float32), device=DEVICE)
+    call = {"region_size": 65 if "region_size" in change else 5} | change
+    for backend in fast_backends("kde_entropy"):
+        assert reason in d2it.ops.why_not("kde_entropy", backend, images, **call)[0]
+        with pytest.raises(ValueError, match="cannot run kde_entropy"):
+            d2it.ops.kde_entropy(images, **call, backend=backend)
