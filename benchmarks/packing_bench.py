@@ -141,27 +141,30 @@ def tokens(batch: int, channels: int, fill: float, dtype: torch.dtype, seed: int
     }
 
 
-def pack_by_unpad() -> Run:
+def pack_by_unpad(compiled: bool) -> Run:
     try:
         from flash_attn.bert_padding import unpad_input
     except ImportError as error:
         raise Skip("flash-attn is not installed") from error
-    return lambda given: unpad_input(given["x"], given["mask"])[0]
+
+    def pack(x: Tensor, mask: Tensor) -> Tensor:
+        return unpad_input(x, mask)[0]
+
+    function = torch.compile(pack) if compiled else pack
+    return lambda given: function(given["x"], given["mask"])
 
 
-def merge_by_pad() -> Run:
+def merge_by_pad(compiled: bool) -> Run:
     try:
         from flash_attn.bert_padding import pad_input
     except ImportError as error:
         raise Skip("flash-attn is not installed") from error
 
-    def merge(given: dict[str, Any]) -> Tensor:
-        batch, length = given["mask"].shape
-        return torch.where(
-            given["mask"][..., None], pad_input(given["packed"], given["index"], batch, length), given["base"]
-        )
+    def merge(packed: Tensor, base: Tensor, mask: Tensor, index: Tensor) -> Tensor:
+        return torch.where(mask[..., None], pad_input(packed, index, *mask.shape), base)
 
-    return merge
+    function = torch.compile(merge) if compiled else merge
+    return lambda given: function(given["packed"], given["base"], given["mask"], given["index"])
 
 
 def no_nested_merge() -> Run:
@@ -242,7 +245,8 @@ def moving_benches() -> Iterator[Bench]:
                     "pack_tokens", lambda given, backend: ops.pack_tokens(given["x"], given["plan"], backend=backend)
                 ),
                 **rivals(PACK, "x", "mask", "index", "count"),
-                "flash-attn unpad_input": pack_by_unpad,
+                "eager flash-attn unpad_input": partial(pack_by_unpad, False),
+                "compiled flash-attn unpad_input": partial(pack_by_unpad, True),
             },
             forward=Cost(bytes=2 * count * row + 4 * count),
             backward=Cost(bytes=(count + cells) * row + 4 * cells),
@@ -263,7 +267,8 @@ def moving_benches() -> Iterator[Bench]:
                     ),
                 ),
                 **rivals(MERGE, "packed", "base", "mask", "index", "count"),
-                "flash-attn pad_input + where": merge_by_pad,
+                "eager flash-attn pad_input + where": partial(merge_by_pad, False),
+                "compiled flash-attn pad_input + where": partial(merge_by_pad, True),
                 "nested tensor": no_nested_merge,
             },
             forward=Cost(bytes=2 * cells * row + 4 * cells),
