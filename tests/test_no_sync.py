@@ -1,13 +1,20 @@
-"""A training step through the packing operators never makes the host wait for the device."""
+"""A training step never makes the host wait for the device: the operators, and the whole step of the content stage."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import d2it.ops as ops
+from d2it.models import DynamicVAEConfig
+from d2it.ops import _dispatch
+from d2it.training import config
+from d2it.training.distributed import World
+from d2it.training.transformers import ContentStage, LatentData
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, SIDE, WINDOW, HEADS, WIDTH, CHANNELS = 4, 4, 4, 2, 64, 8
@@ -103,3 +110,105 @@ def test_no_launcher_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
         for _, call in cases():
             call()
     assert len(launched) >= len(COMPILE_CASES) > 0
+
+
+# ---- the content stage as it is trained and sampled ---------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Notes every d2it operator; raises at a copy from the host that waits.
+
+    A copy to the host, or a value that is read, raises by itself on tensors that hold nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "d2it":
+            self.calls.append((func.overloadpacket.__name__, args[-1]))
+        out = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            if source.device.type == "cpu" and out.device.type != "cpu" and source.numel() and waits:
+                raise AssertionError(f"{func} waits for {tuple(source.shape)} to be copied to the device")
+        return out
+
+
+@pytest.fixture
+def gpu_without_storage(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device whose tensors hold nothing, where operators choose as they do on a GPU."""
+    monkeypatch.setattr(_dispatch, "_device_of", lambda args: "cuda")
+    monkeypatch.setattr(_dispatch, "_device_reasons", lambda backend, args: ["no CPU"] if backend == "cpu" else [])
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
+    clip_grad = importlib.import_module("torch.nn.utils.clip_grad")
+    monkeypatch.setattr(clip_grad, "_device_has_foreach_support", lambda device: True)
+    optimizer = importlib.import_module("torch.optim.optimizer")
+    supported = optimizer._get_fused_kernels_supported_devices
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [*supported(), "meta"])
+    return torch.device("meta")
+
+
+def content_stage(device: torch.device) -> ContentStage:
+    settings = ["data.path=unused", "data.num_classes=10", "content.preset=tiny"]
+    chosen = config.load(None, [*settings, "content.batch_size=4", "content.clip=1"])
+    data = LatentData.of_vae(DynamicVAEConfig(), (64, 64), images=4)
+    return ContentStage(chosen, chosen.content, World(0, 1, 1, device), data, None)
+
+
+def steps_of(stage: ContentStage, count: int) -> None:
+    (learner,) = stage.learners
+    batch = stage.synthetic()
+    for step in range(count):
+        learner.backward(batch, last=True)
+        learner.update(step)
+
+
+@pytest.mark.skipif("triton" not in ops.available_backends("plan_tokens"), reason="needs Triton, or its interpreter")
+def test_a_step_of_the_content_stage_reads_no_value(gpu_without_storage: torch.device) -> None:
+    """Batch, noise, plan, both nets, loss, gradients, clipping, AdamW, average: on tensors that hold nothing."""
+    stage = content_stage(gpu_without_storage)
+    with Watch() as watch:
+        steps_of(stage, 2)
+    ran = {name for name, backend in watch.calls if backend == "triton"}
+    assert ran >= {"plan_tokens", "pack_tokens", "unpack_tokens", "unpack_tokens_backward"}
+    assert ran >= {"adaln_modulate", "adaln_modulate_backward", "gated_residual", "gated_residual_backward"}
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.zeros(3, device=gpu_without_storage).sum().item()
+    with pytest.raises(AssertionError, match="waits for"), Watch():
+        torch.zeros(3).to(gpu_without_storage)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_of_the_content_stage_does_not_synchronise() -> None:
+    stage = content_stage(torch.device("cuda"))
+    steps_of(stage, 1)  # compiles
+    torch.cuda.synchronize()
+    batch = stage.synthetic()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3):
+            stage.learners[0].backward(batch, last=True)
+            stage.learners[0].update(step)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_the_capacity_of_a_batch_holds_its_tokens_in_few_sizes() -> None:
+    stage = content_stage(torch.device("cpu"))
+    sizes = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        grains = (torch.rand(4, 4, 4) < torch.rand(())).long()
+        batch = stage.prepare({"grain_map": grains})
+        plan = stage.network.make_plan(grains, batch["capacity"])  # raises where it does not fit
+        assert plan.count == batch["fine"].rows == 4 * int(grains.sum())
+        sizes.add(batch["capacity"])
+    assert len(sizes) <= 16  # capacity_step is 1/16 of all cells
+    assert max(sizes) - min(sizes) >= 64  # and it follows the tokens

@@ -228,7 +228,8 @@ def test_no_fine_token(batch):
     ("change", "error", "match"),
     [
         ({"capacity": 15}, ValueError, "capacity must hold the tokens of the plan, got 15 for 16"),
-        ({"capacity": -1}, ValueError, "capacity must be at least 0"),
+        ({"capacity": -1}, ValueError, r"capacity must be in 0\.\.2143289344, got -1"),
+        ({"capacity": 2**31}, ValueError, r"capacity must be in 0\.\.2143289344"),
         ({"window": 3}, ValueError, "window must divide the grid of 4 x 4 cells, got 3"),
         ({"window": 2.0}, TypeError, "window must be an int"),
         ({"grain_map": torch.full((1, 2, 2), -1)}, ValueError, "grain_map must have no value below 0"),

@@ -13,6 +13,8 @@ from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
 
+MOST_CELLS = 2**31 - 2**22  # of a plan, and most rows: int32 positions, rounded up to whole blocks
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenPlan:
@@ -72,7 +74,7 @@ def plan_tokens(
     """Lays out the cells of every region with grain >= `min_grain` as rows, without a host synchronisation.
 
     Args:
-        grain_map: (B, h, w) int64, no value below 0.
+        grain_map: (B, h, w) int64, no value below 0; at most 2^31 - 2^22 cells.
         cells_per_region: cells along a region's side; the cell grid is (h, w) times it.
         window: cells along a window's side; divides both sides of the cell grid.
         min_grain: the coarsest grain that gets tokens.
@@ -103,9 +105,9 @@ def plan_tokens(
         window,
     )
     cells = batch * height * width
-    _check.require(cells < 2**31, "grain_map", "have fewer than 2^31 cells", cells)
+    _check.require(cells <= MOST_CELLS, "grain_map", f"have at most {MOST_CELLS} cells", cells)
     rows = cells if capacity is None else capacity
-    _check.integer("capacity", rows, low=0)
+    _check.integer("capacity", rows, low=0, high=MOST_CELLS)
     name = choose("plan_tokens", backend, grain_map)
     if name == "reference":
         check_plan(grain_map, cells_per_region, min_grain, rows)

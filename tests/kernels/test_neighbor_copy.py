@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from d2it.ops import _register, neighbor
+from d2it.ops import reference
 from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, Call, KernelSuite, Shape, fast_backends
 
@@ -44,21 +44,7 @@ def run(monkeypatch):
     """run(file, mutation): from here on, the "cpu" backend is csrc/<file>, the CUDA kernels thread by thread."""
 
     def use(file, mutation=None):
-        library = source(file)
-        library.mutate(mutation)
-
-        def forward(latents, grain_map):
-            out = neighbor._fake(latents, grain_map, "")
-            assert library.ops.neighbor_copy(latents, grain_map, out)
-            return out
-
-        def backward(grad, grain_map, scales):
-            grads = neighbor._backward_fake(grad, grain_map, scales, "")
-            library.ops.neighbor_copy_backward(grad, grain_map, grads)
-            return grads
-
-        monkeypatch.setitem(_register._IMPLEMENTATIONS, ("neighbor_copy", "cpu"), forward)
-        monkeypatch.setitem(_register._IMPLEMENTATIONS, ("neighbor_copy_backward", "cpu"), backward)
+        source(file).replace(monkeypatch, mutation)
 
     return use
 
@@ -132,6 +118,47 @@ class TestNeighborCopy(KernelSuite):
 
 
 EMULATED = cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in fast_backends("neighbor_copy")
+
+
+def far(shape, order, place, dtype):
+    """An unwritten tensor, its dimensions in memory in this order, whose order[place] spans more than 2^31 elements: of
+    the memory only its elements are ever touched."""
+    strides, step = [0] * len(shape), 1
+    for d in reversed(order):
+        apart = 2**31 // max(shape[d] - 1, 1) // 64 * 64 + 64
+        strides[d] = max(step, apart) if d == order[place] else step
+        step = strides[d] * shape[d]
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides))
+    return torch.empty(last + 1, dtype=dtype).as_strided(shape, strides)
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs a C++ compiler, and memory that is only promised")
+@pytest.mark.parametrize("file", ["neighbor_copy.cpp", "neighbor_copy_cuda.cu"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("width", [4, 3])
+def test_more_elements_than_int32_counts(file, order, place, width):
+    """Arguments and results, forward and backward; a width of 3 takes the kernels for odd sizes."""
+    source(file).mutate(None)
+    rng = torch.Generator().manual_seed(width)
+    batch, channels, height, dtype = 2 - place, 8, 2, torch.float16
+    grains = torch.randint(0, 2, (batch, height, width), generator=rng)
+
+    def empty(scale):
+        return far((batch, channels, height * scale, width * scale), order, place, dtype)
+
+    latents = [empty(s) for s in (1, 2)]
+    for latent in latents:
+        latent.copy_(torch.randn(latent.shape, generator=rng))
+    out = empty(2)
+    assert source(file).ops.neighbor_copy(latents, grains, out)
+    assert torch.equal(out, reference.neighbor_copy(latents, grains))
+    leaves = [x.float().contiguous().requires_grad_() for x in latents]
+    want = torch.autograd.grad(reference.neighbor_copy(leaves, grains), leaves, out.float())
+    grads = [empty(s) for s in (1, 2)]
+    source(file).ops.neighbor_copy_backward(out, grains, grads)
+    for got, expected in zip(grads, want):
+        assert torch.equal(got, expected.half())
 
 
 @pytest.mark.skipif(
