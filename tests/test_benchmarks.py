@@ -171,7 +171,7 @@ def test_make_gpu_runs_every_test_of_the_suite_and_every_benchmark() -> None:
         assert words.count(str(path)) == run_gpu.SHARDS
     assert str(ROOT / "tests" / "test_no_sync.py") in words
     assert sorted(run_gpu.benchmarks()) == SCRIPTS
-    assert {f"{name}_bench" for name in run_gpu.SHARES} <= set(SCRIPTS) | {"entropy_bench"}
+    assert {f"{name}_bench" for name in run_gpu.SHARES} <= set(SCRIPTS)
 
 
 def row(case: str, contender: str, ms: float, direction: str = "forward", **more: object) -> dict:
