@@ -38,6 +38,8 @@ def inputs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch
     rows = 4 * round(fill * regions)
     plan = ops.plan_tokens(grain_map, window=side, capacity=rows, backend="reference")
 
+    cells_of_rows = (plan.slots >= 0).flatten().nonzero().flatten()
+
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, device=device)
 
@@ -45,8 +47,11 @@ def inputs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch
         "qkv": normal(rows, 3, heads, width).to(dtype),
         "bias": normal(1, heads, n, n),
         "slots": plan.slots,
-        # For the rivals, made beforehand: where each row lies in the windows, and a mask of what exists.
-        "cells": (plan.slots >= 0).flatten().nonzero().flatten(),
+        # For the rivals, made beforehand: where each row lies in the windows, its window and its position there, and a
+        # mask of what exists.
+        "cells": cells_of_rows,
+        "window": cells_of_rows // n,
+        "position": cells_of_rows % n,
         "mask": torch.where(plan.slots >= 0, 0.0, -torch.inf).to(dtype)[:, None, None, :] if fill < 1 else None,
     }
 
@@ -109,6 +114,7 @@ def sdpa() -> Run:
 
 
 def flex() -> Run:
+    """Every window is a batch entry; slots without a token are scored away."""
     if common.device() == "cpu":
         raise Skip("FlexAttention has no backward on CPU")
     from torch.nn.attention.flex_attention import flex_attention
@@ -125,6 +131,52 @@ def flex() -> Run:
         return on_windows(attend)(given)
 
     return torch.compile(run, fullgraph=True)
+
+
+BLOCK = 128  # of FlexAttention's masks
+
+
+def flex_stacked() -> Run:
+    """All rows are one sequence, in which a block mask, made beforehand, keeps the windows apart."""
+    if common.device() == "cpu":
+        raise Skip("FlexAttention has no backward on CPU")
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    attend = torch.compile(flex_attention, fullgraph=True)
+    masks: dict[int, BlockMask] = {}
+
+    def mask(window: Tensor) -> BlockMask:
+        def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return window[i] == window[j]
+
+        # Rows follow the windows, so the blocks of keys that a block of queries meets are a run: from that of its first
+        # window's first row to that of its last window's last row.
+        rows = window.shape[0]
+        firsts = torch.arange(0, rows, BLOCK, device=window.device)
+        lasts = (firsts + BLOCK).clamp(max=rows) - 1
+        low = torch.searchsorted(window, window[firsts]) // BLOCK
+        high = (torch.searchsorted(window, window[lasts], right=True) - 1) // BLOCK
+        # Entries past each row's number are not looked at; every block is there once.
+        blocks = torch.arange(firsts.shape[0], device=window.device)
+        indices = ((low[:, None] + blocks) % blocks.shape[0]).to(torch.int32)
+        numbers = (high - low + 1).to(torch.int32)
+        return BlockMask.from_kv_blocks(
+            numbers[None, None], indices[None, None], BLOCK_SIZE=BLOCK, mask_mod=same, seq_lengths=(rows, rows)
+        )
+
+    def run(given: dict[str, Any]) -> Tensor:
+        bias, window, position = given["bias"], given["window"], given["position"]
+        key = window.data_ptr()
+        if key not in masks:
+            masks[key] = mask(window)
+
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + bias[0, h, position[i], position[j]]
+
+        q, k, v = given["qkv"].permute(1, 2, 0, 3)[:, None]  # (1, H, T, D) each
+        return attend(q, k, v, score_mod=score, block_mask=masks[key])[0].transpose(0, 1)
+
+    return run
 
 
 def xformers() -> Run:
@@ -159,7 +211,8 @@ CONTENDERS: dict[str, Callable[[], Run]] = {
     "eager": eager,
     "compiled": compiled,
     "SDPA with a mask": sdpa,
-    "FlexAttention": flex,
+    "FlexAttention, a batch of windows": flex,
+    "FlexAttention, windows stacked": flex_stacked,
     "xformers": xformers,
     "flash-attn (no bias: a lower bound, not the operator)": flash_attn,
 }
@@ -182,11 +235,11 @@ def costs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch.
 def benches(models: tuple[str, ...] = ()) -> Iterator[Bench]:
     gpu = common.device() == "cuda"
     cells = 262_144 if gpu else 2_048
-    shapes = [(n, 16, width) for n in (16, 64, 256) for width in (64, 72)] if gpu else [(16, 4, 32), (64, 4, 32)]
+    shapes = [(n, 16 if gpu else 4, width) for n in (16, 64, 256) for width in (64, 72)]
     if models:
         shapes = [(256, *MODELS[name]) for name in models]
     backends = [b for b in ops.available_backends("window_attention_qkvpacked") if b != "reference"]
-    for n, heads, width in shapes if models or gpu else [*shapes, (256, 4, 32)]:
+    for n, heads, width in shapes:
         for fill in (0.25, 0.5, 1.0):
             dtype = torch.bfloat16 if gpu else torch.float32
             contenders = {f"d2it {b}": partial(ours, b) for b in backends} | CONTENDERS

@@ -157,6 +157,8 @@ GOALS = [
     Goal("training step, packed", ">= 1.25x the same model with masks", packed_against_masked, 1.25, "{:.2f}x"),
     Goal("DiT-XL/2 training", ">= 500 images/s", training("dit", "images_per_s", "DiT-XL/2"), 500.0, "{:.0f} images/s"),
     Goal("KDE entropy, one core", ">= 20x eager", times("kde_entropy", "eager"), 20.0, "{:.0f}x", cpu=True),
+    Goal("window attention on CPU", "no slower than eager with masks",
+         times("window_attention", "eager"), 1.0, "{:.1f}x", cpu=True),
     Goal("neighbour copy on CPU", ">= 3x eager", times("neighbor_copy", "eager"), 3.0, "{:.1f}x", cpu=True),
     Goal("packing on CPU", ">= 3x eager", times("pack_tokens", "eager"), 3.0, "{:.1f}x", cpu=True),
     Goal("unpacking on CPU", ">= 3x eager", times("unpack_tokens", "eager"), 3.0, "{:.1f}x", cpu=True),

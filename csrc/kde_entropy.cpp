@@ -25,6 +25,9 @@
 
 namespace {
 
+using d2it::as;
+using d2it::exp_negative;
+using d2it::Floats;
 using d2it::Gray;
 using d2it::Regions;
 using d2it::Results;
@@ -38,22 +41,7 @@ constexpr int kLevels = 256;
 constexpr int kStrip = 256; // columns at a time: long loops, and what they leave stays in the L1 cache
 constexpr int64_t kPixelsPerThread = 4096; // fewer are not worth waking a thread for
 
-template <typename T, int n>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(n * sizeof(T)), aligned(sizeof(T)), may_alias));
-};
-template <int n>
-using Floats = typename VectorOf<float, n>::type;
-using Ints = typename VectorOf<int32_t, kLanes>::type;
-
-template <typename V>
-D2IT_INLINE V& as(float* p) {
-  return *reinterpret_cast<V*>(p);
-}
-template <typename V>
-D2IT_INLINE const V& as(const float* p) {
-  return *reinterpret_cast<const V*>(p);
-}
+using Ints = typename d2it::VectorOf<int32_t, kLanes>::type;
 
 // ----------------------------------------------------------------------------------------------------
 // What is worked out once per call
@@ -156,7 +144,6 @@ struct Scratch {
 using d2it::BFloat16;
 using d2it::Half;
 using d2it::to_float;
-D2IT_INLINE float to_float(float v) { return v; }
 D2IT_INLINE float to_float(uint8_t v) { return v; }
 
 // A row of pixels as values from the middle of the range; whether all of them may be there.
@@ -263,22 +250,6 @@ D2IT_INLINE void add_taps(const Job& job, Scratch& s, int start, int width) {
         as<V>(out + k) += as<V>(row + k) + e * (as<V>(row + taps + k) + e * as<V>(row + 2 * taps + k));
     }
   }
-}
-
-// exp(y) for y <= 0; 0 from about -87 on. Relative error 2e-7.
-D2IT_INLINE float exp_negative(float y) {
-  const float bounded = y < -87.0f ? -87.0f : y;
-  const float n = (bounded * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float poly = 1.9875691500e-4f;
-  poly = poly * r + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
-  poly = poly * r * r + r + 1.0f;
-  const int32_t power = (static_cast<int32_t>(n) + 127) << 23;
-  return poly * __builtin_bit_cast(float, power);
 }
 
 // Bins at least kReach sigma apart: a pixel counts at its two neighbours, in full precision however small.

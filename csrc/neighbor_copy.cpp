@@ -303,7 +303,6 @@ bool neighbor_copy(std::vector<Tensor> latents, Tensor grain_map, Tensor out) {
 
 using d2it::bits_as;
 using d2it::to_float;
-D2IT_INLINE float to_float(float v) { return v; }
 D2IT_INLINE double to_float(double v) { return v; }
 D2IT_INLINE uint32_t bits_as(float v, float) { return __builtin_bit_cast(uint32_t, v); }
 D2IT_INLINE uint64_t bits_as(double v, double) { return __builtin_bit_cast(uint64_t, v); }

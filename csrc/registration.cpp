@@ -13,4 +13,11 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
   m.def(
       "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, Tensor(a!) index, "
       "Tensor(b!) inverse, Tensor(c!) slots, Tensor(d!) sample, Tensor(e!) count) -> bool");
+  m.def(
+      "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, Tensor? segment_ids, "
+      "float scale, Tensor(a!) out) -> bool");
+  m.def(
+      "window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, "
+      "Tensor? segment_ids, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> "
+      "bool");
 }

@@ -77,3 +77,18 @@ def next_power_of_2(n: int) -> int:
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def tiled_positions(q: torch.Tensor, slots: torch.Tensor | None, segment_ids: torch.Tensor | None) -> int:
+    """The largest window that window attention takes as one tile, and whose softmax its backward computes again.
+
+    Larger ones go block by block, and their forward keeps the logarithm of each row's sum. A whole window of 64 does
+    not fit into registers in float32, which has no tensor cores; before Hopper, whose products read shared memory; of
+    heads wider than 80, or with segments.
+    """
+    width, major = q.shape[-1], capability(q)[0]
+    if q.dtype == torch.float32 or major < 9:
+        return 16
+    if segment_ids is not None:  # Swin's shifted windows still do
+        return 64 if width <= 32 and slots is None and major == 9 else 16
+    return 64 if width <= 80 else 16

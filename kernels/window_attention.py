@@ -1,9 +1,10 @@
 """Window attention with a learnable bias: softmax(q k^T * scale + bias) v inside windows (paper Eq. 10).
 
-Windows of up to 64 tokens are here, larger ones in `window_attention_blocks`. A program belongs to one head and walks
-over tiles of TILE rows: one window, or several kept apart by a block-diagonal mask. All tiles of a program share one
-tile of bias, and the gradient of that tile is one float32 sum in the program's registers, written once at its
-end. The sums of all programs are then added in a fixed order: no atomics, the same bits every time.
+Windows of up to 64 tokens are here (16 in float32 or of wide heads), larger ones in `window_attention_blocks`. A
+program belongs to one head and walks over tiles of TILE rows: one window, or several kept apart by a block-diagonal
+mask. All tiles of a program share one tile of bias, and the gradient of that tile is one float32 sum in the program's
+registers, written once at its end. The sums of all programs are then added in a fixed order: no atomics, the same bits
+every time.
 
 Bound by memory on an H200 (bf16: 8 N D bytes a window and head forward, 14 N D backward): rows are read where
 the linear layer left them and written where the next one wants them, the backward reads inputs alone, and a
@@ -19,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2, num_sms
+from d2it.kernels.common import CompileCase, capability, cdiv, compile_cases, device_guard, num_sms, tiled_positions
 from d2it.kernels.window_attention_blocks import blocks_backward, blocks_forward
 from d2it.kernels.window_attention_rows import (
     LOG2E,
@@ -58,6 +59,7 @@ def tile_rows(
 def tile_bias(
     bias,
     i_head,
+    i_block,
     o_residue,
     o_position,
     m_pair,
@@ -65,11 +67,23 @@ def tile_bias(
     stride_head,
     stride_query,
     stride_key,
+    RESIDUES: tl.constexpr,
+    NARROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """The bias of a tile in base-2 logarithms, minus infinity between different windows."""
+    """The bias of a tile in base-2 logarithms, minus infinity between different windows.
+
+    NARROW: the matrices of a tile span less than 2^31 elements, and half the registers address them.
+    """
     if HAS_BIAS:
-        o_query = i_head * stride_head + o_residue.to(tl.int64) * stride_window + o_position * stride_query
+        i_first = i_block * RESIDUES
+        bias += i_head * stride_head + i_first.to(tl.int64) * stride_window
+        o_matrix = o_residue - i_first
+        if NARROW:
+            o_position = o_position.to(tl.int32)
+        else:
+            o_matrix = o_matrix.to(tl.int64)
+        o_query = o_matrix * stride_window + o_position * stride_query
         o_bias = o_query[:, None] + (o_position * stride_key)[None, :]
         return tl.load(bias + o_bias, mask=m_pair, other=float("-inf")).to(tl.float32) * LOG2E
     else:
@@ -99,6 +113,7 @@ def window_attention_fwd_kernel(
     slots,
     segment_ids,
     out,
+    tokens,
     windows,
     heads,
     bias_windows,
@@ -132,6 +147,7 @@ def window_attention_fwd_kernel(
     UNIT: tl.constexpr,
     ALIKE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NARROW: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -150,6 +166,7 @@ def window_attention_fwd_kernel(
         b_bias = tile_bias(
             bias,
             i_head,
+            i_block,
             o_residue,
             o_position,
             m_pair,
@@ -157,6 +174,8 @@ def window_attention_fwd_kernel(
             stride_bias_head,
             stride_bias_query,
             stride_bias_key,
+            RESIDUES,
+            NARROW,
             HAS_BIAS,
         )
     tiles = tl.cdiv(tl.cdiv(windows, bias_windows), REPEATS)
@@ -167,7 +186,7 @@ def window_attention_fwd_kernel(
         if HAS_SLOTS:
             p_slot = slots + (o_wide * stride_slots_window + o_position * stride_slots_token)
             o_row = tl.load(p_slot, mask=m_row, other=-1).to(tl.int64)
-            m_row = o_row >= 0
+            m_row = (o_row >= 0) & (o_row < tokens)
             occupied = tl.max(o_row, 0) >= 0
         else:
             o_row = o_wide * N + o_position
@@ -212,6 +231,7 @@ def window_attention_bwd_kernel(
     dk,
     dv,
     sums,
+    tokens,
     windows,
     heads,
     bias_windows,
@@ -250,6 +270,7 @@ def window_attention_bwd_kernel(
     ALIKE: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NARROW: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
@@ -281,7 +302,7 @@ def window_attention_bwd_kernel(
         if HAS_SLOTS:
             p_slot = slots + (o_wide * stride_slots_window + o_position * stride_slots_token)
             o_row = tl.load(p_slot, mask=m_row, other=-1).to(tl.int64)
-            m_row = o_row >= 0
+            m_row = (o_row >= 0) & (o_row < tokens)
             occupied = tl.max(o_row, 0) >= 0
         else:
             o_row = o_wide * N + o_position
@@ -311,6 +332,7 @@ def window_attention_bwd_kernel(
                 b_score += tile_bias(
                     bias,
                     i_head,
+                    i_block,
                     o_residue,
                     o_position,
                     m_pair,
@@ -318,6 +340,8 @@ def window_attention_bwd_kernel(
                     stride_bias_head,
                     stride_bias_query,
                     stride_bias_key,
+                    RESIDUES,
+                    NARROW,
                     HAS_BIAS,
                 )
             b_p, b_inverse = softmax_rows(b_score, m_row, o_segment, HAS_SLOTS, HAS_SEGMENTS)
@@ -340,13 +364,13 @@ def window_attention_bwd_kernel(
         tl.store(p_sums + (o_tile[:, None] * TILE + o_tile[None, :]), b_dbias)
 
 
-def tile_config(n: int, width: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
-    """TILE, num_warps and STAGES for windows of n tokens: pinned, so that results do not depend on a tuner."""
-    if dtype == torch.float32:
-        return {"TILE": max(16, next_power_of_2(n)), "num_warps": 4, "STAGES": 1}
-    if n <= 16:
-        return {"TILE": 16, "num_warps": 1, "STAGES": 1}
-    return {"TILE": 64, "num_warps": 4, "STAGES": 2 if backward else 1}
+def tile_config(q: torch.Tensor, found: dict, backward: bool) -> dict[str, int]:
+    """TILE, num_warps and STAGES for windows of N tokens: pinned, so that results do not depend on a tuner."""
+    if found["N"] <= 16:
+        warps = 1 if q.dtype != torch.float32 else 4 if found["D"] <= 64 else 8
+        return {"TILE": 16, "num_warps": warps, "STAGES": 1}
+    # The backward loads the next tile while it works on one, where that leaves registers.
+    return {"TILE": 64, "num_warps": 4, "STAGES": 2 if backward and capability(q)[0] == 9 else 1}
 
 
 # Warps of programs a multiprocessor, over several waves: many enough that a slow program does not hold up the
@@ -364,14 +388,16 @@ def _tiles(q: torch.Tensor, found: dict, config: dict) -> tuple[int, int]:
     tiles = cdiv(cdiv(found["windows"], bias_windows), repeats)
     programs = num_sms(q) * WARPS_PER_SM // config["num_warps"]
     splits = max(1, min(tiles, programs // max(1, heads * blocks)))
-    found |= {"splits": splits, "RESIDUES": residues, "REPEATS": repeats, **config}
+    span = (residues - 1) * found["stride_bias_window"]
+    span += (found["N"] - 1) * (found["stride_bias_query"] + found["stride_bias_key"])
+    found |= {"splits": splits, "RESIDUES": residues, "REPEATS": repeats, "NARROW": span < 2**31, **config}
     return blocks, splits
 
 
 def tiles_forward(q, k, v, bias, slots, segment_ids, scale, out) -> None:
     """Fill the rows of `out` (rows, heads, D) that exist; windows of up to 64 tokens."""
     found = arguments(q, k, v, bias, slots, segment_ids, scale)
-    config = tile_config(found["N"], found["D"], q.dtype, backward=False)
+    config = tile_config(q, found, backward=False)
     blocks, splits = _tiles(q, found, config)
     if found["heads"]:
         with device_guard(q):
@@ -381,7 +407,7 @@ def tiles_forward(q, k, v, bias, slots, segment_ids, scale, out) -> None:
 def tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, dq, dk, dv):
     """Fill the rows of dq, dk, dv that exist and return the gradient of the bias (None unless needs_bias)."""
     found = arguments(q, k, v, bias, slots, segment_ids, scale, grad)
-    config = tile_config(found["N"], found["D"], q.dtype, backward=True)
+    config = tile_config(q, found, backward=True)
     blocks, splits = _tiles(q, found, config)
     heads, tile = found["heads"], config["TILE"]
     sums = None
@@ -404,18 +430,19 @@ def tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, d
 # --------------------------------------------------------------------------------------------------
 # What the operators call
 
-TILED = 64
-"""The largest window that is one tile; the forward of larger ones also gives the logarithm of each row's sum."""
-
 
 def window_attention_forward(q, k, v, bias, slots, segment_ids, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k, v (W, N, H, D), or (T, H, D) with slots -> the result, and for N > 64 lse (W, H, N) float32."""
+    """q, k, v (W, N, H, D), or (T, H, D) with slots -> the result, and lse (W, H, N) float32 where N exceeds a tile."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     windows, n = q.shape[:2] if slots is None else slots.shape
-    kept = (windows, q.shape[-2], n) if n > TILED else (0,)
+    blocks = n > tiled_positions(q, slots, segment_ids)
+    kept = (windows, q.shape[-2], n) if blocks else (0,)
+    # Of positions without a token nobody writes one; in a result they are not left to chance.
     lse = torch.empty(kept, dtype=torch.float32, device=q.device)
+    if slots is not None:
+        lse.fill_(float("inf"))
     if q.numel() and n:
-        if n > TILED:
+        if blocks:
             blocks_forward(q, k, v, bias, slots, segment_ids, scale, out, lse)
         else:
             tiles_forward(q, k, v, bias, slots, segment_ids, scale, out)
@@ -428,7 +455,7 @@ def _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bi
     n = q.shape[1] if slots is None else slots.shape[1]
     if not (q.numel() and n):
         return torch.zeros_like(bias) if needs_bias else q.new_empty(0)
-    if n > TILED:
+    if n > tiled_positions(q, slots, segment_ids):
         dbias = blocks_backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, dq, dk, dv)
     else:
         dbias = tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, dq, dk, dv)
@@ -438,7 +465,7 @@ def _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bi
 def window_attention_backward(
     grad, q, k, v, bias, slots, segment_ids, out, lse, scale: float, needs_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv, dbias); out and lse as the forward gave them where N > 64. dbias is empty unless needs_bias."""
+    """(dq, dk, dv, dbias), dbias empty unless needs_bias; out and lse of the forward where N exceeds a tile."""
     grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
     dbias = _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, *grads)
     if slots is not None:
@@ -472,12 +499,17 @@ def _forward_and_backward(qkv, bias, slots, segment_ids) -> None:
 
 @compile_cases
 def _compile_cases() -> Iterator[CompileCase]:
-    """The presets' windows, packed; Swin's, dense and shifted; float32."""
+    """The presets' windows, packed; Swin's, dense and shifted; the widest heads; float32."""
     half, full = torch.bfloat16, torch.float32
     for n, heads, width, dtype, packed in (
         *((n, 16, width, half, True) for n in (16, 64, 256) for width in (64, 72)),
+        (64, 8, 128, half, True),
+        (256, 8, 128, half, True),
         (49, 4, 32, half, False),
+        (256, 16, 64, half, False),
         (16, 4, 32, full, True),
+        (64, 4, 64, full, True),
+        (256, 4, 64, full, False),
     ):
         windows = 2**16 // n
         shape = (windows * n // 2, 3, heads, width) if packed else (windows, n, 3, heads, width)

@@ -23,7 +23,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def row_offsets(at, stride_window, stride_token, stride_head, UNIT: tl.constexpr, HAS_SLOTS: tl.constexpr):
-    """Offsets of rows of one head. at: (window, position, row, head) in int64, before anything multiplies.
+    """Offsets of rows of one head. at: (window, position, row, head), in int64 before they multiply.
 
     Everything that is added to a pointer is added up here first: an offset that q, k and v share is then held
     once, where three pointers would be held three times.
@@ -33,7 +33,7 @@ def row_offsets(at, stride_window, stride_token, stride_head, UNIT: tl.constexpr
     if HAS_SLOTS:
         return o_row * (stride_token * UNIT) + o_head
     else:
-        return o_window * (stride_window * UNIT) + (o_position * (stride_token * UNIT) + o_head)
+        return o_window * (stride_window * UNIT) + (o_position.to(tl.int64) * (stride_token * UNIT) + o_head)
 
 
 @triton.jit
@@ -110,23 +110,26 @@ def scale_rows(rows, factor):
 
 @triton.jit
 def mark_named_rows_kernel(
-    slots, named, positions, stride_slots_window, stride_slots_token, N: tl.constexpr, BLOCK: tl.constexpr
+    slots, unnamed, positions, tokens, stride_slots_window, stride_slots_token, N: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """named[row] = 1 for every row that a slot names. slots (W, N); named (T,) uint8."""
+    """unnamed[row] = 0 for every row that a slot names, unnamed[T] = 0 where one names a row that is not there.
+
+    slots (W, N); unnamed (T + 1,) uint8, ones before.
+    """
     o_position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_position = o_position < positions
     o_slot = (o_position // N) * stride_slots_window + (o_position % N) * stride_slots_token
     i_row = tl.load(slots + o_slot, mask=m_position, other=-1)
-    tl.store(named + i_row, tl.full((BLOCK,), 1, tl.uint8), mask=i_row >= 0)
+    tl.store(unnamed + tl.minimum(i_row, tokens), tl.zeros((BLOCK,), tl.uint8), mask=i_row >= 0)
 
 
 @triton.jit
-def clear_unnamed_rows_kernel(rows, named, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def clear_unnamed_rows_kernel(rows, unnamed, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Zero the rows of a contiguous (T, WIDTH) tensor that no slot names. One program: ROWS rows."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    b_named = tl.load(named + o_row, mask=o_row < tokens, other=1)
-    if tl.min(b_named, 0) == 0:
-        m_row = (b_named == 0)[:, None]
+    b_unnamed = tl.load(unnamed + o_row, mask=o_row < tokens, other=0)
+    if tl.max(b_unnamed, 0) != 0:
+        m_row = (b_unnamed != 0)[:, None]
         for i_column in tl.range(0, WIDTH, BLOCK):
             o_column = tl.cast(i_column, tl.int32) + tl.arange(0, BLOCK)
             m_block = m_row & (o_column < WIDTH)[None, :]
@@ -147,9 +150,10 @@ def reduce_sums_kernel(
     RESIDUES: tl.constexpr,
     REPEATS: tl.constexpr,
     SHARED: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dbias from the sums of the programs, added in the order of split, repeat and head.
+    """dbias from the sums of the programs, in the order of split, repeat and head; TERMS at a time in a fixed tree.
 
     sums (splits, blocks, heads, ROWS, COLUMNS) float32: residue block * RESIDUES + r of repeat p is the diagonal
     block p * RESIDUES + r of its tile. dbias (Wb, heads or 1, N, N) contiguous; SHARED: one bias for all heads.
@@ -159,26 +163,22 @@ def reduce_sums_kernel(
     i_matrix = tl.program_id(0) // CHUNKS
     o_pair = (tl.program_id(0) % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
     m_pair = o_pair < PAIRS
-    if SHARED:
-        i_residue = i_matrix
-        i_head = 0
-        terms = splits * REPEATS * heads
-    else:
-        i_residue = i_matrix // heads
-        i_head = i_matrix % heads
-        terms = splits * REPEATS
+    i_residue = i_matrix if SHARED else i_matrix // heads
     i_block = i_residue // RESIDUES
+    terms = splits * REPEATS * heads if SHARED else splits * REPEATS
     b_sum = tl.zeros((BLOCK,), tl.float32)
-    for i_term in tl.range(0, terms):
-        i_flat = tl.cast(i_term, tl.int32)
+    for i_term in tl.range(0, terms, TERMS):
+        o_term = tl.cast(i_term, tl.int32) + tl.arange(0, TERMS)
         if SHARED:
-            i_head = i_flat % heads
-            i_flat = i_flat // heads
-        i_local = i_flat % REPEATS * RESIDUES + i_residue % RESIDUES
-        i_tile = ((i_flat // REPEATS).to(tl.int64) * blocks + i_block) * heads + i_head
-        o_query = i_local * N + o_pair // N
-        o_key = i_local * N + o_pair % N
-        b_sum += tl.load(sums + i_tile * (ROWS * COLUMNS) + (o_query * COLUMNS + o_key), mask=m_pair, other=0.0)
+            o_head = o_term % heads
+            o_flat = o_term // heads
+        else:
+            o_head = i_matrix % heads
+            o_flat = o_term
+        o_tile = ((o_flat // REPEATS).to(tl.int64) * blocks + i_block) * heads + o_head
+        o_first = (o_flat % REPEATS * RESIDUES + i_residue % RESIDUES) * (N * COLUMNS + N)
+        o_sum = (o_tile * (ROWS * COLUMNS) + o_first)[:, None] + (o_pair // N * COLUMNS + o_pair % N)[None, :]
+        b_sum += tl.sum(tl.load(sums + o_sum, mask=(o_term < terms)[:, None] & m_pair[None, :], other=0.0), 0)
     p_dbias = dbias + i_matrix.to(tl.int64) * PAIRS + o_pair
     tl.store(p_dbias, b_sum.to(dbias.dtype.element_ty), mask=m_pair)
 
@@ -187,8 +187,10 @@ def reduce_sums(sums: torch.Tensor, bias: torch.Tensor, residues: int, repeats: 
     """The gradient of the bias, in its dtype, from the float32 sums (splits, blocks, heads, ROWS, COLUMNS)."""
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     splits, blocks, heads, rows, columns = sums.shape
-    n = bias.shape[-1]
-    block = min(256, next_power_of_2(n * n))
+    n, shared = bias.shape[-1], bias.shape[1] != heads
+    # A small bias has few programs, and many sums: then a program reads many at once.
+    terms = min(128, next_power_of_2(splits * repeats * (heads if shared else 1)))
+    block = min(max(32, 2048 // terms), next_power_of_2(n * n))
     programs = bias.shape[0] * bias.shape[1] * cdiv(n * n, block)
     if programs:
         with device_guard(sums):
@@ -203,9 +205,10 @@ def reduce_sums(sums: torch.Tensor, bias: torch.Tensor, residues: int, repeats: 
                 COLUMNS=columns,
                 RESIDUES=residues,
                 REPEATS=repeats,
-                SHARED=bias.shape[1] != heads,
+                SHARED=shared,
+                TERMS=terms,
                 BLOCK=block,
-                num_warps=1 if block < 128 else 2,
+                num_warps=max(1, min(4, terms * block // 256)),
             )
     return dbias
 
@@ -213,23 +216,24 @@ def reduce_sums(sums: torch.Tensor, bias: torch.Tensor, residues: int, repeats: 
 def clear_unnamed_rows(slots: torch.Tensor, *tensors: torch.Tensor) -> None:
     """Zero the rows of packed outputs (T, ...) that no slot names, and touch no other.
 
-    A memset of everything would cost a quarter of the forward's traffic again; the flags cost 1 byte a row.
+    A memset of everything would cost a quarter of the forward's traffic again; the flags cost 1 byte a row. They also
+    tell of a slot that names a row past the last: kernels take it for an empty one, and on a GPU it is an assertion.
     """
     tokens = tensors[0].shape[0]
-    if not tokens:
-        return
-    named = torch.zeros(tokens, dtype=torch.uint8, device=slots.device)
+    unnamed = torch.ones(tokens + 1, dtype=torch.uint8, device=slots.device)
     with device_guard(slots):
         if slots.numel():
             mark_named_rows_kernel[(cdiv(slots.numel(), 1024),)](
-                slots, named, slots.numel(), *slots.stride(), N=slots.shape[1], BLOCK=1024, num_warps=4
+                slots, unnamed, slots.numel(), tokens, *slots.stride(), N=slots.shape[1], BLOCK=1024, num_warps=4
             )
+        if slots.is_cuda:
+            torch._assert_async(unnamed[tokens], f"slots must name rows below {tokens}")
         for tensor in tensors:
-            width = tensor[0].numel()
+            width = tensor[0].numel() if tokens else 0
             if width:
                 clear_unnamed_rows_kernel[(cdiv(tokens, 16),)](
                     tensor,
-                    named,
+                    unnamed,
                     tokens,
                     WIDTH=width,
                     ROWS=16,
@@ -273,6 +277,7 @@ def arguments(q, k, v, bias, slots, segment_ids, scale: float, grad=None) -> dic
         "bias": bias,
         "slots": slots,
         "segment_ids": segment_ids,
+        "tokens": 0 if slots is None else q.shape[0],
         "windows": windows,
         "heads": heads,
         "bias_windows": 1 if bias is None else bias.shape[0],

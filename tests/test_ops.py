@@ -351,6 +351,47 @@ def test_bad_input_to_window_attention_names_the_argument(change, error, match):
         ops.window_attention(**({"q": x, "k": x, "v": x, "bias": None} | change))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize(
+    ("slots", "match"),
+    [
+        ([[0, 5], [-1, 1]], "slots must name rows that are there, got 5 of 5"),
+        ([[0, 3], [3, -1]], "slots must name a row once, got row 3 twice"),
+    ],
+)
+def test_slots_that_name_no_row_or_one_twice(slots, match, backend, dtype):
+    qkv = torch.zeros(5, 3, 2, 8, dtype=dtype)
+    slots = torch.tensor(slots, dtype=torch.int32)
+    with pytest.raises(ValueError, match=match):
+        ops.window_attention_qkvpacked(qkv, None, slots=slots, backend=backend)
+    with pytest.raises(ValueError, match=match):
+        ops.window_attention(*qkv.unbind(1), None, slots=slots, backend=backend)
+
+
+@pytest.mark.skipif("triton" not in ops.available_backends("window_attention"), reason="Triton cannot run here")
+@pytest.mark.parametrize("n", [4, 96])
+def test_triton_takes_a_row_that_is_not_there_for_absent(n):
+    """Where the host does not look (a GPU, between two synchronisations), nothing outside of the tensors is touched."""
+    from d2it.kernels.window_attention import window_attention_backward, window_attention_forward
+
+    memory = torch.full((3, 40, 1, 16), math.nan)  # rows 20 and on lie behind q, k and v
+    memory[:, :20] = torch.randn(3, 20, 1, 16, generator=generator(7))
+    q, k, v = memory[:, :20]
+    slots = torch.full((2, n), -1, dtype=torch.int32)
+    slots[0, :3], slots[1, 1:4] = torch.tensor([4, 2, 0]), torch.tensor([1, 19, 3])
+    wrong = slots.clone()
+    wrong[0, 3], wrong[1, 0] = 20, 2**31 - 1
+    bias = torch.randn(1, 1, n, n, generator=generator(8))
+
+    def run(slots):
+        out, lse = window_attention_forward(q, k, v, bias, slots, None, 0.25)
+        return out, *window_attention_backward(out, q, k, v, bias, slots, None, out, lse, 0.25, True)
+
+    for got, want in zip(run(wrong), run(slots)):
+        assert torch.equal(got, want)
+
+
 # ---- adaLN --------------------------------------------------------------------------------------------------------
 
 

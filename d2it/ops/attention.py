@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2it.kernels.common import tiled_positions
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
@@ -34,7 +35,7 @@ def window_attention(
         q, k, v: (W, N, H, D), or (T, H, D) with `slots`; one dtype and device, any strides.
         bias: (Wb, Hb, N, N) floating point, added to the scaled scores: window i uses bias[i % Wb], Hb is 1 or H. Its
             gradient is summed in a fixed order, the same bits every time. Or None.
-        slots: (W, N) int32, the row of each position, or -1. No row stands in it twice.
+        slots: (W, N) int32, the row of each position, or -1 (any negative). No row stands in it twice.
         segment_ids: (Ws, N) integers; tokens attend within equal ids (Swin's shifted windows). Window i uses
             segment_ids[i % Ws].
         scale: D ** -0.5 where None.
@@ -44,7 +45,9 @@ def window_attention(
         The shape and dtype of `q`. Rows that no slot names are zero, and so are their gradients.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not go together.
+        TypeError, ValueError: shapes, dtypes or devices that do not go together; on CPU, slots that name a row that is
+            not there, or one twice. On a GPU the first is a device-side assertion, raised at the next
+            synchronisation, and the row is taken for absent; of a row named twice either result may remain.
 
     Under autocast q, k and v are cast to its dtype, as PyTorch's own attention does.
     """
@@ -59,6 +62,7 @@ def window_attention(
     _extras(windows, n, q.shape[-2], q, bias, segment_ids, scale)
     name = choose("window_attention", backend, q, k, v, bias, slots=slots, segment_ids=segment_ids)
     if name == "reference":
+        check_slots(slots, q.shape[0])
         return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.d2it.window_attention(q, k, v, bias, slots, segment_ids, factor, name)[0]
@@ -92,6 +96,7 @@ def window_attention_qkvpacked(
     _extras(windows, n, qkv.shape[-2], qkv, bias, segment_ids, scale)
     name = choose("window_attention_qkvpacked", backend, qkv, bias, slots=slots, segment_ids=segment_ids)
     if name == "reference":
+        check_slots(slots, qkv.shape[0])
         return reference.window_attention_qkvpacked(qkv, bias, slots=slots, segment_ids=segment_ids, scale=scale)
     factor = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.d2it.window_attention_qkvpacked(qkv, bias, slots, segment_ids, factor, name)[0]
@@ -140,6 +145,18 @@ def _slots(slots: Tensor, q: Tensor) -> tuple[int, int]:
     return slots.shape[0], slots.shape[1]
 
 
+def check_slots(slots: Tensor | None, rows: int) -> None:
+    """Raises unless every slot names a row below `rows`, or none, and no two name the same."""
+    if slots is None or slots.numel() == 0:
+        return
+    # No size in the rule: torch.compile would take it for a constant.
+    _check.values((slots < rows).all(), "slots must name rows that are there", lambda: f"{int(slots.max())} of {rows}")
+    if slots.device.type == "cpu":
+        named = slots.flatten().sort()[0]
+        twice = (named[1:] == named[:-1]) & (named[1:] >= 0)
+        _check.values(~twice.any(), "slots must name a row once", lambda: f"row {int(named[1:][twice][0])} twice")
+
+
 def _extras(
     windows: int,
     n: int,
@@ -171,14 +188,10 @@ def _extras(
         _check.require(math.isfinite(scale), "scale", "be finite", scale)
 
 
-# Windows larger than this are attended block by block, and the backward wants the result and the logarithm of each
-# row's sum (lse) back; smaller ones it computes again from the inputs alone.
-_RECOMPUTED = 64
-
-
-def _lse(q: Tensor, slots: Tensor | None, backend: str) -> Tensor:
+def _lse(q: Tensor, slots: Tensor | None, segment_ids: Tensor | None, backend: str) -> Tensor:
     windows, n = (q.shape[0], q.shape[1]) if slots is None else (slots.shape[0], slots.shape[1])
-    kept = backend == "triton" and n > _RECOMPUTED
+    # Windows that are one tile are computed again from the inputs; of larger ones the backward wants this back.
+    kept = backend == "triton" and n > tiled_positions(q, slots, segment_ids)
     return q.new_empty((windows, q.shape[-2], n) if kept else (0,), dtype=torch.float32)
 
 
@@ -192,7 +205,7 @@ def _fake(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), _lse(q, slots, backend)
+    return q.new_empty(q.shape), _lse(q, slots, segment_ids, backend)
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
@@ -236,7 +249,7 @@ def _qkv_fake(
     qkv: Tensor, bias: Tensor | None, slots: Tensor | None, segment_ids: Tensor | None, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     q = qkv.select(-3, 0)
-    return q.new_empty(q.shape), _lse(q, slots, backend)
+    return q.new_empty(q.shape), _lse(q, slots, segment_ids, backend)
 
 
 def _qkv_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
@@ -286,6 +299,7 @@ operator(
     fake=_fake,
     setup=_setup,
     backward=_backward,
+    check=lambda q, k, v, bias, slots, *rest: check_slots(slots, q.shape[0]),
 )
 operator(
     f"window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_BACK}) -> "
@@ -297,6 +311,7 @@ operator(
     fake=_qkv_fake,
     setup=_setup,
     backward=_qkv_backward,
+    check=lambda qkv, bias, slots, *rest: check_slots(slots, qkv.shape[0]),
 )
 operator(
     f"window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, {_BACK}) -> (Tensor dqkv, Tensor dbias)",
@@ -349,25 +364,95 @@ def _fits(
     return reasons
 
 
-def _cpu_fits(*args: Any, slots: Tensor | None = None, **kwargs: Any) -> list[str]:
-    return [] if slots is not None else ["dense windows have no token to skip: the reference is as fast"]
-
-
 def _qkv_fits(qkv: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
     q, k, v = qkv.unbind(-3)
     return _fits(q, k, v, bias, **where)
 
 
+def _native_fits(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
+    return [] if q.dtype in _DTYPES else [f"q must be float32, float16 or bfloat16, not {q.dtype}"]
+
+
+def _native_qkv_fits(qkv: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
+    return [] if qkv.dtype in _DTYPES else [f"qkv must be float32, float16 or bfloat16, not {qkv.dtype}"]
+
+
+# ---- C++ on CPU: it takes the bias in float32 and segments in int64, and keeps nothing for the backward --------------
+
+
+def _native_extras(bias: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    return bias, None if segment_ids is None else segment_ids.to(torch.int64).contiguous()
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    segment_ids: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape)
+    bias, segment_ids = _native_extras(bias, segment_ids)
+    if not torch.ops.d2it_C.window_attention(q, k, v, bias, slots, segment_ids, scale, out):
+        check_slots(slots, q.shape[0])  # raises: the C++ operator only says that a slot is wrong
+    return out, q.new_empty(0, dtype=torch.float32)
+
+
+def _native_gradients(
+    grads: tuple[Tensor, ...],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    segment_ids: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    needs_bias: bool,
+) -> Tensor:
+    """Fills grads (dq, dk, dv) and returns dbias, empty unless needs_bias."""
+    wide, segment_ids = _native_extras(bias, segment_ids)
+    dbias = torch.empty_like(wide) if needs_bias and wide is not None else None
+    given = (grad, q, k, v, wide, slots, segment_ids, scale)
+    if not torch.ops.d2it_C.window_attention_backward(*given, *grads, dbias):
+        check_slots(slots, q.shape[0])
+    return q.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)
+
+
+def _native_backward(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    return dq, dk, dv, _native_gradients((dq, dk, dv), grad, q, *rest)
+
+
+def _native_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.unbind(-3)
+    return _native(q, k, v, *rest)
+
+
+def _native_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dqkv = qkv.new_empty(qkv.shape)
+    q, k, v = qkv.unbind(-3)
+    return dqkv, _native_gradients(dqkv.unbind(-3), grad, q, k, v, *rest)
+
+
 for _op in ("window_attention", "window_attention_qkvpacked", "relative_position_bias"):
     register_backend(_op, "reference")
-register_backend("window_attention", "cpu", _cpu_fits)
-register_backend("window_attention_qkvpacked", "cpu", _cpu_fits)
+register_backend("window_attention", "cpu", _native_fits, native="window_attention")
+register_backend("window_attention_qkvpacked", "cpu", _native_qkv_fits, native="window_attention")
+implement("window_attention", "cpu", _native, checks_values=True)
+implement("window_attention_backward", "cpu", _native_backward)
+implement("window_attention_qkvpacked", "cpu", _native_qkv, checks_values=True)
+implement("window_attention_qkvpacked_backward", "cpu", _native_qkv_backward)
 register_backend("window_attention", "triton", _fits)
 register_backend("window_attention_qkvpacked", "triton", _qkv_fits)
 register_backend("relative_position_bias", "triton", _table_fits)
 for _direction, _name in (("forward", ""), ("backward", "_backward")):
     for _op in ("window_attention", "window_attention_qkvpacked"):
-        implement(f"{_op}{_name}", "cpu", f"d2it.ops._window_attention_cpu:{_op}_{_direction}")
         implement(f"{_op}{_name}", "triton", f"d2it.kernels.window_attention:{_op}_{_direction}")
     implement(
         f"relative_position_bias{_name}",

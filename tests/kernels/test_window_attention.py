@@ -1,10 +1,44 @@
 import random
 
+import pytest
 import torch
 
-from tests.kernels.harness import Call, KernelSuite, Mutation, Shape
+import d2it.ops
+from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
 
 FILE = "kernels/window_attention.py"
+
+
+@pytest.mark.parametrize("fill", [None, 0.3])
+def test_more_windows_than_a_grid_axis_has(fill: float | None) -> None:
+    """70,000 of them, on the backend that the machine prefers."""
+    rng = torch.Generator().manual_seed(0)
+    slots = None if fill is None else slots_of(70_000, 4, fill, rng)
+    rows = (70_000, 4) if slots is None else (int((slots >= 0).sum()),)
+    qkv = torch.randn(*rows, 3, 1, 16, generator=rng).to(DEVICE).requires_grad_()
+    bias = torch.randn(1, 1, 4, 4, generator=rng).to(DEVICE).requires_grad_()
+    slots = slots if slots is None else slots.to(DEVICE)
+    results = []
+    for backend in (None, "reference"):
+        out = d2it.ops.window_attention_qkvpacked(qkv, bias, slots=slots, backend=backend)
+        results.append([out, *torch.autograd.grad(out, (qkv, bias), out.detach())])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_products_of_float32_are_exact_unless_torch_allows_tf32() -> None:
+    pytest.importorskip("triton")
+    from d2it.kernels.window_attention_rows import precision
+
+    single, half = torch.zeros(1), torch.zeros(1, dtype=torch.float16)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert precision(single) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert (precision(single), precision(half)) == ("tf32", "ieee")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def slots_of(windows: int, n: int, fill: float, rng: torch.Generator) -> torch.Tensor:
@@ -24,12 +58,14 @@ class WindowSuite(KernelSuite):
         {"W": 0, "N": 4, "H": 2, "D": 16, "fill": None, "bias": (1, 2), "segments": 0},
         {"W": 3, "N": 4, "H": 2, "D": 16, "fill": 0.0, "bias": (1, 2), "segments": 0},
         {"W": 5, "N": 4, "H": 2, "D": 32, "fill": 0.5, "bias": (1, 2), "segments": 0},
-        {"W": 7, "N": 16, "H": 1, "D": 72, "fill": 1.0, "bias": (1, 1), "segments": 0},
+        {"W": 7, "N": 16, "H": 2, "D": 72, "fill": 1.0, "bias": (1, 1), "segments": 0},
         {"W": 3, "N": 16, "H": 2, "D": 16, "fill": None, "bias": (3, 2), "segments": 2},
         {"W": 2, "N": 49, "H": 1, "D": 24, "fill": None, "bias": (2, 1), "segments": 2},
         {"W": 3, "N": 64, "H": 1, "D": 64, "fill": 0.5, "bias": (1, 1), "segments": 0},
         {"W": 2, "N": 65, "H": 1, "D": 16, "fill": 0.7, "bias": None, "segments": 0},
-        {"W": 2, "N": 96, "H": 1, "D": 16, "fill": 0.3, "bias": (2, 1), "segments": 1},
+        {"W": 2, "N": 66, "H": 2, "D": 16, "fill": 0.3, "bias": (2, 1), "segments": 1},
+        {"W": 1, "N": 66, "H": 1, "D": 16, "fill": None, "bias": (1, 1), "segments": 0},
+        {"W": 2, "N": 20, "H": 1, "D": 104, "fill": 0.6, "bias": (2, 1), "segments": 0},
     ]
     gpu_corners = [
         {"W": 64, "N": 16, "H": 16, "D": 72, "fill": 0.5, "bias": (1, 16), "segments": 0},
@@ -80,6 +116,8 @@ class TestWindowAttentionQKVPacked(WindowSuite):
     op = "window_attention_qkvpacked"
     gradients = ("qkv", "bias")
     corners = WindowSuite.corners[1:5]
+    # More positions than a tile of heads that wide: the kernels by blocks go through the tests of the contract.
+    small = {"W": 2, "N": 18, "H": 1, "D": 96, "fill": 0.6, "bias": (1, 1), "segments": 1}
     mutations = [
         Mutation(name, FILE, old, new, ({"W": 5, "N": 4, "H": 2, "D": 16, "fill": 1.0, "bias": (1, 2), "segments": 0},))
         for name, old, new in (
