@@ -706,18 +706,22 @@ def block_config(kernel: str, q: torch.Tensor) -> dict[str, int]:
     registers for two or three programs on a multiprocessor, so that one computes while others load. What is here
     compiles without a spill for sm_80, sm_90 and sm_100.
     """
-    width = q.shape[-1]
+    width, major = q.shape[-1], capability(q)[0]
     if q.dtype == torch.float32:
-        return {"BM": 16, "BN": 16, "num_warps": 4 if width <= 64 else 8, "STAGES": 1}
+        wide = width > 64 or (kernel == "dkv" and major == 10)
+        return {"BM": 16, "BN": 16, "num_warps": 8 if wide else 4, "STAGES": 1}
     if kernel == "dbias":
-        if width > 64 and capability(q)[0] != 9:
-            return {"BM": 64, "BN": 32, "num_warps": 4, "STAGES": 2}
-        return {"BM": 128, "BN": 64, "num_warps": 8, "STAGES": 2}
+        if major == 9:
+            return {"BM": 128, "BN": 64, "num_warps": 8, "STAGES": 2}
+        return {"BM": 64, "BN": 32, "num_warps": 4, "STAGES": 2 if width <= 64 and major == 8 else 1}
     if kernel == "dkv":
-        return {"BM": 32 if width <= 64 else 16, "BN": 64, "num_warps": 4, "STAGES": 1}
+        keys = 32 if width > 80 and major == 8 else 64
+        return {"BM": 32 if width <= 64 else 16, "BN": keys, "num_warps": 4, "STAGES": 1}
     if kernel == "dq":
-        return {"BM": 64, "BN": 32 if width <= 80 else 16, "num_warps": 4, "STAGES": 2 if width <= 64 else 1}
-    return {"BM": 64, "BN": 32, "num_warps": 4, "STAGES": 2 if width <= 64 else 1}
+        keys = 32 if width <= 64 or (width <= 80 and major != 10) else 16
+        rows = 128 if 64 < width <= 80 and major == 10 else 64
+        return {"BM": rows, "BN": keys, "num_warps": rows // 16, "STAGES": 2 if width <= 64 and major != 8 else 1}
+    return {"BM": 64, "BN": 32, "num_warps": 4, "STAGES": 2 if width <= 64 and major != 10 else 1}
 
 
 # Programs a multiprocessor. Those that sum the bias's gradient over their windows write the sum at their end: few of
