@@ -10,6 +10,7 @@ them pays what the rivals' rows at fill 1 say, whatever its fill.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -235,12 +236,13 @@ def costs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch.
 def benches(models: tuple[str, ...] = ()) -> Iterator[Bench]:
     gpu = common.device() == "cuda"
     cells = 262_144 if gpu else 2_048
-    shapes = [(n, 16 if gpu else 4, width) for n in (16, 64, 256) for width in (64, 72)]
+    shapes = [(n, 16 if gpu else 4, width) for width in (72, 64) for n in (256, 64, 16)]
     if models:
         shapes = [(256, *MODELS[name]) for name in models]
     backends = [b for b in ops.available_backends("window_attention_qkvpacked") if b != "reference"]
-    for n, heads, width in shapes:
-        for fill in (0.25, 0.5, 1.0):
+    # What the goals look at first: a run that is cut short has measured it.
+    for fills in ((0.5, 1.0), (0.25,)):
+        for (n, heads, width), fill in itertools.product(shapes, fills):
             dtype = torch.bfloat16 if gpu else torch.float32
             contenders = {f"d2it {b}": partial(ours, b) for b in backends} | CONTENDERS
             forward, backward = costs(n, heads, width, fill, cells, dtype)

@@ -133,69 +133,86 @@ D2IT_INLINE float largest(V v) {
 
 D2IT_INLINE float total(V v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
+// A row of scores, scaled and biased; returns its largest. Past the tokens it is minus infinity.
+D2IT_INLINE float bias_row(float* row, int64_t query, int64_t tokens, float scale, const Bias& bias) {
+  const int64_t padded = round_up(tokens, kLanes);
+  V most = V{} + kMinusInfinity;
+  int64_t j = 0;
+  if (bias.matrix && !bias.positions && !bias.segments) {
+    const float* line = bias.matrix + query * bias.n;
+    for (; j + kLanes <= tokens; j += kLanes) {
+      const V score = as<V>(row + j) * scale + as<V>(line + j);
+      as<V>(row + j) = score;
+      most = score > most ? score : most;
+    }
+    for (int64_t k = j; k < tokens; ++k) row[k] = row[k] * scale + line[k];
+  } else if (bias.matrix && bias.positions) {
+    const float* line = bias.matrix + bias.positions[query] * bias.n;
+    for (int64_t k = 0; k < tokens; ++k) row[k] = row[k] * scale + line[bias.positions[k]];
+  } else if (bias.matrix) {
+    const float* line = bias.matrix + query * bias.n;
+    for (int64_t k = 0; k < tokens; ++k) row[k] = row[k] * scale + line[k];
+  } else {
+    for (int64_t k = 0; k < tokens; ++k) row[k] *= scale;
+  }
+  if (bias.segments) {
+    const int64_t own = bias.segments[query];
+    for (int64_t k = 0; k < tokens; ++k) row[k] = bias.segments[k] == own ? row[k] : kMinusInfinity;
+  }
+  for (int64_t k = tokens; k < padded; ++k) row[k] = kMinusInfinity;
+  for (; j < padded; j += kLanes) most = as<V>(row + j) > most ? as<V>(row + j) : most;
+  return largest(most);
+}
+
 // Scores of queries begin .. begin + rows become exp(scale * score + bias - its row's maximum), zero past the
-// tokens; inverse_sums: of the rows. With `normalised`, the rows are multiplied by them.
+// tokens; inverse_sums: of the rows.
 D2IT_CLONES void softmax(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens, float scale,
-                         const Bias& bias, float* inverse_sums, bool normalised) {
+                         const Bias& bias, float* inverse_sums) {
   const int64_t padded = round_up(tokens, kLanes);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores.row(i);
-    if (bias.matrix && bias.positions) {
-      const float* line = bias.matrix + bias.positions[begin + i] * bias.n;
-      for (int64_t j = 0; j < tokens; ++j) row[j] = row[j] * scale + line[bias.positions[j]];
-    } else if (bias.matrix) {
-      const float* line = bias.matrix + (begin + i) * bias.n;
-      for (int64_t j = 0; j < tokens; ++j) row[j] = row[j] * scale + line[j];
-    } else {
-      for (int64_t j = 0; j < tokens; ++j) row[j] *= scale;
-    }
-    if (bias.segments) {
-      const int64_t own = bias.segments[begin + i];
-      for (int64_t j = 0; j < tokens; ++j) row[j] = bias.segments[j] == own ? row[j] : kMinusInfinity;
-    }
-    for (int64_t j = tokens; j < padded; ++j) row[j] = kMinusInfinity;
-    V most = as<V>(row);
-    for (int64_t j = kLanes; j < padded; j += kLanes) most = as<V>(row + j) > most ? as<V>(row + j) : most;
     // A row whose scores are all minus infinity is NaN, as in PyTorch.
-    const float shift = largest(most);
+    const float shift = bias_row(row, begin + i, tokens, scale, bias);
     V sums{};
     for (int64_t j = 0; j < padded; j += kLanes) {
       const V y = as<V>(row + j) - shift;
       const V p = y >= -87.0f ? d2it::exp_negative(y) : y != y ? y : V{};
       sums += as<V>(row + j) = p;
     }
-    const float inverse = 1.0f / total(sums);
-    inverse_sums[i] = inverse;
-    if (normalised)
-      for (int64_t j = 0; j < padded; j += kLanes) as<V>(row + j) *= inverse;
+    inverse_sums[i] = 1.0f / total(sums);
   }
 }
 
-// ds = p * (dp - rowsum(p dp)), in the place of dp.
-D2IT_CLONES void softmax_backward(const Matrix& p, const Matrix& dp, int64_t rows, int64_t tokens) {
+// Rows of a matrix, each times its factor.
+D2IT_CLONES void multiply_rows(const Matrix& matrix, int64_t begin, int64_t rows, int64_t width,
+                               const float* factors) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; j += kLanes) as<V>(matrix.row(begin + i) + j) *= factors[i];
+}
+
+// ds = p * (dp - rowsum(p dp)), in the place of dp. The weights come as e = p * sum and dp divided by the
+// sum, so that nothing is normalised pair by pair. ds is added to the sum of the bias's gradient, N x N, if
+// there is one.
+D2IT_CLONES void softmax_backward(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
+                                  int64_t tokens, const float* inverse_sums, const Bias& bias, float* sum) {
   const int64_t padded = round_up(tokens, kLanes);
   for (int64_t i = 0; i < rows; ++i) {
-    const float* weights = p.row(i);
+    const float* weights = e.row(i);
     float* row = dp.row(i);
     V sums{};
     for (int64_t j = 0; j < padded; j += kLanes) sums += as<V>(weights + j) * as<V>(row + j);
-    const float delta = total(sums);
+    const float delta = total(sums) * inverse_sums[i];
     for (int64_t j = 0; j < padded; j += kLanes)
       as<V>(row + j) = as<V>(weights + j) * (as<V>(row + j) - delta);
-  }
-}
-
-// Adds ds to the sum of the bias's gradient, N x N.
-D2IT_CLONES void add_to_bias(const Matrix& ds, int64_t begin, int64_t rows, int64_t tokens, const Bias& bias,
-                             float* __restrict sum) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* __restrict row = ds.row(i);
+    if (!sum) continue;
     if (bias.positions) {
       float* line = sum + bias.positions[begin + i] * bias.n;
       for (int64_t j = 0; j < tokens; ++j) line[bias.positions[j]] += row[j];
     } else {
-      float* __restrict line = sum + (begin + i) * bias.n;
-      for (int64_t j = 0; j < tokens; ++j) line[j] += row[j];
+      float* line = sum + (begin + i) * bias.n;
+      int64_t j = 0;
+      for (; j + kLanes <= tokens; j += kLanes) as<V>(line + j) += as<V>(row + j);
+      for (; j < tokens; ++j) line[j] += row[j];
     }
   }
 }
@@ -464,7 +481,7 @@ struct Forward {
         for (int64_t i = 0; i < tokens; i += kQueries) {
           const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
           multiply(b_q.row(i), b_q.pitch, 1, b_kt, queries, tokens, p.width, scores, false);
-          softmax(scores, i, queries, tokens, p.scale, bias, inverse_sums, false);
+          softmax(scores, i, queries, tokens, p.scale, bias, inverse_sums);
           multiply(scores.data, scores.pitch, 1, b_v, queries, p.width, tokens, b_out, false);
           access.write(out, window.index * out.window + h * out.head, rows + i, queries, p.width, b_out,
                        inverse_sums, 1.0f);
@@ -533,12 +550,13 @@ struct Backward {
             const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
             const bool add = i > 0;
             multiply(b_q.row(i), b_q.pitch, 1, b_kt, queries, tokens, p.width, weights, false);
-            softmax(weights, i, queries, tokens, p.scale, bias, inverse_sums, true);
+            softmax(weights, i, queries, tokens, p.scale, bias, inverse_sums);
+            multiply_rows(b_grad, i, queries, p.width, inverse_sums);
             multiply(weights.data, 1, weights.pitch, {b_grad.row(i), b_grad.pitch}, tokens, p.width, queries,
                      b_dv, add);
             multiply(b_grad.row(i), b_grad.pitch, 1, b_vt, queries, tokens, p.width, ds, false);
-            softmax_backward(weights, ds, queries, tokens);
-            if (own) add_to_bias(ds, i, queries, tokens, bias, own + h * matrix);
+            softmax_backward(weights, ds, i, queries, tokens, inverse_sums, bias,
+                             own ? own + h * matrix : nullptr);
             multiply(ds.data, ds.pitch, 1, b_k, queries, p.width, tokens, b_dq, false);
             multiply(ds.data, 1, ds.pitch, {b_q.row(i), b_q.pitch}, tokens, p.width, queries, b_dk, add);
             access.write(dq, at * dq.window + h * dq.head, rows + i, queries, p.width, b_dq, nullptr,

@@ -330,10 +330,14 @@ def test_shipped_configurations_load_and_fit(name: str) -> None:
 
 
 def test_torchrun_with_two_ranks(tmp_path: Path) -> None:
-    """The command of the README, on CPU: both ranks train every stage and one model comes out."""
+    """The command of the README, on CPU: both ranks train every stage, sharded in the last, and one model comes out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     done = subprocess.run(
-        [*command, *SMALL, f"run.dir={tmp_path}"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [*command, *SMALL, f"run.dir={tmp_path}", "content.parallel=fsdp"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "checkpoints" / "content" / "step-00000004").glob("__*_0.distcp"))) == 2
