@@ -74,6 +74,18 @@ class Source:
         monkeypatch.setattr(torch.ops, "d2it_C", self.ops)
 
 
+class Sources(dict[str, Source]):
+    """A test file's sources by name, each compiled when it is first asked for, with the mutations given for it."""
+
+    def __init__(self, mutations: Mapping[str, Mutations]) -> None:
+        super().__init__()
+        self._mutations = mutations
+
+    def __missing__(self, file: str) -> Source:
+        self[file] = Source(file, self._mutations[file])
+        return self[file]
+
+
 def translate(source: str, namespace: str) -> str:
     """The source with its launches as calls, registering itself for the CPU as `torch.ops.<namespace>`."""
     source = LAUNCH.sub(r"d2it::launch(\2, [&] { \1(\3); });", source)

@@ -7,6 +7,19 @@ import pytest
 from tests.kernels.harness import DEVICE, INTERPRETED, LAYOUTS, SEEDS, KernelSuite, dtypes, fast_backends, shape_id
 
 
+@pytest.fixture
+def run(request, monkeypatch):
+    """run(file, mutation): from here on, the "cpu" backend is csrc/<file>, the CUDA kernels thread by thread.
+
+    The files are `SOURCES` of the test's module.
+    """
+
+    def use(file, mutation=None):
+        request.module.SOURCES[file].replace(monkeypatch, mutation)
+
+    return use
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     suite = metafunc.cls
     if suite is None or not issubclass(suite, KernelSuite):

@@ -1,4 +1,3 @@
-import functools
 import random
 import subprocess
 import sys
@@ -54,19 +53,7 @@ CUDA_MUTATIONS = {
 }
 
 
-@functools.cache
-def source(file):
-    return cuda_on_cpu.Source(file, CPP_MUTATIONS if file.endswith(".cpp") else CUDA_MUTATIONS)
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """run(file, mutation): from here on, the "cpu" backend is csrc/<file>, the CUDA kernels thread by thread."""
-
-    def use(file, mutation=None):
-        source(file).replace(monkeypatch, mutation)
-
-    return use
+SOURCES = cuda_on_cpu.Sources({"kde_entropy.cpp": CPP_MUTATIONS, "kde_entropy_cuda.cu": CUDA_MUTATIONS})
 
 
 # Value ranges whose ends every dtype has exactly.

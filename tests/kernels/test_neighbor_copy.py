@@ -1,4 +1,3 @@
-import functools
 import random
 
 import pytest
@@ -34,19 +33,7 @@ CUDA_MUTATIONS = {
 }
 
 
-@functools.cache
-def source(file):
-    return cuda_on_cpu.Source(file, CPP_MUTATIONS if file.endswith(".cpp") else CUDA_MUTATIONS)
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """run(file, mutation): from here on, the "cpu" backend is csrc/<file>, the CUDA kernels thread by thread."""
-
-    def use(file, mutation=None):
-        source(file).replace(monkeypatch, mutation)
-
-    return use
+SOURCES = cuda_on_cpu.Sources({"neighbor_copy.cpp": CPP_MUTATIONS, "neighbor_copy_cuda.cu": CUDA_MUTATIONS})
 
 
 class TestNeighborCopy(KernelSuite):
@@ -139,7 +126,7 @@ def far(shape, order, place, dtype):
 @pytest.mark.parametrize("width", [4, 3])
 def test_more_elements_than_int32_counts(file, order, place, width):
     """Arguments and results, forward and backward; a width of 3 takes the kernels for odd sizes."""
-    source(file).mutate(None)
+    SOURCES[file].mutate(None)
     rng = torch.Generator().manual_seed(width)
     batch, channels, height, dtype = 2 - place, 8, 2, torch.float16
     grains = torch.randint(0, 2, (batch, height, width), generator=rng)
@@ -151,12 +138,12 @@ def test_more_elements_than_int32_counts(file, order, place, width):
     for latent in latents:
         latent.copy_(torch.randn(latent.shape, generator=rng))
     out = empty(2)
-    assert source(file).ops.neighbor_copy(latents, grains, out)
+    assert SOURCES[file].ops.neighbor_copy(latents, grains, out)
     assert torch.equal(out, reference.neighbor_copy(latents, grains))
     leaves = [x.float().contiguous().requires_grad_() for x in latents]
     want = torch.autograd.grad(reference.neighbor_copy(leaves, grains), leaves, out.float())
     grads = [empty(s) for s in (1, 2)]
-    source(file).ops.neighbor_copy_backward(out, grains, grads)
+    SOURCES[file].ops.neighbor_copy_backward(out, grains, grads)
     for got, expected in zip(grads, want):
         assert torch.equal(got, expected.half())
 
@@ -173,7 +160,7 @@ class TestNeighborCopyCudaSource(TestNeighborCopy):
         call = self.build(self.small, torch.float32, torch.Generator().manual_seed(0))
         call["grain_map"][1, 1, 3] = 2
         with pytest.raises(RuntimeError, match="grain_map must name one of the grains"):
-            source("neighbor_copy_cuda.cu").ops.neighbor_copy(*call.values(), torch.empty_like(call["latents"][-1]))
+            SOURCES["neighbor_copy_cuda.cu"].ops.neighbor_copy(*call.values(), torch.empty_like(call["latents"][-1]))
 
     @pytest.mark.parametrize("name", CUDA_MUTATIONS)
     def test_mutation_is_noticed(self, name, run):

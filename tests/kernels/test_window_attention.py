@@ -4,9 +4,25 @@ import pytest
 import torch
 
 import d2it.ops
-from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
+from tests import cuda_on_cpu
+from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape, fast_backends
 
 FILE = "kernels/window_attention.py"
+CPP_MUTATIONS = {
+    "wrong bias index": ("bias.matrix + «bias.positions[query]» * bias.n", "query"),
+    "another window's bias": ("matrix = «index % p.bias_windows» * p.bias_heads", "0"),
+    "segments ignored": ("«bias.segments[k] == own» ? row[k]", "true"),
+    "missing row": ("tokens += «row >= 0»;", "row > 0"),
+    "unnamed rows not cleared": ("if («unnamed[row]»)\n      for (const Heads* to", "false"),
+    "no delta": ("const float delta = «total(sums) * inverse_sums[i]»;", "0.0f"),
+    "weights not normalised": ("as<V>(matrix.row(begin + i) + j) *= «factors[i]»", "1.0f"),
+    "gradient not scaled": ("tokens, p.width, b_dk, nullptr, «p.scale»)", "1.0f"),
+    "queries that come later alone": ("const bool add = «i > 0»;", "false"),
+    "missing run of the bias's sum": ("for (int64_t run = 0; run < «work.runs»; ++run)", "work.runs / 2"),
+}
+# More positions than a tile of heads that wide.
+BLOCKWISE = {"W": 2, "N": 18, "H": 1, "D": 96, "fill": 0.6, "bias": (1, 1), "segments": 1}
+SOURCES = cuda_on_cpu.Sources({"window_attention.cpp": CPP_MUTATIONS})
 
 
 @pytest.mark.parametrize("fill", [None, 0.3])
@@ -111,13 +127,29 @@ class TestWindowAttention(WindowSuite):
         q, k, v = qkv.unbind(-3)
         return {"q": q, "k": k, "v": v, **call}
 
+    def everything_in_cpp(self) -> None:
+        """Packed, dense with segments, and more positions than are taken as queries at a time."""
+        for shape in (self.corners[2], self.corners[4], self.corners[9]):
+            self.check(shape, "cpu", torch.float32, "plain", seed=1)
+
+    @pytest.mark.skipif(
+        not cuda_on_cpu.COMPILER or DEVICE != "cpu" or "cpu" not in fast_backends("window_attention"),
+        reason="needs a C++ compiler and the CPU operators",
+    )
+    @pytest.mark.parametrize("name", [None, *CPP_MUTATIONS])
+    def test_cpp_mutation_is_noticed(self, name, run):
+        run("window_attention.cpp", name)
+        if name is None:
+            return self.everything_in_cpp()
+        with pytest.raises(AssertionError):
+            self.everything_in_cpp()
+
 
 class TestWindowAttentionQKVPacked(WindowSuite):
     op = "window_attention_qkvpacked"
     gradients = ("qkv", "bias")
     corners = WindowSuite.corners[1:5]
-    # More positions than a tile of heads that wide: the kernels by blocks go through the tests of the contract.
-    small = {"W": 2, "N": 18, "H": 1, "D": 96, "fill": 0.6, "bias": (1, 1), "segments": 1}
+    small = BLOCKWISE  # the kernels by blocks go through the tests of the contract
     mutations = [
         Mutation(name, FILE, old, new, ({"W": 5, "N": 4, "H": 2, "D": 16, "fill": 1.0, "bias": (1, 2), "segments": 0},))
         for name, old, new in (
@@ -125,6 +157,17 @@ class TestWindowAttentionQKVPacked(WindowSuite):
             ("wrong bias index", "(o_position * stride_key)[None, :]", "(o_position * stride_query)[None, :]"),
             ("missing row", "m_tile = (o_repeat < REPEATS)", "m_tile = (o_tile > 0) & (o_repeat < REPEATS)"),
             ("no delta", "b_ds -= b_p * tl.sum(b_ds, 1)[:, None]", "b_ds -= b_p * 0.0"),
+        )
+    ] + [
+        Mutation(name, "kernels/window_attention_blocks.py", old, new, (BLOCKWISE,))
+        for name, old, new in (
+            ("missing row of a block", "m_row = o_row < length", "m_row = o_row + 1 < length"),
+            (
+                "positions not kept",
+                "positions + o_place, o_position, mask",
+                "positions + o_place, o_position * 0, mask",
+            ),
+            ("no delta in a block", "PRECISION) - b_delta[None, :])", "PRECISION) - b_delta[None, :] * 0)"),
         )
     ]
 
