@@ -11,7 +11,7 @@ prints a table and writes ``benchmarks/results/<device>/<operator>.json``. On a 
   product rate measured in the same run;
 - a result is compared with the reference before it is timed, and no speed-up is given for a wrong one.
 
-On a CPU the same scripts run at small sizes with a wall clock, and the table says so.
+On a CPU the same scripts run at small sizes with a wall clock, contenders in turns, and the table says so.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 SMALL_MS = 0.3
 """Work shorter than this is timed inside a CUDA graph: a launch costs 5 us and more."""
+
+
+SECONDS = 0.25
+"""How long each line is measured, where nobody says."""
 
 
 class Skip(Exception):
@@ -290,11 +294,11 @@ def time_calls(calls: list[Callable[[], object]], *, graph: bool = True, seconds
     Args:
         calls: at least one; on a GPU, enough that their inputs exceed the L2 cache.
         graph: capture short work in a CUDA graph; falls back to events where capture fails.
-        seconds: how long to measure; a quarter of a second where None.
+        seconds: how long to measure; `SECONDS` where None.
     """
-    seconds = 0.25 if seconds is None else seconds
     if device() == "cpu":
-        return _time_wall_clock(calls, seconds)
+        return time_in_turns([calls], seconds)[0]
+    seconds = SECONDS if seconds is None else seconds
     # Not the default stream, which cannot be captured; a backward runs on the stream of its forward.
     stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -330,16 +334,30 @@ def synchronises(call: Callable[[], object]) -> bool:
     return False
 
 
-def _time_wall_clock(calls: list[Callable[[], object]], seconds: float) -> Timing:
-    samples: list[float] = []
-    calls[0]()
-    end = time.perf_counter() + seconds
-    while len(samples) < 5 or (time.perf_counter() < end and len(samples) < 1000):
-        call = calls[len(samples) % len(calls)]
-        start = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - start) * 1e3)
-    return _quantiles(samples, len(samples), "wall clock")
+def time_in_turns(contenders: list[list[Callable[[], object]]], seconds: float | None = None) -> list[Timing]:
+    """Times of one call of each contender on a CPU, by the wall clock, in five turns each.
+
+    Args:
+        contenders: the calls of each, which take turns as in `time_calls`.
+        seconds: how long to measure each contender; `SECONDS` where None.
+    """
+    seconds = SECONDS if seconds is None else seconds
+    samples: list[list[float]] = [[] for _ in contenders]
+    for calls in contenders:
+        calls[0]()
+    for _ in range(5):
+        for own, calls in zip(samples, contenders):
+            most = len(own) + 200
+            end = time.perf_counter() + seconds / 5
+            while True:
+                call = calls[len(own) % len(calls)]
+                start = time.perf_counter()
+                call()
+                now = time.perf_counter()
+                own.append((now - start) * 1e3)
+                if now > end or len(own) == most:
+                    break
+    return [_quantiles(own, len(own), "wall clock") for own in samples]
 
 
 def _time_events(calls: list[Callable[[], object]], seconds: float) -> Timing:
@@ -469,6 +487,7 @@ def run_bench(bench: Bench, seconds: float | None = None) -> list[Row]:
     reference: _Reference | None = None
     directions = ["forward"] + (["backward"] if bench.backward else [])
 
+    timed: list[_Timed] = []
     for name, setup in bench.contenders.items():
         base = {"case": bench.case, "contender": name, "dtype": str(bench.dtype)[6:], "shape": bench.shape}
         try:
@@ -486,27 +505,51 @@ def run_bench(bench: Bench, seconds: float | None = None) -> list[Row]:
             continue
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            rows.append({**base, "skipped": "out of memory"})
+            rows.append({**base, **OUT_OF_MEMORY})
             continue
         for direction in directions:
             row = {**base, "direction": direction}
+            backward = direction == "backward"
             if reference is not None:
-                backward = direction == "backward"
                 tolerance = TOLERANCE[bench.dtype] * (2 if backward else 1)
                 a = got.gradients if backward else got.outputs
                 b = reference.gradients if backward else reference.outputs
                 row["error"], row["correct"] = _distance(a, b, tolerance)
-            try:
-                with Power() as power:
-                    timing = _time_direction(direction, run, sets, gradients, seconds)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                rows.append({**base, "direction": direction, "skipped": "out of memory"})
-                continue
-            cost = bench.backward if direction == "backward" else bench.forward
-            rows.append({**row, **_figures(timing, cost, bench.dtype, rates), **power.read()})
+            rows.append(row)
+            calls = functools.partial(_direction_calls, direction, run, sets, gradients)
+            timed.append(_Timed(row, calls, bench.backward if backward else bench.forward))
         del got
+    for one, timing, power in _time_all(timed, seconds):
+        one.row.update({**_figures(timing, one.cost, bench.dtype, rates), **power} if timing else OUT_OF_MEMORY)
     return rows
+
+
+@dataclasses.dataclass
+class _Timed:
+    row: Row
+    calls: Callable[[], list[Callable[[], object]]]
+    cost: Cost
+
+
+OUT_OF_MEMORY = {"skipped": "out of memory"}
+
+
+def _time_all(timed: list[_Timed], seconds: float | None) -> Iterator[tuple[_Timed, Timing | None, dict[str, float]]]:
+    """Each with its time, None where its memory did not suffice. On a GPU one after the other, with the watts; on a CPU
+    in turns, since its speed drifts: what slows one contender slows all of them."""
+    if device() == "cpu":
+        for one, timing in zip(timed, time_in_turns([one.calls() for one in timed], seconds)):
+            yield one, timing, {}
+        return
+    for one in timed:
+        try:
+            with Power() as power:
+                timing = time_calls(one.calls(), seconds=seconds)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            yield one, None, {}
+        else:
+            yield one, timing, power.read()
 
 
 def _detached(value: Any) -> Any:
@@ -530,15 +573,14 @@ def direction_call(
     return functools.partial(torch.autograd.grad, outputs, leaves, cotangents_like(outputs), retain_graph=True)
 
 
-def _time_direction(
-    direction: str, run: Run, sets: list[dict[str, Any]], gradients: tuple[str, ...], seconds: float | None
-) -> Timing:
+def _direction_calls(
+    direction: str, run: Run, sets: list[dict[str, Any]], gradients: tuple[str, ...]
+) -> list[Callable[[], object]]:
     if device() == "cpu":
-        return time_calls([direction_call(direction, run, inputs, gradients) for inputs in sets], seconds=seconds)
+        return [direction_call(direction, run, inputs, gradients) for inputs in sets]
     side_stream().wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream()):  # where a backward then runs, and may be captured
-        calls = [direction_call(direction, run, inputs, gradients) for inputs in sets]
-    return time_calls(calls, seconds=seconds)
+        return [direction_call(direction, run, inputs, gradients) for inputs in sets]
 
 
 def _figures(timing: Timing, cost: Cost, dtype: torch.dtype, rates: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def run_case(case: Case, seconds: float | None) -> Iterator[Row]:
                 torch.cuda.reset_peak_memory_stats()
             with common.Power() as power:
                 if job.host:
-                    timing = common._time_wall_clock([job.call], seconds or 0.25)
+                    timing = common.time_in_turns([[job.call]], seconds)[0]
                 else:
                     timing = common.time_calls([job.call], graph=False, seconds=seconds)
         except Skip as reason:

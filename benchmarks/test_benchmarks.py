@@ -1,9 +1,9 @@
 """The cases of every ``*_bench.py`` under pytest-benchmark.
 
-    pytest --benchmark-only benchmarks [-k 'window and forward']
+    pytest --benchmark-only benchmarks [-k 'window and forward'] [--benchmark-max-time 0.2]
 
-For comparisons across commits with pytest-benchmark's own tools. The figures in docs/results.md come from the
-scripts themselves, which also check results, rotate inputs and set times against the machine's rates.
+For comparisons across commits with pytest-benchmark's own tools and options. The figures in docs/results.md come from
+the scripts themselves, which also check results, rotate inputs and set times against the machine's rates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import common
 import pytest
-import torch
 
 pytest.importorskip("pytest_benchmark")
 
@@ -34,9 +33,15 @@ def measurements() -> list:
     return found
 
 
+@functools.lru_cache(maxsize=1)
+def enter(case: str) -> None:
+    """Each case compiles for its own shapes, and for both directions at once."""
+    common.fresh_compiler()
+
+
 @pytest.mark.parametrize(("bench", "contender", "direction"), measurements())
 def test_speed(benchmark, bench: common.Bench, contender: str, direction: str) -> None:
-    torch.compiler.reset()
+    enter(bench.case)
     try:
         run = bench.contenders[contender]()
         inputs = bench.inputs(0)
@@ -50,4 +55,5 @@ def test_speed(benchmark, bench: common.Bench, contender: str, direction: str) -
 
     benchmark.group = f"{bench.case} {direction}"
     benchmark.extra_info.update(common.header(), shape=bench.shape)
-    benchmark.pedantic(functools.partial(synchronized, call), rounds=20, warmup_rounds=3)
+    synchronized(call)  # compiles
+    benchmark(synchronized, call)

@@ -35,6 +35,23 @@ std::vector<View<T>> views(const std::vector<Tensor>& tensors, int64_t fine_heig
   return result;
 }
 
+// Copies one row of the grain map; negative if an entry is below 0 or above `most`.
+D2IT_INLINE int64_t narrow(const int64_t* in, int64_t stride, int64_t most, int64_t columns,
+                           uint8_t* __restrict out) {
+  int64_t signs = 0;
+  for (int64_t x = 0; x < columns; ++x) {
+    const int64_t grain = in[x * stride];
+    signs |= grain | (most - grain);
+    out[x] = static_cast<uint8_t>(grain);
+  }
+  return signs;
+}
+
+D2IT_CLONES_256 int64_t narrow_row(const int64_t* in, int64_t stride, int64_t most, int64_t columns,
+                                   uint8_t* out) {
+  return stride == 1 ? narrow(in, 1, most, columns, out) : narrow(in, stride, most, columns, out);
+}
+
 // Copies the grain map to a dense one; whether every entry names a grain. Nothing may be read by it
 // otherwise.
 bool read_map(const Tensor& grain_map, const Sizes& s, std::vector<uint8_t>& map) {
@@ -43,14 +60,8 @@ bool read_map(const Tensor& grain_map, const Sizes& s, std::vector<uint8_t>& map
   const int64_t image = grain_map.stride(0), row = grain_map.stride(1), column = grain_map.stride(2);
   uint8_t* out = map.data();
   for (int64_t b = 0; b < s.batch; ++b) {
-    for (int64_t y = 0; y < s.map_height; ++y) {
-      bool valid = true;
-      for (int64_t x = 0; x < s.map_width; ++x) {
-        const int64_t grain = data[b * image + y * row + x * column];
-        valid &= static_cast<uint64_t>(grain) < static_cast<uint64_t>(s.grains);
-        *out++ = static_cast<uint8_t>(grain);
-      }
-      if (!valid) return false;
+    for (int64_t y = 0; y < s.map_height; ++y, out += s.map_width) {
+      if (narrow_row(data + b * image + y * row, column, s.grains - 1, s.map_width, out) < 0) return false;
     }
   }
   return true;
@@ -72,43 +83,80 @@ struct PairOf {
 template <typename T>
 using Pair = typename PairOf<T>::Type;
 
+// A map of regions with every entry `times` times, as T.
+template <typename T>
+D2IT_INLINE void widen(const uint8_t* __restrict in, int64_t regions, int64_t times, T* __restrict out) {
+  if (times == 1) {
+    for (int64_t i = 0; i < regions; ++i) out[i] = in[i];
+  } else if (times == 2) {
+    for (int64_t i = 0; i < regions; ++i) out[2 * i] = out[2 * i + 1] = in[i];
+  } else {
+    for (int64_t i = 0; i < regions; ++i) {
+      for (int64_t j = 0; j < times; ++j) *out++ = in[i];
+    }
+  }
+}
+
+// Bit i of present[y]: whether grain i occurs in row y.
+D2IT_INLINE void occurring(const uint8_t* __restrict in, int64_t rows, int64_t columns,
+                           uint8_t* __restrict present) {
+  for (int64_t y = 0; y < rows; ++y, in += columns) {
+    uint32_t bits = 0;
+    for (int64_t x = 0; x < columns; ++x) bits |= 1u << in[x];
+    present[y] = static_cast<uint8_t>(bits);
+  }
+}
+
+D2IT_CLONES_256 void widened(const uint8_t* in, int64_t regions, int64_t times, uint16_t* out) {
+  widen(in, regions, times, out);
+}
+D2IT_CLONES_256 void widened(const uint8_t* in, int64_t regions, int64_t times, uint32_t* out) {
+  widen(in, regions, times, out);
+}
+D2IT_CLONES_256 void widened(const uint8_t* in, int64_t regions, int64_t times, uint64_t* out) {
+  widen(in, regions, times, out);
+}
+D2IT_CLONES_256 void occur(const uint8_t* in, int64_t rows, int64_t columns, uint8_t* present) {
+  occurring(in, rows, columns, present);
+}
+
 // The grain map of one image as the row loops want it. T: an unsigned integer as wide as an element.
 template <typename T>
 struct Choice {
-  std::vector<T> grains; // (map_height, width): of every finest column
-  std::vector<Unsigned<2 * sizeof(T)>>
-      of_pairs;                 // (map_height, width / 2): of every two, where regions are even
+  using PairOfT = Unsigned<2 * sizeof(T)>;
+
+  struct Cells {
+    int64_t ratio = 0;
+    std::vector<T> grains; // (map_height, width / ratio): of every cell that covers ratio finest columns
+  };
+
+  std::vector<Cells> cells;     // for every ratio that is wanted
+  std::vector<PairOfT> pairs;   // (map_height, width / 2): of every two finest columns, where wanted
   std::vector<uint8_t> present; // (map_height,): bit i is set where grain i occurs in that row
   int64_t image = -1;
+
+  Choice(const Sizes& s, bool with_pairs)
+      : pairs(with_pairs ? s.map_height * s.width / 2 : 0), present(s.map_height) {}
+
+  void want(int64_t ratio, const Sizes& s) {
+    if (!of(ratio)) cells.push_back({ratio, std::vector<T>(s.map_height * (s.width / ratio))});
+  }
+
+  const T* of(int64_t ratio) const {
+    for (const Cells& c : cells) {
+      if (c.ratio == ratio) return c.grains.data();
+    }
+    return nullptr;
+  }
 
   void load(const std::vector<uint8_t>& map, const Sizes& s, int64_t b) {
     if (b == image) return;
     image = b;
-    const bool pairs = kPairs<T> && s.region % 2 == 0;
-    grains.resize(s.map_height * s.width);
-    of_pairs.resize(pairs ? s.map_height * s.width / 2 : 0);
-    present.assign(s.map_height, 0);
-    const uint8_t* in = map.data() + b * s.map_height * s.map_width;
-    for (int64_t y = 0; y < s.map_height; ++y) {
-      for (int64_t x = 0; x < s.map_width; ++x)
-        present[y] |= static_cast<uint8_t>(1u << in[y * s.map_width + x]);
-    }
-    repeat(in, s, s.region, grains.data());
-    if (pairs) repeat(in, s, s.region / 2, of_pairs.data());
-  }
-
-  template <typename L>
-  static void repeat(const uint8_t* in, const Sizes& s, int64_t times, L* out) {
     const int64_t regions = s.map_height * s.map_width;
-    if (times == 1) {
-      for (int64_t i = 0; i < regions; ++i) out[i] = in[i];
-    } else if (times == 2) {
-      for (int64_t i = 0; i < regions; ++i) out[2 * i] = out[2 * i + 1] = in[i];
-    } else {
-      for (int64_t i = 0; i < regions; ++i) {
-        for (int64_t j = 0; j < times; ++j) *out++ = in[i];
-      }
-    }
+    const uint8_t* in = map.data() + b * regions;
+    occur(in, s.map_height, s.map_width, present.data());
+    for (Cells& c : cells) widened(in, regions, s.region / c.ratio, c.grains.data());
+    if (!pairs.empty()) widened(in, regions, s.region / 2, pairs.data());
   }
 };
 
@@ -153,6 +201,7 @@ template <typename T>
 D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row,
                              const Sizes& s, int64_t b, int64_t c) {
   const View<T>& fine = latents[s.grains - 1];
+  const T* columns = choice.of(1);
   for (int64_t region_row = 0; region_row < s.map_height; ++region_row) {
     const int64_t top = region_row * s.region;
     const unsigned present = choice.present[region_row], finest = 1u << (s.grains - 1);
@@ -166,7 +215,7 @@ D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T*
       if constexpr (kPairs<T>) {
         if (ratio == 2 && latent.column == 1 && fine.column == 1 &&
             (present | finest) == (1u << i | finest)) {
-          const auto* grains = choice.of_pairs.data() + region_row * cells;
+          const auto* grains = choice.pairs.data() + region_row * cells;
           const T* below = fine.at(b, c, top, 0);
           for (int64_t y = 0; y < s.region; y += 2, in += latent.row) {
             merge_pairs(to + y * out_row, out_row, in, below + y * fine.row, fine.row, grains, s.grains - 1,
@@ -175,7 +224,7 @@ D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T*
           break;
         }
       }
-      const T* grains = choice.grains.data() + region_row * s.width;
+      const T* grains = columns ? columns + region_row * s.width : nullptr;
       for (int64_t y = 0; y < s.region; y += ratio, in += latent.row) {
         for (int64_t j = 0; j < ratio; ++j, to += out_row) {
           if (ratio == 1 && latent.column == 1 && all) {
@@ -210,8 +259,13 @@ template <typename T>
 void forward_rows(const std::vector<View<T>>& latents, const std::vector<uint8_t>& map, const View<T>& out,
                   const Sizes& s) {
   const int64_t planes_per_thread = kElementsPerThread / (s.height * s.width) + 1;
+  const bool pairs = kPairs<T> && s.region % 2 == 0;
+  // Two grains, one twice the size of the other: every row is one of pairs or one of the finest grain alone.
+  const bool pairs_alone =
+      pairs && s.grains == 2 && latents[0].ratio == 2 && latents[0].column == 1 && latents[1].column == 1;
   torch::stable::parallel_for(0, s.batch * s.channels, planes_per_thread, [&](int64_t begin, int64_t end) {
-    Choice<T> choice;
+    Choice<T> choice(s, pairs);
+    if (!pairs_alone) choice.want(1, s);
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / s.channels, c = plane % s.channels;
       choice.load(map, s, b);
@@ -328,25 +382,25 @@ D2IT_INLINE void sum_row(Bits<T>* __restrict to, const T* __restrict row, int64_
       for (int64_t i = 0; i < ratio; ++i) sum += to_float(row[j * next + (x * ratio + i) * stride]);
     }
     const auto bits = bits_as(sum, T{});
-    to[x] = static_cast<Lane<T>>(bits & mask<Lane<T>>(grains[x * ratio] == grain));
+    to[x] = static_cast<Lane<T>>(bits & mask<Lane<T>>(grains[x] == grain));
   }
 }
 
-// The same where a cell has 2 x 2 elements of 16 bits.
+// The same where a cell has 2 x 2 elements of 16 or 32 bits.
 template <typename T>
 D2IT_INLINE void sum_pairs(Bits<T>* __restrict to, const T* row, int64_t next,
                            const uint32_t* __restrict grains, uint32_t grain, int64_t cells) {
-  const auto* __restrict row0 = reinterpret_cast<const Pair<T>*>(row);
-  const auto* __restrict row1 = reinterpret_cast<const Pair<T>*>(row + next);
-  const auto left = [](uint32_t pair)
-                        __attribute__((always_inline)) { return to_float(T{static_cast<uint16_t>(pair)}); };
-  const auto right = [](uint32_t pair) __attribute__((always_inline)) {
-    return to_float(T{static_cast<uint16_t>(pair >> 16)});
+  const auto* __restrict row0 = reinterpret_cast<const Pair<Lane<T>>*>(row);
+  const auto* __restrict row1 = reinterpret_cast<const Pair<Lane<T>>*>(row + next);
+  const auto left = [](Unsigned<2 * sizeof(T)> pair) __attribute__((always_inline)) {
+    return to_float(__builtin_bit_cast(T, static_cast<Lane<T>>(pair)));
   };
+  const auto right = [left](Unsigned<2 * sizeof(T)> pair)
+                         __attribute__((always_inline)) { return left(pair >> 8 * sizeof(T)); };
 #pragma GCC ivdep
   for (int64_t x = 0; x < cells; ++x) {
     const float sum = left(row0[x]) + right(row0[x]) + left(row1[x]) + right(row1[x]);
-    to[x] = static_cast<uint16_t>(bits_as(sum, T{}) & mask<uint32_t>(grains[x] == grain));
+    to[x] = static_cast<Lane<T>>(bits_as(sum, T{}) & mask<uint32_t>(grains[x] == grain));
   }
 }
 
@@ -355,9 +409,10 @@ D2IT_INLINE void sum_plane(const View<T>& grad, const Choice<Lane<T>>& choice, c
                            const Sizes& s, int64_t b, int64_t c) {
   const Lane<T> grain = static_cast<Lane<T>>(i);
   const int64_t ratio = out.ratio, cells = s.width / ratio;
+  const Lane<T>* of_cells = choice.of(ratio);
   for (int64_t region_row = 0; region_row < s.map_height; ++region_row) {
     const int64_t top = region_row * s.region;
-    const Lane<T>* grains = choice.grains.data() + region_row * s.width;
+    const Lane<T>* grains = of_cells + region_row * cells;
     const bool present = choice.present[region_row] >> i & 1;
     T* to = out.at(b, c, top / ratio, 0);
     const T* row = grad.at(b, c, top, 0);
@@ -371,8 +426,10 @@ D2IT_INLINE void sum_plane(const View<T>& grad, const Choice<Lane<T>>& choice, c
         for (int64_t x = 0; x < cells; ++x) bits[x] = in[x] & mask<Lane<T>>(grains[x] == grain);
       } else if (grad.column == 1 && ratio == 2) {
         if constexpr (sizeof(T) == 2) {
-          const uint32_t* of_pairs = choice.of_pairs.data() + region_row * cells;
-          sum_pairs(bits, row, grad.row, of_pairs, static_cast<uint32_t>(i), cells);
+          const uint32_t* pairs = choice.pairs.data() + region_row * cells;
+          sum_pairs(bits, row, grad.row, pairs, static_cast<uint32_t>(i), cells);
+        } else if constexpr (sizeof(T) == 4) {
+          sum_pairs(bits, row, grad.row, grains, static_cast<uint32_t>(i), cells);
         } else {
           sum_row(bits, row, 1, grad.row, grains, grain, 2, cells);
         }
@@ -443,7 +500,8 @@ void backward_rows(const View<T>& grad, const std::vector<uint8_t>& map, const s
                    const Sizes& s) {
   const int64_t planes_per_thread = kElementsPerThread / (s.height * s.width) + 1;
   torch::stable::parallel_for(0, s.batch * s.channels, planes_per_thread, [&](int64_t begin, int64_t end) {
-    Choice<Lane<T>> choice;
+    Choice<Lane<T>> choice(s, sizeof(T) == 2 && s.region % 2 == 0);
+    for (const View<T>& out : outs) choice.want(out.ratio, s);
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / s.channels, c = plane % s.channels;
       choice.load(map, s, b);

@@ -32,31 +32,35 @@ PREFERENCE_OF: dict[tuple[str, str], tuple[str, ...]] = {
     ("encode_grains", "cuda"): ("triton", "cuda", "reference"),
 }
 
-_BACKENDS: dict[str, dict[str, Callable[..., Reasons]]] = {}
+Fits = Callable[..., Reasons]
+
+_BACKENDS: dict[str, dict[str, Fits | None]] = {}
 _MACHINE: dict[tuple[str, str], Reasons] = {}
+_RUNS: dict[tuple[str, str, str], Fits | None] = {}
+"""(op, backend, device): of what this machine can run, so that a call that names no backend asks for nothing else."""
 
 
-def register_backend(
-    op: str, backend: str, fits: Callable[..., Reasons] | None = None, *, native: str | None = None
-) -> None:
+def register_backend(op: str, backend: str, fits: Fits | None = None, *, native: str | None = None) -> None:
     """Adds `backend` to `op`.
 
     Args:
         op: the operator's name.
         backend: "reference", "cpu", "triton" or "cuda".
-        fits: takes the operator's own arguments and lists what is in the way.
+        fits: takes the operator's own arguments and lists what is in the way; None where nothing ever is.
         native: the operator of csrc/ (`torch.ops.d2it_C.<native>`) that it runs on. Looked up now, at import, so that
             a call costs a dictionary and the compiler traces no library loading.
     """
-    _BACKENDS.setdefault(op, {})[backend] = fits or (lambda *args, **kwargs: [])
+    _BACKENDS.setdefault(op, {})[backend] = fits
     reasons = _native.why_not(native, backend) if native else []
     if backend == "triton" and not HAS_TRITON:
         reasons = ["Triton is not installed"]
     _MACHINE[op, backend] = reasons
+    for device in PREFERENCE:
+        if not reasons and not _device_reasons(backend, device):
+            _RUNS[op, backend, device] = fits
 
 
-def _device_reasons(backend: str, args: tuple[Any, ...]) -> Reasons:
-    device = _device_of(args)
+def _device_reasons(backend: str, device: str | None) -> Reasons:
     if device is None:
         return []
     if backend == "triton" and device != "cuda" and not INTERPRET:
@@ -79,7 +83,7 @@ def _device_of(args: Any) -> str | None:
     return None
 
 
-def _known(op: str) -> dict[str, Callable[..., Reasons]]:
+def _known(op: str) -> dict[str, Fits | None]:
     if op not in _BACKENDS:
         raise ValueError(f"op must be one of {', '.join(sorted(_BACKENDS))}, got {op!r}")
     return _BACKENDS[op]
@@ -117,10 +121,11 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
     known = _known(op)
     if backend not in known:
         return [f"{op} has no backend {backend!r}; it has {', '.join(sorted(known))}"]
-    reasons = _MACHINE[op, backend] + _device_reasons(backend, args)
-    if reasons or not (args or kwargs):
+    reasons = _MACHINE[op, backend] + _device_reasons(backend, _device_of(args))
+    fits = known[backend]
+    if reasons or fits is None or not (args or kwargs):
         return reasons
-    return known[backend](*args, **kwargs)
+    return fits(*args, **kwargs)
 
 
 def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
@@ -136,6 +141,8 @@ def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
         return backend
     device = _device_of(args) or "cpu"
     for name in PREFERENCE_OF.get((op, device), PREFERENCE.get(device, ("reference",))):
-        if name in _BACKENDS[op] and not why_not(op, name, *args, **kwargs):
-            return name
+        if (op, name, device) in _RUNS:
+            fits = _RUNS[op, name, device]
+            if fits is None or not fits(*args, **kwargs):
+                return name
     return "reference"

@@ -65,7 +65,7 @@ def window_attention(
         check_slots(slots, q.shape[0])
         return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.d2it.window_attention(q, k, v, bias, slots, segment_ids, factor, name)[0]
+    return _call_window_attention(q, k, v, bias, slots, segment_ids, factor, name)[0]
 
 
 def window_attention_qkvpacked(
@@ -99,7 +99,7 @@ def window_attention_qkvpacked(
         check_slots(slots, qkv.shape[0])
         return reference.window_attention_qkvpacked(qkv, bias, slots=slots, segment_ids=segment_ids, scale=scale)
     factor = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.d2it.window_attention_qkvpacked(qkv, bias, slots, segment_ids, factor, name)[0]
+    return _call_window_attention_qkvpacked(qkv, bias, slots, segment_ids, factor, name)[0]
 
 
 def relative_position_bias(table: Tensor, window: int, *, backend: str | None = None) -> Tensor:
@@ -128,7 +128,7 @@ def relative_position_bias(table: Tensor, window: int, *, backend: str | None = 
     name = choose("relative_position_bias", backend, table, window)
     if name == "reference":
         return reference.relative_position_bias(table, window)
-    return torch.ops.d2it.relative_position_bias(table, window, name)
+    return _call_relative_position_bias(table, window, name)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
         return (None,) * 8
     q, k, v, bias, slots, segment_ids, out, lse = ctx.saved_tensors
     needs_bias = bias is not None and ctx.needs[3]
-    dq, dk, dv, dbias = torch.ops.d2it.window_attention_backward(
+    dq, dk, dv, dbias = _call_window_attention_backward(
         grad, q, k, v, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend
     )
     return dq, dk, dv, dbias if needs_bias else None, None, None, None, None
@@ -257,7 +257,7 @@ def _qkv_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[A
         return (None,) * 6
     qkv, bias, slots, segment_ids, out, lse = ctx.saved_tensors
     needs_bias = bias is not None and ctx.needs[1]
-    dqkv, dbias = torch.ops.d2it.window_attention_qkvpacked_backward(
+    dqkv, dbias = _call_window_attention_qkvpacked_backward(
         grad, qkv, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend
     )
     return dqkv, dbias if needs_bias else None, None, None, None, None
@@ -288,42 +288,42 @@ def _table_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 
 def _table_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    return torch.ops.d2it.relative_position_bias_backward(grad, ctx.window, ctx.backend), None, None
+    return _call_relative_position_bias_backward(grad, ctx.window, ctx.backend), None, None
 
 
 _WHERE = "Tensor? bias, Tensor? slots, Tensor? segment_ids"
 _BACK = f"{_WHERE}, Tensor? out, Tensor? lse, float scale, bool needs_bias, str backend"
 
-operator(
+_call_window_attention = operator(
     f"window_attention(Tensor q, Tensor k, Tensor v, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
     fake=_fake,
     setup=_setup,
     backward=_backward,
     check=lambda q, k, v, bias, slots, *rest: check_slots(slots, q.shape[0]),
 )
-operator(
+_call_window_attention_backward = operator(
     f"window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_BACK}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     fake=_backward_fake,
 )
-operator(
+_call_window_attention_qkvpacked = operator(
     f"window_attention_qkvpacked(Tensor qkv, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
     fake=_qkv_fake,
     setup=_setup,
     backward=_qkv_backward,
     check=lambda qkv, bias, slots, *rest: check_slots(slots, qkv.shape[0]),
 )
-operator(
+_call_window_attention_qkvpacked_backward = operator(
     f"window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, {_BACK}) -> (Tensor dqkv, Tensor dbias)",
     fake=_qkv_backward_fake,
 )
-operator(
+_call_relative_position_bias = operator(
     "relative_position_bias(Tensor table, int window, str backend) -> Tensor",
     fake=_table_fake,
     setup=_table_setup,
     backward=_table_backward,
 )
-operator(
+_call_relative_position_bias_backward = operator(
     "relative_position_bias_backward(Tensor grad, int window, str backend) -> Tensor",
     fake=lambda grad, window, backend: grad.new_empty(((2 * window - 1) ** 2, grad.shape[1])),
 )

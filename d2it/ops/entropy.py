@@ -66,7 +66,7 @@ def kde_entropy(
             sigma=sigma,
             normalize=normalize,
         )
-    return torch.ops.d2it.kde_entropy(images, region_size, bins, low, high, float(sigma), normalize, name)
+    return _call_kde_entropy(images, region_size, bins, low, high, float(sigma), normalize, name)
 
 
 def encode_grains(
@@ -108,7 +108,7 @@ def encode_grains(
             sigma=sigma,
             normalize=normalize,
         )
-    return torch.ops.d2it.encode_grains(images, limits, region_size, bins, low, high, float(sigma), normalize, name)
+    return _call_encode_grains(images, limits, region_size, bins, low, high, float(sigma), normalize, name)
 
 
 def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend: str | None = None) -> Tensor:
@@ -286,13 +286,13 @@ def _encode_fake(images: Tensor, thresholds: Tensor, region_size: int, *rest: An
     return images.new_empty(shape, dtype=torch.int64), images.new_empty(shape, dtype=torch.float32)
 
 
-operator(
+_call_kde_entropy = operator(
     "kde_entropy(Tensor images, int region_size, int num_bins, float low, float high, float sigma, bool normalize, "
     "str backend) -> Tensor",
     fake=_kde_fake,
     check=lambda images, s, bins, low, high, *rest: check_values(images, low, high),
 )
-operator(
+_call_encode_grains = operator(
     "encode_grains(Tensor images, Tensor thresholds, int region_size, int num_bins, float low, float high, "
     "float sigma, bool normalize, str backend) -> (Tensor, Tensor)",
     fake=_encode_fake,

@@ -45,7 +45,7 @@ def adaln_modulate(
     if name == "reference":
         check_sample(sample, scale.shape[0])
         return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
-    return torch.ops.d2it.adaln_modulate(x, shift, scale, sample, float(eps), name)
+    return _call_adaln_modulate(x, shift, scale, sample, float(eps), name)
 
 
 def gated_residual(
@@ -76,7 +76,7 @@ def gated_residual(
     if name == "reference":
         check_sample(sample, gate.shape[0])
         return reference.gated_residual(x, branch, gate, sample=sample)
-    return torch.ops.d2it.gated_residual(x, branch, gate, sample, name)
+    return _call_gated_residual(x, branch, gate, sample, name)
 
 
 def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, Tensor]]) -> None:
@@ -118,7 +118,7 @@ def _modulate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _modulate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     x, scale, sample = ctx.saved_tensors
-    dx, dshift, dscale = torch.ops.d2it.adaln_modulate_backward(grad, x, scale, sample, ctx.eps, ctx.backend)
+    dx, dshift, dscale = _call_adaln_modulate_backward(grad, x, scale, sample, ctx.eps, ctx.backend)
     return dx, dshift, dscale, None, None, None
 
 
@@ -135,7 +135,7 @@ def _gate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _gate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     branch, gate, sample = ctx.saved_tensors
-    dbranch, dgate = torch.ops.d2it.gated_residual_backward(grad, branch, gate, sample, ctx.backend)
+    dbranch, dgate = _call_gated_residual_backward(grad, branch, gate, sample, ctx.backend)
     return grad, dbranch, dgate, None, None
 
 
@@ -161,26 +161,26 @@ def _triton_fits(x: Tensor, *others: Tensor) -> list[str]:
     return reasons
 
 
-operator(
+_call_adaln_modulate = operator(
     "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, str backend) -> Tensor",
     fake=lambda x, *rest: x.new_empty(x.shape),
     setup=_modulate_setup,
     backward=_modulate_backward,
     check=lambda x, shift, scale, sample, eps: check_sample(sample, scale.shape[0]),
 )
-operator(
+_call_adaln_modulate_backward = operator(
     "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, str backend) -> "
     "(Tensor dx, Tensor dshift, Tensor dscale)",
     fake=_modulate_backward_fake,
 )
-operator(
+_call_gated_residual = operator(
     "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample, str backend) -> Tensor",
     fake=lambda x, *rest: x.new_empty(x.shape),
     setup=_gate_setup,
     backward=_gate_backward,
     check=lambda x, branch, gate, sample: check_sample(sample, gate.shape[0]),
 )
-operator(
+_call_gated_residual_backward = operator(
     "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, str backend) -> "
     "(Tensor dbranch, Tensor dgate)",
     fake=lambda grad, branch, gate, sample, backend: (

@@ -34,7 +34,7 @@ def neighbor_copy(latents: Sequence[Tensor], grain_map: Tensor, *, backend: str 
     if name == "reference":
         check_grains(grain_map, len(latents))
         return reference.neighbor_copy(latents, grain_map)
-    return torch.ops.d2it.neighbor_copy(list(latents), grain_map, name)
+    return _call_neighbor_copy(list(latents), grain_map, name)
 
 
 def _validate(latents: Sequence[Tensor], grain_map: Tensor) -> None:
@@ -98,7 +98,7 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     (grains,) = ctx.saved_tensors
-    return torch.ops.d2it.neighbor_copy_backward(grad, grains, ctx.scales, ctx.backend), None, None
+    return _call_neighbor_copy_backward(grad, grains, ctx.scales, ctx.backend), None, None
 
 
 def _backward_fake(grad: Tensor, grain_map: Tensor, scales: list[int], backend: str) -> list[Tensor]:
@@ -130,14 +130,14 @@ def _native_fits(latents: Sequence[Tensor], grain_map: Tensor) -> list[str]:
     return reasons
 
 
-operator(
+_call_neighbor_copy = operator(
     "neighbor_copy(Tensor[] latents, Tensor grain_map, str backend) -> Tensor",
     fake=_fake,
     setup=_setup,
     backward=_backward,
     check=lambda latents, grains: check_grains(grains, len(latents)),
 )
-operator(
+_call_neighbor_copy_backward = operator(
     "neighbor_copy_backward(Tensor grad, Tensor grain_map, int[] scales, str backend) -> Tensor[]",
     fake=_backward_fake,
 )

@@ -114,9 +114,7 @@ def plan_tokens(
         return reference.plan_tokens(
             grain_map, cells_per_region=cells_per_region, window=window, min_grain=min_grain, capacity=rows
         )
-    index, inverse, slots, sample, count = torch.ops.d2it.plan_tokens(
-        grain_map, cells_per_region, window, min_grain, rows, name
-    )
+    index, inverse, slots, sample, count = _call_plan_tokens(grain_map, cells_per_region, window, min_grain, rows, name)
     return TokenPlan(index, inverse, slots, sample, count, rows, window, (batch, height, width))
 
 
@@ -155,7 +153,7 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
     name = choose("pack_tokens", backend, x, plan)
     if name == "reference":
         return reference.pack_tokens(x, plan)
-    return torch.ops.d2it.pack_tokens(x, plan.index, plan.inverse, name)
+    return _call_pack_tokens(x, plan.index, plan.inverse, name)
 
 
 def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -191,7 +189,7 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
     name = choose("unpack_tokens", backend, packed, plan, base)
     if name == "reference":
         return reference.unpack_tokens(packed, plan, base)
-    return torch.ops.d2it.unpack_tokens(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image, name)
+    return _call_unpack_tokens(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image, name)
 
 
 def _plan(plan: Any) -> None:
@@ -224,7 +222,7 @@ def _pack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _pack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     index, inverse = ctx.saved_tensors
-    grad_x = torch.ops.d2it.unpack_tokens(grad, None, index, inverse, ctx.batch, ctx.cells, ctx.backend)
+    grad_x = _call_unpack_tokens(grad, None, index, inverse, ctx.batch, ctx.cells, ctx.backend)
     return grad_x, None, None, None
 
 
@@ -243,7 +241,7 @@ def _unpack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     index, inverse = ctx.saved_tensors
-    grad_packed, grad_base = torch.ops.d2it.unpack_tokens_backward(grad, index, inverse, ctx.base_needs, ctx.backend)
+    grad_packed, grad_base = _call_unpack_tokens_backward(grad, index, inverse, ctx.base_needs, ctx.backend)
     return grad_packed, grad_base if ctx.base_needs else None, None, None, None, None, None
 
 
@@ -254,26 +252,26 @@ def _unpack_backward_fake(
     return grad.new_empty((index.shape[0], grad.shape[2])), grad_base
 
 
-operator(
+_call_plan_tokens = operator(
     "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, SymInt capacity, str backend) -> "
     "(Tensor index, Tensor inverse, Tensor slots, Tensor sample, Tensor count)",
     fake=_plan_fake,
     check=lambda grains, cells, window, min_grain, capacity: check_plan(grains, cells, min_grain, capacity),
 )
-operator(
+_call_pack_tokens = operator(
     "pack_tokens(Tensor x, Tensor index, Tensor inverse, str backend) -> Tensor",
     fake=_pack_fake,
     setup=_pack_setup,
     backward=_pack_backward,
 )
-operator(
+_call_unpack_tokens = operator(
     "unpack_tokens(Tensor packed, Tensor? base, Tensor index, Tensor inverse, SymInt batch, "
     "SymInt cells, str backend) -> Tensor",
     fake=_unpack_fake,
     setup=_unpack_setup,
     backward=_unpack_backward,
 )
-operator(
+_call_unpack_tokens_backward = operator(
     "unpack_tokens_backward(Tensor grad, Tensor index, Tensor inverse, bool base_needs, str backend) -> "
     "(Tensor grad_packed, Tensor grad_base)",
     fake=_unpack_backward_fake,

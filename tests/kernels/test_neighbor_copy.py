@@ -11,13 +11,15 @@ CPP_MUTATIONS = {
     "wrong row": ("const T* in = latent.at(b, c, «top / ratio», 0)", "top / 2"),
     "grain ignored": ("mask<T>(«grains[x * ratio + i] == grain»)", "true"),
     "fine where coarse": ("mask<Pair<T>>(«grains[x] == static_cast<Pair<T>>(finest)»)", "true"),
-    "grain overlooked": ("static_cast<uint8_t>(1u << «in[y * s.map_width + x]»)", "0"),
+    "grain overlooked": ("bits |= 1u << «in[x]»", "0"),
     "stale map": ("if («b == image») return;", "image >= 0"),
     "wrong pixel": ("latent.at(b, 0, y / latent.ratio, «x * cells»)", "x"),
     "missing row of the gradient": (
         "for (int64_t j = «0»; j < ratio; ++j) {\n      for (int64_t i = 0; i < ratio",
         "1",
     ),
+    "column left out of the gradient": ("return left(«pair >> 8 * sizeof(T)»)", "pair"),
+    "gradient of every grain": ("bits_as(sum, T{}) & mask<uint32_t>(«grains[x] == grain»)", "true"),
     "gradient not cleared": ("if («grains[x / cells] != i») {", "false"),
 }
 CUDA_MUTATIONS = {
