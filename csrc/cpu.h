@@ -54,9 +54,10 @@ D2IT_INLINE const V& as(const float* p) {
   return *reinterpret_cast<const V*>(p);
 }
 
-// exp(y) for y <= 0, of a float or of Floats; 1.6e-38 from about -87 on. Relative error 2e-7.
+// exp(y) for y <= 0, of Floats; 1.6e-38 from about -87 on. Relative error 2e-7.
 template <typename V>
 D2IT_INLINE V exp_negative(V y) {
+  using Ints = typename VectorOf<int32_t, sizeof(V) / sizeof(float)>::type;
   const V least = V{} - 87.0f, bounded = y < least ? least : y;
   const V n = (bounded * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
   const V r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -66,12 +67,7 @@ D2IT_INLINE V exp_negative(V y) {
   poly = poly * r + 1.6666665459e-1f;
   poly = poly * r + 5.0000001201e-1f;
   poly = poly * r * r + r + 1.0f;
-  if constexpr (sizeof(V) == sizeof(float)) {
-    return poly * __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23);
-  } else {
-    using Ints = typename VectorOf<int32_t, sizeof(V) / sizeof(float)>::type;
-    return poly * __builtin_bit_cast(V, (__builtin_convertvector(n, Ints) + 127) << 23);
-  }
+  return poly * __builtin_bit_cast(V, (__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
 // The 16-bit types, converted by integer operations alone so that loops over them vectorise on every machine.

@@ -36,7 +36,7 @@ using torch::stable::Tensor;
 
 constexpr double kLargestStep = 0.016; // sigma; the largest e: its third-order term stays below 1e-6
 constexpr int kCopies = 8;
-constexpr int kLanes = 16;
+constexpr int kLanes = 8; // what AVX2 holds; wider vectors are put together on the stack there
 constexpr int kLevels = 256;
 constexpr int kStrip = 256; // columns at a time: long loops, and what they leave stays in the L1 cache
 constexpr int64_t kPixelsPerThread = 4096; // fewer are not worth waking a thread for
@@ -130,8 +130,8 @@ struct Scratch {
 
   explicit Scratch(const Job& job) : density(kCopies * job.bins.density) {
     const int width = job.regions_per_strip() * job.in.size, pixels = width * job.in.size;
-    values.resize(pixels);
-    offsets.resize(pixels);
+    values.resize(pixels + kLanes); // read and written by whole vectors
+    offsets.resize(pixels + kLanes);
     nodes.resize(pixels);
     lowest.resize(width);
     highest.resize(width);
@@ -229,11 +229,11 @@ D2IT_INLINE void locate(const Job& job, const Strip& strip, Scratch& s) {
 // ----------------------------------------------------------------------------------------------------
 // Density
 
-// Adds every tap of a region's pixels to the density. kTaps: their number where it is a vector of its own, 0:
-// whole vectors of kLanes. start: the region's first pixel in the strip.
+// Adds every tap of a region's pixels to the density. kTaps: their number where it is known, 0: whole vectors
+// of kLanes. start: the region's first pixel in the strip.
 template <int kTaps>
 D2IT_INLINE void add_taps(const Job& job, Scratch& s, int start, int width) {
-  constexpr int kWidth = kTaps ? kTaps : kLanes;
+  constexpr int kWidth = kTaps == 4 ? 4 : kLanes;
   using V = Floats<kWidth>;
   const int taps = kTaps ? kTaps : job.bins.taps, size = job.bins.density, region = job.in.size;
   const int bits = job.bins.phase_bits, mask = (1 << bits) - 1;
@@ -255,13 +255,12 @@ D2IT_INLINE void add_taps(const Job& job, Scratch& s, int start, int width) {
 // Bins at least kReach sigma apart: a pixel counts at its two neighbours, in full precision however small.
 // These are the neighbours' values for a whole strip, the lower in place of the offsets.
 D2IT_INLINE void weigh_neighbours(const Job& job, const Strip& strip, Scratch& s) {
-  float* __restrict below = s.offsets.data();
-  float* __restrict above = s.values.data();
   const float spacing = job.bins.spacing;
-  for (int i = 0; i < strip.width * job.in.size; ++i) {
-    const float u = below[i], v = spacing - u;
-    below[i] = exp_negative(-0.5f * u * u);
-    above[i] = exp_negative(-0.5f * v * v);
+  for (int i = 0; i < strip.width * job.in.size; i += kLanes) {
+    auto &below = as<Floats<kLanes>>(&s.offsets[i]), &above = as<Floats<kLanes>>(&s.values[i]);
+    const Floats<kLanes> u = below, v = spacing - u;
+    below = exp_negative(-0.5f * u * u);
+    above = exp_negative(-0.5f * v * v);
   }
 }
 

@@ -20,7 +20,7 @@ CPP_MUTATIONS = {
     "first phase alone": ("const float* row = table + «(nodes[x] & mask)»", "0"),
     "bins past the last": ("(at >= begin) & «(at < end)»", "Ints{} == 0"),
     "another region's pixels": ("const int start = «r * job.in.size»;", "0"),
-    "neighbour above": ("const float u = below[i], v = «spacing - u»;", "u"),
+    "neighbour above": ("const Floats<kLanes> u = below, v = «spacing - u»;", "u"),
     "missing histogram": ("histogram[2][i] + «histogram[3][i]»", "0"),
     "taps of one side": ("(as<Floats<kLanes>>(counts + i - t) + as<Floats<kLanes>>(counts + «i + t»))", "i - t"),
     "one threshold": ("for (int i = «0»; i < out.num_thresholds; ++i) grain +=", "1"),
