@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def adaln_modulate(
         shift, scale: (B, C) floating point, of one dtype, which may differ from that of `x`.
         sample: (T,) int32 or int64, the image of each row, in 0..B-1.
         eps: added to the variance.
-        backend: "reference", "triton", or None to choose.
+        backend: "reference", "cpu", "triton", or None to choose.
 
     Returns:
         The shape and dtype of `x`, computed in float32. Gradients of shift and scale are summed in a fixed order.
@@ -57,7 +57,7 @@ def gated_residual(
         x, branch: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides, dtypes may differ.
         gate: (B, C) floating point.
         sample: (T,) int32 or int64, the image of each row, in 0..B-1.
-        backend: "reference", "triton", or None to choose.
+        backend: "reference", "cpu", "triton", or None to choose.
 
     Returns:
         The shape and dtype of `x`, computed in float32. The gradient of the gate is summed in a fixed order.
@@ -139,21 +139,16 @@ def _gate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     return grad, dbranch, dgate, None, None
 
 
-def _modulate_fits(
-    x: Tensor, shift: Tensor, scale: Tensor, *, sample: Tensor | None = None, eps: float = 1e-6
-) -> list[str]:
-    return _triton_fits(x, shift, scale)
+def _dtype_reasons(*tensors: Tensor) -> list[str]:
+    return [
+        f"it computes in float32 and takes no {tensor.dtype}"
+        for tensor in tensors
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+    ]
 
 
-def _gate_fits(x: Tensor, branch: Tensor, gate: Tensor, *, sample: Tensor | None = None) -> list[str]:
-    return _triton_fits(x, branch, gate)
-
-
-def _triton_fits(x: Tensor, *others: Tensor) -> list[str]:
-    reasons = []
-    for tensor in (x, *others):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            reasons.append(f"it computes in float32 and takes no {tensor.dtype}")
+def _triton_reasons(x: Tensor, *others: Tensor) -> list[str]:
+    reasons = _dtype_reasons(x, *others)
     if x.shape[-1] > 16384:
         reasons.append(f"it holds a row in registers, at most 16384 channels, not {x.shape[-1]}")
     if x.shape[:-1].numel() > 2**31 - 2**16:
@@ -188,8 +183,52 @@ _call_gated_residual_backward = operator(
         gate.new_empty(gate.shape),
     ),
 )
-for _op, _fits in (("adaln_modulate", _modulate_fits), ("gated_residual", _gate_fits)):
+
+
+def _native_modulate(x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float) -> Tensor:
+    out = x.new_empty(x.shape)
+    if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out):
+        check_sample(sample, scale.shape[0])  # raises: the C++ operator only says that a sample is wrong
+    return out
+
+
+def _native_modulate_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    dshift, dscale = (scale.new_empty(scale.shape, dtype=torch.float32) for _ in range(2))
+    torch.ops.d2it_C.adaln_modulate_backward(grad, x, scale, sample, eps, dx, dshift, dscale)
+    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
+
+
+def _native_gate(x: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> Tensor:
+    out = x.new_empty(x.shape)
+    if not torch.ops.d2it_C.gated_residual(x, branch, gate, sample, out):
+        check_sample(sample, gate.shape[0])
+    return out
+
+
+def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor]:
+    dbranch, dgate = branch.new_empty(branch.shape), gate.new_empty(gate.shape, dtype=torch.float32)
+    torch.ops.d2it_C.gated_residual_backward(grad, branch, gate, sample, dbranch, dgate)
+    return dbranch, dgate.to(gate.dtype)
+
+
+def _of_modulate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda x, shift, scale, *, sample=None, eps=1e-6: reasons(x, shift, scale)
+
+
+def _of_gate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda x, branch, gate, *, sample=None: reasons(x, branch, gate)
+
+
+for _op, _of in (("adaln_modulate", _of_modulate), ("gated_residual", _of_gate)):
     register_backend(_op, "reference")
-    register_backend(_op, "triton", _fits)
+    register_backend(_op, "cpu", _of(_dtype_reasons), native=_op)
+    register_backend(_op, "triton", _of(_triton_reasons))
     implement(_op, "triton", f"d2it.kernels.modulate:{_op}_forward")
     implement(f"{_op}_backward", "triton", f"d2it.kernels.modulate:{_op}_backward")
+implement("adaln_modulate", "cpu", _native_modulate, checks_values=True)
+implement("adaln_modulate_backward", "cpu", _native_modulate_backward)
+implement("gated_residual", "cpu", _native_gate, checks_values=True)
+implement("gated_residual_backward", "cpu", _native_gate_backward)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, INTERPRETED, LAYOUTS, SEEDS, KernelSuite, dtypes, fast_backends, shape_id
 
 
@@ -30,6 +31,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # In the interpreter alone: on a GPU a mutant that reads astray may end the process and the tests behind it.
         found = suite.mutations if "triton" in backends and INTERPRETED else []
         metafunc.parametrize("mutation", [pytest.param(m, id=m.name.replace(" ", "-")) for m in found])
+    elif "cpp_mutation" in names:
+        file, found = suite.cpp_mutations
+        runs = file and cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in backends
+        metafunc.parametrize("cpp_mutation", [None, *found] if runs else [])
     elif "shape" in names:
         # Layouts take turns over the shapes and start elsewhere for each dtype: all combinations occur.
         shapes = suite.corners + (suite.gpu_corners if DEVICE == "cuda" else [])

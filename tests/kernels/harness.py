@@ -21,7 +21,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -220,6 +220,10 @@ class KernelSuite:
     gradients: ClassVar[tuple[str, ...]] = ()
     """Arguments whose floating-point tensors have a gradient."""
     mutations: ClassVar[list[Mutation]] = []
+    cpp_mutations: ClassVar[tuple[str, Collection[str]]] = ("", ())
+    """A file of csrc/ among the module's `SOURCES`, and those of its mutations that this suite notices."""
+    cpp_shapes: ClassVar[list[Shape]] = []
+    """Shapes on which it does; the corner shapes where none are given."""
     forward_floor: ClassVar[float] = 1.0
     """Allowed beside 2x the eager error: roundings (eps of the dtype) of the largest value of the result."""
     gradient_floor: ClassVar[float] = 2.0
@@ -499,6 +503,14 @@ class KernelSuite:
                     except AssertionError:
                         return
         raise AssertionError(f"the suite does not notice: {mutation.name}")
+
+    def test_cpp_mutation_is_noticed(self, cpp_mutation: str | None, run: Callable[..., None]) -> None:
+        """None: the source as it is, compiled in the same way, is right."""
+        run(self.cpp_mutations[0], cpp_mutation)
+        with contextlib.nullcontext() if cpp_mutation is None else pytest.raises(AssertionError):
+            for i, shape in enumerate(self.cpp_shapes or self.corners):
+                for layout in dict.fromkeys(("plain", LAYOUTS[i % 4])):
+                    self.check(shape, "cpu", torch.float32, layout, seed=1)
 
 
 @contextlib.contextmanager

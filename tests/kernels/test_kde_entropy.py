@@ -169,17 +169,12 @@ MUTATIONS = [
 class TestKdeEntropy(Entropy):
     op = "kde_entropy"
     mutations = MUTATIONS
-
-    @pytest.mark.skipif(not cuda_on_cpu.COMPILER, reason="needs a C++ compiler")
-    @pytest.mark.parametrize("name", [name for name in CPP_MUTATIONS if name != "one threshold"])
-    def test_cpp_mutation_is_noticed(self, name, run):
-        run("kde_entropy.cpp", name)
-        with pytest.raises(AssertionError):
-            self.everything("cpu", torch.float32)
+    cpp_mutations = "kde_entropy.cpp", [name for name in CPP_MUTATIONS if name != "one threshold"]
 
 
 class TestEncodeGrains(Entropy):
     op = "encode_grains"
+    cpp_mutations = "kde_entropy.cpp", ["one threshold"]
     mutations = [
         Mutation("one threshold", FILE, "tl.range(0, num_thresholds)", "tl.range(1, num_thresholds)"),
         Mutation("at least", FILE, "(b_entropy > tl.load(thresholds + i))", "(b_entropy < tl.load(thresholds + i))"),
@@ -198,12 +193,6 @@ class TestEncodeGrains(Entropy):
         apart = (reference.kde_entropy(**given)[..., None] - limits).abs().amin(-1) > 2e-5
         assert torch.equal(got[apart], want[apart])
 
-    @pytest.mark.skipif(not cuda_on_cpu.COMPILER, reason="needs a C++ compiler")
-    def test_cpp_mutation_is_noticed(self, run):
-        run("kde_entropy.cpp", "one threshold")
-        with pytest.raises(AssertionError):
-            self.everything("cpu", torch.float32)
-
 
 EMULATED = cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in fast_backends("kde_entropy")
 
@@ -216,7 +205,7 @@ class TestKdeEntropyCudaSource(TestEncodeGrains):
 
     backends = ("cpu",)
     mutations = []
-    test_cpp_mutation_is_noticed = None
+    cpp_mutations = "", ()
 
     @pytest.fixture(autouse=True)
     def _run_cuda_source(self, run):

@@ -5,9 +5,31 @@ import torch
 
 import d2it.ops
 from d2it.ops import reference
+from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
 
 FILE = "kernels/modulate.py"
+NORMS = {
+    "biased variance": ("sum(n, squared) / «n» + eps", "(n + 1)"),
+    "plain scale": ("m.per_deviation * («1.0f + scale[i]») + shift[i]", "scale[i]"),
+    "parameters of another image": ("modulate(from.read(r, room.data()), shift_of.of(«image»)", "0"),
+    "scale in dshift": ("dshift[i] += «grad[i]»", "grad[i] * y"),
+    "no mean in dx": ("dx[i] = (g[i] - «mean_g» -", "0.0f"),
+    "no dot in dx": ("- dx[i] * «mean_gy»)", "0.0f"),
+    "last lanes": ("for (; «i < n»; ++i) total +=", "false"),
+    "one part of a sum": ("const V all = («parts[0] + parts[1]») +", "parts[0]"),
+    "run of another image": ("runs.empty() || «runs.back().image != image»", "false"),
+    "line of the other sum": ("run.sums.data() + «line * channels_»", "0"),
+    "image of a row": ("of_.empty() ? «row / length_»", "0"),
+    "stride of the images": ("«r / length_ * batch_» + r % length_ * row_", "r / length_ * length_ * row_"),
+    "stride of the channels": ("to_float(«in[i * stride]»)", "in[i]"),
+}
+GATES = {
+    "gate on the residual": ("out[i] = «x[i] + gate[i] * branch[i]»", "gate[i] * x[i] + branch[i]"),
+    "no gate in dbranch": ("dbranch[i] = «grad[i] * gate[i]»", "grad[i]"),
+    "branch missing in dgate": ("dgate[i] += «grad[i] * branch[i]»", "grad[i]"),
+}
+SOURCES = cuda_on_cpu.Sources({"modulate.cpp": {**NORMS, **GATES}})
 # order: images by (B, L); rows in order of their images, as a plan's; rows in any order; most images without rows.
 # C: 1 and 5 are narrower than a vector, 72 pads half a warp, 257 three chunks and one. Blocks are 16 rows: L = 17 puts
 # a run across two blocks, L = 3 five images into one.
@@ -22,6 +44,7 @@ CORNERS = [
     {"B": 3, "L": 17, "C": 5, "order": "images"},
     {"B": 7, "L": 3, "C": 72, "order": "images"},
     {"B": 2, "L": 17, "C": 257, "order": "images"},
+    {"B": 2, "L": 70, "C": 9, "order": "images"},  # more than the 64 rows of a block in C++
     {"B": 2, "L": 0, "C": 8, "order": "plan"},
     PLAN,
     {"B": 9, "L": 3, "C": 72, "order": "gaps"},
@@ -74,6 +97,7 @@ class Modulation(KernelSuite):
 class TestAdalnModulate(Modulation):
     op = "adaln_modulate"
     gradients = ("x", "shift", "scale")
+    cpp_mutations = "modulate.cpp", NORMS
     mutations = [
         Mutation("plain scale", FILE, "b_normed[i] * (1.0 + b_scale) + b_shift", "b_normed[i] * b_scale + b_shift"),
         Mutation("biased variance", FILE, "tl.sum(b_sum, 1) / C + eps", "tl.sum(b_sum, 1) / (C + 1) + eps"),
@@ -112,6 +136,7 @@ class TestAdalnModulate(Modulation):
 class TestGatedResidual(Modulation):
     op = "gated_residual"
     gradients = ("x", "branch", "gate")
+    cpp_mutations = "modulate.cpp", GATES
     mutations = [
         Mutation("gate on the residual", FILE, "b_x + b_gate * b_branch", "b_gate * b_x + b_branch"),
         Mutation("no gate in dbranch", FILE, "(b_grad * b_gate).to", "(b_grad).to"),

@@ -5,9 +5,18 @@ import torch
 
 import d2it.ops
 from d2it.ops import reference
+from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
 
 FILE = "kernels/pack_tokens.py"
+ROWS = {
+    "row of the source": ("reinterpret_cast<int64_t>(source) + «row * source_row»", "0"),
+    "row of the base": ("reinterpret_cast<int64_t>(base) + «r * base_row»", "0"),
+    "last byte": ("std::memcpy(to, from, «kBytes ? kBytes : bytes»)", "(kBytes ? kBytes : bytes) - 1"),
+    "row of a strided image": ("r / length * batch + «r % length * row»", "0"),
+    "channel of a strided row": ("*to++ = first[«c * from.channel»]", "0"),
+}
+SOURCES = cuda_on_cpu.Sources({"pack_tokens.cpp": ROWS})
 # C: 1 and 5 are narrower than a vector, 12 is what the model's latents have, 72 a tile of 64 and 8, 300 two chunks and
 # part of a third. L = h * w regions of 2 x 2 cells: 31 rows and 32 of tail are a tile and one.
 CORNERS = [
@@ -64,6 +73,7 @@ class TestPackTokens(Packing):
 class TestUnpackTokens(Packing):
     op = "unpack_tokens"
     gradients = ("packed", "base")
+    cpp_mutations = "pack_tokens.cpp", ROWS
     corners = [{**shape, "base": i % 3 > 0} for i, shape in enumerate(CORNERS)]
     gpu_corners = [{**shape, "base": True} for shape in GPU_CORNERS]
     small = {**Packing.small, "base": True}

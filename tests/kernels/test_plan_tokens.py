@@ -8,14 +8,25 @@ import torch
 
 import d2it.ops
 from d2it.ops import reference
+from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, Mutation, Shape, tensors_in
 
 FILE = "kernels/plan_tokens.py"
+CPP_MUTATIONS = {
+    "coarser grains too": ("*flag = «grain >= min_grain»", "grain > min_grain"),
+    "first row of an image": ("auto row = static_cast<int32_t>(«first[b]»)", "first[0]"),
+    "row of a window": ("const int64_t cell = b * cells + «y * columns»", "top * columns"),
+    "image of a row": ("to_sample[row] = static_cast<int32_t>(«b»)", "0"),
+    "cell without a token": ("to_inverse[cell + x] = *slot++ = «-1»", "0"),
+    "rows past the count": ("std::fill(to_index + total, to_index + capacity, «-1»)", "0"),
+}
+SOURCES = cuda_on_cpu.Sources({"pack_tokens.cpp": CPP_MUTATIONS})
 WRONG_MAPS = [(1, 63, "capacity must hold"), (-1, 64, "grain_map must have no value below 0")]
 
 
 class TestPlanTokens(KernelSuite):
     op = "plan_tokens"
+    cpp_mutations = "pack_tokens.cpp", CPP_MUTATIONS
     # Regions (h, w) of s x s cells, windows of w x w cells that may cut through regions, a share of fine regions,
     # rows to spare. 1,025 images of one cell are a block and one.
     corners = [

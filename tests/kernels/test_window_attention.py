@@ -5,7 +5,7 @@ import torch
 
 import d2it.ops
 from tests import cuda_on_cpu
-from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape, fast_backends
+from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
 
 FILE = "kernels/window_attention.py"
 CPP_MUTATIONS = {
@@ -121,28 +121,14 @@ class WindowSuite(KernelSuite):
 class TestWindowAttention(WindowSuite):
     op = "window_attention"
     gradients = ("q", "k", "v", "bias")
+    cpp_mutations = "window_attention.cpp", CPP_MUTATIONS
+    # Packed, dense with segments, and more positions than are taken as queries at a time.
+    cpp_shapes = [WindowSuite.corners[i] for i in (2, 4, 9)]
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
         qkv, call = self.parts(shape, dtype, rng)
         q, k, v = qkv.unbind(-3)
         return {"q": q, "k": k, "v": v, **call}
-
-    def everything_in_cpp(self) -> None:
-        """Packed, dense with segments, and more positions than are taken as queries at a time."""
-        for shape in (self.corners[2], self.corners[4], self.corners[9]):
-            self.check(shape, "cpu", torch.float32, "plain", seed=1)
-
-    @pytest.mark.skipif(
-        not cuda_on_cpu.COMPILER or DEVICE != "cpu" or "cpu" not in fast_backends("window_attention"),
-        reason="needs a C++ compiler and the CPU operators",
-    )
-    @pytest.mark.parametrize("name", [None, *CPP_MUTATIONS])
-    def test_cpp_mutation_is_noticed(self, name, run):
-        run("window_attention.cpp", name)
-        if name is None:
-            return self.everything_in_cpp()
-        with pytest.raises(AssertionError):
-            self.everything_in_cpp()
 
 
 class TestWindowAttentionQKVPacked(WindowSuite):

@@ -1,0 +1,386 @@
+// adaLN on CPU (DiT, section 3.2): normalise and modulate, gate and add, and their gradients.
+//
+// Rows are worked on in float32, one after the other. A row that lies so in memory is read where it is,
+// others are converted into a line that stays in the L1 cache. The gradients of the parameters are sums over
+// the rows of an image: taken over each run of rows of one image inside a block, then over the runs in their
+// order, so they are the same for any number of threads.
+#include "cpu.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using d2it::as;
+using d2it::BFloat16;
+using d2it::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kLanes = 8;
+constexpr int64_t kBlock = 64;                  // rows
+constexpr int64_t kElementsPerThread = 1 << 15; // fewer are not worth waking a thread for
+using V = d2it::Floats<kLanes>;
+
+// ----------------------------------------------------------------------------------------------------
+// Rows
+
+template <typename T>
+D2IT_INLINE void widen(const T* __restrict in, int64_t stride, float* __restrict out, int64_t n) {
+  using d2it::to_float;
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i * stride]);
+  }
+}
+
+template <typename T>
+D2IT_INLINE void narrow(const float* __restrict in, T* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i].bits = static_cast<uint16_t>(d2it::bits_as(in[i], T{}));
+}
+
+D2IT_CLONES void widen_row(const float* in, int64_t stride, float* out, int64_t n) {
+  widen(in, stride, out, n);
+}
+D2IT_CLONES void widen_row(const Half* in, int64_t stride, float* out, int64_t n) {
+  widen(in, stride, out, n);
+}
+D2IT_CLONES void widen_row(const BFloat16* in, int64_t stride, float* out, int64_t n) {
+  widen(in, stride, out, n);
+}
+D2IT_CLONES void narrow_row(const float* in, Half* out, int64_t n) { narrow(in, out, n); }
+D2IT_CLONES void narrow_row(const float* in, BFloat16* out, int64_t n) { narrow(in, out, n); }
+
+// The rows of (B, L, C), flat over (B, L), or of (T, C).
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor)
+      : data_(const_cast<void*>(tensor.const_data_ptr())), dtype_(tensor.scalar_type()) {
+    const int64_t last = tensor.dim() - 1;
+    channels_ = tensor.size(last);
+    channel_ = channels_ > 1 ? tensor.stride(last) : 1;
+    row_ = tensor.stride(last - 1);
+    length_ = tensor.size(last - 1);
+    batch_ = last == 2 ? tensor.stride(0) : 0;
+  }
+
+  // Row r in float32: where it lies, or converted into `room`.
+  const float* read(int64_t r, float* room) const {
+    const int64_t at = r / length_ * batch_ + r % length_ * row_;
+    switch (dtype_) {
+      case ScalarType::Float:
+        if (channel_ == 1) return static_cast<const float*>(data_) + at;
+        widen_row(static_cast<const float*>(data_) + at, channel_, room, channels_);
+        break;
+      case ScalarType::Half:
+        widen_row(static_cast<const Half*>(data_) + at, channel_, room, channels_);
+        break;
+      default:
+        widen_row(static_cast<const BFloat16*>(data_) + at, channel_, room, channels_);
+    }
+    return room;
+  }
+
+  // Where row r of a contiguous result is worked out: in place, or in `room`, from where store() takes it.
+  float* begin(int64_t r, float* room) const {
+    return dtype_ == ScalarType::Float ? static_cast<float*>(data_) + r * channels_ : room;
+  }
+  void store(int64_t r, const float* room) const {
+    if (dtype_ == ScalarType::Half) {
+      narrow_row(room, static_cast<Half*>(data_) + r * channels_, channels_);
+    } else if (dtype_ == ScalarType::BFloat16) {
+      narrow_row(room, static_cast<BFloat16*>(data_) + r * channels_, channels_);
+    }
+  }
+
+ private:
+  void* data_;
+  ScalarType dtype_;
+  int64_t channels_, channel_, row_, length_, batch_;
+};
+
+// A parameter's row of the image at hand.
+class Parameter {
+ public:
+  Parameter(const Rows& rows, int64_t channels) : rows_(rows), room_(channels) {}
+
+  const float* of(int64_t image) {
+    if (image != image_) values_ = rows_.read(image_ = image, room_.data());
+    return values_;
+  }
+
+ private:
+  const Rows& rows_;
+  std::vector<float> room_;
+  const float* values_ = nullptr;
+  int64_t image_ = -1;
+};
+
+// The image of every row: row / length, or as `sample` says.
+class Images {
+ public:
+  Images(const Tensor& x, const std::optional<Tensor>& sample, int64_t count) : length_(x.size(x.dim() - 2)) {
+    if (!sample) return;
+    const int64_t rows = sample->size(0), stride = sample->stride(0);
+    of_.resize(rows);
+    bool good = true;
+    const auto copy = [&](const auto* in) {
+      for (int64_t r = 0; r < rows; ++r) {
+        of_[r] = in[r * stride];
+        good &= static_cast<uint64_t>(of_[r]) < static_cast<uint64_t>(count);
+      }
+    };
+    sample->scalar_type() == ScalarType::Int ? copy(static_cast<const int32_t*>(sample->const_data_ptr()))
+                                             : copy(static_cast<const int64_t*>(sample->const_data_ptr()));
+    good_ = good;
+  }
+
+  bool good() const { return good_; }
+  int64_t of(int64_t row) const { return of_.empty() ? row / length_ : of_[row]; }
+
+ private:
+  int64_t length_;
+  std::vector<int64_t> of_;
+  bool good_ = true;
+};
+
+// Calls work(begin, end) for ranges of rows that begin at whole blocks.
+template <typename F>
+void for_blocks(int64_t rows, int64_t channels, const F& work) {
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  torch::stable::parallel_for(
+      0, blocks, kElementsPerThread / (kBlock * channels) + 1,
+      [&](int64_t begin, int64_t end) { work(begin * kBlock, std::min(end * kBlock, rows)); });
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Sums over the rows of an image
+
+// Of one run of rows: `kSums` lines of channels.
+struct Run {
+  int64_t image;
+  std::vector<float> sums;
+};
+
+class Runs {
+ public:
+  Runs(int64_t rows, int64_t channels, int64_t lines)
+      : blocks_((rows + kBlock - 1) / kBlock), channels_(channels), lines_(lines) {}
+
+  // The sums that row r goes to. Rows of a block come in order, from one thread.
+  float* of(int64_t r, int64_t image) {
+    std::vector<Run>& runs = blocks_[r / kBlock];
+    if (runs.empty() || runs.back().image != image) {
+      runs.push_back({image, std::vector<float>(lines_ * channels_)});
+    }
+    return runs.back().sums.data();
+  }
+
+  // Line `line` of the runs, added up in order into (images, channels) float32.
+  void add_up(int64_t line, const Tensor& to) const {
+    auto* out = static_cast<float*>(const_cast<void*>(to.const_data_ptr()));
+    const int64_t images = to.size(0);
+    torch::stable::parallel_for(0, channels_, channels_, [&](int64_t begin, int64_t end) {
+      for (int64_t b = 0; b < images; ++b)
+        std::fill(out + b * channels_ + begin, out + b * channels_ + end, 0);
+      for (const std::vector<Run>& runs : blocks_) {
+        for (const Run& run : runs) {
+          const float* in = run.sums.data() + line * channels_;
+          float* sum = out + run.image * channels_;
+          for (int64_t c = begin; c < end; ++c) sum[c] += in[c];
+        }
+      }
+    });
+  }
+
+ private:
+  std::vector<std::vector<Run>> blocks_;
+  int64_t channels_, lines_;
+};
+
+// ----------------------------------------------------------------------------------------------------
+// One row. What is handed to `sum` and `each` gives the value, or does the work, for a vector or an element.
+
+template <typename F>
+D2IT_INLINE float sum(int64_t n, const F& value) {
+  V parts[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) parts[j] += value(V{}, i + j * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) parts[0] += value(V{}, i);
+  const V all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  float total = 0;
+  for (int j = 0; j < kLanes; ++j) total += all[j];
+  for (; i < n; ++i) total += value(0.0f, i);
+  return total;
+}
+
+struct Moments {
+  float mean, per_deviation;
+
+  D2IT_INLINE Moments(const float* x, int64_t n, float eps) {
+    const auto value = [=](auto of, int64_t i)
+                           __attribute__((always_inline)) { return as<decltype(of)>(x + i); };
+    const float middle = mean = sum(n, value) / n;
+    const auto squared = [=](auto of, int64_t i) __attribute__((always_inline)) {
+      const auto d = as<decltype(of)>(x + i) - middle;
+      return d * d;
+    };
+    per_deviation = 1.0f / std::sqrt(sum(n, squared) / n + eps);
+  }
+};
+
+D2IT_CLONES void modulate(const float* __restrict x, const float* __restrict shift,
+                          const float* __restrict scale, float eps, float* __restrict out, int64_t n) {
+  const Moments m(x, n, eps);
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = (x[i] - m.mean) * m.per_deviation * (1.0f + scale[i]) + shift[i];
+  }
+}
+
+// With y the normalised row and g = grad * (1 + scale): dx = (g - mean(g) - y * mean(g * y)) / deviation.
+// g and y are kept, y where dx will be: worked out again, they might be rounded otherwise.
+D2IT_CLONES void modulate_backward(const float* __restrict grad, const float* __restrict x,
+                                   const float* __restrict scale, float eps, float* __restrict g,
+                                   float* __restrict dx, float* __restrict dshift, float* __restrict dscale,
+                                   int64_t n) {
+  const Moments m(x, n, eps);
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = (x[i] - m.mean) * m.per_deviation;
+    dshift[i] += grad[i];
+    dscale[i] += grad[i] * y;
+    g[i] = grad[i] * (1.0f + scale[i]);
+    dx[i] = y;
+  }
+  const auto of_g = [=](auto of, int64_t i)
+                        __attribute__((always_inline)) { return as<decltype(of)>(g + i); };
+  const auto of_gy = [=](auto of, int64_t i) __attribute__((always_inline)) {
+    return as<decltype(of)>(g + i) * as<decltype(of)>(dx + i);
+  };
+  const float mean_g = sum(n, of_g) / n, mean_gy = sum(n, of_gy) / n;
+  for (int64_t i = 0; i < n; ++i) dx[i] = (g[i] - mean_g - dx[i] * mean_gy) * m.per_deviation;
+}
+
+D2IT_CLONES void gate_and_add(const float* __restrict x, const float* __restrict branch,
+                              const float* __restrict gate, float* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] + gate[i] * branch[i];
+}
+
+D2IT_CLONES void gate_backward(const float* __restrict grad, const float* __restrict branch,
+                               const float* __restrict gate, float* __restrict dbranch,
+                               float* __restrict dgate, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    dgate[i] += grad[i] * branch[i];
+    dbranch[i] = grad[i] * gate[i];
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Operators. Results are contiguous, the gradients of parameters float32. False: a sample names no image.
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
+
+bool adaln_modulate(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> sample, double eps,
+                    Tensor out) {
+  const Images images(x, sample, scale.size(0));
+  if (!images.good()) return false;
+  if (out.numel() == 0) return true;
+  const int64_t channels = x.size(x.dim() - 1);
+  const Rows from(x), to(out), shifts(shift), scales(scale);
+  for_blocks(rows_of(x), channels, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(2 * channels);
+    Parameter shift_of(shifts, channels), scale_of(scales, channels);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t image = images.of(r);
+      float* line = to.begin(r, room.data() + channels);
+      modulate(from.read(r, room.data()), shift_of.of(image), scale_of.of(image), static_cast<float>(eps),
+               line, channels);
+      to.store(r, line);
+    }
+  });
+  return true;
+}
+
+void adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, std::optional<Tensor> sample, double eps,
+                             Tensor dx, Tensor dshift, Tensor dscale) {
+  const Images images(x, sample, scale.size(0));
+  if (!images.good()) d2it::fail("sample must name images 0..", scale.size(0) - 1);
+  if (scale.numel() == 0) return;
+  const int64_t channels = x.size(x.dim() - 1), rows = rows_of(x);
+  const Rows grads(grad), from(x), to(dx), scales(scale);
+  Runs runs(rows, channels, 2);
+  for_blocks(rows, channels, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(4 * channels);
+    Parameter scale_of(scales, channels);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t image = images.of(r);
+      float* sums = runs.of(r, image);
+      float* line = to.begin(r, room.data() + 2 * channels);
+      modulate_backward(grads.read(r, room.data()), from.read(r, room.data() + channels), scale_of.of(image),
+                        static_cast<float>(eps), room.data() + 3 * channels, line, sums, sums + channels,
+                        channels);
+      to.store(r, line);
+    }
+  });
+  runs.add_up(0, dshift);
+  runs.add_up(1, dscale);
+}
+
+bool gated_residual(Tensor x, Tensor branch, Tensor gate, std::optional<Tensor> sample, Tensor out) {
+  const Images images(x, sample, gate.size(0));
+  if (!images.good()) return false;
+  if (out.numel() == 0) return true;
+  const int64_t channels = x.size(x.dim() - 1);
+  const Rows from(x), branches(branch), to(out), gates(gate);
+  for_blocks(rows_of(x), channels, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(3 * channels);
+    Parameter gate_of(gates, channels);
+    for (int64_t r = begin; r < end; ++r) {
+      float* line = to.begin(r, room.data() + 2 * channels);
+      gate_and_add(from.read(r, room.data()), branches.read(r, room.data() + channels),
+                   gate_of.of(images.of(r)), line, channels);
+      to.store(r, line);
+    }
+  });
+  return true;
+}
+
+void gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, std::optional<Tensor> sample,
+                             Tensor dbranch, Tensor dgate) {
+  const Images images(branch, sample, gate.size(0));
+  if (!images.good()) d2it::fail("sample must name images 0..", gate.size(0) - 1);
+  if (gate.numel() == 0) return;
+  const int64_t channels = branch.size(branch.dim() - 1), rows = rows_of(branch);
+  const Rows grads(grad), branches(branch), to(dbranch), gates(gate);
+  Runs runs(rows, channels, 1);
+  for_blocks(rows, channels, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(3 * channels);
+    Parameter gate_of(gates, channels);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t image = images.of(r);
+      float* line = to.begin(r, room.data() + 2 * channels);
+      gate_backward(grads.read(r, room.data()), branches.read(r, room.data() + channels), gate_of.of(image),
+                    line, runs.of(r, image), channels);
+      to.store(r, line);
+    }
+  });
+  runs.add_up(0, dgate);
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(d2it_C, CPU, m) {
+  m.impl("adaln_modulate", TORCH_BOX(&adaln_modulate));
+  m.impl("adaln_modulate_backward", TORCH_BOX(&adaln_modulate_backward));
+  m.impl("gated_residual", TORCH_BOX(&gated_residual));
+  m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward));
+}
