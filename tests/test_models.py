@@ -292,6 +292,7 @@ def test_blocks_compile_without_a_graph_break(bias):
         ({"depth": 2.5}, "depth must be a whole number of at least 1, got 2.5"),
         ({"image_size": 72}, "image_size must be a multiple of 16"),
         ({"downsampling": (16, 8)}, "downsampling must ascend"),
+        ({"downsampling": 8}, "downsampling must be a list of whole numbers above 0, got 8"),
         ({"patch_size": 3}, "patch_size must divide"),
         ({"min_grain": 2}, "min_grain must be in 0"),
         ({"relative_bias": "swin"}, "relative_bias must be"),

@@ -310,6 +310,8 @@ def test_thresholds_and_scale_travel_with_the_weights(tmp_path):
 def test_settings_and_inputs_that_do_not_fit():
     for settings, message in [
         ({"downsampling": (8, 12)}, "downsampling must be ascending powers of 2"),
+        ({"downsampling": 8}, "downsampling must be a list of whole numbers above 0, got 8"),
+        ({"encoder_mult": "1,2"}, "encoder_mult must be a list of whole numbers above 0, got '1,2'"),
         ({"encoder_mult": (1, 2)}, "encoder_mult must have 5 levels"),
         ({"decoder_mult": (1, 2)}, "decoder_mult must have 4 levels"),
         ({"thresholds": (1.0, 2.0)}, "thresholds must be 1 ascending"),

@@ -44,6 +44,17 @@ def check_whole(config: Any, **least: int) -> None:
             raise ValueError(f"{name} must be a whole number of at least {bound}, got {value!r}")
 
 
+def set_whole_tuples(config: Any, *names: str) -> None:
+    """Make the named fields of a configuration tuples; ValueError unless each is a non-empty sequence of whole numbers
+    above 0."""
+    for name in names:
+        value = getattr(config, name)
+        given = isinstance(value, (list, tuple)) and len(value) > 0
+        if not given or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in value):
+            raise ValueError(f"{name} must be a list of whole numbers above 0, got {value!r}")
+        setattr(config, name, tuple(value))
+
+
 class Model(nn.Module, PyTorchModelHubMixin):
     """Base of the trainable models. A subclass names its dataclass `Config` and its table of `presets`."""
 

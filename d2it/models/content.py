@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from d2it import ops
 from d2it.models import layers
-from d2it.models.base import check_whole, pair
+from d2it.models.base import check_whole, pair, set_whole_tuples
 from d2it.models.dit import ClassConditional, Trunk
 from d2it.models.presets import CONTENT_PRESETS
 
@@ -54,7 +54,7 @@ class ContentTransformerConfig:
 
     def __post_init__(self) -> None:
         self.image_size = pair(self.image_size)
-        self.downsampling = tuple(self.downsampling)
+        set_whole_tuples(self, "downsampling")
         self.num_classes = self.num_classes or 0
         check_whole(self, in_channels=1, dim=4, depth=1, refine_depth=1, heads=1, window=1, num_classes=0)
         finest, coarsest = self.downsampling[0], self.downsampling[-1]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2it import ops
 from d2it.diffusion.grains import Generators, copy_codes, randn
 from d2it.models import layers
-from d2it.models.base import Model, check_whole
+from d2it.models.base import Model, check_whole, set_whole_tuples
 from d2it.models.presets import VAE_PRESETS
 
 #: Median entropy in nats (256 bins on [-1, 1], sigma 0.01, regions of 16 x 16) over 1,000 ImageNet photos (one per
@@ -55,9 +55,7 @@ class DynamicVAEConfig:
     scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        self.downsampling = tuple(self.downsampling)
-        self.encoder_mult = tuple(self.encoder_mult)
-        self.decoder_mult = tuple(self.decoder_mult)
+        set_whole_tuples(self, "downsampling", "encoder_mult", "decoder_mult")
         self.value_range = (float(self.value_range[0]), float(self.value_range[1]))
         check_whole(self, latent_channels=1, channels=1, residual_blocks=1, attention_from=1)
         if self.num_bins is not None:
