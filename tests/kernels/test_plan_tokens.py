@@ -13,12 +13,13 @@ from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, 
 
 FILE = "kernels/plan_tokens.py"
 CPP_MUTATIONS = {
-    "coarser grains too": ("*flag = «grain >= min_grain»", "grain > min_grain"),
-    "first row of an image": ("auto row = static_cast<int32_t>(«first[b]»)", "first[0]"),
-    "row of a window": ("const int64_t cell = b * cells + «y * columns»", "top * columns"),
-    "image of a row": ("to_sample[row] = static_cast<int32_t>(«b»)", "0"),
-    "cell without a token": ("to_inverse[cell + x] = *slot++ = «-1»", "0"),
-    "rows past the count": ("std::fill(to_index + total, to_index + capacity, «-1»)", "0"),
+    "coarser grains too": ("wanted[x] = «grain >= min_grain»", "grain > min_grain"),
+    "first row of an image": ("const auto start = static_cast<int32_t>(«first»)", "0"),
+    "row of a window": ("const int64_t cell = b * cells + «(top + y) * columns» + left", "top * columns"),
+    "row of regions": ("wanted + «y / cells_per_region» * regions", "top / cells_per_region"),
+    "image of a row": ("sample + last, static_cast<int32_t>(«b»))", "0"),
+    "cell without a token": ("*slot++ = «row | (one - 1)»", "row"),
+    "rows past the count": ("std::fill(ints(index) + total, ints(index) + capacity, «-1»)", "0"),
 }
 SOURCES = cuda_on_cpu.Sources({"pack_tokens.cpp": CPP_MUTATIONS})
 WRONG_MAPS = [(1, 63, "capacity must hold"), (-1, 64, "grain_map must have no value below 0")]
