@@ -6,7 +6,7 @@
 // order, so they are the same for any number of threads.
 #include "cpu.h"
 
-#include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -160,7 +160,7 @@ void for_blocks(int64_t rows, int64_t channels, const F& work) {
 // ----------------------------------------------------------------------------------------------------
 // Sums over the rows of an image
 
-// Of one run of rows: `kSums` lines of channels.
+// Of the rows of one image in one block: a line of channels for each parameter.
 struct Run {
   int64_t image;
   std::vector<float> sums;
@@ -183,18 +183,14 @@ class Runs {
   // Line `line` of the runs, added up in order into (images, channels) float32.
   void add_up(int64_t line, const Tensor& to) const {
     auto* out = static_cast<float*>(const_cast<void*>(to.const_data_ptr()));
-    const int64_t images = to.size(0);
-    torch::stable::parallel_for(0, channels_, channels_, [&](int64_t begin, int64_t end) {
-      for (int64_t b = 0; b < images; ++b)
-        std::fill(out + b * channels_ + begin, out + b * channels_ + end, 0);
-      for (const std::vector<Run>& runs : blocks_) {
-        for (const Run& run : runs) {
-          const float* in = run.sums.data() + line * channels_;
-          float* sum = out + run.image * channels_;
-          for (int64_t c = begin; c < end; ++c) sum[c] += in[c];
-        }
+    std::fill_n(out, to.size(0) * channels_, 0.0f);
+    for (const std::vector<Run>& runs : blocks_) {
+      for (const Run& run : runs) {
+        const float* in = run.sums.data() + line * channels_;
+        float* sum = out + run.image * channels_;
+        for (int64_t c = 0; c < channels_; ++c) sum[c] += in[c];
       }
-    });
+    }
   }
 
  private:
@@ -203,7 +199,8 @@ class Runs {
 };
 
 // ----------------------------------------------------------------------------------------------------
-// One row. What is handed to `sum` and `each` gives the value, or does the work, for a vector or an element.
+// One row. What is handed to `sum` gives the value of a vector, or of an element where no whole vector is
+// left.
 
 template <typename F>
 D2IT_INLINE float sum(int64_t n, const F& value) {

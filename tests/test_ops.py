@@ -425,6 +425,8 @@ def test_bad_input_to_the_modulation_names_the_argument():
         ops.adaln_modulate(x, torch.zeros(3, 4), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="sample must have the 6 rows of x"):
         ops.adaln_modulate(x.reshape(6, 4), x[:, 0], x[:, 0], sample=torch.zeros(5).int())
+    with pytest.raises(TypeError, match="sample must be int32 or int64, got torch"):
+        ops.adaln_modulate(x.reshape(6, 4), x[:, 0], x[:, 0], sample=torch.zeros(6).short())
     with pytest.raises(ValueError, match="branch must have the shape of x"):
         ops.gated_residual(x, x[:, :2], x[:, 0])
 

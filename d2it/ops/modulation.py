@@ -94,6 +94,8 @@ def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, 
         )
     if sample is not None:
         _check.tensor("sample", sample, ndim=1, floating=False)
+        if sample.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"sample must be int32 or int64, got {sample.dtype}")
         _check.same("device", "x", x, "sample", sample)
         _check.require(
             sample.shape[0] == x.shape[0], "sample", lambda: f"have the {x.shape[0]} rows of x", sample.shape[0]
