@@ -163,17 +163,22 @@ struct Choice {
 // ----------------------------------------------------------------------------------------------------
 // Forward
 
-// Writes one row of a grain, every value ratio times, over the columns of out that are that grain's; or over
-// all of them, where no other grain has been before.
+// One row of cells, each `ratio` times.
 template <typename T>
-D2IT_INLINE void spread(T* __restrict out, const T* __restrict in, const T* __restrict grains, T grain,
-                        bool all, int64_t stride, int64_t ratio, int64_t cells) {
+D2IT_INLINE void stretch(T* __restrict out, const T* __restrict in, int64_t stride, int64_t ratio,
+                         int64_t cells) {
   for (int64_t x = 0; x < cells; ++x) {
-    for (int64_t i = 0; i < ratio; ++i) {
-      T& to = out[x * ratio + i];
-      const T mine = static_cast<T>(mask<T>(grains[x * ratio + i] == grain) | -static_cast<T>(all));
-      to = (in[x * stride] & mine) | (to & ~mine);
-    }
+    for (int64_t i = 0; i < ratio; ++i) out[x * ratio + i] = in[x * stride];
+  }
+}
+
+// Writes one row of the finest grid over the columns of out that are of a grain.
+template <typename T>
+D2IT_INLINE void blend(T* __restrict out, const T* __restrict in, const T* __restrict grains, T grain,
+                       int64_t width) {
+  for (int64_t x = 0; x < width; ++x) {
+    const T mine = mask<T>(grains[x] == grain);
+    out[x] = (in[x] & mine) | (out[x] & ~mine);
   }
 }
 
@@ -197,9 +202,10 @@ D2IT_INLINE void merge_pairs(T* out, int64_t out_row, const T* __restrict coarse
   }
 }
 
+// line: room for a row of the finest grid.
 template <typename T>
-D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row,
-                             const Sizes& s, int64_t b, int64_t c) {
+D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T* line, T* out,
+                             int64_t out_row, const Sizes& s, int64_t b, int64_t c) {
   const View<T>& fine = latents[s.grains - 1];
   const T* columns = choice.of(1);
   for (int64_t region_row = 0; region_row < s.map_height; ++region_row) {
@@ -226,17 +232,21 @@ D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T*
       }
       const T* grains = columns ? columns + region_row * s.width : nullptr;
       for (int64_t y = 0; y < s.region; y += ratio, in += latent.row) {
+        const T* row = line;
+        if (ratio == 1 && latent.column == 1) {
+          row = in;
+        } else if (ratio == 2 && latent.column == 1) {
+          stretch(line, in, 1, 2, cells);
+        } else if (ratio == 4 && latent.column == 1) {
+          stretch(line, in, 1, 4, cells);
+        } else {
+          stretch(line, in, latent.column, ratio, cells);
+        }
         for (int64_t j = 0; j < ratio; ++j, to += out_row) {
-          if (ratio == 1 && latent.column == 1 && all) {
-            std::memcpy(to, in, s.width * sizeof(T));
-          } else if (ratio == 1 && latent.column == 1) {
-            spread<T>(to, in, grains, static_cast<T>(i), false, 1, 1, cells);
-          } else if (ratio == 2 && latent.column == 1) {
-            spread<T>(to, in, grains, static_cast<T>(i), all, 1, 2, cells);
-          } else if (ratio == 4 && latent.column == 1) {
-            spread<T>(to, in, grains, static_cast<T>(i), all, 1, 4, cells);
+          if (all) { // no other grain has been before
+            std::memcpy(to, row, s.width * sizeof(T));
           } else {
-            spread<T>(to, in, grains, static_cast<T>(i), all, latent.column, ratio, cells);
+            blend(to, row, grains, static_cast<T>(i), s.width);
           }
         }
       }
@@ -245,10 +255,10 @@ D2IT_INLINE void merge_plane(const View<T>* latents, const Choice<T>& choice, T*
   }
 }
 
-#define D2IT_MERGE_PLANE(T)                                                                            \
-  D2IT_CLONES_256 void merge(const View<T>* latents, const Choice<T>& choice, T* out, int64_t out_row, \
-                             const Sizes& s, int64_t b, int64_t c) {                                   \
-    merge_plane<T>(latents, choice, out, out_row, s, b, c);                                            \
+#define D2IT_MERGE_PLANE(T)                                                                    \
+  D2IT_CLONES_256 void merge(const View<T>* latents, const Choice<T>& choice, T* line, T* out, \
+                             int64_t out_row, const Sizes& s, int64_t b, int64_t c) {          \
+    merge_plane<T>(latents, choice, line, out, out_row, s, b, c);                              \
   }
 D2IT_MERGE_PLANE(uint16_t)
 D2IT_MERGE_PLANE(uint32_t)
@@ -266,10 +276,11 @@ void forward_rows(const std::vector<View<T>>& latents, const std::vector<uint8_t
   torch::stable::parallel_for(0, s.batch * s.channels, planes_per_thread, [&](int64_t begin, int64_t end) {
     Choice<T> choice(s, pairs);
     if (!pairs_alone) choice.want(1, s);
+    std::vector<T> line(s.width);
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / s.channels, c = plane % s.channels;
       choice.load(map, s, b);
-      merge(latents.data(), choice, out.at(b, c, 0, 0), out.row, s, b, c);
+      merge(latents.data(), choice, line.data(), out.at(b, c, 0, 0), out.row, s, b, c);
     }
   });
 }

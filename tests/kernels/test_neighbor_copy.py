@@ -9,7 +9,7 @@ from tests.kernels.harness import DEVICE, Call, KernelSuite, Shape, fast_backend
 
 CPP_MUTATIONS = {
     "wrong row": ("const T* in = latent.at(b, c, «top / ratio», 0)", "top / 2"),
-    "grain ignored": ("mask<T>(«grains[x * ratio + i] == grain»)", "true"),
+    "grain ignored": ("const T mine = mask<T>(«grains[x] == grain»)", "true"),
     "fine where coarse": ("mask<Pair<T>>(«grains[x] == static_cast<Pair<T>>(finest)»)", "true"),
     "grain overlooked": ("bits |= 1u << «in[x]»", "0"),
     "stale map": ("if («b == image») return;", "image >= 0"),
