@@ -38,13 +38,13 @@ std::vector<View<T>> views(const std::vector<Tensor>& tensors, int64_t fine_heig
 // Copies one row of the grain map; negative if an entry is below 0 or above `most`.
 D2IT_INLINE int64_t narrow(const int64_t* in, int64_t stride, int64_t most, int64_t columns,
                            uint8_t* __restrict out) {
-  int64_t signs = 0;
+  uint64_t signs = 0; // unsigned, since the difference wraps around for the most negative entries
   for (int64_t x = 0; x < columns; ++x) {
-    const int64_t grain = in[x * stride];
-    signs |= grain | (most - grain);
+    const auto grain = static_cast<uint64_t>(in[x * stride]);
+    signs |= grain | (static_cast<uint64_t>(most) - grain);
     out[x] = static_cast<uint8_t>(grain);
   }
-  return signs;
+  return static_cast<int64_t>(signs);
 }
 
 D2IT_CLONES_256 int64_t narrow_row(const int64_t* in, int64_t stride, int64_t most, int64_t columns,
@@ -97,16 +97,6 @@ D2IT_INLINE void widen(const uint8_t* __restrict in, int64_t regions, int64_t ti
   }
 }
 
-// Bit i of present[y]: whether grain i occurs in row y.
-D2IT_INLINE void occurring(const uint8_t* __restrict in, int64_t rows, int64_t columns,
-                           uint8_t* __restrict present) {
-  for (int64_t y = 0; y < rows; ++y, in += columns) {
-    uint32_t bits = 0;
-    for (int64_t x = 0; x < columns; ++x) bits |= 1u << in[x];
-    present[y] = static_cast<uint8_t>(bits);
-  }
-}
-
 D2IT_CLONES_256 void widened(const uint8_t* in, int64_t regions, int64_t times, uint16_t* out) {
   widen(in, regions, times, out);
 }
@@ -116,8 +106,15 @@ D2IT_CLONES_256 void widened(const uint8_t* in, int64_t regions, int64_t times, 
 D2IT_CLONES_256 void widened(const uint8_t* in, int64_t regions, int64_t times, uint64_t* out) {
   widen(in, regions, times, out);
 }
-D2IT_CLONES_256 void occur(const uint8_t* in, int64_t rows, int64_t columns, uint8_t* present) {
-  occurring(in, rows, columns, present);
+
+// Bit i of present[y]: whether grain i occurs in row y.
+D2IT_CLONES_256 void occur(const uint8_t* __restrict in, int64_t rows, int64_t columns,
+                           uint8_t* __restrict present) {
+  for (int64_t y = 0; y < rows; ++y, in += columns) {
+    uint32_t bits = 0;
+    for (int64_t x = 0; x < columns; ++x) bits |= 1u << in[x];
+    present[y] = static_cast<uint8_t>(bits);
+  }
 }
 
 // The grain map of one image as the row loops want it. T: an unsigned integer as wide as an element.

@@ -14,12 +14,11 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, Tensor(a!) index, "
       "Tensor(b!) inverse, Tensor(c!) slots, Tensor(d!) sample, Tensor(e!) count) -> bool");
   m.def(
-      "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, Tensor(a!) out) -> "
-      "bool");
+      "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, "
+      "Tensor(a!) out) -> bool");
   m.def(
-      "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, Tensor(a!) "
-      "dx, "
-      "Tensor(b!) dshift, Tensor(c!) dscale) -> ()");
+      "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, "
+      "Tensor(a!) dx, Tensor(b!) dshift, Tensor(c!) dscale) -> ()");
   m.def("gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample, Tensor(a!) out) -> bool");
   m.def(
       "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, Tensor(a!) dbranch, "
