@@ -229,26 +229,32 @@ def plot(result: Result, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     rows = [row for row in result["rows"] if "ms" in row and row.get("correct") is not False]
     directions = list(dict.fromkeys(row.get("direction", "") for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
     every = cases(rows)
-    height = 1.2 + 0.16 * len(every) * (len(names) + 1)
-    figure, axes = plt.subplots(1, len(directions), figsize=(6 * len(directions), height), squeeze=False, sharey=True)
+    height = 1.5 + 0.16 * len(every) * (len(names) + 1) + 0.2 * len(names)
+    size = (max(10, 6 * len(directions)), height)  # the title says much
+    figure, axes = plt.subplots(1, len(directions), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    colours = plt.get_cmap("tab20").colors
     for axis, direction in zip(axes[0], directions):
         for i, name in enumerate(names):
             times = {r["case"]: r["ms"] for r in rows if r["contender"] == name and r.get("direction", "") == direction}
             places = [every.index(case) * (len(names) + 1) + i for case in times]
-            axis.plot(list(times.values()), places, "o", color=f"C{i}", label=name)
+            mark = "*" if ours({"contender": name}) else "o"
+            axis.plot(list(times.values()), places, mark, color=colours[i % len(colours)], label=name)
         axis.set_yticks([j * (len(names) + 1) + (len(names) - 1) / 2 for j in range(len(every))], every)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", which="both", alpha=0.3)
         axis.set_xlabel(f"{direction} ms")
     axes[0][0].invert_yaxis()
-    axes[0][0].legend(fontsize="small")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize="small", loc="outside lower center")
     figure.suptitle(f"{result['operator']}: {result['device']}\n{_ran_on(result)}", fontsize="medium")
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
