@@ -7,7 +7,7 @@ torchrun --standalone --nproc-per-node=gpu sample.py runs/imagenet256_xl --count
 
 import sys
 
-from d2it.evaluation.sampling import main
+from d2it.sampling.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

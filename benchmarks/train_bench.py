@@ -26,10 +26,10 @@ from torch import Tensor
 
 from d2it.data import ImageSource, LatentCache, build_cache, finish_cache
 from d2it.diffusion import random_grain_map
+from d2it.distributed import World
 from d2it.models import DynamicVAEConfig
 from d2it.training.config import Config
-from d2it.training.distributed import World
-from d2it.training.loop import Batch
+from d2it.training.learner import Batch
 from d2it.training.stage import loader, to_device
 from d2it.training.transformers import ContentStage, LatentData
 

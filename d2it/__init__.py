@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from d2it import ops
-    from d2it.models import D2iT, DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+    from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+    from d2it.sampling import D2iT
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "ops":
         return importlib.import_module("d2it.ops")
-    return getattr(importlib.import_module("d2it.models"), name)
+    return getattr(importlib.import_module("d2it.sampling" if name == "D2iT" else "d2it.models"), name)
 
 
 def __dir__() -> list[str]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
-from d2it.ops.entropy import RANGE_SLACK
+from d2it.ops.kde_entropy import RANGE_SLACK
 from d2it.ops.reference import GRAY_WEIGHTS
 
 REACH = 6.0  # sigma; what lies beyond changes no entropy by more than 3e-7

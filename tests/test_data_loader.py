@@ -16,8 +16,8 @@ from PIL import Image
 
 from d2it.data import ImageSource, Loader, SinglePass, open_source
 from d2it.data.decode import Unreadable
-from d2it.data.order import Draws, permutation
 from d2it.errors import UserError
+from d2it.seeds import Draws, permutation
 
 
 class Gray(ImageSource):

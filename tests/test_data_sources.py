@@ -16,8 +16,8 @@ from PIL import Image
 
 from d2it.data import DemoPhotos, ImageFolder, NpzPack, WebDatasetShards, decode, open_source
 from d2it.data.decode import Unreadable, center_crop, random_crop
-from d2it.data.order import Draws
 from d2it.errors import UserError
+from d2it.seeds import Draws
 
 
 def picture(seed=0, width=40, height=32):

@@ -313,7 +313,8 @@ def test_the_command_judges_a_folder_against_statistics(tmp_path, inception_weig
 
 
 def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, inception_weights, monkeypatch, capsys):
-    from d2it.models import D2iT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+    from d2it.models import DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+    from d2it.sampling import D2iT
 
     torch.manual_seed(0)
     vae = DynamicVAE.from_preset("tiny")

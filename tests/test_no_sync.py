@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import d2it.ops as ops
+from d2it.distributed import World
 from d2it.models import DynamicVAEConfig
 from d2it.ops import _dispatch
 from d2it.training import config
-from d2it.training.distributed import World
 from d2it.training.transformers import ContentStage, LatentData
 
 ROOT = Path(__file__).resolve().parents[1]

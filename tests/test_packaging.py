@@ -73,7 +73,7 @@ print(sorted(m for m in sys.modules if m.startswith("d2it.") and not m.startswit
 print("diffusers" in sys.modules, d2it.D2iT.__module__, "ops" in dir(d2it), hasattr(d2it, "nothing"))
 """
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert made.stdout.splitlines() == ["[]", "False d2it.models.pipeline True False"], made.stderr
+    assert made.stdout.splitlines() == ["[]", "False d2it.sampling.pipeline True False"], made.stderr
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="installed without C++ operators")

@@ -20,10 +20,8 @@ from d2it.diffusion import SCHEDULERS, GaussianDiffusion, Guidance, make_schedul
 from d2it.diffusion.solvers import Diffusers
 from d2it.evaluation.generation import compare, open_reference, summarize
 from d2it.evaluation.inception import Features
-from d2it.evaluation.sampling import main
 from d2it.models import (
     KLVAE,
-    D2iT,
     DiT,
     DynamicContentTransformer,
     DynamicGrainTransformer,
@@ -33,6 +31,9 @@ from d2it.models import (
     pipeline,
 )
 from d2it.models.base import PyTorchModelHubMixin
+from d2it.sampling import D2iT
+from d2it.sampling.cli import main
+from d2it.seeds import derived_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -116,9 +117,9 @@ WORKER = """
 import sys, torch
 from d2it.errors import UserError
 from d2it.evaluation.generation import summarize
-from d2it.evaluation.sampling import _parser, run
-from d2it.models import D2iT
-from d2it.training.distributed import start, stop
+from d2it.sampling.cli import _parser, run
+from d2it.sampling import D2iT
+from d2it.distributed import start, stop
 sys.path.insert(0, sys.argv[3])
 from test_sampling_cli import features_of, noise_images
 folder, out = sys.argv[1:3]
@@ -384,7 +385,7 @@ def test_a_plain_dit_is_sampled_in_the_same_way(tmp_path):
     assert told["maps"].tolist() == np.zeros((2, 8, 8), int).tolist()
     assert told["weights"].keys() == {"vae", "content_transformer"}
     guidance = Guidance(2.0, channels=3)
-    seeds = [pipeline.derived_seed(i, "content") for i in range(2)]
+    seeds = [derived_seed(i, "content") for i in range(2)]
     latents = sample_content(dit, labels=torch.tensor([0, 1]), seeds=seeds, steps=2, guidance=guidance)
     with torch.no_grad():
         images = pipeline.to_uint8(vae.decode(latents, torch.zeros(2, 8, 8, dtype=torch.int64)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2it.training.loop import seed_of
+from d2it.seeds import seed_of
 from tests.train_server import ENVIRONMENT, WORKER, Server, shared_server, wait_for
 from tests.train_worker import Losses
 

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from d2it.data import LatentCache
-from d2it.models import D2iT, DiT
+from d2it.models import DiT
+from d2it.sampling import D2iT
 from d2it.training.config import load
 from d2it.training.dvae import DvaeStage
 from d2it.training.run import main

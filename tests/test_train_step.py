@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2it import ops
+from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss, VAELossConfig
 from d2it.models.layers import FinalLayer, Modulation
 from d2it.ops._dispatch import PREFERENCE
 from d2it.training.config import Config, RunConfig
-from d2it.training.distributed import World
 from d2it.training.ema import Ema
-from d2it.training.loop import Batch
+from d2it.training.learner import Batch
 from d2it.training.meters import Energy, Meters
 from d2it.training.transformers import ContentStage, GrainStage, LatentData, LatentStage
 

@@ -27,14 +27,17 @@ import torch
 from torch import nn
 from torch.distributed import TCPStore
 
+from d2it import distributed
 from d2it.diffusion import GaussianDiffusion
 from d2it.errors import UserError
 from d2it.models import DynamicContentTransformer
 from d2it.models.layers import FinalLayer, Modulation
-from d2it.training import distributed
+from d2it.seeds import seed_of
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import RunConfig, StageConfig
-from d2it.training.loop import Batch, Learner, Stopped, Work, restore, seed_of, train
+from d2it.training.learner import Batch, Learner
+from d2it.training.loop import Stopped, restore, train
+from d2it.training.meters import Work
 from d2it.training.transformers import ContentLosses, count_tokens
 
 

@@ -1,9 +1,9 @@
 """Image sources, the training loader, entropy calibration and the latent cache (see docs/data.md)."""
 
-from .cache import LatentCache, build_cache, finish_cache
-from .calibration import Calibration
-from .loader import Batch, Loader, SinglePass, default_workers
-from .sources import DemoPhotos, ImageFolder, ImageSource, NpzPack, WebDatasetShards, open_source
+from d2it.data.cache import LatentCache, build_cache, finish_cache
+from d2it.data.calibration import Calibration
+from d2it.data.loader import Batch, Loader, SinglePass, default_workers
+from d2it.data.sources import DemoPhotos, ImageFolder, ImageSource, NpzPack, WebDatasetShards, open_source
 
 __all__ = [
     "Batch",

@@ -30,12 +30,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from d2it.data.loader import SinglePass
+from d2it.data.sources import ImageSource, check_classes
 from d2it.errors import UserError
 from d2it.files import atomic_write, save_tensors, sha256_of
-
-from .loader import SinglePass
-from .order import Draws
-from .sources import ImageSource, check_classes
+from d2it.seeds import Draws
 
 FORMAT = "d2it latent cache"
 VERSION = 1

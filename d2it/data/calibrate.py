@@ -15,12 +15,11 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
+from d2it.data.calibration import calibrate, check_ratios
+from d2it.data.loader import default_workers
+from d2it.data.sources import open_source
 from d2it.errors import UserError, run_command
 from d2it.files import prepare_file
-
-from .calibration import calibrate, check_ratios
-from .loader import default_workers
-from .sources import open_source
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 import d2it
+from d2it.data.loader import Batch, SinglePass
+from d2it.data.sources import ImageSource
 from d2it.errors import UserError
 from d2it.files import atomic_write
 from d2it.ops import kde_entropy
-
-from .loader import Batch, SinglePass
-from .sources import ImageSource
 
 FORMAT = "d2it entropy calibration"
 VERSION = 1

@@ -14,7 +14,7 @@ import warnings
 
 from PIL import Image
 
-from .order import Draws
+from d2it.seeds import Draws
 
 try:
     import simplejpeg

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from d2it.data.sources import UNREADABLE_SHARE
 from d2it.errors import UserError
-
-from .order import Draws, permutation
-from .sources import UNREADABLE_SHARE
+from d2it.seeds import Draws, permutation
 
 logger = logging.getLogger("d2it.data")
 

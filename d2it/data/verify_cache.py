@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from d2it.data.cache import LatentCache
 from d2it.errors import run_command
-
-from .cache import LatentCache
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 import d2it
+from d2it.distributed import World, start, stop
 from d2it.errors import UserError
-from d2it.evaluation.drawing import Drawing, add_options, given_options
 from d2it.evaluation.generation import METRICS, check_sizes, compare, open_reference, summarize
 from d2it.evaluation.images import keep_npz, open_images
 from d2it.evaluation.inception import WHERE, Inception
 from d2it.files import atomic_write, prepare_file, sha256_of
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
-from d2it.training.distributed import World, start, stop
+from d2it.sampling.options import Drawing, add_options, given_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from d2it.errors import UserError
 from d2it.files import atomic_write
 
 if TYPE_CHECKING:
-    from d2it.training.distributed import World
+    from d2it.distributed import World
 
 
 class ImageSet:

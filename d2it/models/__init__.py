@@ -7,13 +7,11 @@ from d2it.models.grain import DynamicGrainTransformer, GrainTransformerConfig
 from d2it.models.klvae import KLVAE, KLVAEConfig
 from d2it.models.losses import PatchDiscriminator, VAELoss, VAELossConfig
 from d2it.models.lpips import LPIPS
-from d2it.models.pipeline import D2iT, Samples
 
 __all__ = [
     "KLVAE",
     "LPIPS",
     "ContentTransformerConfig",
-    "D2iT",
     "DiT",
     "DiTConfig",
     "DynamicContentTransformer",
@@ -23,7 +21,6 @@ __all__ = [
     "GrainTransformerConfig",
     "KLVAEConfig",
     "PatchDiscriminator",
-    "Samples",
     "VAELoss",
     "VAELossConfig",
     "VAEOutput",

@@ -6,11 +6,11 @@ Every one takes `backend=None`, which chooses, or the name of a backend, which i
 
 from d2it.ops import reference
 from d2it.ops._dispatch import available_backends, why_not
-from d2it.ops.attention import relative_position_bias, window_attention, window_attention_qkvpacked
-from d2it.ops.entropy import encode_grains, grain_map, kde_entropy
-from d2it.ops.modulation import adaln_modulate, gated_residual
-from d2it.ops.neighbor import neighbor_copy
-from d2it.ops.packing import TokenPlan, pack_tokens, plan_tokens, unpack_tokens
+from d2it.ops.kde_entropy import encode_grains, grain_map, kde_entropy
+from d2it.ops.modulate import adaln_modulate, gated_residual
+from d2it.ops.neighbor_copy import neighbor_copy
+from d2it.ops.pack_tokens import TokenPlan, pack_tokens, plan_tokens, unpack_tokens
+from d2it.ops.window_attention import relative_position_bias, window_attention, window_attention_qkvpacked
 
 __all__ = [
     "TokenPlan",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from d2it.ops.packing import TokenPlan
+    from d2it.ops.pack_tokens import TokenPlan
 
 GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R 601-2 luma, as DQ-VAE and rgb2gray have it
 
@@ -128,7 +128,7 @@ def plan_tokens(
     capacity: int | None = None,
 ) -> TokenPlan:
     """Rows of the packed tokens: images in order, windows row-major in the image, cells row-major in the window."""
-    from d2it.ops.packing import TokenPlan
+    from d2it.ops.pack_tokens import TokenPlan
 
     batch = grain_map.shape[0]
     fine = _expand(grain_map >= min_grain, cells_per_region)

@@ -26,9 +26,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.files import flush_folder, sha256_of
-from d2it.training.distributed import World
 
 MANIFEST = "manifest.json"
 _ADVICE = "move the directory away to resume from the one before it"

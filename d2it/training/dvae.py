@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2it import pictures
 from d2it.data import Calibration, ImageSource, SinglePass
+from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DynamicVAE, VAELoss
 from d2it.models.base import pair
-from d2it.models.pipeline import to_uint8
-from d2it.training import pictures
+from d2it.sampling.pipeline import to_uint8
+from d2it.seeds import seed_of
 from d2it.training.config import Config
-from d2it.training.distributed import World
-from d2it.training.loop import Batch, Learner, Work, seed_of
-from d2it.training.meters import Meters
+from d2it.training.learner import Batch, Learner
+from d2it.training.meters import Meters, Work
 from d2it.training.stage import build, loader, spread_over, to_device, uncompiled, user_error
 
 

@@ -13,19 +13,17 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.files import atomic_write
 from d2it.training.config import RunConfig
-from d2it.training.distributed import World
-
-if TYPE_CHECKING:
-    from d2it.training.loop import Work
 
 # Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets; MFU is stated against it.
 PEAK_FLOPS = {
@@ -72,6 +70,15 @@ class Energy:
     def joules(self) -> float | None:
         """Joules since the driver was loaded."""
         return None if self._read is None else self._read()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch costs, counted on the host: the multiply-accumulates of the tokens that exist."""
+
+    images: int
+    tokens: int
+    macs: int
 
 
 class Meters:

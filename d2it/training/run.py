@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
+from d2it import distributed, pictures
 from d2it.data import DemoPhotos, ImageSource, LatentCache, build_cache, finish_cache, open_source
 from d2it.data.loader import default_workers
+from d2it.distributed import Interrupted, World
 from d2it.errors import UserError
 from d2it.files import atomic_write, sha256_of
 from d2it.models import DynamicVAE
 from d2it.models.base import pair
-from d2it.models.pipeline import D2iT, has_parts
-from d2it.training import distributed, pictures
+from d2it.sampling.pipeline import D2iT, has_parts
 from d2it.training.config import Config, load, to_yaml
-from d2it.training.distributed import Interrupted, World
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, normalized, reconstructions
 from d2it.training.loop import Stage, Stopped, train
 from d2it.training.meters import read_log

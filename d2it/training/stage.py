@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 
 from d2it.data import Loader, default_workers
+from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models.base import Model
 from d2it.training.config import Config, StageConfig
-from d2it.training.distributed import World
-from d2it.training.loop import Batch
+from d2it.training.learner import Batch
 
 M = TypeVar("M", bound=Model)
 

@@ -6,8 +6,8 @@ import time
 
 import torch
 
+from d2it.distributed import World
 from d2it.training.config import Config, StageConfig
-from d2it.training.distributed import World
 from d2it.training.loop import Stage
 from d2it.training.meters import memory_gib, peak_flops
 

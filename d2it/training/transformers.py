@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2it import pictures
 from d2it.data import LatentCache
 from d2it.diffusion import (
     GaussianDiffusion,
@@ -24,6 +25,7 @@ from d2it.diffusion import (
     sample_grain_maps,
 )
 from d2it.diffusion.solvers import grain_scheduler_for
+from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import (
     ContentTransformerConfig,
@@ -34,12 +36,11 @@ from d2it.models import (
     DynamicVAEConfig,
 )
 from d2it.models.flops import FineTokens, count_macs, fine_tokens, kept_values
-from d2it.models.pipeline import to_uint8
-from d2it.training import pictures
+from d2it.sampling.pipeline import to_uint8
+from d2it.seeds import seed_of
 from d2it.training.config import Config, StageConfig
-from d2it.training.distributed import World
-from d2it.training.loop import Batch, Learner, Work, seed_of
-from d2it.training.meters import Meters
+from d2it.training.learner import Batch, Learner
+from d2it.training.meters import Meters, Work
 from d2it.training.stage import build, loader, spread_over, to_device, uncompiled
 
 Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT

@@ -1,6 +1,6 @@
 """Entropy of every region against the eager formula of DQ-VAE, the same compiled, and the reference.
 
-    python benchmarks/entropy_bench.py [--only '*-bins32-*'] [--seconds 1]
+    python benchmarks/kde_entropy_bench.py [--only '*-bins32-*'] [--seconds 1]
 
 Without a GPU everything runs on one core: that is what a worker of a data loader has.
 """

@@ -1,6 +1,6 @@
 """The command of sample.py: images and grain maps of a trained D2iT, on one process or many.
 
-Each rank writes its own images; `d2it.evaluation.drawing` says what they follow from.
+Each rank writes its own images; `d2it.sampling.options` says what they follow from.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from d2it import pictures
+from d2it.distributed import World, start, stop
 from d2it.errors import UserError
-from d2it.evaluation.drawing import Drawing, add_options
 from d2it.evaluation.images import keep_npz
 from d2it.files import atomic_write
-from d2it.training import pictures
-from d2it.training.distributed import World, start, stop
+from d2it.sampling.options import Drawing, add_options
 
 #: The grids show so many images at most.
 SHOWN = 64

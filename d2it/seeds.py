@@ -7,10 +7,22 @@ no global generator moves.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 # Streams keep orders, augmentations and noise apart where seed and counter agree.
 _ORDER, _AUGMENT = 1, 2
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed for these parts (run seed, step, rank, ...): the same on every machine and version."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that a map's noise and its content's are independent."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _philox(seed: int, counter: int, stream: int) -> np.random.Philox:

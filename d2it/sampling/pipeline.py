@@ -16,7 +16,6 @@ for the whole process.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +44,7 @@ from d2it.models.dvae import DynamicVAE
 from d2it.models.grain import DynamicGrainTransformer
 from d2it.models.klvae import KLVAE
 from d2it.models.layers import Modulation
+from d2it.seeds import derived_seed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -289,7 +289,8 @@ class D2iT(PyTorchModelHubMixin):
 
         Example:
             >>> import torch
-            >>> from d2it.models import D2iT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+            >>> from d2it.models import DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+            >>> from d2it.sampling import D2iT
             >>> small = {"dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
             >>> d2it = D2iT(
             ...     DynamicVAE.from_preset("tiny"),
@@ -433,11 +434,6 @@ def has_parts(path: str | Path) -> bool:
 
 def _guidance(value: float | Guidance) -> Guidance:
     return value if isinstance(value, Guidance) else Guidance(scale=float(value))
-
-
-def derived_seed(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose, so that a map's noise and its content's are independent."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _side_by_side(draw: Callable[[T], R], parts: Iterable[T]) -> list[R]:

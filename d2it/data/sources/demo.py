@@ -1,0 +1,78 @@
+"""The photographs of the demo, which scikit-image bundles."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d2it.data.decode import decode
+from d2it.data.sources.base import ImageSource
+from d2it.errors import UserError
+from d2it.seeds import Draws
+
+
+class DemoPhotos(ImageSource):
+    """Square-ish crops of eight photos that scikit-image bundles, so that a demo needs no data.
+
+    Crop i is photo ``i % 8``, a window of three quarters to all of what fits, at a place drawn from i: the same set
+    every time. The label is the photo. Astronaut, chelsea (a cat), coffee, rocket, Hubble deep field; gray: brick,
+    gravel, camera.
+    """
+
+    PHOTOS = (
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+        "rocket.jpg",
+        "hubble_deep_field.jpg",
+        "brick.png",
+        "gravel.png",
+        "camera.png",
+    )
+
+    def __init__(self, image_size: int | tuple[int, int], *, crops: int = 2048, **options: Any) -> None:
+        super().__init__(image_size, **options)
+        if crops < 1:
+            raise ValueError(f"crops must be positive, got {crops}")
+        package = importlib.util.find_spec("skimage")
+        if package is None or not package.submodule_search_locations:
+            raise UserError("the demo's photos come with scikit-image: pip install scikit-image")
+        folder = Path(package.submodule_search_locations[0]) / "data"
+        self._paths = [folder / name for name in self.PHOTOS]
+        for path in self._paths:
+            if not path.is_file():
+                raise UserError(f"this scikit-image does not bundle {path.name}: install scikit-image 0.26")
+        self._photos: dict[int, Image.Image] = {}
+        self._crops = crops
+        self.labels = np.arange(crops) % len(self.PHOTOS)
+        self.classes = [path.stem for path in self._paths]
+        self.num_classes = len(self.classes)
+        self.description = f"{crops:,} crops of {len(self.PHOTOS)} photos bundled with scikit-image"
+
+    def __len__(self) -> int:
+        return self._crops
+
+    def name(self, index: int) -> str:
+        return f"{self._paths[self.label(index)]}, crop {index}"
+
+    def picture(self, index: int) -> Image.Image:
+        number = self.label(index)
+        if number not in self._photos:
+            self._photos[number] = decode(self._paths[number].read_bytes(), self.max_pixels)
+        photo = self._photos[number]
+        height, width = self.image_size
+        fit = min(photo.width / width, photo.height / height)  # the largest window, in units of the image size
+        draws = Draws(0, index)
+        # Large windows show the subject whole, which minutes suffice to learn; below 1 the crop would be too small.
+        scale = fit if fit <= 1 else max(1.0, fit * (0.75 + 0.25 * draws.uniform()))
+        crop_width, crop_height = round(width * scale), round(height * scale)
+        left = draws.below(photo.width - crop_width + 1)
+        top = draws.below(photo.height - crop_height + 1)
+        return photo.crop((left, top, left + crop_width, top + crop_height))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_photos": {}}

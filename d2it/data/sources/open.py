@@ -1,0 +1,77 @@
+"""Opening a source of images by what its path is."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from typing import Any
+
+from d2it.data.decode import MAX_PIXELS
+from d2it.data.sources.base import ImageSource
+from d2it.data.sources.demo import DemoPhotos
+from d2it.data.sources.folder import ImageFolder
+from d2it.data.sources.pack import NpzPack
+from d2it.data.sources.shards import WebDatasetShards
+from d2it.errors import UserError
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    image_size: int | tuple[int, int],
+    *,
+    augment: bool = False,
+    crop: str = "center",
+    upsample: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> ImageSource:
+    """Open a source of images by what ``path`` is.
+
+    Args:
+        path: ``"demo"`` (:class:`DemoPhotos`), a ``.npz`` (:class:`NpzPack`), one or more ``.tar`` shards as a file, a
+            folder of them, a glob or a numeric range ``shard-{000..127}.tar`` (:class:`WebDatasetShards`), or a folder
+            of images (:class:`ImageFolder`).
+        image_size: edge, or (height, width), in pixels. Images are scaled until they just cover it and cut.
+        augment: flip half of the images that a training loader draws.
+        crop: "center", or "random" for ADM's random crop in a training loader.
+        upsample: enlarge images smaller than ``image_size``, as ADM does, instead of raising over the first one.
+        max_pixels: images whose header claims more are not decoded but counted as unreadable.
+
+    Raises:
+        UserError: nothing there, nothing inside, or damaged beyond opening; one line that says which.
+    """
+    options: dict[str, Any] = {"augment": augment, "crop": crop, "upsample": upsample}
+    options["max_pixels"] = max_pixels
+    text = os.fspath(path)
+    if text == "demo":
+        return DemoPhotos(image_size, **options)
+    if os.path.isdir(text):
+        shards = sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
+        return WebDatasetShards(shards, image_size, **options) if shards else ImageFolder(text, image_size, **options)
+    if text.endswith(".tar"):
+        return WebDatasetShards(_expand(text), image_size, **options)
+    if not os.path.exists(text):
+        raise UserError(f"{text}: no such file or folder")
+    if text.endswith(".npz"):
+        return NpzPack(text, image_size, **options)
+    raise UserError(f"{text} is neither a folder, a .npz pack nor a .tar shard")
+
+
+def _expand(pattern: str) -> list[str]:
+    """Return the shards that a path, a glob or a range {000..127} names, in order."""
+    if os.path.exists(pattern):
+        return [pattern]
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = match.groups()
+        if int(last) - int(first) > 10**6:
+            raise UserError(f"{pattern} names more than a million shards")
+        head, tail = pattern[: match.start()], pattern[match.end() :]
+        shards = [f"{head}{n:0{len(first)}d}{tail}" for n in range(int(first), int(last) + 1)]
+        for shard in shards:
+            if not os.path.exists(shard):
+                raise UserError(f"{shard}: no such file or folder")
+    else:
+        shards = sorted(glob.glob(pattern))
+    if not shards:
+        raise UserError(f"{pattern}: no such file or folder")
+    return shards

@@ -1,0 +1,46 @@
+"""The command that turns weights of the original DiT into a folder for `sample.py`.
+
+python -m d2it.sampling.convert DiT-XL-2-256x256.pt runs/dit_xl --vae sd-vae-ft-ema
+python sample.py runs/dit_xl --labels 207 360 --guidance 4 --cfg-channels 3
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from d2it.errors import UserError, run_command
+from d2it.models.convert import load_dit
+from d2it.models.klvae import KLVAE
+from d2it.sampling.pipeline import D2iT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the original's file, writes a folder for `DiT.from_pretrained`, with a VAE one for `D2iT`'s."""
+    parser = argparse.ArgumentParser(
+        prog="python -m d2it.sampling.convert", description="Weights of the original DiT for this package."
+    )
+    parser.add_argument("checkpoint", help="a released .pt file, or one of its training")
+    parser.add_argument("folder", help="where the model goes")
+    parser.add_argument(
+        "--vae",
+        metavar="FOLDER",
+        help="the VAE of its latents in diffusers' form (sd-vae-ft-ema or sd-vae-ft-mse): the folder is then one for "
+        "sample.py and evaluate.py",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        model = load_dit(options.checkpoint)
+        if options.vae:
+            D2iT(KLVAE.from_diffusers(options.vae), None, model).save_pretrained(options.folder)
+        else:
+            model.save_pretrained(options.folder)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    config = model.config
+    print(f"{options.folder}: DiT, width {config.dim}, {config.depth} blocks, {config.num_classes} classes")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,117 @@
+"""Grain maps that a user gives: drawn, of a photo, or at random; and what chooses between them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2it.data.decode import EXTENSIONS, TooSmall, Unreadable, center_crop, decode
+from d2it.diffusion import random_grain_map
+from d2it.errors import UserError
+from d2it.sampling.pipeline import D2iT
+from d2it.seeds import derived_seed
+
+MapsOf = Callable[[range], Tensor]
+
+
+def choose_maps(options: argparse.Namespace, model: D2iT) -> tuple[MapsOf | None, str]:
+    """What gives the images of some indices their grain maps, None for the Dynamic Grain Transformer; and its name.
+
+    Raises:
+        UserError: a file that is no map for this model, or no photo, or a ratio outside 0 ... 1.
+    """
+    if options.grain_map:
+        read = read_grain_maps(options.grain_map, model.region_grid, model.num_grains)
+        return lambda indices: torch.stack([read[i % len(read)] for i in indices]), str(options.grain_map)
+    if options.photo and options.photo.is_dir():
+        photos = sorted(path for path in options.photo.rglob("*") if path.name.lower().endswith(EXTENSIONS))
+        if not photos:
+            raise UserError(f"{options.photo}: no images ({', '.join(EXTENSIONS)}) below this folder")
+        photo_grain_map(photos[0], model)
+        named = f"{options.photo}, {len(photos)} photos in turn"
+        return lambda indices: torch.stack([photo_grain_map(photos[i % len(photos)], model) for i in indices]), named
+    if options.photo:
+        found = photo_grain_map(options.photo, model)
+        return lambda indices: found.expand(len(indices), -1, -1), str(options.photo)
+    if options.fine_ratio is not None:
+        if not 0 <= options.fine_ratio <= 1:
+            raise UserError(f"--fine-ratio must be in 0 ... 1, got {options.fine_ratio}")
+
+        def random(indices: range) -> Tensor:
+            seeds = [derived_seed(options.seed + i, "random map") for i in indices]
+            drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+            return random_grain_map(model.region_grid, options.fine_ratio, model.num_grains, generator=drawn)
+
+        return random, f"random, fine ratio {options.fine_ratio}"
+    if model.grain_transformer is None:
+        return None, "finest everywhere"
+    return None, "Dynamic Grain Transformer"
+
+
+def read_grain_maps(path: Path, grid: tuple[int, int], num_grains: int) -> Tensor:
+    """(N, h, w) int64 from a .npy or .npz of (h, w) or (N, h, w) grains, or from a gray PNG of (h, w).
+
+    A PNG's levels are the grains from black (0, the coarsest) to white (the finest), evenly spaced; a pixel may be off
+    by a quarter of a level. One whose values are all below `num_grains` holds the grains themselves.
+
+    Raises:
+        UserError: no such file, no map in it, one of another size than `grid`, or with more grains.
+    """
+    try:
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as image:
+                values = np.asarray(image.convert("L"))
+        else:
+            values = np.load(path, allow_pickle=False)
+            if isinstance(values, np.lib.npyio.NpzFile):
+                values = values["grain_maps" if "grain_maps" in values.files else values.files[0]]
+    except (OSError, ValueError, IndexError, EOFError, BadZipFile, Image.DecompressionBombError) as error:
+        # What numpy and Pillow say of a broken file is about pickles and plugins.
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise UserError(f"{path}: not a grain map (.npy, .npz or .png){reason}") from None
+    if values.ndim not in (2, 3) or values.dtype.kind not in "iub" or not len(values):
+        raise UserError(f"{path}: a grain map is whole numbers (h, w) or (N, h, w), got {values.dtype} {values.shape}")
+    if values.shape[-2:] != grid:
+        got = f"{values.shape[-2]} x {values.shape[-1]}"
+        raise UserError(f"{path}: this model's grain maps have {grid[0]} x {grid[1]} regions, got {got}")
+    if path.suffix.lower() == ".png" and values.max() >= max(num_grains, 16):  # below 16 nobody sees a level
+        step = 255 / max(1, num_grains - 1)
+        grains = np.rint(values / step).astype(np.int64)
+        off = np.abs(values - grains * step) > step / 4
+        if off.any():
+            row, column = (int(i[0]) for i in np.nonzero(off))
+            levels = ", ".join(f"{i * step:.0f}" for i in range(num_grains))
+            raise UserError(
+                f"{path}: gray {values[row, column]} in row {row}, column {column} is none of the levels {levels} of "
+                f"{num_grains} grains"
+            )
+    else:
+        grains = values.astype(np.int64)
+    if grains.min() < 0 or grains.max() >= num_grains:
+        raise UserError(f"{path}: grains must be in 0 ... {num_grains - 1}, got {grains.min()} ... {grains.max()}")
+    return torch.from_numpy(grains.reshape(-1, *grid))
+
+
+def photo_grain_map(path: Path, model: D2iT) -> Tensor:
+    """(h, w) int64: what Dynamic Grained Coding finds in the centre of an image, cut to the model's size.
+
+    Raises:
+        UserError: no image there, or one smaller than the model's.
+    """
+    size = model.image_size
+    try:
+        image = center_crop(decode(path.read_bytes()), size)
+    except (OSError, Unreadable) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except TooSmall as error:
+        width, height = error.args
+        raise UserError(f"{path}: {width} x {height} pixels, the model's images have {size[1]} x {size[0]}") from None
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(model.device)
+    return model.vae.grain_map(pixels)[0][0].cpu()

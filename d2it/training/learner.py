@@ -1,0 +1,149 @@
+"""Something trained: a network with its losses, its optimiser and the average of its weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from d2it.distributed import World
+from d2it.training.config import StageConfig
+from d2it.training.ema import Ema
+from d2it.training.float8 import to_float8
+from d2it.training.parallel import gradient_sync, spread
+
+if TYPE_CHECKING:
+    from d2it.models.base import Model
+
+Batch = dict[str, Any]
+
+
+def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -> float:
+    """The rate of this step: linear warm-up, then constant or cosine to zero."""
+    rate = settings.lr if peak is None else peak
+    if step < settings.warmup:
+        return rate * (step + 1) / settings.warmup
+    if settings.schedule == "cosine":
+        share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+        return rate * 0.5 * (1 + math.cos(math.pi * share))
+    return rate
+
+
+def bf16(settings: StageConfig, device: torch.device) -> bool:
+    """Whether this stage computes in bfloat16 autocast; weights stay float32."""
+    if settings.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.precision == "bf16"
+
+
+class Learner:
+    """Something trained: a module `batch -> (loss, logs, batch for the next learner)` with optimiser and
+    average.
+
+    Args:
+        name: prefix of its figures and of its tensors in a checkpoint.
+        losses: the module. `logs` are 0-dim device tensors; nothing in it may wait for the device.
+        network: the model in `losses`, whose blocks are compiled, recomputed and sharded one by one; None: `losses`
+            itself, as one.
+        peak: learning rate, where it is not `settings.lr`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        losses: nn.Module,
+        settings: StageConfig,
+        world: World,
+        network: Model | None = None,
+        peak: float | None = None,
+    ) -> None:
+        self.name, self.settings, self.world, self.peak = name, settings, world, peak
+        self.losses = losses.to(world.device)
+        self.network: nn.Module = losses if network is None else network
+        self.kind = type(self.network)  # FSDP2 changes the class
+        blocks = [] if network is None else network.transformer_blocks()
+        if network is not None:
+            network.gradient_checkpointing = settings.activation_checkpointing
+            if settings.float8 is not None:
+                to_float8(blocks, settings.float8, world.device, f"{name}.float8")
+            if settings.compile:
+                # Left on, it would cut each block's graph at the borders of DDP's buckets.
+                torch._dynamo.config.optimize_ddp = False
+                network.compile_blocks()
+        self.bf16 = bf16(settings, world.device)
+        self.module = spread(self.losses, self.network, blocks, world, settings.parallel, self.bf16)
+        self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.lr,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.ema = Ema(self.losses, settings.ema)
+        # Steps skipped in all; in a row up to now; in a row at worst since the last report.
+        self.guard = torch.zeros(3, device=world.device)
+
+    def backward(self, batch: Batch, last: bool) -> tuple[dict[str, Tensor], Batch]:
+        """Add the gradients of one micro-batch; reduce them over the ranks with the step's last one."""
+        with gradient_sync(self.module, self.network, last):
+            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+                loss, logs, batch = self.module(batch)
+            (loss / self.settings.accumulate).backward()
+        return logs, batch
+
+    def update(self, step: int) -> Tensor:
+        """AdamW and EMA, without a host synchronisation; returns the gradient's norm.
+
+        A norm that is not finite skips the update inside the fused kernel. Gradients are reduced before,
+        so every rank sees the same norm and takes the same decision.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm, foreach=True)
+        bad = 1.0 - norm.isfinite().float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step, self.peak)
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        total, streak, worst = self.guard.unbind()
+        streak = (streak + 1) * bad
+        self.guard = torch.stack([total + bad, streak, torch.maximum(worst, streak)])
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """Its tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
+        model, optimizer = get_state_dict(self.losses, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "ema": self.ema.shadow, "guard": self.guard}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, after a checkpoint was read into it (EMA and guard: in place)."""
+        set_state_dict(
+            self.losses, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+    def share(self, folder: Path) -> None:
+        """Write the network with its averaged weights as safetensors, from rank 0; called on all ranks."""
+        with self.ema.applied():
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(self.network, options=options)
+
+        def write() -> None:
+            if self.world.first:
+                model = cast("type[Model]", self.kind)(self.network.config)
+                model.load_state_dict(state)
+                model.save_pretrained(folder)
+
+        self.world.together(write)
