@@ -40,7 +40,7 @@ SHARDS = 4 if torch.cuda.is_available() else 1
 """Processes for each test file of the suite, and for what a benchmark compiles."""
 
 # What matters most first, with its share of the time.
-SHARES = {"attn": 5, "train": 5, "entropy": 2, "packing": 4, "neighbor_copy": 2, "sample": 2}
+SHARES = {"attn": 5, "train": 5, "kde_entropy": 2, "packing": 4, "neighbor_copy": 2, "sample": 2}
 CHECKS = 0.45
 """Share of the time in which everything before the benchmarks ends."""
 

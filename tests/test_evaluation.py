@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from d2it.errors import UserError
-from d2it.evaluation import sampling
 from d2it.evaluation.cli import main
 from d2it.evaluation.generation import compare, open_reference, summarize
 from d2it.evaluation.images import npz_writer, open_images
 from d2it.evaluation.inception import Features, Inception, resize_tensorflow1
 from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
 from d2it.files import sha256_of
+from d2it.sampling import cli as sampling
 
 
 def normal(n, d, seed, shift=0.0):

@@ -27,11 +27,9 @@ from d2it.models import (
     DynamicGrainTransformer,
     DynamicVAE,
     KLVAEConfig,
-    convert,
-    pipeline,
 )
 from d2it.models.base import PyTorchModelHubMixin
-from d2it.sampling import D2iT
+from d2it.sampling import D2iT, convert, pipeline
 from d2it.sampling.cli import main
 from d2it.seeds import derived_seed
 
