@@ -3,6 +3,8 @@
 # Both start from a bare machine with Python 3.10 or newer: they make .venv, install the pinned versions and build
 # the C++ operators (and the CUDA ones where nvcc is). PYTHON names another interpreter, D2IT_BUILD another build.
 #
+# make test-order   the tests in three random orders, then every file alone: a quarter of an hour
+#
 # make build   the environment alone, rebuilt where csrc or the requirements changed
 # make wheel   dist/*.whl
 # make lint    what `make test` checks before it runs the tests
@@ -22,7 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export D2IT_BUILD ?= $(if $(shell which nvcc 2>/dev/null),cuda,auto)
 
-.PHONY: demo test lint format build wheel gpu results report clean
+.PHONY: demo test test-order lint format build wheel gpu results report clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -30,6 +32,14 @@ demo: build
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+
+# ORDERS names the seeds of the orders, which pytest prints: one that failed is repeated by ORDERS=<seed>.
+ORDERS ?= $(shell $(PYTHON) -c 'import random; print(*random.sample(range(10**6), 3))')
+test-order: build
+	@set -e; for seed in $(ORDERS); do echo "random order $$seed"; \
+	    OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --random-order --random-order-seed=$$seed; done
+	@set -e; for file in $$(find tests -name 'test_*.py' | sort); do echo "$$file alone"; \
+	    OMP_NUM_THREADS=1 $(BIN)/pytest $$file || [ $$? = 5 ]; done
 
 lint: build
 	$(BIN)/ruff check .

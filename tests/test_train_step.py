@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import threading
@@ -298,6 +299,24 @@ def test_float8_rounds_the_blocks_products_alone(tmp_path: Path) -> None:
     }
 
 
+@contextlib.contextmanager
+def modules_of(package: str) -> Iterator[None]:
+    """Within it `package` is imported afresh; afterwards `sys.modules` holds what it held before."""
+
+    def its() -> dict[str, types.ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.split(".")[0] == package}
+
+    before = its()
+    for name in before:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in its():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 @pytest.mark.parametrize("package", ["flash_attn", "xformers"])
 def test_attention_of_other_packages(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They are called with their own layouts: stand-ins that follow their documentation give SDPA's result."""
@@ -319,16 +338,13 @@ def test_attention_of_other_packages(package: str, monkeypatch: pytest.MonkeyPat
         (tmp_path / "xformers" / "__init__.py").write_text("")
         (tmp_path / "xformers" / "ops.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    given = batch(stage(), fine=5)
-    chosen = [stage(overrides={"attention": name}, precision="bf16") for name in ("sdpa", package)]
-    torch.testing.assert_close(*(step(made, given) for made in chosen))
-    if package == "flash_attn":
-        with pytest.raises(UserError, match="attention=flash_attn takes no float32"):
-            stage(overrides={"attention": package}, precision="fp32")
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
+    with modules_of(package):
+        given = batch(stage(), fine=5)
+        chosen = [stage(overrides={"attention": name}, precision="bf16") for name in ("sdpa", package)]
+        torch.testing.assert_close(*(step(made, given) for made in chosen))
+        if package == "flash_attn":
+            with pytest.raises(UserError, match="attention=flash_attn takes no float32"):
+                stage(overrides={"attention": package}, precision="fp32")
 
 
 def test_wandb_goes_on_in_the_run_of_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import d2it.ops
+from d2it.kernels.common import COMPILE_CASES
 from d2it.ops import _register, reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -547,3 +548,4 @@ def mutated(mutation: Mutation, folder: Path) -> Iterator[None]:
             yield
     finally:
         sys.modules.pop(name, None)
+        COMPILE_CASES.pop(name, None)
