@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from d2it.errors import UserError
 
@@ -68,6 +70,55 @@ def prepare_file(path: str | os.PathLike[str], name: str) -> None:
         raise UserError(f"{name} {path}: {error.strerror}") from None
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading, and never waits as `open` does for a FIFO.
+
+    Raises:
+        OSError: there is no such file, it cannot be opened, or it is a folder, FIFO, socket or device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file", path)
+    return open(descriptor, "rb")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Returns the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `open_regular`, or the file is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
+    return content
+
+
+def read_json(path: str | os.PathLike[str], limit: int = 2**28) -> dict[str, Any]:
+    """Returns the object that a JSON file of at most `limit` bytes holds.
+
+    Raises:
+        UserError: the file cannot be read, or it is not one JSON object of finite numbers; names the file.
+    """
+    try:
+        content = json.loads(read_bytes(path, limit), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "too deeply nested"
+        raise UserError(f"{path} is damaged: not JSON ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: not a JSON object")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def flush_folder(path: Path) -> None:
     """Make the names in a folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -83,7 +134,7 @@ def flush_folder(path: Path) -> None:
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's content as a hex string."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
