@@ -1,7 +1,32 @@
-"""The operators of d2it, for any model with windows, regions or ragged tokens.
+"""Operators for any model with windows, regions or ragged tokens.
 
-Every one takes `backend=None`, which chooses, or the name of a backend, which is used or raises with its reasons.
-`d2it.ops.reference` is the specification in plain PyTorch.
+Entropy and grains (paper 3.1):
+    kde_entropy                  entropy of the gray levels of every region
+    grain_map                    number of thresholds that an entropy exceeds
+    encode_grains                `kde_entropy` and `grain_map` in one pass over the pixels
+    neighbor_copy                latents of every grain merged onto the finest grid
+
+Packed tokens (paper 3.2.3):
+    plan_tokens                  lays out the cells of fine regions as rows, as a `TokenPlan`
+    pack_tokens                  gathers the cells of a plan into rows
+    unpack_tokens                puts rows back into their cells
+
+Attention inside windows (paper Eq. 10):
+    window_attention             attention of q, k and v inside every window, dense or packed
+    window_attention_qkvpacked   the same on one tensor that holds q, k and v
+    relative_position_bias       Swin's table of relative positions as a bias
+
+Modulation (DiT, adaLN-Zero):
+    adaln_modulate               LayerNorm(x) * (1 + scale) + shift
+    gated_residual               x + gate * branch
+
+Backends:
+    available_backends           the backends of an operator that this machine can run
+    why_not                      why a backend cannot run a call
+
+Every operator takes `backend=None`, which chooses the fastest backend that fits, or the name of a backend, which is
+used or raises a `ValueError` with the reasons why it cannot be. `d2it.ops.reference` is the specification in plain
+PyTorch, one function of the same name and signature for each operator.
 """
 
 from d2it.ops import reference
@@ -9,8 +34,11 @@ from d2it.ops._dispatch import available_backends, why_not
 from d2it.ops.kde_entropy import encode_grains, grain_map, kde_entropy
 from d2it.ops.modulate import adaln_modulate, gated_residual
 from d2it.ops.neighbor_copy import neighbor_copy
-from d2it.ops.pack_tokens import TokenPlan, pack_tokens, plan_tokens, unpack_tokens
-from d2it.ops.window_attention import relative_position_bias, window_attention, window_attention_qkvpacked
+from d2it.ops.pack_tokens import pack_tokens, unpack_tokens
+from d2it.ops.plan import TokenPlan
+from d2it.ops.plan_tokens import plan_tokens
+from d2it.ops.relative_position_bias import relative_position_bias
+from d2it.ops.window_attention import window_attention, window_attention_qkvpacked
 
 __all__ = [
     "TokenPlan",

@@ -7,18 +7,16 @@ the error of a backend asked for by name, and the skips of the test suite.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from d2it.kernels.common import INTERPRET
 from d2it.ops import _native
 
 Reasons = list[str]
 
-# Read once: Triton itself reads it when a kernel is decorated.
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # The order in which backends are tried where the caller names none. Measured, not guessed: see docs/results.md.
@@ -97,6 +95,10 @@ def available_backends(op: str) -> list[str]:
 
     Raises:
         ValueError: `op` is not an operator.
+
+    Example:
+        >>> "reference" in ops.available_backends("window_attention")
+        True
     """
     known = _known(op)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,6 +119,11 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
 
     Raises:
         ValueError: `op` is not an operator.
+
+    Example:
+        >>> q = torch.zeros(4, 16, 2, 8)
+        >>> ops.why_not("window_attention", "cuda", q, q, q)
+        ["window_attention has no backend 'cuda'; it has cpu, reference, triton"]
     """
     known = _known(op)
     if backend not in known:

@@ -53,6 +53,12 @@ def kde_entropy(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or a value leaves the range. On a GPU values are judged
             by an assertion inside the kernel, raised at the next synchronisation (CUDA_LAUNCH_BLOCKING=1: at the call).
+
+    Example:
+        >>> images = torch.zeros(1, 3, 32, 32)  # black on the left ...
+        >>> images[..., 16:] = torch.linspace(-1, 1, 16)  # ... a ramp on the right
+        >>> [round(h, 2) for h in ops.kde_entropy(images, region_size=16)[0, 0].tolist()]
+        [1.66, 4.38]
     """
     bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
     name = choose("kde_entropy", backend, images, region_size, num_bins=bins, value_range=(low, high), sigma=sigma)
@@ -91,6 +97,13 @@ def encode_grains(
 
     Raises:
         TypeError, ValueError: as `kde_entropy` and `grain_map`.
+
+    Example:
+        >>> images = torch.zeros(1, 3, 32, 32)
+        >>> images[..., 16:] = torch.linspace(-1, 1, 16)
+        >>> grains, entropy = ops.encode_grains(images, thresholds=[2.0])
+        >>> grains.tolist()
+        [[[0, 1], [0, 1]]]
     """
     bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
     limits = _thresholds(thresholds, images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
@@ -126,6 +139,10 @@ def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend:
         TypeError: `entropy` is not a floating-point tensor.
         ValueError: `thresholds` is not 1-d, or not strictly ascending (judged on the host: a CUDA tensor of thresholds
             is trusted, since to look at it would synchronise).
+
+    Example:
+        >>> ops.grain_map(torch.tensor([0.5, 2.0, 3.5]), thresholds=[2.0, 3.0])
+        tensor([0, 0, 2])
     """
     if not isinstance(entropy, Tensor) or not entropy.dtype.is_floating_point:
         raise TypeError(f"entropy must be a floating-point tensor, got {getattr(entropy, 'dtype', type(entropy))}")

@@ -37,6 +37,12 @@ def adaln_modulate(
     Raises:
         TypeError, ValueError: shapes or devices that do not go together, or a sample that names no image (on a GPU as
             a device-side assertion, raised at the next synchronisation).
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 3.0], [5.0, 1.0]]])
+        >>> ops.adaln_modulate(x, shift=torch.zeros(1, 2), scale=torch.ones(1, 2)).round(decimals=3)
+        tensor([[[-2.,  2.],
+                 [ 2., -2.]]])
     """
     _validate(x, sample, (("shift", shift), ("scale", scale)))
     _check.same("dtype", "shift", shift, "scale", scale)
@@ -65,6 +71,14 @@ def gated_residual(
     Raises:
         TypeError, ValueError: shapes or devices that do not go together, or a sample that names no image (on a GPU as
             a device-side assertion, raised at the next synchronisation).
+
+    Example:
+        >>> x, branch = torch.ones(3, 2), torch.ones(3, 2)
+        >>> gate = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # of two images
+        >>> ops.gated_residual(x, branch, gate, sample=torch.tensor([0, 0, 1]))  # packed rows
+        tensor([[1., 2.],
+                [1., 2.],
+                [3., 4.]])
     """
     _validate(x, sample, (("gate", gate),))
     _check.tensor("branch", branch, ndim=x.ndim, floating=True)

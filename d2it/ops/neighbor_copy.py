@@ -28,6 +28,13 @@ def neighbor_copy(latents: Sequence[Tensor], grain_map: Tensor, *, backend: str 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not go together, or a grain outside 0..k-1 (on a GPU a
             device-side assertion, raised at the next synchronisation).
+
+    Example:
+        >>> coarse = torch.tensor([[[[1.0, 2.0]]]])
+        >>> fine = torch.arange(10.0, 18.0).reshape(1, 1, 2, 4)
+        >>> ops.neighbor_copy([coarse, fine], torch.tensor([[[0, 1]]]))
+        tensor([[[[ 1.,  1., 12., 13.],
+                  [ 1.,  1., 16., 17.]]]])
     """
     _validate(latents, grain_map)
     name = choose("neighbor_copy", backend, latents, grain_map)

@@ -1,8 +1,7 @@
-"""The tokens that exist, packed: planning by the grain map, packing, and merging back (paper 3.2.3, Eqs. 7 and 9)."""
+"""The tokens that exist gathered into rows, and merged back into the grid (paper 3.2.3, Eqs. 7 and 9)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,119 +11,7 @@ from torch import Tensor
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
-
-MOST_CELLS = 2**31 - 2**22  # of a plan, and most rows: int32 positions, rounded up to whole blocks
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenPlan:
-    """Where every packed token comes from and goes to. Made by `plan_tokens`; every tensor is int32 on one device.
-
-    Rows follow the images in order, the windows row-major in the image, the cells row-major in the window.
-
-    Attributes:
-        index: (capacity,) the cell of each row, flat over B * Hf * Wf, or -1 past the count.
-        inverse: (B * Hf * Wf,) the row of each cell, or -1.
-        slots: (B * windows, w * w) the row of each position of each window, or -1.
-        sample: (capacity,) the image of each row, never descending; B - 1 past the count.
-        count: () rows in use.
-        capacity: rows there are, a host integer.
-        window: cells along a window's side.
-        grid: (B, Hf, Wf).
-    """
-
-    index: Tensor
-    inverse: Tensor
-    slots: Tensor
-    sample: Tensor
-    count: Tensor
-    capacity: int
-    window: int
-    grid: tuple[int, int, int]
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.grid[0]
-
-    @property
-    def cells_per_image(self) -> int:
-        """Hf * Wf."""
-        return self.grid[1] * self.grid[2]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenPlan:
-        """The same plan on another device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
-
-def plan_tokens(
-    grain_map: Tensor,
-    *,
-    cells_per_region: int = 2,
-    window: int = 4,
-    min_grain: int = 1,
-    capacity: int | None = None,
-    backend: str | None = None,
-) -> TokenPlan:
-    """Lays out the cells of every region with grain >= `min_grain` as rows, without a host synchronisation.
-
-    Args:
-        grain_map: (B, h, w) int64, no value below 0; at most 2^31 - 2^22 cells.
-        cells_per_region: cells along a region's side; the cell grid is (h, w) times it.
-        window: cells along a window's side; divides both sides of the cell grid.
-        min_grain: the coarsest grain that gets tokens.
-        capacity: rows to lay out; None is B * Hf * Wf, always enough. A smaller one comes from the host, which knows
-            the maps.
-        backend: "reference", "triton", or None to choose.
-
-    Returns:
-        A `TokenPlan`.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, a window that does not divide the grid, a grain below 0,
-            or more tokens than `capacity` (the last two on a GPU as device-side assertions, raised at the next
-            synchronisation).
-    """
-    _check.tensor("grain_map", grain_map, ndim=3, floating=False)
-    if grain_map.dtype != torch.int64:
-        raise TypeError(f"grain_map must be int64, got {grain_map.dtype}")
-    _check.integer("cells_per_region", cells_per_region, low=1)
-    _check.integer("window", window, low=1)
-    _check.integer("min_grain", min_grain, low=0)
-    batch, h, w = grain_map.shape
-    height, width = h * cells_per_region, w * cells_per_region
-    _check.require(
-        height % window == 0 and width % window == 0,
-        "window",
-        f"divide the grid of {height} x {width} cells",
-        window,
-    )
-    cells = batch * height * width
-    _check.require(cells <= MOST_CELLS, "grain_map", f"have at most {MOST_CELLS} cells", cells)
-    rows = cells if capacity is None else capacity
-    _check.integer("capacity", rows, low=0, high=MOST_CELLS)
-    name = choose("plan_tokens", backend, grain_map)
-    if name == "reference":
-        check_plan(grain_map, cells_per_region, min_grain, rows)
-        return reference.plan_tokens(
-            grain_map, cells_per_region=cells_per_region, window=window, min_grain=min_grain, capacity=rows
-        )
-    index, inverse, slots, sample, count = _call_plan_tokens(grain_map, cells_per_region, window, min_grain, rows, name)
-    return TokenPlan(index, inverse, slots, sample, count, rows, window, (batch, height, width))
-
-
-def check_plan(grain_map: Tensor, cells_per_region: int, min_grain: int, capacity: int) -> None:
-    """Raises unless no grain is below 0 and the tokens fit `capacity`."""
-    count = (grain_map >= min_grain).sum() * cells_per_region**2
-    _check.values((grain_map >= 0).all(), "grain_map must have no value below 0", lambda: str(int(grain_map.min())))
-    _check.values(
-        count <= capacity, "capacity must hold the tokens of the plan", lambda: f"{capacity} for {int(count)}"
-    )
+from d2it.ops.plan import TokenPlan, check_plan
 
 
 def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Tensor:
@@ -140,9 +27,14 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
 
     Raises:
         TypeError, ValueError: `x` does not fit the plan.
+
+    Example:
+        >>> plan = ops.plan_tokens(torch.tensor([[[0, 1]]]), cells_per_region=2, window=2, capacity=4)
+        >>> ops.pack_tokens(torch.arange(8.0).reshape(1, 8, 1), plan).flatten()
+        tensor([2., 3., 6., 7.])
     """
     _check.tensor("x", x, ndim=3, floating=True)
-    _plan(plan)
+    check_plan(plan)
     _check.same("device", "plan", plan.index, "x", x)
     _check.require(
         x.shape[:2] == (plan.batch, plan.cells_per_image),
@@ -170,9 +62,14 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
 
     Raises:
         TypeError, ValueError: `packed` or `base` does not fit the plan.
+
+    Example:
+        >>> plan = ops.plan_tokens(torch.tensor([[[0, 1]]]), cells_per_region=2, window=2, capacity=4)
+        >>> ops.unpack_tokens(torch.arange(1.0, 5.0).reshape(4, 1), plan).flatten()
+        tensor([0., 0., 1., 2., 0., 0., 3., 4.])
     """
     _check.tensor("packed", packed, ndim=2, floating=True)
-    _plan(plan)
+    check_plan(plan)
     _check.same("device", "plan", plan.index, "packed", packed)
     _check.require(
         packed.shape[0] == plan.capacity,
@@ -190,24 +87,6 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
     if name == "reference":
         return reference.unpack_tokens(packed, plan, base)
     return _call_unpack_tokens(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image, name)
-
-
-def _plan(plan: Any) -> None:
-    if not isinstance(plan, TokenPlan):
-        raise TypeError(f"plan must be a TokenPlan, got {type(plan).__name__}")
-
-
-def _plan_fake(
-    grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int, backend: str
-) -> tuple[Tensor, ...]:
-    batch, h, w = grain_map.shape
-    cells = batch * h * w * cells_per_region**2
-
-    def empty(*shape: int) -> Tensor:
-        return grain_map.new_empty(shape, dtype=torch.int32)
-
-    n = window * window
-    return empty(capacity), empty(cells), empty(cells // n, n), empty(capacity), empty()
 
 
 def _pack_fake(x: Tensor, index: Tensor, inverse: Tensor, backend: str) -> Tensor:
@@ -252,12 +131,6 @@ def _unpack_backward_fake(
     return grad.new_empty((index.shape[0], grad.shape[2])), grad_base
 
 
-_call_plan_tokens = operator(
-    "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, SymInt capacity, str backend) -> "
-    "(Tensor index, Tensor inverse, Tensor slots, Tensor sample, Tensor count)",
-    fake=_plan_fake,
-    check=lambda grains, cells, window, min_grain, capacity: check_plan(grains, cells, min_grain, capacity),
-)
 _call_pack_tokens = operator(
     "pack_tokens(Tensor x, Tensor index, Tensor inverse, str backend) -> Tensor",
     fake=_pack_fake,
@@ -276,15 +149,6 @@ _call_unpack_tokens_backward = operator(
     "(Tensor grad_packed, Tensor grad_base)",
     fake=_unpack_backward_fake,
 )
-
-
-def _native_plan(
-    grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int
-) -> tuple[Tensor, ...]:
-    plan = _plan_fake(grain_map, cells_per_region, window, min_grain, capacity, "")
-    if not torch.ops.d2it_C.plan_tokens(grain_map, cells_per_region, window, min_grain, *plan):
-        check_plan(grain_map, cells_per_region, min_grain, capacity)  # raises: the operator only says that it must
-    return plan
 
 
 def _native_pack(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -309,15 +173,12 @@ def _native_unpack_backward(grad: Tensor, index: Tensor, inverse: Tensor, base_n
     return grad_packed, grad_base
 
 
-for _op in ("plan_tokens", "pack_tokens", "unpack_tokens"):
+for _op in ("pack_tokens", "unpack_tokens"):
     register_backend(_op, "reference")
     register_backend(_op, "triton")
-    register_backend(_op, "cpu", native="plan_tokens" if _op == "plan_tokens" else "gather_rows")
-implement("plan_tokens", "cpu", _native_plan, checks_values=True)
+    register_backend(_op, "cpu", native="gather_rows")
+    implement(_op, "triton", f"d2it.kernels.pack_tokens:{_op}_forward")
 implement("pack_tokens", "cpu", _native_pack)
 implement("unpack_tokens", "cpu", _native_unpack)
 implement("unpack_tokens_backward", "cpu", _native_unpack_backward)
-implement("plan_tokens", "triton", "d2it.kernels.plan_tokens:plan_tokens_forward")
-implement("pack_tokens", "triton", "d2it.kernels.pack_tokens:pack_tokens_forward")
-implement("unpack_tokens", "triton", "d2it.kernels.pack_tokens:unpack_tokens_forward")
 implement("unpack_tokens_backward", "triton", "d2it.kernels.pack_tokens:unpack_tokens_backward")

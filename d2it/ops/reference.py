@@ -7,14 +7,12 @@ dtype of the inputs, as eager PyTorch does, except where float32 is part of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from d2it.ops.pack_tokens import TokenPlan
+from d2it.ops.plan import TokenPlan
 
 GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R 601-2 luma, as DQ-VAE and rgb2gray have it
 
@@ -128,8 +126,6 @@ def plan_tokens(
     capacity: int | None = None,
 ) -> TokenPlan:
     """Rows of the packed tokens: images in order, windows row-major in the image, cells row-major in the window."""
-    from d2it.ops.pack_tokens import TokenPlan
-
     batch = grain_map.shape[0]
     fine = _expand(grain_map >= min_grain, cells_per_region)
     height, width = fine.shape[1:]

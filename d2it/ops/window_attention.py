@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,60 @@ from d2it.kernels.common import tiled_positions
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
+
+
+class Windows(NamedTuple):
+    """Which positions of a window hold tokens, and how they attend to each other: all but the queries, keys and values.
+
+    Attributes:
+        bias: (Wb, Hb, N, N) floating point, added to the scaled scores, or None.
+        slots: (W, N) int32, the row of each position or -1; None for dense windows.
+        segment_ids: (Ws, N) integers, tokens attend within equal ids; None where all of a window attend to each other.
+        scale: factor of the scores; None is D ** -0.5.
+    """
+
+    bias: Tensor | None
+    slots: Tensor | None
+    segment_ids: Tensor | None
+    scale: float | None
+
+    def shape(self, x: Tensor) -> tuple[int, int]:
+        """(W, N): of `slots`, or the leading dimensions of `x` where windows are dense."""
+        like = x if self.slots is None else self.slots
+        return like.shape[0], like.shape[1]
+
+    def factor(self, x: Tensor) -> float:
+        """The number that multiplies the scores of `x`, (..., D)."""
+        return x.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
+
+    def check(self, name: str, x: Tensor) -> None:
+        """Raises unless these windows describe `x` (W, N, ..., H, D) or (T, ..., H, D), the argument called `name`."""
+        if self.slots is not None:
+            _check.tensor("slots", self.slots, ndim=2, floating=False)
+            if self.slots.dtype != torch.int32:
+                raise TypeError(f"slots must be int32, got {self.slots.dtype}")
+            _check.same("device", name, x, "slots", self.slots)
+        n, heads = self.shape(x)[1], x.shape[-2]
+        if self.bias is not None:
+            _check.tensor("bias", self.bias, ndim=4, floating=True)
+            _check.same("device", name, x, "bias", self.bias)
+            _check.require(
+                self.bias.shape[0] >= 1 and self.bias.shape[1] in (1, heads) and self.bias.shape[2:] == (n, n),
+                "bias",
+                lambda: f"be (Wb, 1 or {heads}, {n}, {n})",
+                tuple(self.bias.shape),
+            )
+        if self.segment_ids is not None:
+            _check.tensor("segment_ids", self.segment_ids, ndim=2, floating=False)
+            _check.same("device", name, x, "segment_ids", self.segment_ids)
+            _check.require(
+                self.segment_ids.shape[0] >= 1 and self.segment_ids.shape[1] == n,
+                "segment_ids",
+                lambda: f"be (Ws, {n})",
+                tuple(self.segment_ids.shape),
+            )
+        if self.scale is not None:
+            _check.require(math.isfinite(self.scale), "scale", "be finite", self.scale)
 
 
 def window_attention(
@@ -50,6 +104,17 @@ def window_attention(
             synchronisation, and the row is taken for absent; of a row named twice either result may remain.
 
     Under autocast q, k and v are cast to its dtype, as PyTorch's own attention does.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 8, 49, 4, 32).unbind()  # 8 windows of 7 x 7 tokens, 4 heads
+        >>> bias = ops.relative_position_bias(torch.zeros(13 * 13, 4), window=7)
+        >>> ops.window_attention(q, k, v, bias).shape
+        torch.Size([8, 49, 4, 32])
+        >>> slots = torch.tensor([[0, 1, 2], [3, -1, -1]], dtype=torch.int32)  # windows of 3 tokens and of 1
+        >>> q, k, v = torch.randn(3, 4, 1, 8).unbind()
+        >>> out = ops.window_attention(q, k, v, None, slots=slots)
+        >>> torch.equal(out[3], v[3])  # a token by itself attends to itself
+        True
     """
     q, k, v = (_autocast(x) for x in (q, k, v))
     ndim = 4 if slots is None else 3
@@ -58,14 +123,13 @@ def window_attention(
         _check.same("dtype", "q", q, name, x)
         _check.same("device", "q", q, name, x)
         _check.require(x.shape == q.shape, name, lambda: f"have the shape of q {tuple(q.shape)}", tuple(x.shape))
-    windows, n = (q.shape[0], q.shape[1]) if slots is None else _slots(slots, q)
-    _extras(windows, n, q.shape[-2], q, bias, segment_ids, scale)
+    windows = Windows(bias, slots, segment_ids, scale)
+    windows.check("q", q)
     name = choose("window_attention", backend, q, k, v, bias, slots=slots, segment_ids=segment_ids)
     if name == "reference":
         check_slots(slots, q.shape[0])
         return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale)
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _call_window_attention(q, k, v, bias, slots, segment_ids, factor, name)[0]
+    return _call_window_attention(q, k, v, *windows[:3], windows.factor(q), name)[0]
 
 
 def window_attention_qkvpacked(
@@ -88,61 +152,28 @@ def window_attention_qkvpacked(
 
     Raises:
         TypeError, ValueError: as for `window_attention`.
+
+    Example:
+        >>> x, qkv = torch.randn(8, 49, 128), torch.nn.Linear(128, 3 * 128)
+        >>> ops.window_attention_qkvpacked(qkv(x).unflatten(-1, (3, 4, 32)), None).shape
+        torch.Size([8, 49, 4, 32])
     """
     qkv = _autocast(qkv)
     _check.tensor("qkv", qkv, ndim=5 if slots is None else 4, floating=True)
     _check.require(qkv.shape[-3] == 3, "qkv", "have 3 in its third dimension from the end", tuple(qkv.shape))
-    windows, n = (qkv.shape[0], qkv.shape[1]) if slots is None else _slots(slots, qkv)
-    _extras(windows, n, qkv.shape[-2], qkv, bias, segment_ids, scale)
+    windows = Windows(bias, slots, segment_ids, scale)
+    windows.check("qkv", qkv)
     name = choose("window_attention_qkvpacked", backend, qkv, bias, slots=slots, segment_ids=segment_ids)
     if name == "reference":
         check_slots(slots, qkv.shape[0])
         return reference.window_attention_qkvpacked(qkv, bias, slots=slots, segment_ids=segment_ids, scale=scale)
-    factor = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _call_window_attention_qkvpacked(qkv, bias, slots, segment_ids, factor, name)[0]
-
-
-def relative_position_bias(table: Tensor, window: int, *, backend: str | None = None) -> Tensor:
-    """Swin's table of relative positions as the bias of a window (Swin Transformer, Eq. 4).
-
-    Args:
-        table: ((2w-1)^2, H) floating point.
-        window: w, cells along a window's side.
-        backend: "reference", "triton", or None to choose.
-
-    Returns:
-        (1, H, w*w, w*w): [0, h, i, j] is table[(yi - yj + w - 1) * (2w - 1) + xi - xj + w - 1, h]. Its gradient is
-        summed in a fixed order.
-
-    Raises:
-        TypeError, ValueError: `table` has not (2w-1)^2 rows.
-    """
-    _check.tensor("table", table, ndim=2, floating=True)
-    _check.integer("window", window, low=1)
-    _check.require(
-        table.shape[0] == (2 * window - 1) ** 2,
-        "table",
-        f"have (2 * {window} - 1)^2 = {(2 * window - 1) ** 2} rows",
-        f"shape {tuple(table.shape)}",
-    )
-    name = choose("relative_position_bias", backend, table, window)
-    if name == "reference":
-        return reference.relative_position_bias(table, window)
-    return _call_relative_position_bias(table, window, name)
+    return _call_window_attention_qkvpacked(qkv, *windows[:3], windows.factor(qkv), name)[0]
 
 
 def _autocast(x: Tensor) -> Tensor:
     if isinstance(x, Tensor) and x.dtype.is_floating_point and torch.is_autocast_enabled(x.device.type):
         return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-
-def _slots(slots: Tensor, q: Tensor) -> tuple[int, int]:
-    _check.tensor("slots", slots, ndim=2, floating=False)
-    if slots.dtype != torch.int32:
-        raise TypeError(f"slots must be int32, got {slots.dtype}")
-    _check.same("device", "q", q, "slots", slots)
-    return slots.shape[0], slots.shape[1]
 
 
 def check_slots(slots: Tensor | None, rows: int) -> None:
@@ -157,138 +188,52 @@ def check_slots(slots: Tensor | None, rows: int) -> None:
         _check.values(~twice.any(), "slots must name a row once", lambda: f"row {int(named[1:][twice][0])} twice")
 
 
-def _extras(
-    windows: int,
-    n: int,
-    heads: int,
-    q: Tensor,
-    bias: Tensor | None,
-    segment_ids: Tensor | None,
-    scale: float | None,
-) -> None:
-    if bias is not None:
-        _check.tensor("bias", bias, ndim=4, floating=True)
-        _check.same("device", "q", q, "bias", bias)
-        _check.require(
-            bias.shape[0] >= 1 and bias.shape[1] in (1, heads) and bias.shape[2:] == (n, n),
-            "bias",
-            f"be (Wb, 1 or {heads}, {n}, {n})",
-            tuple(bias.shape),
-        )
-    if segment_ids is not None:
-        _check.tensor("segment_ids", segment_ids, ndim=2, floating=False)
-        _check.same("device", "q", q, "segment_ids", segment_ids)
-        _check.require(
-            segment_ids.shape[0] >= 1 and segment_ids.shape[1] == n,
-            "segment_ids",
-            f"be (Ws, {n})",
-            tuple(segment_ids.shape),
-        )
-    if scale is not None:
-        _check.require(math.isfinite(scale), "scale", "be finite", scale)
-
-
 def _lse(q: Tensor, slots: Tensor | None, segment_ids: Tensor | None, backend: str) -> Tensor:
-    windows, n = (q.shape[0], q.shape[1]) if slots is None else (slots.shape[0], slots.shape[1])
     # Windows that are one tile are computed again from the inputs; of larger ones the backward wants this back.
+    windows, n = (q if slots is None else slots).shape[:2]
     kept = backend == "triton" and n > tiled_positions(q, slots, segment_ids)
     return q.new_empty((windows, q.shape[-2], n) if kept else (0,), dtype=torch.float32)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    slots: Tensor | None,
-    segment_ids: Tensor | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *_, slots, segment_ids, _, backend = args
     return q.new_empty(q.shape), _lse(q, slots, segment_ids, backend)
+
+
+def _qkv_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake(qkv.select(-3, 0), *args)
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.backend = inputs
-    out, lse = output
+    lse = output[1]
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *(output if lse.ndim == 3 else (None, None)))
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
+def _gradients(ctx: Any, grad: Tensor | None, call: Callable[..., Sequence[Tensor]]) -> Sequence[Any]:
+    """The gradients of the inputs: of the tensors that attend, of the bias, and None for the rest."""
     if grad is None:
-        return (None,) * 8
-    q, k, v, bias, slots, segment_ids, out, lse = ctx.saved_tensors
-    needs_bias = bias is not None and ctx.needs[3]
-    dq, dk, dv, dbias = _call_window_attention_backward(
-        grad, q, k, v, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend
-    )
-    return dq, dk, dv, dbias if needs_bias else None, None, None, None, None
+        return (None,) * len(ctx.saved_tensors)
+    *attending, bias, slots, segment_ids, out, lse = ctx.saved_tensors
+    needs_bias = bias is not None and ctx.needs[len(attending)]
+    *grads, dbias = call(grad, *attending, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend)
+    return *grads, dbias if needs_bias else None, None, None, None, None
 
 
-def _backward_fake(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    slots: Tensor | None,
-    segment_ids: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    needs_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dbias = bias.new_empty(bias.shape) if bias is not None and needs_bias else q.new_empty(0)
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dbias
-
-
-def _qkv_fake(
-    qkv: Tensor, bias: Tensor | None, slots: Tensor | None, segment_ids: Tensor | None, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    q = qkv.select(-3, 0)
-    return q.new_empty(q.shape), _lse(q, slots, segment_ids, backend)
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
+    return _gradients(ctx, grad, _call_window_attention_backward)
 
 
 def _qkv_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
-    if grad is None:
-        return (None,) * 6
-    qkv, bias, slots, segment_ids, out, lse = ctx.saved_tensors
-    needs_bias = bias is not None and ctx.needs[1]
-    dqkv, dbias = _call_window_attention_qkvpacked_backward(
-        grad, qkv, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend
-    )
-    return dqkv, dbias if needs_bias else None, None, None, None, None
+    return _gradients(ctx, grad, _call_window_attention_qkvpacked_backward)
 
 
-def _qkv_backward_fake(
-    grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    slots: Tensor | None,
-    segment_ids: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    needs_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dbias = bias.new_empty(bias.shape) if bias is not None and needs_bias else qkv.new_empty(0)
-    return qkv.new_empty(qkv.shape), dbias
-
-
-def _table_fake(table: Tensor, window: int, backend: str) -> Tensor:
-    return table.new_empty((1, table.shape[1], window**2, window**2))
-
-
-def _table_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    _, ctx.window, ctx.backend = inputs
-
-
-def _table_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    return _call_relative_position_bias_backward(grad, ctx.window, ctx.backend), None, None
+def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *attending, bias, _slots, _segment_ids, _out, _lse, _scale, needs_bias, _backend = args
+    dbias = bias.new_empty(bias.shape) if bias is not None and needs_bias else grad.new_empty(0)
+    return *(x.new_empty(x.shape) for x in attending), dbias
 
 
 _WHERE = "Tensor? bias, Tensor? slots, Tensor? segment_ids"
@@ -315,48 +260,20 @@ _call_window_attention_qkvpacked = operator(
 )
 _call_window_attention_qkvpacked_backward = operator(
     f"window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, {_BACK}) -> (Tensor dqkv, Tensor dbias)",
-    fake=_qkv_backward_fake,
+    fake=_backward_fake,
 )
-_call_relative_position_bias = operator(
-    "relative_position_bias(Tensor table, int window, str backend) -> Tensor",
-    fake=_table_fake,
-    setup=_table_setup,
-    backward=_table_backward,
-)
-_call_relative_position_bias_backward = operator(
-    "relative_position_bias_backward(Tensor grad, int window, str backend) -> Tensor",
-    fake=lambda grad, window, backend: grad.new_empty(((2 * window - 1) ** 2, grad.shape[1])),
-)
-
-
-def _table_fits(table: Tensor, window: int) -> list[str]:
-    reasons = []
-    if table.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        reasons.append(f"table must be float32, float16 or bfloat16, not {table.dtype}")
-    if window > 64:
-        reasons.append(f"window must be at most 64, not {window}")
-    return reasons
-
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _fits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    *,
-    slots: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    scale: float | None = None,
-) -> list[str]:
-    reasons = []
-    n, width = (q.shape[1] if slots is None else slots.shape[1]), q.shape[-1]
-    if q.dtype not in _DTYPES:
-        reasons.append(f"q must be float32, float16 or bfloat16, not {q.dtype}")
-    if bias is not None and bias.dtype not in _DTYPES:
-        reasons.append(f"bias must be float32, float16 or bfloat16, not {bias.dtype}")
+def _dtype_reasons(name: str, x: Tensor) -> list[str]:
+    return [] if x.dtype in _DTYPES else [f"{name} must be float32, float16 or bfloat16, not {x.dtype}"]
+
+
+def _triton_reasons(name: str, x: Tensor, bias: Tensor | None, slots: Tensor | None) -> list[str]:
+    reasons = _dtype_reasons(name, x)
+    if bias is not None:
+        reasons += _dtype_reasons("bias", bias)
+    n, width = (x if slots is None else slots).shape[1], x.shape[-1]
     if n > 256:
         reasons.append(f"windows must have at most 256 positions, not {n}")
     if not 1 <= width <= 128:
@@ -364,98 +281,89 @@ def _fits(
     return reasons
 
 
-def _qkv_fits(qkv: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
-    q, k, v = qkv.unbind(-3)
-    return _fits(q, k, v, bias, **where)
+def _triton_fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    slots: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> list[str]:
+    return _triton_reasons("q", q, bias, slots)
 
 
-def _native_fits(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
-    return [] if q.dtype in _DTYPES else [f"q must be float32, float16 or bfloat16, not {q.dtype}"]
+def _triton_qkv_fits(
+    qkv: Tensor,
+    bias: Tensor | None = None,
+    *,
+    slots: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> list[str]:
+    return _triton_reasons("qkv", qkv, bias, slots)
 
 
-def _native_qkv_fits(qkv: Tensor, bias: Tensor | None, **where: Any) -> list[str]:
-    return [] if qkv.dtype in _DTYPES else [f"qkv must be float32, float16 or bfloat16, not {qkv.dtype}"]
+def _native_fits(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
+    return _dtype_reasons("q", q)
+
+
+def _native_qkv_fits(qkv: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
+    return _dtype_reasons("qkv", qkv)
 
 
 # ---- C++ on CPU: it takes the bias in float32 and segments in int64, and keeps nothing for the backward --------------
 
 
-def _native_extras(bias: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    return bias, None if segment_ids is None else segment_ids.to(torch.int64).contiguous()
+def _native_inputs(windows: Windows) -> Windows:
+    bias = None if windows.bias is None else windows.bias.to(torch.float32).contiguous()
+    segment_ids = None if windows.segment_ids is None else windows.segment_ids.to(torch.int64).contiguous()
+    return windows._replace(bias=bias, segment_ids=segment_ids)
 
 
-def _native(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    slots: Tensor | None,
-    segment_ids: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _native(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    windows = _native_inputs(Windows(*args))
     out = q.new_empty(q.shape)
-    bias, segment_ids = _native_extras(bias, segment_ids)
-    if not torch.ops.d2it_C.window_attention(q, k, v, bias, slots, segment_ids, scale, out):
-        check_slots(slots, q.shape[0])  # raises: the C++ operator only says that a slot is wrong
+    if not torch.ops.d2it_C.window_attention(q, k, v, *windows, out):
+        check_slots(windows.slots, q.shape[0])  # raises: the C++ operator only reports that a slot is wrong
     return out, q.new_empty(0, dtype=torch.float32)
 
 
-def _native_gradients(
-    grads: tuple[Tensor, ...],
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    slots: Tensor | None,
-    segment_ids: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    needs_bias: bool,
-) -> Tensor:
-    """Fills grads (dq, dk, dv) and returns dbias, empty unless needs_bias."""
-    wide, segment_ids = _native_extras(bias, segment_ids)
-    dbias = torch.empty_like(wide) if needs_bias and wide is not None else None
-    given = (grad, q, k, v, wide, slots, segment_ids, scale)
-    if not torch.ops.d2it_C.window_attention_backward(*given, *grads, dbias):
+def _native_gradients(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    """Fills grads (dq, dk, dv) and returns dbias, empty where it is not needed."""
+    bias, slots, segment_ids, _out, _lse, scale, needs_bias = args
+    windows = _native_inputs(Windows(bias, slots, segment_ids, scale))
+    dbias = torch.empty_like(windows.bias) if needs_bias and windows.bias is not None else None
+    if not torch.ops.d2it_C.window_attention_backward(grad, q, k, v, *windows, *grads, dbias):
         check_slots(slots, q.shape[0])
-    return q.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)
+    return q.new_empty(0) if dbias is None else dbias.to(bias.dtype)
 
 
-def _native_backward(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    return dq, dk, dv, _native_gradients((dq, dk, dv), grad, q, *rest)
+def _native_backward(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grads = tuple(q.new_empty(q.shape) for _ in range(3))
+    return *grads, _native_gradients(grads, grad, q, *rest)
 
 
 def _native_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(-3)
-    return _native(q, k, v, *rest)
+    return _native(*qkv.unbind(-3), *rest)
 
 
 def _native_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dqkv = qkv.new_empty(qkv.shape)
-    q, k, v = qkv.unbind(-3)
-    return dqkv, _native_gradients(dqkv.unbind(-3), grad, q, k, v, *rest)
+    return dqkv, _native_gradients(dqkv.unbind(-3), grad, *qkv.unbind(-3), *rest)
 
 
-for _op in ("window_attention", "window_attention_qkvpacked", "relative_position_bias"):
+for _op, _cpu, _triton in (
+    ("window_attention", _native_fits, _triton_fits),
+    ("window_attention_qkvpacked", _native_qkv_fits, _triton_qkv_fits),
+):
     register_backend(_op, "reference")
-register_backend("window_attention", "cpu", _native_fits, native="window_attention")
-register_backend("window_attention_qkvpacked", "cpu", _native_qkv_fits, native="window_attention")
+    register_backend(_op, "cpu", _cpu, native="window_attention")
+    register_backend(_op, "triton", _triton)
+    for _direction, _name in (("forward", ""), ("backward", "_backward")):
+        implement(f"{_op}{_name}", "triton", f"d2it.kernels.window_attention:{_op}_{_direction}")
 implement("window_attention", "cpu", _native, checks_values=True)
 implement("window_attention_backward", "cpu", _native_backward)
 implement("window_attention_qkvpacked", "cpu", _native_qkv, checks_values=True)
 implement("window_attention_qkvpacked_backward", "cpu", _native_qkv_backward)
-register_backend("window_attention", "triton", _fits)
-register_backend("window_attention_qkvpacked", "triton", _qkv_fits)
-register_backend("relative_position_bias", "triton", _table_fits)
-for _direction, _name in (("forward", ""), ("backward", "_backward")):
-    for _op in ("window_attention", "window_attention_qkvpacked"):
-        implement(f"{_op}{_name}", "triton", f"d2it.kernels.window_attention:{_op}_{_direction}")
-    implement(
-        f"relative_position_bias{_name}",
-        "triton",
-        f"d2it.kernels.relative_position_bias:relative_position_bias_{_direction}",
-    )
