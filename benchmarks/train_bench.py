@@ -126,15 +126,13 @@ def part(options: argparse.Namespace, preset: str, name: str) -> Job:
     t, y = torch.randint(1000, (count,), device=device), batch["label"]
     if name == "dense blocks":
         x = torch.randn(count, config.in_channels, *config.grid, device=device)
-        forward: Callable[[], Tensor] = partial(network.multi_grained, x, t, y, None, network.run_block)
+        forward: Callable[[], Tensor] = partial(network.multi_grained, x, t, y)
     else:
         plan = network.make_plan(batch["grain_map"], batch["capacity"])
         width = network.refine.in_features + config.num_grains
         features = torch.randn(plan.capacity, width, device=device)
         positions = torch.randn(plan.capacity, config.dim, device=device, dtype=dtype())
-        forward = partial(
-            network.refine, features, positions, t, y, network.run_block, sample=plan.sample, slots=plan.slots
-        )
+        forward = partial(network.refine, features, positions, t, y, sample=plan.sample, slots=plan.slots)
 
     def both() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=learner.bf16):

@@ -94,8 +94,10 @@ def grain_weights(grain_map: Tensor, *, cells_per_region: int = 2, code_sizes: S
 
 
 def expand_map(grain_map: Tensor, cells_per_region: int) -> Tensor:
-    """(B, h, w) -> (B, Hf, Wf), every region's value on each of its cells."""
-    return grain_map.repeat_interleave(cells_per_region, dim=-2).repeat_interleave(cells_per_region, dim=-1)
+    """(B, h, w, ...) -> (B, Hf, Wf, ...), every region's values on each of its cells."""
+    b, h, w, *rest = grain_map.shape
+    n = cells_per_region
+    return grain_map[:, :, None, :, None].expand(b, h, n, w, n, *rest).reshape(b, h * n, w * n, *rest)
 
 
 def random_grain_map(

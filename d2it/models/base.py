@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -28,16 +28,28 @@ WEIGHTS_FILE = "model.safetensors"
 M = TypeVar("M", bound="Model")
 
 
-def pair(value: int | Iterable[int]) -> tuple[int, int]:
-    """256 -> (256, 256); (height, width) stays."""
-    if isinstance(value, int):
-        return (value, value)
-    height, width = value
-    return (int(height), int(width))
+def pair(name: str, value: int | Iterable[int]) -> tuple[int, int]:
+    """256 -> (256, 256); (height, width) stays.
+
+    Raises:
+        ValueError: neither; the message names the setting.
+    """
+    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Iterable) else ()
+    if len(sides) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sides):
+        raise ValueError(f"{name} must be a side or (height, width), whole numbers above 0, got {value!r}")
+    return (sides[0], sides[1])
+
+
+def check_share(config: Any, *names: str) -> None:
+    """Raise ValueError unless the named fields of a configuration are numbers in [0, 1]."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in 0 ... 1, got {value!r}")
 
 
 def check_whole(config: Any, **least: int) -> None:
-    """Raise ValueError unless the named fields of a configuration are whole numbers of at least so much."""
+    """Raise ValueError unless the named fields of a configuration are whole numbers of at least these values."""
     for name, bound in least.items():
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < bound:
@@ -45,8 +57,11 @@ def check_whole(config: Any, **least: int) -> None:
 
 
 def set_whole_tuples(config: Any, *names: str) -> None:
-    """Make the named fields of a configuration tuples; ValueError unless each is a non-empty sequence of whole numbers
-    above 0."""
+    """Turn the named fields of a configuration into tuples.
+
+    Raises:
+        ValueError: one that is not a non-empty sequence of whole numbers above 0.
+    """
     for name in names:
         value = getattr(config, name)
         given = isinstance(value, (list, tuple)) and len(value) > 0
@@ -60,9 +75,6 @@ class Model(nn.Module, PyTorchModelHubMixin):
 
     Config: ClassVar[type[Any]]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    #: Set at run time, not part of the configuration: recompute every block in the backward pass instead of keeping
-    #: its activations.
-    gradient_checkpointing: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -185,6 +197,19 @@ class Model(nn.Module, PyTorchModelHubMixin):
         """The units of compilation, activation checkpointing and sharding, in order of execution."""
         return []
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether every block is computed again in the backward pass instead of keeping its activations.
+
+        It can be set at any time and is not part of the configuration.
+        """
+        return any(getattr(block, "recompute", False) for block in self.transformer_blocks())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        for block in self.transformer_blocks():
+            block.recompute = on  # type: ignore[assignment]
+
     def compile_blocks(self, **kwargs: Any) -> None:
         """torch.compile of every block in place: parameter names stay, equal blocks share the compiled code.
 
@@ -198,15 +223,6 @@ class Model(nn.Module, PyTorchModelHubMixin):
         config.recompile_limit = max(config.recompile_limit, 2 * len(blocks))
         for block in blocks:
             block.compile(**kwargs)
-
-    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`block(*args)`, recomputed in the backward pass where `gradient_checkpointing` is set."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint
-
-            # Blocks draw no random numbers, so there is no generator state to keep.
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(*args)
 
     def num_parameters(self) -> int:
         """Parameters as DiT counts them: with the frozen position embedding."""

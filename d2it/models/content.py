@@ -7,56 +7,59 @@ that RefineNet's cost follows their number and what is moved has a dozen channel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from d2it import ops
+from d2it.diffusion.grains import expand_map
 from d2it.models import layers
 from d2it.models.base import check_whole, pair, set_whole_tuples
-from d2it.models.dit import ClassConditional, Trunk
+from d2it.models.dit import ClassConditional, TransformerConfig, Trunk
 from d2it.models.presets import CONTENT_PRESETS
 
 
 @dataclass
-class ContentTransformerConfig:
-    """
+class ContentTransformerConfig(TransformerConfig):
+    """Configuration of a `DynamicContentTransformer`.
+
     Args:
-        image_size: pixels, a side or (height, width); multiples of the coarsest downsampling factor.
+        patch_size: side of the Multi-grained Net's tokens in cells, P_L; 0 (or None) is one token a region.
+        dim: width; a multiple of 4 and of `heads`.
+        depth: DiT blocks of the Multi-grained Net.
+        heads: attention heads.
+        mlp_ratio: width of an MLP's hidden layer over `dim`.
+        num_classes: 0 (or None) for an unconditional model.
+        class_dropout_prob: share of the labels that training replaces by the null label.
+        attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`), in the Multi-grained Net.
+        image_size: pixels, (height, width) or one side; multiples of the coarsest downsampling factor.
         downsampling: the autoencoder's factors, finest first: their number is the number of grains k.
-        patch_size: P_L of the Multi-grained Net in cells; None is one token a region.
-        depth, refine_depth: DiT blocks and RefineNet blocks.
+        in_channels: latent channels C.
+        learn_sigma: the output has 2C channels, the second half interpolates the log-variance.
+        refine_depth: blocks of RefineNet.
         window: side of RefineNet's windows in cells; it divides the latent grid.
         relative_bias: "matrix" | "table" | "none" (`layers.WindowAttention`).
         min_grain: the coarsest grain that RefineNet corrects; 1 is every grain but the coarsest.
         masked: RefineNet over all cells with masks instead of packed tokens: same parameters, same result, more work.
     """
 
-    image_size: int | Iterable[int] = (256, 256)
+    patch_size: int = 0
+    depth: int = 23
+    image_size: tuple[int, int] = (256, 256)
     downsampling: tuple[int, ...] = (8, 16)
     in_channels: int = 4
-    patch_size: int | None = None
-    dim: int = 1152
-    depth: int = 23
+    learn_sigma: bool = True
     refine_depth: int = 5
-    heads: int = 16
-    mlp_ratio: float = 4.0
     window: int = 16
     relative_bias: str = "matrix"
     min_grain: int = 1
-    num_classes: int | None = 1000
-    class_dropout_prob: float = 0.1
-    learn_sigma: bool = True
     masked: bool = False
-    attention: str = "sdpa"
 
     def __post_init__(self) -> None:
-        self.image_size = pair(self.image_size)
+        self.image_size = pair("image_size", self.image_size)
         set_whole_tuples(self, "downsampling")
-        self.num_classes = self.num_classes or 0
-        check_whole(self, in_channels=1, dim=4, depth=1, refine_depth=1, heads=1, window=1, num_classes=0)
+        check_whole(self, in_channels=1, refine_depth=1, window=1, min_grain=0)
         finest, coarsest = self.downsampling[0], self.downsampling[-1]
         if list(self.downsampling) != sorted(set(self.downsampling)) or any(
             coarsest % f or f % finest for f in self.downsampling
@@ -67,17 +70,18 @@ class ContentTransformerConfig:
             )
         if any(side % coarsest for side in self.image_size):
             raise ValueError(f"image_size must be a multiple of {coarsest}, got {self.image_size}")
-        if self.patch_size is None:
+        if self.patch_size in (None, 0):
             self.patch_size = self.cells_per_region
-        check_whole(self, patch_size=1)
+        super().__post_init__()
         if self.cells_per_region % self.patch_size:
             raise ValueError(
                 f"patch_size must divide the {self.cells_per_region} cells of a region's side, got {self.patch_size}"
             )
         if any(side % self.window for side in self.grid):
             raise ValueError(f"window must divide the latent grid {self.grid[0]} x {self.grid[1]}, got {self.window}")
-        if not 0 <= self.min_grain < self.num_grains:
+        if self.min_grain >= self.num_grains:
             raise ValueError(f"min_grain must be in 0 ... {self.num_grains - 1}, got {self.min_grain}")
+        layers.check_relative_bias(self.relative_bias)
 
     @property
     def num_grains(self) -> int:
@@ -96,14 +100,12 @@ class ContentTransformerConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """(Hf, Wf), the finest latent's cells."""
-        height, width = pair(self.image_size)
-        return (height // self.downsampling[0], width // self.downsampling[0])
+        return (self.image_size[0] // self.downsampling[0], self.image_size[1] // self.downsampling[0])
 
     @property
     def region_grid(self) -> tuple[int, int]:
         """(H/S, W/S), the grain map's size."""
-        height, width = pair(self.image_size)
-        return (height // self.downsampling[-1], width // self.downsampling[-1])
+        return (self.image_size[0] // self.downsampling[-1], self.image_size[1] // self.downsampling[-1])
 
     @property
     def out_channels(self) -> int:
@@ -124,7 +126,7 @@ class RefineNet(nn.Module):
         self.embed = nn.Linear(self.in_features, dim)
         self.positions = nn.Parameter(torch.empty(config.grid[0] * config.grid[1], dim))
         self.grain = nn.Embedding(config.num_grains, dim)
-        self.condition = layers.Conditioning(dim, config.num_classes or 0)
+        self.condition = layers.Conditioning(dim, config.num_classes)
         self.blocks = nn.ModuleList(
             layers.Block(
                 dim,
@@ -146,17 +148,21 @@ class RefineNet(nn.Module):
         positions: Tensor,
         t: Tensor,
         y: Tensor | None,
-        run: Callable[..., Tensor],
         *,
         sample: Tensor | None = None,
         slots: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Compute the correction of the rough noise.
+
         Args:
             features: (T, F + k) or (B, L, F + k): eps_2, z_noised and the grain as k indicators.
             positions: (T, dim) or (B, L, dim), the rows of `self.positions` that belong to the cells.
-            sample, slots: the plan's, for packed rows. segments: (windows, w*w), for all cells.
+            t: timesteps (B,).
+            y: labels (B,), or None without classes.
+            sample: the plan's, for packed rows.
+            slots: the plan's, for packed rows.
+            segments: (windows, w*w), for all cells.
 
         Returns:
             (..., out_channels), the correction.
@@ -167,12 +173,14 @@ class RefineNet(nn.Module):
         h = (h + positions).to(positions.dtype)
         c = self.condition(t, y)
         for block in self.blocks:
-            h = run(block, h, c, sample, slots, segments)
+            h = block(h, c, sample, slots, segments)
         return self.final(h, c, sample)
 
 
 class DynamicContentTransformer(ClassConditional):
-    """`DynamicContentTransformer.from_preset("D2iT-XL", num_classes=1000, image_size=256)`.
+    """Predicts the noise of grained latents.
+
+    `DynamicContentTransformer.from_preset("D2iT-XL", num_classes=1000, image_size=256)`
 
     forward(x (B, C, Hf, Wf), t (B,), y (B,), grain_map (B, H/S, W/S)) -> (B, C or 2C, Hf, Wf). RefineNet runs in every
     call, on zero rows if no region is fine, so that every parameter has a gradient on every rank.
@@ -184,18 +192,7 @@ class DynamicContentTransformer(ClassConditional):
 
     def __init__(self, config: ContentTransformerConfig) -> None:
         super().__init__(config)
-        self.multi_grained = Trunk(
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            grid=config.grid,
-            patch=config.patch_size or config.cells_per_region,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            num_classes=config.num_classes or 0,
-            attention=config.attention,
-        )
+        self.multi_grained = Trunk(config)
         self.grain = nn.Embedding(config.num_grains, config.dim)
         self.refine = RefineNet(config)
         layers.initialize(self)
@@ -231,9 +228,13 @@ class DynamicContentTransformer(ClassConditional):
         capacity: int | None = None,
         force_drop_ids: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Predict the noise of `x`.
+
         Args:
-            x: noised latents; t: timesteps; y: labels, `num_classes` for none; grain_map: 0 = coarsest ... k-1.
+            x: noised latents.
+            t: timesteps.
+            y: labels, `num_classes` for none.
+            grain_map: 0 = coarsest ... k-1.
             plan: `make_plan(grain_map)`, to be made once for many steps of the same maps; None makes it here.
             capacity: for the plan made here.
             force_drop_ids: (B,), true where the label is replaced by the null label.
@@ -242,7 +243,7 @@ class DynamicContentTransformer(ClassConditional):
             ValueError: shapes that do not fit the configuration, no grain map, or a plan for another batch.
         """
         config = self.config
-        self.check_input(x, t, config.in_channels, config.grid)
+        self.check_input(x, t)
         batch = x.shape[0]
         if grain_map is None or grain_map.shape != (batch, *config.region_grid):
             got = None if grain_map is None else tuple(grain_map.shape)
@@ -251,9 +252,9 @@ class DynamicContentTransformer(ClassConditional):
 
         grains = torch.arange(config.num_grains, device=x.device)
         indicators = (grain_map[..., None] == grains).to(x.dtype)  # (B, h, w, k)
-        noise = self.multi_grained(x, t, y, self._grain_tokens(indicators), self.run_block)  # (B, Hf, Wf, out)
+        noise = self.multi_grained(x, t, y, self._grain_tokens(indicators))  # (B, Hf, Wf, out)
         noise = noise.to(x.dtype)
-        cells = _repeat(indicators, config.cells_per_region)
+        cells = expand_map(indicators, config.cells_per_region)
         features = torch.cat([noise, x.permute(0, 2, 3, 1), cells], dim=-1)  # (B, Hf, Wf, out + C + k)
         if config.masked:
             merged = self._refine_masked(features, noise, t, y, grain_map)
@@ -270,7 +271,7 @@ class DynamicContentTransformer(ClassConditional):
 
     def _grain_tokens(self, indicators: Tensor) -> Tensor:
         """(B, h, w, k) -> (B, L, dim): the grain embedding of every multi-grained token."""
-        tokens = _repeat(indicators, self.config.cells_per_region // self.multi_grained.patch).flatten(1, 2)
+        tokens = expand_map(indicators, self.config.cells_per_region // self.multi_grained.patch).flatten(1, 2)
         return tokens @ self.grain.weight.to(tokens.dtype)
 
     def _refine_packed(
@@ -284,7 +285,6 @@ class DynamicContentTransformer(ClassConditional):
             ops.pack_tokens(positions, plan),
             t,
             y,
-            self.run_block,
             sample=plan.sample,
             slots=plan.slots,
         )
@@ -293,30 +293,20 @@ class DynamicContentTransformer(ClassConditional):
         return merged.unflatten(1, (height, width))
 
     def _refine_masked(self, features: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, grain_map: Tensor) -> Tensor:
-        window = self.config.window
-        fine = _repeat((grain_map >= self.config.min_grain)[..., None], self.config.cells_per_region)
-        segments = layers.to_windows(fine, window).reshape(-1, window * window).to(torch.int32)
-        positions = layers.to_windows(self.refine.positions.unflatten(0, self.config.grid)[None], window)[0]
+        batch, height, width, _ = noise.shape
+        window, to_windows = self.config.window, ops.reference.to_windows
+        fine = expand_map(grain_map >= self.config.min_grain, self.config.cells_per_region)  # (B, Hf, Wf)
+        positions = to_windows(self.refine.positions.unflatten(0, (height, width))[None], window).flatten(0, 1)
         correction = self.refine(
-            layers.to_windows(features, window),
-            self._positions(positions, noise.shape[0]),
+            to_windows(features, window).reshape(batch, height * width, -1),
+            self._positions(positions, batch),
             t,
             y,
-            self.run_block,
-            segments=segments,
+            segments=to_windows(fine, window).to(torch.int32),
         )
-        correction = layers.from_windows(correction, window, self.config.grid)
-        return torch.where(fine, noise + correction.to(noise.dtype), noise)
+        correction = ops.reference.from_windows(correction, window, (batch, height, width))
+        return torch.where(fine[..., None], noise + correction.to(noise.dtype), noise)
 
     def _positions(self, positions: Tensor, batch: int) -> Tensor:
         """(L, dim) -> (B, L, dim) without a copy, in the dtype of the residual stream."""
         return positions.to(layers.autocast_dtype(positions)).expand(batch, -1, -1)
-
-
-def _repeat(x: Tensor, times: int) -> Tensor:
-    """(B, h, w, C) -> (B, h * times, w * times, C), every entry repeated times x times."""
-    if times == 1:
-        return x
-    b, h, w, c = x.shape
-    x = x[:, :, None, :, None].expand(b, h, times, w, times, c)
-    return x.reshape(b, h * times, w * times, c)

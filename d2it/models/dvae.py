@@ -5,7 +5,7 @@ The convolutional parts are those of the latent-diffusion autoencoder (Rombach e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -26,17 +26,21 @@ MEDIAN_ENTROPY = 4.04
 
 @dataclass
 class DynamicVAEConfig:
-    """
+    """Configuration of a `DynamicVAE`.
+
     Args:
         downsampling: the factors, finest first; powers of 2. The last is the region size S.
         latent_channels: n_z.
-        channels: width of the first level; `encoder_mult` and `decoder_mult` multiply it level by level, from full
-            resolution down.
+        channels: width of the first level.
+        encoder_mult: multiples of `channels`, level by level from full resolution down.
+        decoder_mult: the same for the decoder.
         residual_blocks: a level in the encoder; the decoder has one more.
         attention_from: levels downsampled by at least this factor have self-attention.
-        thresholds: k-1 ascending entropies in nats; None is the median of natural photos for two grains.
-        num_bins, value_range, sigma, normalize: of the entropy (`d2it.ops.kde_entropy`): without them the thresholds
-            mean nothing.
+        thresholds: k-1 ascending entropies in nats; () (or None) is the median of natural photos for two grains.
+        num_bins: of the entropy (`d2it.ops.kde_entropy`); 0 (or None) is S * S.
+        value_range: of the entropy.
+        sigma: of the entropy.
+        normalize: of the entropy.
         scaling_factor: latents times this have unit variance.
     """
 
@@ -47,8 +51,8 @@ class DynamicVAEConfig:
     decoder_mult: tuple[int, ...] = (1, 1, 2, 2)
     residual_blocks: int = 2
     attention_from: int = 8
-    thresholds: tuple[float, ...] | None = None
-    num_bins: int | None = None
+    thresholds: tuple[float, ...] = ()
+    num_bins: int = 0
     value_range: tuple[float, float] = (-1.0, 1.0)
     sigma: float = 0.01
     normalize: bool = True
@@ -58,8 +62,8 @@ class DynamicVAEConfig:
         set_whole_tuples(self, "downsampling", "encoder_mult", "decoder_mult")
         self.value_range = (float(self.value_range[0]), float(self.value_range[1]))
         check_whole(self, latent_channels=1, channels=1, residual_blocks=1, attention_from=1)
-        if self.num_bins is not None:
-            check_whole(self, num_bins=2)
+        self.num_bins = self.num_bins or self.region_size**2
+        check_whole(self, num_bins=2)
         if not isinstance(self.sigma, (int, float)) or not 0 < self.sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
         if not self.value_range[0] < self.value_range[1]:
@@ -67,23 +71,28 @@ class DynamicVAEConfig:
         factors = self.downsampling
         if list(factors) != sorted(set(factors)) or any(f < 2 or f & (f - 1) for f in factors):
             raise ValueError(f"downsampling must be ascending powers of 2, got {factors}")
-        if 2 ** (len(self.encoder_mult) - 1) != factors[-1]:
-            raise ValueError(
-                f"encoder_mult must have {factors[-1].bit_length()} levels for a factor of {factors[-1]}, "
-                f"got {self.encoder_mult}"
-            )
-        if 2 ** (len(self.decoder_mult) - 1) != factors[0]:
-            raise ValueError(
-                f"decoder_mult must have {factors[0].bit_length()} levels for a factor of {factors[0]}, "
-                f"got {self.decoder_mult}"
-            )
-        if self.thresholds is None:
-            if len(factors) > 2:
-                raise ValueError(f"thresholds must be given for the {len(factors)} grains of {factors}")
-            self.thresholds = (MEDIAN_ENTROPY,) * (len(factors) - 1)
-        self.thresholds = tuple(float(x) for x in self.thresholds)
-        if len(self.thresholds) != len(factors) - 1 or list(self.thresholds) != sorted(self.thresholds):
-            raise ValueError(f"thresholds must be {len(factors) - 1} ascending values, got {self.thresholds}")
+        for name, factor in (("encoder_mult", factors[-1]), ("decoder_mult", factors[0])):
+            if 2 ** (len(getattr(self, name)) - 1) != factor:
+                raise ValueError(
+                    f"{name} must have {factor.bit_length()} levels for a factor of {factor}, got {getattr(self, name)}"
+                )
+        if not self.thresholds and len(factors) > 2:
+            raise ValueError(f"thresholds must be given for the {len(factors)} grains of {factors}")
+        self.thresholds = self.check_thresholds(self.thresholds or (MEDIAN_ENTROPY,) * (len(factors) - 1))
+        self.check_scaling_factor(self.scaling_factor)
+
+    def check_thresholds(self, thresholds: Sequence[float]) -> tuple[float, ...]:
+        """The thresholds as a tuple; ValueError unless they are k-1 ascending values."""
+        values = tuple(float(x) for x in thresholds)
+        if len(values) != self.num_grains - 1 or list(values) != sorted(values):
+            raise ValueError(f"thresholds must be {self.num_grains - 1} ascending values, got {values}")
+        return values
+
+    def check_scaling_factor(self, factor: float) -> float:
+        """The factor; ValueError unless it is positive and finite."""
+        if not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
+            raise ValueError(f"scaling_factor must be positive and finite, got {factor!r}")
+        return float(factor)
 
     @property
     def num_grains(self) -> int:
@@ -98,13 +107,6 @@ class DynamicVAEConfig:
     def code_sizes(self) -> tuple[int, ...]:
         """Cells along the side of one latent code, by grain (coarsest first)."""
         return tuple(f // self.downsampling[0] for f in reversed(self.downsampling))
-
-
-Run = Callable[[nn.Module, Tensor], Tensor]
-
-
-def call(block: nn.Module, h: Tensor) -> Tensor:
-    return block(h)
 
 
 class ResidualBlock(nn.Module):
@@ -139,7 +141,7 @@ class AttentionBlock(nn.Module):
         return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
 
 
-class Level(nn.Module):
+class Level(layers.Recomputable):
     """Residual blocks of one resolution, each followed by attention where asked."""
 
     def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool) -> None:
@@ -155,8 +157,11 @@ class Level(nn.Module):
         return self.parts(x)
 
 
-def middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+class Middle(layers.Recomputable, nn.Sequential):
+    """A residual block, attention, a residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
 
 
 class Head(nn.Module):
@@ -172,7 +177,7 @@ class Head(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least 4 channels: groups of one would erase what a narrow layer says by its level."""
+    """At most 32 groups, of at least 4 channels: groups of one would erase what a narrow layer carries in its mean."""
     return nn.GroupNorm(min(32, max(1, channels // 4)), channels, eps=1e-6)
 
 
@@ -193,22 +198,20 @@ class HierarchicalEncoder(nn.Module):
             self.levels.append(Level(channels, width, config.residual_blocks, factor >= config.attention_from))
             channels = width
             if factor in config.downsampling:
-                self.branches[f"f{factor}"] = nn.Sequential(middle(width), Head(width, 2 * config.latent_channels))
+                self.branches[f"f{factor}"] = nn.Sequential(Middle(width), Head(width, 2 * config.latent_channels))
             if i + 1 < len(widths):
                 self.down.append(nn.Conv2d(width, width, 3, stride=2))
 
     def blocks(self) -> list[nn.Module]:
         return [*self.levels, *(cast(nn.Sequential, branch)[0] for branch in self.branches.values())]
 
-    def forward(self, images: Tensor, run: Run = call) -> list[Tensor]:
-        """`run(block, h)` executes a block."""
+    def forward(self, images: Tensor) -> list[Tensor]:
         h = self.embed(images)
         moments = []
         for i, level in enumerate(self.levels):
-            h = run(level, h)
+            h = level(h)
             if f"f{2**i}" in self.branches:
-                branch = cast(nn.Sequential, self.branches[f"f{2**i}"])
-                moments.append(branch[1](run(branch[0], h)))
+                moments.append(self.branches[f"f{2**i}"](h))
             if i < len(self.down):
                 h = self.down[i](F.pad(h, (0, 1, 0, 1)))
         return moments[::-1]
@@ -219,7 +222,7 @@ class Decoder(nn.Module):
 
     Position enters after the first convolution (a unit-variance embedding on the latent itself would swamp four
     channels): a linear map of sinusoids of the cell's place in the image, and a learned vector for each grain and place
-    within the region, which tells equal cells of one code apart. Neither depends on the image size.
+    within the region, which makes equal cells of one code differ. Neither depends on the image size.
     """
 
     WAVES = 4
@@ -233,7 +236,7 @@ class Decoder(nn.Module):
         self.embed = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
         self.place = nn.Linear(4 * self.WAVES, channels)
         self.grain = nn.Parameter(torch.randn(config.num_grains, side, side, channels) * 0.02)
-        self.middle = middle(channels)
+        self.middle = Middle(channels)
         self.levels = nn.ModuleList()
         self.up = nn.ModuleList()
         for i in reversed(range(len(widths))):
@@ -247,12 +250,11 @@ class Decoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return [self.middle, *self.levels]
 
-    def forward(self, z: Tensor, grain_map: Tensor, run: Run = call) -> Tensor:
-        """`run(block, h)` executes a block."""
+    def forward(self, z: Tensor, grain_map: Tensor) -> Tensor:
         h = self.embed(z)
-        h = run(self.middle, h + self._positions(grain_map, h))
+        h = self.middle(h + self._positions(grain_map, h))
         for i, level in enumerate(self.levels):
-            h = run(level, h)
+            h = level(h)
             if i < len(self.up):
                 h = self.up[i](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.head(h)
@@ -279,7 +281,14 @@ class Decoder(nn.Module):
 
 
 class VAEOutput(NamedTuple):
-    """What a training step needs; latents as in `DynamicVAE.encode`."""
+    """What a training step needs of a `DynamicVAE`.
+
+    Args:
+        reconstruction: (B, 3, H, W).
+        mean: of the posterior, (B, n_z, Hf, Wf), as `DynamicVAE.encode` returns it.
+        logvar: of the posterior.
+        grain_map: (B, H/S, W/S) int64.
+    """
 
     reconstruction: Tensor
     mean: Tensor
@@ -288,7 +297,7 @@ class VAEOutput(NamedTuple):
 
 
 class DynamicVAE(Model):
-    """`DynamicVAE.from_preset("f8f16")`.
+    """The autoencoder of the first stage: `DynamicVAE.from_preset("f8f16")`.
 
     Images are (B, 3, H, W) in [-1, 1], their sides multiples of S; latents are (B, n_z, Hf, Wf), the codes of every
     grain neighbour-copied onto the finest grid; grain maps (B, H/S, W/S) int64.
@@ -323,19 +332,14 @@ class DynamicVAE(Model):
         """The decoder's last weight, at which the adversarial weight compares gradients."""
         return self.decoder.head.conv.weight
 
-    def set_thresholds(self, thresholds: tuple[float, ...] | list[float]) -> None:
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
         """Replaces the entropy thresholds: k-1 ascending values (ValueError otherwise)."""
-        values = tuple(float(x) for x in thresholds)
-        if len(values) != self.config.num_grains - 1 or list(values) != sorted(values):
-            raise ValueError(f"thresholds must be {self.config.num_grains - 1} ascending values, got {values}")
-        self.config.thresholds = values
-        self.thresholds.copy_(torch.tensor(values))
+        self.config.thresholds = self.config.check_thresholds(thresholds)
+        self.thresholds.copy_(torch.tensor(self.config.thresholds))
 
     def set_scaling_factor(self, factor: float) -> None:
         """Replaces the latents' scaling factor, a positive number (ValueError otherwise)."""
-        if not 0 < factor < float("inf"):
-            raise ValueError(f"scaling_factor must be positive and finite, got {factor}")
-        self.config.scaling_factor = float(factor)
+        self.config.scaling_factor = self.config.check_scaling_factor(factor)
         self.scaling_factor.fill_(factor)
 
     def grain_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +377,7 @@ class DynamicVAE(Model):
         expected = (images.shape[0], images.shape[2] // s, images.shape[3] // s)
         if tuple(grain_map.shape) != expected:
             raise ValueError(f"grain_map must be {expected}, got {tuple(grain_map.shape)}")
-        moments = [m.float() for m in self.encoder(images, self.run_block)]
+        moments = [m.float() for m in self.encoder(images)]
         mean, logvar = ops.neighbor_copy(moments, grain_map).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20), grain_map, entropy
 
@@ -395,7 +399,7 @@ class DynamicVAE(Model):
                 f"z must be {(batch, self.config.latent_channels, h * side, w * side)} for this grain_map, "
                 f"got {tuple(z.shape)}"
             )
-        return self.decoder(z, grain_map, self.run_block)
+        return self.decoder(z, grain_map)
 
     def forward(self, images: Tensor, grain_map: Tensor | None = None, *, generator: Generators = None) -> VAEOutput:
         """Encode, draw from the posterior, decode: the whole of a training step that must go through DDP."""

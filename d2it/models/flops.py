@@ -13,21 +13,31 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from d2it import ops
+from d2it.diffusion.grains import expand_map
 from d2it.models.content import ContentTransformerConfig
-from d2it.models.dit import DiTConfig
-from d2it.models.grain import GrainTransformerConfig
+from d2it.models.dit import TransformerConfig
 from d2it.models.layers import TimestepEmbedder
 
 
 class FineTokens(NamedTuple):
-    """What RefineNet works on: `rows`, and `pairs`, the sum over windows of their tokens squared."""
+    """What RefineNet works on.
+
+    Args:
+        rows: its tokens.
+        pairs: the sum over windows of their tokens squared.
+    """
 
     rows: int
     pairs: int
 
 
 class Macs(NamedTuple):
-    """`dense`: everything but RefineNet."""
+    """Multiply-accumulates of a forward pass.
+
+    Args:
+        dense: of everything but RefineNet.
+        refine: of RefineNet.
+    """
 
     dense: int
     refine: int
@@ -47,8 +57,7 @@ def fine_tokens(grain_map: Tensor, config: ContentTransformerConfig) -> FineToke
         b, h, w = fine.shape
         counts = fine.reshape(b, h // n, n, w // n, n).sum(dim=(2, 4)) * side**2
     else:
-        cells = fine.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
-        counts = ops.reference.to_windows(cells, window).sum(dim=1)
+        counts = ops.reference.to_windows(expand_map(fine, side), window).sum(dim=1)
     return FineTokens(int(counts.sum()), int(counts.square().sum()))
 
 
@@ -58,45 +67,31 @@ def all_fine(config: ContentTransformerConfig, batch: int = 1) -> FineTokens:
     return FineTokens(cells, cells * config.window**2)
 
 
-def count_macs(
-    config: DiTConfig | GrainTransformerConfig | ContentTransformerConfig,
-    batch: int = 1,
-    fine: FineTokens | None = None,
-) -> Macs:
+def count_macs(config: TransformerConfig, batch: int = 1, fine: FineTokens | None = None) -> Macs:
     """MACs of one forward pass over `batch` images.
 
     Args:
         config: a transformer's.
+        batch: images.
         fine: RefineNet's tokens in the whole batch (`fine_tokens`); None, or a masked model, is `all_fine`.
     """
-    if isinstance(config, ContentTransformerConfig):
-        if fine is None or config.masked:
-            fine = all_fine(config, batch)
-        patch = config.patch_size or config.cells_per_region
-        dense = _trunk(config, patch, config.in_channels, config.out_channels, config.grid)
-        tokens = config.grid[0] * config.grid[1] // patch**2
-        dense += tokens * config.num_grains * config.dim
-        per_row = config.refine_depth * _block_row(config) + config.dim * (
-            config.out_channels + config.in_channels + config.num_grains + config.out_channels
-        )
-        per_pair = config.refine_depth * 2 * config.dim
-        per_image = _per_image(config.dim, config.refine_depth)
-        return Macs(batch * dense, fine.rows * per_row + fine.pairs * per_pair + batch * per_image)
-    channels = (
-        (1, config.num_grains)
-        if isinstance(config, GrainTransformerConfig)
-        else (config.in_channels, config.out_channels)
-    )
-    grid: Any = config.grid
-    return Macs(batch * _trunk(config, config.patch_size, *channels, grid), 0)
+    dim, tokens = config.dim, config.num_tokens
+    block = _block_row(config) + 2 * tokens * dim
+    ends = dim * config.patch_size**2 * (config.in_channels + config.out_channels)
+    dense = tokens * (config.depth * block + ends) + _per_image(dim, config.depth)
+    if not isinstance(config, ContentTransformerConfig):
+        return Macs(batch * dense, 0)
+    if fine is None or config.masked:
+        fine = all_fine(config, batch)
+    dense += tokens * config.num_grains * dim
+    ends = dim * (2 * config.out_channels + config.in_channels + config.num_grains)
+    refine = fine.rows * (config.refine_depth * _block_row(config) + ends)
+    refine += fine.pairs * config.refine_depth * 2 * dim + batch * _per_image(dim, config.refine_depth)
+    return Macs(batch * dense, refine)
 
 
 def kept_values(
-    config: DiTConfig | GrainTransformerConfig | ContentTransformerConfig,
-    batch: int = 1,
-    fine: FineTokens | None = None,
-    *,
-    recompute: bool = False,
+    config: TransformerConfig, batch: int = 1, fine: FineTokens | None = None, *, recompute: bool = False
 ) -> int:
     """Numbers that the blocks keep from the forward to the backward pass, in the dtype of the residual stream.
 
@@ -104,30 +99,22 @@ def kept_values(
     branches, and the MLP's hidden layer before and after its GELU. Compilation saves some of them.
 
     Args:
-        config, batch, fine: as for `count_macs`.
+        config: as for `count_macs`.
+        batch: as for `count_macs`.
+        fine: as for `count_macs`.
         recompute: activation checkpointing: every block's input, and once all of the largest block.
     """
+    layers = [(config.depth, batch * config.num_tokens)]
     if isinstance(config, ContentTransformerConfig):
         rows = all_fine(config, batch).rows if fine is None or config.masked else fine.rows
-        patch = config.patch_size or config.cells_per_region
-        layers = [(config.depth, batch * config.grid[0] * config.grid[1] // patch**2), (config.refine_depth, rows)]
-    else:
-        height, width = config.grid  # type: ignore[misc]
-        layers = [(config.depth, batch * height * width // config.patch_size**2)]
+        layers.append((config.refine_depth, rows))
     of_a_token = int(config.dim * (10 + 2 * config.mlp_ratio))
     if recompute:
         return config.dim * sum(depth * rows for depth, rows in layers) + of_a_token * max(rows for _, rows in layers)
     return of_a_token * sum(depth * rows for depth, rows in layers)
 
 
-def _trunk(config: Any, patch: int, in_channels: int, out_channels: int, grid: tuple[int, int]) -> int:
-    tokens = grid[0] * grid[1] // patch**2
-    block = _block_row(config) + 2 * tokens * config.dim
-    ends = config.dim * patch**2 * (in_channels + out_channels)
-    return tokens * (config.depth * block + ends) + _per_image(config.dim, config.depth)
-
-
-def _block_row(config: Any) -> int:
+def _block_row(config: TransformerConfig) -> int:
     """One token through a block's Linears: qkv, projection, MLP."""
     return 4 * config.dim**2 + 2 * config.dim * int(config.dim * config.mlp_ratio)
 

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from d2it.models import layers
 from d2it.models.base import check_whole, pair
-from d2it.models.dit import ClassConditional, Trunk
+from d2it.models.dit import ClassConditional, TransformerConfig, Trunk
 from d2it.models.presets import GRAIN_PRESETS
 
 
 @dataclass
-class GrainTransformerConfig:
-    """`grid` is the grain map's (H/S, W/S); `patch_size` 1 serves maps with an odd side."""
+class GrainTransformerConfig(TransformerConfig):
+    """Configuration of a `DynamicGrainTransformer`.
 
-    grid: int | Iterable[int] = (16, 16)
-    num_grains: int = 2
-    patch_size: int = 2
+    Args:
+        patch_size: side of a token in regions; 1 serves maps with an odd side.
+        dim: width; a multiple of 4 and of `heads`.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_ratio: width of an MLP's hidden layer over `dim`.
+        num_classes: 0 (or None) for an unconditional model.
+        class_dropout_prob: share of the labels that training replaces by the null label.
+        attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`).
+        grid: (H/S, W/S) of the grain map, or one side.
+        num_grains: k.
+    """
+
     dim: int = 384
     depth: int = 12
     heads: int = 6
-    mlp_ratio: float = 4.0
-    num_classes: int | None = 1000
-    class_dropout_prob: float = 0.1
-    attention: str = "sdpa"
+    grid: tuple[int, int] = (16, 16)
+    num_grains: int = 2
 
     def __post_init__(self) -> None:
-        self.grid = pair(self.grid)
-        self.num_classes = self.num_classes or 0
-        check_whole(self, patch_size=1, dim=4, depth=1, heads=1, num_classes=0)
-        if self.num_grains < 2:
-            raise ValueError(f"num_grains must be at least 2, got {self.num_grains}")
+        self.grid = pair("grid", self.grid)
+        check_whole(self, num_grains=2)
+        super().__post_init__()
+
+    @property
+    def in_channels(self) -> int:
+        return 1
+
+    @property
+    def out_channels(self) -> int:
+        return self.num_grains
 
 
 class DynamicGrainTransformer(ClassConditional):
-    """`DynamicGrainTransformer.from_preset("DiT-S", num_classes=1000)`.
+    """Predicts the grain of every region: `DynamicGrainTransformer.from_preset("DiT-S", num_classes=1000)`.
 
     The grain map, scaled to [-1, 1] (`d2it.diffusion.grains_to_signal`), is noised by the same Gaussian diffusion as
-    latents are; the network predicts the grain of every region of the clean map.
+    latents are; the network predicts the clean map.
     """
 
     Config = GrainTransformerConfig
@@ -49,18 +62,7 @@ class DynamicGrainTransformer(ClassConditional):
 
     def __init__(self, config: GrainTransformerConfig) -> None:
         super().__init__(config)
-        self.trunk = Trunk(
-            in_channels=1,
-            out_channels=config.num_grains,
-            grid=pair(config.grid),
-            patch=config.patch_size,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            num_classes=config.num_classes or 0,
-            attention=config.attention,
-        )
+        self.trunk = Trunk(config)
         layers.initialize(self)
 
     def transformer_blocks(self) -> list[nn.Module]:
@@ -69,10 +71,15 @@ class DynamicGrainTransformer(ClassConditional):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None) -> Tensor:
         """(B, 1, h, w) noised signal, (B,) timesteps, (B,) labels -> (B, k, h, w) logits of the clean grain.
 
+        Args:
+            x: noised signal.
+            t: timesteps.
+            y: labels, `num_classes` for none.
+            force_drop_ids: (B,), true where the label is replaced by the null label.
+
         Raises:
             ValueError: shapes that do not fit the configuration.
         """
-        self.check_input(x, t, 1, pair(self.config.grid))
-        y = self.labels(y, x.shape[0], force_drop_ids)
-        out = self.trunk(x, t, y, None, self.run_block)  # (B, h, w, k)
+        self.check_input(x, t)
+        out = self.trunk(x, t, self.labels(y, x.shape[0], force_drop_ids))  # (B, h, w, k)
         return out.permute(0, 3, 1, 2).contiguous()

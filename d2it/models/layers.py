@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from d2it import ops
 
 ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
+RELATIVE_BIASES = ("matrix", "table", "none")
 
 
 def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
@@ -41,22 +43,42 @@ def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def check_attention_backend(name: str) -> str:
-    """`name`, or a ValueError where it is unknown or its package is not installed."""
+def check_attention_backend(name: str) -> None:
+    """Raise ValueError where the backend is unknown or its package is not installed."""
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {name!r}")
     if name != "sdpa" and importlib.util.find_spec(name) is None:
         raise ValueError(f"attention={name!r} needs the package {name}, which is not installed")
-    return name
+
+
+def check_relative_bias(name: str) -> None:
+    """Raise ValueError where `WindowAttention` has no such bias."""
+    if name not in RELATIVE_BIASES:
+        raise ValueError(f"relative_bias must be one of {', '.join(RELATIVE_BIASES)}, got {name!r}")
+
+
+class Recomputable(nn.Module):
+    """A block that can be computed again in the backward pass, so that only its input is kept until then.
+
+    The checkpoint lies around `__call__`: outside of the block's hooks (FSDP2 has some) and of its compiled code.
+    """
+
+    recompute = False
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.recompute or not torch.is_grad_enabled():
+            return super().__call__(*args)
+        # Blocks draw no random numbers, so there is no generator state to keep.
+        return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens of an image: (B, L, C) -> (B, L, C)."""
 
-    def __init__(self, dim: int, heads: int, backend: str = "sdpa") -> None:
+    def __init__(self, dim: int, heads: int, backend: str) -> None:
         super().__init__()
         self.heads = heads
-        self.backend = check_attention_backend(backend)
+        self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -85,10 +107,8 @@ class WindowAttention(nn.Module):
             self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(1, heads, cells, cells))
         elif relative_bias == "table":
             self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        elif relative_bias == "none":
-            self.bias = None
         else:
-            raise ValueError(f'relative_bias must be "matrix", "table" or "none", got {relative_bias!r}')
+            self.bias = None
 
     def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Packed rows (T, C) with `slots` (W, w*w), or all cells (B, L, C) in window order with `segments` (W, w*w):
@@ -149,7 +169,7 @@ def _float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     return out if out.dtype == torch.float64 else out.float()
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """adaLN-Zero transformer block (Peebles and Xie, Sec. 3.2) around either kind of attention."""
 
     def __init__(self, dim: int, attn: Attention | WindowAttention, mlp_ratio: float = 4.0) -> None:
@@ -288,21 +308,6 @@ def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | Non
     return torch.cat([axis(column.flatten()), axis(row.flatten())], dim=1).float()
 
 
-def to_windows(x: Tensor, window: int) -> Tensor:
-    """(B, H, W, C) -> (B, H*W, C): windows row-major in the image, cells row-major in the window."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // window, window, w // window, window, c).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * w, c)
-
-
-def from_windows(x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `to_windows`: (B, H*W, C) -> (B, H, W, C)."""
-    b, _, c = x.shape
-    h, w = grid
-    x = x.reshape(b, h // window, w // window, window, window, c).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h, w, c)
-
-
 def initialize(module: nn.Module) -> None:
     """DiT's initialisation: Linear xavier-uniform with zero bias, embeddings and timestep MLP N(0, 0.02), the
     modulations and the final Linear zero."""
@@ -320,15 +325,3 @@ def initialize(module: nn.Module) -> None:
         elif isinstance(part, (Modulation, FinalLayer)):
             nn.init.zeros_(part.linear.weight)
             nn.init.zeros_(part.linear.bias)
-
-
-def drop_labels(y: Tensor, null: int, drop: Tensor | None) -> Tensor:
-    """`y` with the null label wherever `drop` (B,) is true: label dropout and classifier-free guidance alike."""
-    return y if drop is None else torch.where(drop.to(torch.bool), null, y)
-
-
-def label_dropout_mask(
-    batch: int, probability: float, *, generator: torch.Generator | None, device: torch.device | str
-) -> Tensor:
-    """(B,) bool, true with `probability`: to be passed as `force_drop_ids`, once a step."""
-    return torch.rand(batch, generator=generator, device=device) < probability

@@ -157,16 +157,18 @@ def plan_tokens(
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
-    """(B, Hf, Wf) -> (B * windows, w * w), windows row-major in the image, cells row-major in the window."""
-    b, h, w = x.shape
-    x = x.reshape(b, h // window, window, w // window, window).permute(0, 1, 3, 2, 4)
-    return x.reshape(b * (h // window) * (w // window), window * window)
+    """(B, Hf, Wf, ...) -> (B * windows, w * w, ...), windows row-major in the image, cells row-major in the window."""
+    b, h, w, *rest = x.shape
+    x = x.reshape(b, h // window, window, w // window, window, *rest).transpose(2, 3)
+    return x.reshape(b * (h // window) * (w // window), window * window, *rest)
 
 
 def from_windows(x: Tensor, window: int, shape: tuple[int, int, int]) -> Tensor:
-    """The inverse of `to_windows`: (B * windows, w * w) -> `shape` = (B, Hf, Wf)."""
+    """The inverse of `to_windows`: (B * windows, w * w, ...) -> (B, Hf, Wf, ...) with `shape` = (B, Hf, Wf)."""
     b, h, w = shape
-    return x.reshape(b, h // window, w // window, window, window).permute(0, 1, 3, 2, 4).reshape(b, h, w)
+    rest = x.shape[2:]
+    x = x.reshape(b, h // window, w // window, window, window, *rest).transpose(2, 3)
+    return x.reshape(b, h, w, *rest)
 
 
 def pack_tokens(x: Tensor, plan: TokenPlan) -> Tensor:

@@ -37,7 +37,7 @@ from d2it.diffusion import (
 from d2it.diffusion.sampling import check_grain_map, check_guidance
 from d2it.diffusion.solvers import grain_scheduler_for
 from d2it.files import atomic_write
-from d2it.models.base import Model, PyTorchModelHubMixin, local_folder, pair, saved_kind
+from d2it.models.base import Model, PyTorchModelHubMixin, local_folder, saved_kind
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dit import DiT
 from d2it.models.dvae import DynamicVAE
@@ -120,7 +120,7 @@ class D2iT(PyTorchModelHubMixin):
         if grain_transformer is not None:
             grain = grain_transformer.config
             pairs += [
-                ("grain map size", pair(grain.grid), self.region_grid),
+                ("grain map size", grain.grid, self.region_grid),
                 ("number of grains", grain.num_grains, self.num_grains),
                 ("number of classes", grain.num_classes, content.num_classes),
             ]
@@ -131,12 +131,12 @@ class D2iT(PyTorchModelHubMixin):
     @property
     def num_classes(self) -> int:
         """0 for an unconditional model."""
-        return self.content_transformer.config.num_classes or 0
+        return self.content_transformer.config.num_classes
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) in pixels."""
-        return pair(self.content_transformer.config.image_size)
+        return self.content_transformer.config.image_size
 
     @property
     def region_grid(self) -> tuple[int, int]:

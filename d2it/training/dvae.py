@@ -83,7 +83,7 @@ def build_vae(config: Config) -> DynamicVAE:
     settings = config.dvae
     with user_error("configuration: dvae"):
         plan = DynamicVAE.preset_config(settings.preset, **settings.overrides)
-    if any(side % plan.region_size for side in pair(config.data.image_size)):
+    if any(side % plan.region_size for side in pair("data.image_size", config.data.image_size)):
         raise UserError(
             f"configuration: data.image_size must be a multiple of the VAE's region of {plan.region_size} pixels, "
             f"got {config.data.image_size}"
@@ -94,9 +94,8 @@ def build_vae(config: Config) -> DynamicVAE:
     if len(settings.fine_ratios) != grains - 1:
         raise UserError(f"configuration: dvae.fine_ratios must have {grains - 1} values for {grains} grains")
     calibration = Calibration.load(settings.calibration)
-    bins = plan.num_bins or plan.region_size**2
-    ours = {"region_size": plan.region_size, "num_bins": bins, "value_range": plan.value_range, "sigma": plan.sigma}
-    for key, value in (ours | {"normalize": plan.normalize}).items():
+    ours = {name: getattr(plan, name) for name in ("region_size", "num_bins", "value_range", "sigma", "normalize")}
+    for key, value in ours.items():
         if calibration.kde[key] != value:
             raise UserError(
                 f"configuration: dvae.calibration was made with {key}={calibration.kde[key]}, this VAE has {value}: "

@@ -123,7 +123,7 @@ def check_models(config: Config) -> None:
         else:
             return  # the first stage says so
         with user_error("configuration: data.image_size"):
-            data = LatentData.of_vae(vae, pair(config.data.image_size), 0)
+            data = LatentData.of_vae(vae, pair("data.image_size", config.data.image_size), 0)
         for kind in (GrainStage, ContentStage):
             if kind.name in stages:
                 kind.make(config, data)
@@ -243,7 +243,7 @@ def _begin(config: Config, folder: Path) -> None:
 
 def _source(config: Config) -> ImageSource:
     data = config.data
-    size = pair(data.image_size)
+    size = pair("data.image_size", data.image_size)
     options: dict[str, Any] = {"augment": data.augment, "crop": data.crop, "upsample": data.upsample}
     with user_error("configuration: data"):
         if data.path == "demo":
