@@ -96,7 +96,8 @@ def test_images_that_cannot_be_told_apart_are_said_to_be(tmp_path):
     found = run_calibration(open_source(tmp_path, 32))
     assert found.entropies[0] == found.entropies[-1]
     with pytest.raises(UserError, match="coincide"):
-        found.thresholds([0.7, 0.3])
+        found.thresholds([0.7, 0.6])
+    assert found.shares(found.thresholds([0.7, 0.3])) == [1, 0]
 
 
 def test_a_file_carries_all_that_a_threshold_depends_on(photos, tmp_path):

@@ -123,27 +123,16 @@ def test_class_names_and_checks_of_the_number_of_classes(tmp_path):
     ("kind", "mode"),
     [
         *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
-        *(("PNG", mode) for mode in ("RGB", "L", "P", "RGBA", "LA", "I;16", "1")),
+        *(("PNG", mode) for mode in ("RGB", "L", "P", "RGBA", "LA", "1")),
         *(("WEBP", mode) for mode in ("RGB", "RGBA")),
         *(("BMP", mode) for mode in ("RGB", "L", "P", "RGBA", "1")),
     ],
 )
 def test_formats_and_modes_decode_as_pillow_does(kind, mode):
-    image = picture(1).convert("L").convert(mode) if mode == "I;16" else picture(1).convert(mode)
+    image = picture(1).convert(mode)
     data = encoded(image, kind)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(decode.decode(data)), expected)
-
-
-def test_simplejpeg_and_pillow_give_the_same_pixels(monkeypatch):
-    pytest.importorskip("simplejpeg")
-    for subsampling in (0, 1, 2):
-        for mode in ("RGB", "L"):
-            data = encoded(picture(5, 61, 47).convert(mode), "JPEG", quality=80, subsampling=subsampling)
-            fast = np.asarray(decode.decode(data))
-            with monkeypatch.context() as patch:
-                patch.setattr(decode, "simplejpeg", None)
-                np.testing.assert_array_equal(fast, np.asarray(decode.decode(data)))
 
 
 def adm_center_crop(image, size):
@@ -313,8 +302,6 @@ def test_bombs_are_refused_by_their_header(bomb, size, monkeypatch):
         raise AssertionError("a pixel was decoded")
 
     monkeypatch.setattr(Image.Image, "convert", touched)
-    if decode.simplejpeg is not None:
-        monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", touched)
     with pytest.raises(Unreadable):
         decode.decode(bomb(*size))
 

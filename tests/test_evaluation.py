@@ -11,10 +11,11 @@ from PIL import Image
 from d2it.errors import UserError
 from d2it.evaluation.cli import main
 from d2it.evaluation.generation import compare, open_reference, summarize
-from d2it.evaluation.images import npz_writer, open_images
+from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import Features, Inception, resize_tensorflow1
 from d2it.evaluation.metrics import Gaussian, GaussianStatistics, inception_score, precision_recall
 from d2it.files import sha256_of
+from d2it.npz import image_writer
 from d2it.sampling import cli as sampling
 
 
@@ -166,7 +167,7 @@ def test_inception_weights_are_asked_for_and_judged(tmp_path):
 
 def test_npz_streams_what_was_written(tmp_path):
     images = pictures(11, 1)
-    with npz_writer(tmp_path / "samples.npz", 11, labels=np.arange(11)) as add:
+    with image_writer(tmp_path / "samples.npz", 11, labels=np.arange(11)) as add:
         for part in images.split(4):
             add(part)
     with np.load(tmp_path / "samples.npz") as archive:
@@ -182,7 +183,7 @@ def test_npz_streams_what_was_written(tmp_path):
 def test_a_wrong_count_leaves_no_file(tmp_path):
     with (
         pytest.raises(ValueError, match="count must be the number of images, got 5 for 4"),
-        npz_writer(tmp_path / "samples.npz", 5) as add,
+        image_writer(tmp_path / "samples.npz", 5) as add,
     ):
         add(pictures(4, 1))
     assert list(tmp_path.iterdir()) == []
@@ -211,9 +212,9 @@ def test_bad_image_sets_are_one_clear_line(tmp_path):
     for name, match in [
         ("missing", "no such folder"),
         ("empty", "no images"),
-        ("other.npz", "no arr_0 in it; it holds x.npy"),
+        ("other.npz", "no arr_0 in it; it holds x"),
         ("gray.npz", r"arr_0 must be uint8 \(N, H, W, 3\)"),
-        ("text.npz", "not an .npz file"),
+        ("text.npz", "not a readable array file"),
     ]:
         with pytest.raises(UserError, match=match):
             open_images(tmp_path / name)
@@ -281,7 +282,7 @@ def test_sets_that_cannot_be_compared_say_so(tmp_path):
     with pytest.raises(UserError, match="at least 2 images, got 1"):
         summarize([pictures(1, 7)], extractor)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "fid_only.npz").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"cut.npz: not an .npz file"):
+    with pytest.raises(UserError, match=r"cut.npz: not a readable array file"):
         open_reference(tmp_path / "cut.npz", extractor)
 
 

@@ -1,7 +1,7 @@
 """Latents and grain maps of a whole source, encoded once and read at many times the training rate.
 
-A cache is a folder of units, each the encoding of ``unit_size`` consecutive images of the source, and an
-``index.json`` that is written last::
+A cache is a folder of units, each the encoding of `unit_size` consecutive images of the source, and an
+`index.json` that is written last:
 
     unit-00000.safetensors   mean, std   (n, F, C, Hf, Wf)  of the VAE's posterior, not one frozen draw of it
                              grain_map   (n, F, h, w)       uint8
@@ -12,16 +12,18 @@ F is 2, the image and its mirror image (each encoded: a VAE is not symmetric), o
 number, so that names never collide and an interrupted run is taken up by any number of ranks; each is written
 atomically, and counted only once its own record, which holds its hash, lies beside it.
 
-``python -m d2it.data.verify_cache FOLDER`` says what is inside and whether every byte is as it was written.
+`python -m d2it.data.verify_cache FOLDER` says what is inside and whether every byte is as it was written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from torch import Tensor
 from d2it.data.loader import SinglePass
 from d2it.data.sources import ImageSource, check_classes
 from d2it.errors import UserError
-from d2it.files import atomic_write, save_tensors, sha256_of
+from d2it.files import atomic_write, read_json, save_tensors, sha256_of
 from d2it.seeds import Draws
 
 FORMAT = "d2it latent cache"
@@ -41,6 +43,8 @@ VERSION = 1
 # Opening a cache up to this size hashes all of it (about a second); above, sizes and headers only.
 VERIFY_BYTES = 2 * 2**30
 
+# Of mean and std in the files.
+_DTYPE = torch.float16
 _KEYS = ("mean", "std", "grain_map", "label", "index")
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -57,14 +61,13 @@ def build_cache(
     batch_size: int = 64,
     unit_size: int = 1024,
     flips: bool = True,
-    dtype: torch.dtype = torch.float16,
     workers: int = 0,
     pin_memory: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Encode this rank's share of ``source`` into ``folder``; units that are already there are kept.
+    """Encodes this rank's share of `source` into `folder`; units that are already there are kept.
 
-    When all ranks have returned, one of them calls :func:`finish_cache`.
+    When all ranks have returned, one of them calls `finish_cache`.
 
     Args:
         encode: images uint8 (B, 3, H, W) on the host -> mean, std (B, C, Hf, Wf) and grain_map (B, h, w), any device.
@@ -72,36 +75,31 @@ def build_cache(
             factor, downsampling. A later run with other facts is refused.
         unit_size: images of one file; at least as many units as ranks keep all ranks busy.
         flips: encode the mirror images too.
-        dtype: of mean and std in the files: float16, bfloat16 or float32.
         progress: called with the number of images after each batch.
 
     Raises:
-        UserError: the folder holds a cache of other facts or cannot be written, latents are not finite in ``dtype``,
+        UserError: the folder holds a cache of other facts or cannot be written, latents are not finite in float16,
             or more than 1 % of the images cannot be read.
     """
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     if unit_size < 1:
         raise ValueError(f"unit_size must be positive, got {unit_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
     folder = Path(folder)
-    plan = _plan(source, facts, unit_size, flips, dtype)
+    plan = _plan(source, facts, unit_size, flips)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "index.json").exists():
-            _require_plan(folder, _read_json(folder / "index.json").get("plan"), plan)
+            _require_plan(folder, read_json(folder / "index.json").get("plan"), plan)
             return
         mine = [u for u in range(rank, plan["units"], world_size) if not _is_done(folder, u, plan)]
-        _encode_units(
-            folder, source, encode, plan, mine, batch_size, dtype, progress, workers=workers, pin_memory=pin_memory
-        )
+        _encode_units(folder, source, encode, plan, mine, batch_size, progress, workers=workers, pin_memory=pin_memory)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the latent cache: {error.strerror or error}") from None
 
 
 def finish_cache(folder: str | os.PathLike[str]) -> None:
-    """Write the index of a cache whose units are all there; harmless if it has one.
+    """Writes the index of a cache whose units are all there; harmless if it has one.
 
     Raises:
         UserError: units are missing.
@@ -109,21 +107,26 @@ def finish_cache(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     if (folder / "index.json").exists():
         return
-    records = [_read_json(path) for path in sorted(folder.glob("unit-*.json"))]
+    records = [read_json(path) for path in sorted(folder.glob("unit-*.json"))]
     if not records:
         raise UserError(f"{folder}: no latent cache was begun here")
-    plan = records[0]["plan"]
-    for record in records:
-        _require_plan(folder, record["plan"], plan)
-    if len(records) != plan["units"]:
-        raise UserError(f"{folder}: {len(records)} of {plan['units']} units are there; run the cache stage again")
+    try:
+        plan = records[0]["plan"]
+        for record in records:
+            _require_plan(folder, record["plan"], plan)
+        units, count = [dataclasses.asdict(_Unit.read(record)) for record in records], plan["units"]
+        skipped = [name for record in records for name in _texts(record["skipped"])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: a record of the cache (unit-*.json) is damaged: {error}") from None
+    if len(records) != count:
+        raise UserError(f"{folder}: {len(records)} of {count} units are there; run the cache stage again")
     index = {
         "format": FORMAT,
         "version": VERSION,
-        "images": sum(record["images"] for record in records),
+        "images": sum(unit["images"] for unit in units),
         "plan": plan,
-        "skipped": [name for record in records for name in record["skipped"]],
-        "units": [{key: record[key] for key in ("file", "images", "bytes", "sha256")} for record in records],
+        "skipped": skipped,
+        "units": units,
     }
     try:
         with atomic_write(folder / "index.json") as path:
@@ -134,18 +137,18 @@ def finish_cache(folder: str | os.PathLike[str]) -> None:
         raise UserError(f"{folder}: cannot write the latent cache: {error.strerror or error}") from None
 
 
-def _plan(source: ImageSource, facts: dict[str, Any], unit_size: int, flips: bool, dtype: torch.dtype) -> dict:
-    """Return what every unit of a cache must agree on."""
+def _plan(source: ImageSource, facts: dict[str, Any], unit_size: int, flips: bool) -> dict:
+    """Returns what every unit of a cache must agree on."""
     plan = {
         "source": source.description,
         "source_images": len(source),
+        "fingerprint": source.fingerprint(),
         "image_size": list(source.image_size),
         "num_classes": source.num_classes,
         "classes": source.classes,
         "unit_size": unit_size,
         "units": -(-len(source) // unit_size),
         "flips": flips,
-        "dtype": str(dtype).removeprefix("torch."),
         "facts": facts,
     }
     return json.loads(json.dumps(plan))  # as it will be read back: tuples become lists
@@ -164,6 +167,13 @@ def _require_plan(folder: Path, theirs: Any, ours: dict) -> None:
         )
 
 
+def _texts(value: Any) -> list[str]:
+    """Returns a JSON value that must be a list of texts."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{value!r:.40} is not a list of texts")
+    return value
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -177,7 +187,7 @@ def _is_done(folder: Path, unit: int, plan: dict) -> bool:
     record = (folder / _unit_name(unit)).with_suffix(".json")
     if not record.exists():
         return False
-    _require_plan(folder, _read_json(record).get("plan"), plan)
+    _require_plan(folder, read_json(record).get("plan"), plan)
     return True
 
 
@@ -188,7 +198,6 @@ def _encode_units(
     plan: dict,
     units: list[int],
     batch_size: int,
-    dtype: torch.dtype,
     progress: Callable[[int], object] | None,
     **loader: Any,
 ) -> None:
@@ -203,7 +212,7 @@ def _encode_units(
         for batch, indices in zip(stream, batches):
             skipped += [f"{name}: {reason}" for _, name, reason in batch["unreadable"]]
             if len(batch["index"]):
-                rows.append(_encode_batch(batch, encode, plan["flips"], dtype))
+                rows.append(_encode_batch(batch, encode, plan["flips"]))
             if progress is not None:
                 progress(len(indices))
             if indices.stop % size == 0 or indices.stop == len(source):
@@ -211,14 +220,14 @@ def _encode_units(
                 rows, skipped = [], []
 
 
-def _encode_batch(batch: dict[str, Any], encode: Encode, flips: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return rows of a unit: mean, std (B, F, C, Hf, Wf), grain_map (B, F, h, w), label, index, on the host."""
+def _encode_batch(batch: dict[str, Any], encode: Encode, flips: bool) -> dict[str, Tensor]:
+    """Returns rows of a unit: mean, std (B, F, C, Hf, Wf), grain_map (B, F, h, w), label, index, on the host."""
     views = [batch["image"], batch["image"].flip(3)] if flips else [batch["image"]]
     stacked = [torch.stack(parts, dim=1) for parts in zip(*(encode(view) for view in views))]
-    mean, std = (value.to("cpu", dtype) for value in stacked[:2])
+    mean, std = (value.to("cpu", _DTYPE) for value in stacked[:2])
     for name, value in (("mean", mean), ("std", std)):
         if not value.isfinite().all():
-            raise UserError(f"the VAE gives latents that are not finite in {dtype} ({name}); is it trained?")
+            raise UserError(f"the VAE gives latents that are not finite in {_DTYPE} ({name}); is it trained?")
     grain_map = stacked[2].to("cpu", torch.uint8)
     return {"mean": mean, "std": std, "grain_map": grain_map, "label": batch["label"], "index": batch["index"]}
 
@@ -240,28 +249,49 @@ def _write_unit(folder: Path, unit: int, rows: list[dict[str, Tensor]], skipped:
         path.write_text(json.dumps(record))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
-    return content
+def _whole(value: Any, least: int = 0) -> int:
+    """Returns a JSON value that must be a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is not a whole number of at least {least}")
+    return value
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One file of a cache, as its index describes it.
+
+    Attributes:
+        file: its name.
+        images: in it.
+        bytes: of the file.
+        sha256: of the file, hexadecimal.
+    """
+
+    file: str
+    images: int
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> _Unit:
+        """Returns the unit of a record; raises ValueError or KeyError over one that is damaged."""
+        if not re.fullmatch(r"unit-\d{5,}\.safetensors", str(fields["file"])):
+            raise ValueError(f"it names the file {fields['file']!r:.60}")
+        if not re.fullmatch("[0-9a-f]{64}", str(fields["sha256"])):
+            raise ValueError(f"{fields['file']} has no SHA-256")
+        return cls(fields["file"], _whole(fields["images"]), _whole(fields["bytes"]), fields["sha256"])
 
 
 class LatentCache:
-    """A finished cache, memory-mapped: what :class:`d2it.data.Loader` serves to the two transformers.
+    """A finished cache, memory-mapped: what `d2it.data.Loader` serves to the two transformers.
 
     Args:
-        folder: where :func:`finish_cache` wrote the index.
+        folder: where `finish_cache` wrote the index.
         verify: hash every file and refuse the cache over one changed bit; None does so up to 2 GiB. Sizes and headers
             are held against the index in any case.
 
     Attributes:
-        facts: as given to :func:`build_cache`.
+        facts: as given to `build_cache`.
         image_size: (H, W) of the encoded images, pixels.
         latent_shape: (C, Hf, Wf).
         grid: (h, w) of the grain maps.
@@ -280,81 +310,74 @@ class LatentCache:
             begun = any(self.folder.glob("unit-*.json"))
             why = "the latent cache is not finished; run the cache stage again" if begun else "no latent cache here"
             raise UserError(f"{self.folder}: {why}")
-        index = _read_json(path)
+        index = read_json(path)
         if index.get("format") != FORMAT or index.get("version") != VERSION:
             raise UserError(f"{path} is not the index of a {FORMAT} of version {VERSION}")
         try:
             plan = index["plan"]
-            self.facts: dict[str, Any] = plan["facts"]
-            self.image_size = (int(plan["image_size"][0]), int(plan["image_size"][1]))
-            self.num_classes = int(plan["num_classes"])
+            self.facts: dict[str, Any] = dict(plan["facts"])
+            height, width = plan["image_size"]
+            self.image_size = (_whole(height, 1), _whole(width, 1))
+            self.num_classes = _whole(plan["num_classes"])
             self.classes: list[str] | None = plan["classes"]
-            self.flips = bool(plan["flips"])
+            if self.classes is not None and len(_texts(self.classes)) != self.num_classes:
+                raise ValueError(f"{len(self.classes)} class names for {self.num_classes} classes")
+            if not isinstance(plan["flips"], bool):
+                raise ValueError(f"flips is {plan['flips']!r:.40}")
+            self.flips: bool = plan["flips"]
             self.description = f"latents of {plan['source']}"
-            self.skipped: list[str] = index["skipped"]
-            self._units = [
-                (str(unit["file"]), int(unit["images"]), int(unit["bytes"]), str(unit["sha256"]))
-                for unit in index["units"]
-                if int(unit["images"])
-            ]
-            dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[plan["dtype"]]
-            images = int(index["images"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            self.skipped: list[str] = _texts(index["skipped"])
+            self._units = [unit for unit in map(_Unit.read, index["units"]) if unit.images]
+            images = _whole(index["images"])
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__} at {error}") from None
-        for name, *_ in self._units:
-            if not re.fullmatch(r"unit-\d{5,}\.safetensors", name):
-                raise UserError(f"{path} is damaged: it names the file {name!r}")
-        if not self._units or images != sum(unit[1] for unit in self._units):
+        if not self._units or images != sum(unit.images for unit in self._units):
             raise UserError(f"{path} is damaged: the units do not add up to {images} images")
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self._check_files(verify)
-        self._map_units(dtype)
-        self._starts = np.cumsum([0, *(unit[1] for unit in self._units)])
+        self._map_units(check=True)
+        self._starts = np.cumsum([0, *(unit.images for unit in self._units)])
         self.labels = np.concatenate([unit["label"].numpy() for unit in self._tensors])
 
     def _check_files(self, verify: bool | None) -> None:
-        for name, _, size, _ in self._units:
+        for unit in self._units:
             try:
-                actual = os.path.getsize(self.folder / name)
+                actual = os.path.getsize(self.folder / unit.file)
             except OSError as error:
-                raise UserError(f"{self.folder / name}: {error.strerror}") from None
-            if actual != size:
-                raise UserError(f"{self.folder / name} is damaged: {actual:,} bytes, {size:,} were written")
+                raise UserError(f"{self.folder / unit.file}: {error.strerror}") from None
+            if actual != unit.bytes:
+                raise UserError(f"{self.folder / unit.file} is damaged: {actual:,} bytes, {unit.bytes:,} were written")
         if verify is None:
-            verify = sum(unit[2] for unit in self._units) <= VERIFY_BYTES
+            verify = sum(unit.bytes for unit in self._units) <= VERIFY_BYTES
         if verify:
-            for name, _, _, sha256 in self._units:
-                if sha256_of(self.folder / name) != sha256:
-                    raise UserError(f"{self.folder / name} is damaged: its SHA-256 is not the one in index.json")
+            for unit in self._units:
+                if sha256_of(self.folder / unit.file) != unit.sha256:
+                    raise UserError(f"{self.folder / unit.file} is damaged: its SHA-256 is not the one in index.json")
 
-    def _map_units(self, dtype: torch.dtype | None = None) -> None:
-        """Map every unit's tensors; with ``dtype``, hold their shapes and types against each other."""
+    def _map_units(self, check: bool = False) -> None:
+        """Maps every unit's tensors; with `check`, holds their shapes and types against the index."""
         self._tensors: list[dict[str, Tensor]] = []
-        for name, images, _, _ in self._units:
+        views = 2 if self.flips else 1
+        for unit in self._units:
+            path = self.folder / unit.file
             try:
-                with safe_open(self.folder / name, "pt") as file:
-                    self._tensors.append({key: file.get_tensor(key) for key in _KEYS})
+                with safe_open(path, "pt") as file:
+                    tensors = {key: file.get_tensor(key) for key in _KEYS}
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.folder / name} is damaged: {str(error).splitlines()[0]}") from None
-            if dtype is None:
+                raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+            self._tensors.append(tensors)
+            if not check:
                 continue
-            unit, first = self._tensors[-1], self._tensors[0]
-            views = 2 if self.flips else 1
-            expected = {
-                "mean": (dtype, (images, views, *first["mean"].shape[2:])),
-                "std": (dtype, (images, views, *first["mean"].shape[2:])),
-                "grain_map": (torch.uint8, (images, views, *first["grain_map"].shape[2:])),
-                "label": (torch.int64, (images,)),
-                "index": (torch.int64, (images,)),
-            }
+            first = self._tensors[0]
             if first["mean"].ndim != 5 or first["grain_map"].ndim != 4:
-                raise UserError(f"{self.folder / name} is damaged: mean or grain_map has the wrong rank")
-            for key, (kind, shape) in expected.items():
-                if unit[key].dtype != kind or tuple(unit[key].shape) != shape:
-                    raise UserError(
-                        f"{self.folder / name} is damaged: {key} is {unit[key].dtype} {tuple(unit[key].shape)}, "
-                        f"index.json says {kind} {shape}"
-                    )
+                raise UserError(f"{path} is damaged: mean or grain_map has the wrong rank")
+            latents = (_DTYPE, (unit.images, views, *first["mean"].shape[2:]))
+            grains = (torch.uint8, (unit.images, views, *first["grain_map"].shape[2:]))
+            numbers = (torch.int64, (unit.images,))
+            for key, wanted in zip(_KEYS, (latents, latents, grains, numbers, numbers)):
+                got = (tensors[key].dtype, tuple(tensors[key].shape))
+                if got != wanted:
+                    raise UserError(f"{path} is damaged: {key} is {got[0]} {got[1]}, not {wanted[0]} {wanted[1]}")
         self.latent_shape = tuple(self._tensors[0]["mean"].shape[2:])
         self.grid = tuple(self._tensors[0]["grain_map"].shape[2:])
 
@@ -369,7 +392,7 @@ class LatentCache:
         return int(self._starts[-1])
 
     def require(self, **facts: Any) -> None:
-        """Raise UserError unless the cache was made with these facts."""
+        """Raises UserError unless the cache was made with these facts."""
         for key, value in facts.items():
             if self.facts.get(key) != json.loads(json.dumps(value)):
                 raise UserError(
@@ -377,15 +400,20 @@ class LatentCache:
                     "delete it or name another folder"
                 )
 
-    def require_classes(self, num_classes: int) -> None:
-        """Raise UserError unless every image has a label below ``num_classes``."""
-        check_classes(f"{self.folder} ({self.description})", self.num_classes, num_classes)
+    def fingerprint(self) -> str:
+        """Returns the identity of the cache by content, as a hex string: the index, which holds every file's hash."""
+        return self.sha256
+
+    def require_classes(self, num_classes: int, *, allow_missing: bool = False) -> None:
+        """Raises UserError unless the images have `num_classes` classes; see `ImageSource.require_classes`."""
+        labels = self.labels if self.num_classes else None
+        check_classes(f"{self.folder} ({self.description})", self.num_classes, labels, num_classes, allow_missing)
 
     def fetch(self, indices: Sequence[int], draws: Sequence[Draws] | None = None, *, replace: bool = False) -> dict:
-        """Return a batch; with ``draws``, half of the images as their mirror images where those were encoded.
+        """Returns a batch; with `draws`, half of the images as their mirror images where those were encoded.
 
         mean, std (B, C, Hf, Wf) float32; grain_map (B, h, w) int64, on the host, so that a packed capacity needs no
-        look at the device; label, index (B,) int64, the index being the source's. ``replace`` has no effect: a cache
+        look at the device; label, index (B,) int64, the index being the source's. `replace` has no effect: a cache
         holds no unreadable image.
         """
         wanted = np.asarray(indices, np.int64)

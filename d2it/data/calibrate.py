@@ -82,8 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{calibration.source}; {calibration.regions:,} regions in {seconds:.1f} s, {calibration.skipped} skipped")
     deciles = " ".join(f"{calibration.entropies[i]:.3f}" for i in range(100, 1000, 100))
     print(f"entropy of the regions, nats, 10 % to 90 %: {deciles}")
-    limits = ", ".join(f"{t:.4f}" for t in calibration.thresholds(options.ratios))
+    thresholds = calibration.thresholds(options.ratios)
+    limits = ", ".join(f"{t:.4f}" for t in thresholds)
     print(f"thresholds for fine ratios {', '.join(f'{r:g}' for r in options.ratios)}: {limits}")
+    print(f"shares of regions above them: {', '.join(f'{share:.3f}' for share in calibration.shares(thresholds))}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Which entropy separates the grains: percentiles of region entropies, with all that gives them meaning.
 
 A threshold holds for one value range, bin count, sigma, region size, normalisation and image size, and for images like
-those it was taken from. So a :class:`Calibration` keeps all of that beside the percentiles, and hands the operator its
-arguments (:attr:`Calibration.kde`) together with the thresholds.
+those it was taken from. So a `Calibration` keeps all of that beside the percentiles, and hands the operator its
+arguments (`Calibration.kde`) together with the thresholds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -24,8 +25,10 @@ import d2it
 from d2it.data.loader import Batch, SinglePass
 from d2it.data.sources import ImageSource
 from d2it.errors import UserError
-from d2it.files import atomic_write
+from d2it.files import atomic_write, read_json
 from d2it.ops import kde_entropy
+
+logger = logging.getLogger("d2it.data")
 
 FORMAT = "d2it entropy calibration"
 VERSION = 1
@@ -33,15 +36,19 @@ VERSION = 1
 QUANTILES = 1001
 # Cells of the histogram: 5.3e-6 nats wide for 256 bins, below the rounding of float32 entropies (7e-6).
 CELLS = 2**20
+# A share that differs from the one asked for by more than this is a warning.
+TOLERATED = 0.02
+# Nats between a threshold and the tied entropies at the end of the range that it must not fall on.
+_MARGIN = 1e-3
 
 
 def _most(num_bins: int, normalize: bool) -> float:
-    """Return the most that an entropy can be: the least is 0."""
+    """Returns the largest value that an entropy can have: the least is 0."""
     return math.log(num_bins) if normalize else num_bins / math.e
 
 
 def check_ratios(ratios: float | Sequence[float]) -> list[float]:
-    """Return fine ratios as a list, or raise UserError unless they lie in [0, 1] and descend."""
+    """Returns fine ratios as a list, or raises UserError unless they lie in [0, 1] and descend."""
     shares = [float(r) for r in (ratios if isinstance(ratios, Sequence) else [ratios])]
     if not shares or not all(0 <= r <= 1 for r in shares):
         raise UserError(f"fine ratios must lie in [0, 1], got {shares}")
@@ -53,7 +60,7 @@ def check_ratios(ratios: float | Sequence[float]) -> list[float]:
 class EntropySketch:
     """Quantiles of any number of entropies in 8 MiB: a histogram fine enough to be taken for the values.
 
-    Every quantile is exact to one cell, ``self.width`` nats. The cells cover all that an entropy can be: [0, ln bins],
+    Every quantile is exact to one cell, `self.width` nats. The cells cover all that an entropy can be: [0, ln bins],
     or [0, bins / e] for the literal density, which is not normalised (each bin adds -p ln p <= 1 / e).
     """
 
@@ -62,7 +69,7 @@ class EntropySketch:
         self.counts = np.zeros(CELLS, np.int64)
 
     def add(self, entropy: torch.Tensor) -> None:
-        """Count entropies (any shape, nats, on the host)."""
+        """Counts entropies (any shape, nats, on the host)."""
         cells = (entropy.double().flatten() / self.width).long().clamp_(0, CELLS - 1)
         self.counts += torch.bincount(cells, minlength=CELLS).numpy()
 
@@ -71,7 +78,7 @@ class EntropySketch:
         return int(self.counts.sum())
 
     def quantiles(self, shares: np.ndarray) -> np.ndarray:
-        """Return for each share in [0, 1] the entropy that this share of all regions does not exceed."""
+        """Returns for each share in [0, 1] the entropy that this share of all regions does not exceed."""
         above = np.cumsum(self.counts)
         rank = np.clip(np.ceil(shares * above[-1]), 1, above[-1])
         return (np.searchsorted(above, rank) + 0.5) * self.width
@@ -83,9 +90,15 @@ class Calibration:
 
     Attributes:
         entropies: QUANTILES values, nats: entry i is what i / (QUANTILES - 1) of the regions do not exceed.
-        region_size, num_bins, value_range, sigma, normalize: the arguments of :func:`d2it.ops.kde_entropy`.
+        region_size: pixels, and like the next four an argument of `d2it.ops.kde_entropy`.
+        num_bins: at which the density is taken.
+        value_range: of the pixels.
+        sigma: of the kernel, in units of the range.
+        normalize: whether the density sums to 1.
         image_size: (H, W) in pixels to which the images were cut.
-        images, regions, skipped: how many were counted, and how many images could not be read.
+        images: that were counted.
+        regions: that were counted.
+        skipped: images that could not be read.
         source: the images, in words.
         resolution: nats within which each entry is exact.
         made_with: d2it's version.
@@ -106,7 +119,10 @@ class Calibration:
     made_with: str
 
     def thresholds(self, ratios: float | Sequence[float]) -> list[float]:
-        """Return the k-1 ascending thresholds at which regions fall into k grains.
+        """Returns the k-1 ascending thresholds at which regions fall into k grains.
+
+        Entropies that many regions share (those of white margins, say) fall on one side of a threshold together: on
+        the side that gives the nearer share. A share that ends more than 2 % from its ratio is a warning.
 
         Args:
             ratios: k-1 shares of regions, coarse to fine: entry i is the share of grain i + 1 *or finer*, so they
@@ -116,25 +132,71 @@ class Calibration:
         Raises:
             UserError: a ratio outside [0, 1], ratios that do not descend, or two whose thresholds coincide.
         """
-        shares = check_ratios(ratios)
-        known = np.linspace(0, 1, len(self.entropies))
-        limits: list[float] = []
-        for share in shares:
-            if share == 0:
-                limits.append(_most(self.num_bins, self.normalize) + 1)
-            elif share == 1:
-                limits.append(-1.0)
-            else:
-                limits.append(float(np.interp(1 - share, known, self.entropies)))
+        asked = check_ratios(ratios)
+        limits = [self._threshold(share) for share in asked]
         if any(low >= high for low, high in itertools.pairwise(limits)):
             raise UserError(
-                f"fine ratios {shares}: their thresholds coincide, {limits}; these images cannot tell them apart"
+                f"fine ratios {asked}: their thresholds coincide, {limits}; the entropies of these images are too alike"
             )
+        for share, got in zip(asked, self.shares(limits)):
+            if abs(got - share) > TOLERATED:
+                logger.warning(
+                    "calibration of %s: a fine ratio of %.1f %% was asked for, %.1f %% is the nearest there is: many "
+                    "regions have one entropy",
+                    self.source,
+                    100 * share,
+                    100 * got,
+                )
         return limits
+
+    def _threshold(self, share: float) -> float:
+        """Returns the threshold that a share of regions nearest to `share` exceeds."""
+        if share == 0:
+            return _most(self.num_bins, self.normalize) + 1
+        if share == 1:
+            return -1.0
+        known = np.array(self.entropies)
+        place = (1 - share) * (len(known) - 1)
+        low, high = known[math.floor(place)], known[math.ceil(place)]
+        near = 2 * self.resolution
+        # All entries that cannot be told from the one asked for; without any, the place lies between two values.
+        first = int(np.searchsorted(known, low - near))
+        last = int(np.searchsorted(known, high + near, side="right")) - 1
+        if high - low > near or first == last:
+            return float(np.interp(place, np.arange(len(known)), known))
+        # The tied regions go to one side together: into the middle of the gap at the nearer end.
+        if place - first < last - place:
+            below = known[first - 1] if first else known[0] - 2 * _MARGIN
+            return float((below + known[first]) / 2)
+        above = known[last + 1] if last + 1 < len(known) else known[-1] + 2 * _MARGIN
+        return float((known[last] + above) / 2)
+
+    def shares(self, thresholds: Sequence[float]) -> list[float]:
+        """Returns the share of the calibrated regions that exceeds each threshold, to 0.1 %."""
+        known = np.array(self.entropies)
+        found = []
+        for threshold in thresholds:
+            count = int(np.searchsorted(known, threshold, side="right"))
+            if count in (0, len(known)):
+                found.append(1.0 if count == 0 else 0.0)
+                continue
+            low, high = known[count - 1], known[count]
+            found.append(float(1 - (count - 1 + (threshold - low) / (high - low)) / (len(known) - 1)))
+        return found
+
+    def require(self, **facts: Any) -> None:
+        """Raises UserError unless the calibration was made with these facts (`region_size`, `image_size`, ...)."""
+        for key, value in facts.items():
+            ours = getattr(self, key)
+            if ours != (tuple(value) if isinstance(value, list) else value):
+                raise UserError(
+                    f"the calibration of {self.source} was made with {key}={ours}, asked for is {value}: make one with "
+                    "python -m d2it.data.calibrate"
+                )
 
     @property
     def kde(self) -> dict[str, Any]:
-        """The keyword arguments that :func:`d2it.ops.encode_grains` needs for these thresholds to mean anything."""
+        """The keyword arguments that `d2it.ops.encode_grains` needs for these thresholds to mean anything."""
         return {
             "region_size": self.region_size,
             "num_bins": self.num_bins,
@@ -144,7 +206,7 @@ class Calibration:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON file, whole or not at all."""
+        """Writes the JSON file, whole or not at all."""
         fields = dataclasses.asdict(self)
         entropies = fields.pop("entropies")
         lines = [", ".join(f"{e:.6f}" for e in entropies[i : i + 10]) for i in range(0, len(entropies), 10)]
@@ -158,27 +220,48 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Calibration:
-        """Read a calibration; without a path, the one that is shipped (1,000 ImageNet photos at 256 x 256).
+        """Reads a calibration; without a path, the one that is shipped (1,000 ImageNet photos at 256 x 256).
 
         Raises:
             UserError: not there, or not a calibration.
         """
         path = Path(__file__).with_name("calibration_256.json") if path is None else Path(path)
-        try:
-            fields = json.loads(path.read_bytes())
-            if fields.pop("format") != FORMAT or fields.pop("version") != VERSION:
-                raise UserError(f"{path} is not a {FORMAT} of version {VERSION}")
-            for key in ("value_range", "image_size", "entropies"):
-                fields[key] = tuple(fields[key])
-            loaded = cls(**fields)
-            values = np.array(loaded.entropies, np.float64)
-            if values.shape != (QUANTILES,) or not np.isfinite(values).all() or (np.diff(values) < 0).any():
-                raise ValueError("entropies do not ascend")
-            return loaded
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is not a readable calibration: {error}") from None
+        fields = read_json(path)
+        if fields.pop("format", None) != FORMAT or fields.pop("version", None) != VERSION:
+            raise UserError(f"{path} is not a {FORMAT} of version {VERSION}")
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        if fields.keys() != kinds.keys():
+            named = ", ".join(sorted(fields.keys() ^ kinds.keys()))
+            raise UserError(f"{path} is not a readable calibration: missing or unknown: {named}")
+        for key, kind in kinds.items():
+            try:
+                fields[key] = _typed(fields[key], str(kind))
+            except ValueError as error:
+                raise UserError(f"{path} is not a readable calibration: {key} {error}") from None
+        loaded = cls(**fields)
+        if len(loaded.entropies) != QUANTILES or any(a > b for a, b in itertools.pairwise(loaded.entropies)):
+            raise UserError(f"{path} is not a readable calibration: entropies must be {QUANTILES} ascending numbers")
+        for key in ("region_size", "num_bins", "sigma", "images", "regions", "resolution"):
+            if getattr(loaded, key) <= 0:
+                raise UserError(f"{path} is not a readable calibration: {key} must be positive")
+        return loaded
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """Returns a JSON value as the field type that `kind` names; raises ValueError where it is another."""
+    if kind.startswith("tuple["):
+        inner = kind[len("tuple[") : -1].split(", ")
+        if not isinstance(value, list) or (inner[-1] != "..." and len(value) != len(inner)):
+            raise ValueError(f"must be a list, got {value!r:.60}")
+        return tuple(_typed(item, inner[0]) for item in value)
+    types: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"must be of type {kind}, got {value!r:.60}")
+    if kind == "float":
+        if not -1e30 < value < 1e30:
+            raise ValueError(f"must be finite, got {value!r:.60}")
+        return float(value)
+    return value
 
 
 def calibrate(
@@ -195,13 +278,20 @@ def calibrate(
     description: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Calibration:
-    """Compute the entropy of every region of every image, once, in memory that does not grow with the source.
+    """Computes the entropy of every region of every image, once, in memory that does not grow with the source.
 
     On the CPU the loader's workers do it beside the decoding; a GPU is given the pixels.
 
     Args:
-        source: images whose size ``region_size`` divides.
-        region_size, num_bins, value_range, sigma, normalize: as for :func:`d2it.ops.kde_entropy`.
+        source: images whose size `region_size` divides.
+        region_size: pixels, and like the next four an argument of `d2it.ops.kde_entropy`.
+        num_bins: at which the density is taken; None: region_size squared.
+        value_range: of the pixels.
+        sigma: of the kernel.
+        normalize: whether the density sums to 1.
+        device: where the entropies are computed.
+        batch_size: images at once.
+        workers: decoding processes.
         description: provenance to store instead of the source's own.
         progress: called with the number of images after each batch.
 

@@ -1,56 +1,72 @@
-"""Encoded image in, uint8 RGB crop out; written for files that nobody vouches for.
+"""Encoded image in, uint8 RGB crop out; written for files from strangers.
 
-The size is read from the header and held against a cap before a pixel is decoded, only a few formats are opened,
-and whatever a decoder throws becomes :class:`Unreadable`, which the loader counts. Cropping follows ADM's
-``center_crop_arr``: halve with BOX while both sides stay at least twice the target, resize with BICUBIC, cut.
-EXIF orientation is not applied, as in ADM and torchvision.
+The size is read from the header and checked against a cap before a pixel is decoded, only a few formats are opened,
+and whatever a decoder raises becomes `Unreadable`, which the loader counts. Cropping follows ADM's `center_crop_arr`:
+halve with BOX while both sides stay at least twice the target, resize with BICUBIC, cut. EXIF orientation is not
+applied, as in ADM and torchvision.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import warnings
+from collections.abc import Callable, Iterator
 
+import numpy as np
 from PIL import Image
 
 from d2it.seeds import Draws
-
-try:
-    import simplejpeg
-except ImportError:  # Pillow alone gives the same pixels, at about two thirds of the rate
-    simplejpeg = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 256 * 2**20
 
+# Modes that Pillow converts to RGB and L faithfully; it clips those of more than 8 bits to white.
+_EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+# A picture that is scaled to many times the pixels of its crop is cut first.
+_WASTE = 16
+
 
 class Unreadable(Exception):
-    """An image that cannot be decoded: damaged, truncated, of another format, or above the pixel cap."""
+    """An image that cannot be decoded: damaged, truncated, of another format or depth, or above the pixel cap."""
 
 
 class TooSmall(Exception):
-    """An image with a side below the one asked for; ``args`` are its width and height."""
+    """An image with a side below the one asked for; `args` are its width and height."""
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode JPEG, PNG, WebP or BMP bytes to an RGB image (alpha dropped, gray repeated, first frame).
+    """Decodes JPEG, PNG, WebP or BMP bytes to an RGB image.
 
-    simplejpeg decodes ordinary JPEG files where it is installed. Where it finds anything odd, Pillow has the
-    last word, so the set of readable files does not depend on what is installed.
+    Alpha is dropped, gray repeated, 16-bit gray scaled to 8 bits, and of an animation the first frame is taken.
 
     Raises:
         Unreadable: with the reason.
     """
-    if simplejpeg is not None and data[:2] == b"\xff\xd8":
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            if height * width <= max_pixels and colorspace in ("YCbCr", "Gray"):
-                return Image.fromarray(simplejpeg.decode_jpeg(data))
-        except ValueError:
-            pass
+    with _opened(data, max_pixels) as image:
+        if image.mode in _SIXTEEN_BITS:
+            image = Image.fromarray(((_wide(image) * 255 + 32767) // 65535).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def decode_gray(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int]:
+    """Decodes an image to gray levels (H, W) and the level of white: uint8 and 255, or int64 and 65535.
+
+    Raises:
+        Unreadable: with the reason.
+    """
+    with _opened(data, max_pixels) as image:
+        if image.mode in _SIXTEEN_BITS:
+            return _wide(image), 65535
+        return np.asarray(image.convert("L")), 255
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning and its remarks on EXIF blocks
@@ -58,7 +74,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise Unreadable(f"{width} x {height} pixels, above the cap of {max_pixels:,}")
-                return image.convert("RGB")
+                if image.mode not in _EIGHT_BITS + _SIXTEEN_BITS:
+                    raise Unreadable(f"pixels of mode {image.mode}, which have no fixed range")
+                yield image
     except Unreadable:
         raise
     except Image.DecompressionBombError:
@@ -69,13 +87,37 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise Unreadable(str(error).strip().split("\n")[0] or type(error).__name__) from None
 
 
-def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale so that the image just covers height x width, as ADM does."""
+def _wide(image: Image.Image) -> np.ndarray:
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise Unreadable(f"levels {levels.min()} ... {levels.max()}, outside 16 bits")
+    return levels
+
+
+def _cut(image: Image.Image, cover: tuple[int, int], size: tuple[int, int], place: Callable[[int], int]) -> Image.Image:
+    """Scales the image until it just covers `cover` = (H, W), as ADM does, and cuts `size` = (H, W) out of it.
+
+    Args:
+        image: RGB.
+        cover: at least `size`.
+        size: of the result.
+        place: the first pixel of the cut, given how many pixels are left over; called for x, then for y.
+    """
+    height, width = cover
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    full = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    left, top = place(full[0] - size[1]), place(full[1] - size[0])
+    window = (left, top, left + size[1], top + size[0])
+    if full[0] * full[1] > _WASTE * width * height:
+        # A line of pixels would want gigabytes. Equal to resizing it whole to one level of rounding.
+        across, down = image.width / full[0], image.height / full[1]
+        box = (window[0] * across, window[1] * down, window[2] * across, window[3] * down)
+        return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    if full != image.size:
+        image = image.resize(full, Image.Resampling.BICUBIC)
+    return image.crop(window)
 
 
 def _check_size(image: Image.Image, size: tuple[int, int], upsample: bool) -> None:
@@ -84,32 +126,26 @@ def _check_size(image: Image.Image, size: tuple[int, int], upsample: bool) -> No
 
 
 def center_crop(image: Image.Image, size: tuple[int, int], upsample: bool = False) -> Image.Image:
-    """Return the centre of ``image`` for ``size`` = (H, W); square sizes equal ADM's.
+    """Returns the centre of `image` for `size` = (H, W); square sizes equal ADM's.
 
     Raises:
-        TooSmall: a side is shorter than asked and ``upsample`` is False.
+        TooSmall: a side is shorter than asked and `upsample` is False.
     """
     _check_size(image, size, upsample)
-    height, width = size
-    image = _cover(image, height, width)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return _cut(image, size, size, lambda left_over: left_over // 2)
 
 
 def random_crop(
     image: Image.Image, size: tuple[int, int], draws: Draws, upsample: bool = False, least: float = 0.8
 ) -> Image.Image:
-    """Return a random crop of ``size`` = (H, W), as ADM's ``random_crop_arr``.
+    """Returns a random crop of `size` = (H, W), as ADM's `random_crop_arr`.
 
     The crop spans a share of the covering side drawn uniformly from [least, 1], at a uniform place.
 
     Raises:
-        TooSmall: a side is shorter than asked and ``upsample`` is False.
+        TooSmall: a side is shorter than asked and `upsample` is False.
     """
     _check_size(image, size, upsample)
-    height, width = size
     share = least + (1 - least) * draws.uniform()
-    image = _cover(image, math.ceil(height / share), math.ceil(width / share))
-    left = draws.below(image.width - width + 1)
-    top = draws.below(image.height - height + 1)
-    return image.crop((left, top, left + width, top + height))
+    cover = (math.ceil(size[0] / share), math.ceil(size[1] / share))
+    return _cut(image, cover, size, lambda left_over: draws.below(left_over + 1))

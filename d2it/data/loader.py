@@ -1,6 +1,6 @@
 """Batches in an order that follows from (seed, images seen) and can be taken up at any image.
 
-A training stream is endless: position p holds image ``permutation(N, seed, p // N)[p % N]``, and its augmentation
+A training stream is endless: position p holds image `permutation(N, seed, p // N)[p % N]`, and its augmentation
 follows from (seed, p). A global batch is a run of positions, of which each rank takes its own block, so the images
 of a step do not depend on the number of ranks, workers or prefetched batches, and "images seen" is the whole state.
 
@@ -31,17 +31,23 @@ Batch = dict[str, Any]
 
 
 def default_workers(local_ranks: int = 1) -> int:
-    """Return this rank's share of the CPU cores that the process may use, 8 at most."""
+    """Returns this rank's share of the CPU cores that the process may use, 8 at most."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 class _Fetch:
-    """What the DataLoader sees: requests of (index, position) in, one batch or one error out."""
+    """The data set of the DataLoader: requests of (index, position) in, one batch or one error out.
+
+    Args:
+        source: an ImageSource or a LatentCache.
+        process: run on each batch, or None.
+        seed: of the augmentation; None: neither augmented nor replaced.
+    """
 
     def __init__(self, source, process: Callable[[Batch], Batch] | None, seed: int | None) -> None:
         self.source = source
         self.process = process
-        self.seed = seed  # None: neither augmented nor replaced
+        self.seed = seed
 
     def __getitems__(self, requests: Sequence[tuple[int, int]]) -> Batch:
         indices = [index for index, _ in requests]
@@ -68,7 +74,7 @@ def _init_worker(worker: int) -> None:
 
 
 def _shut_down(holder: list) -> None:
-    """End the worker processes of the iterator in ``holder``; they ignore SIGTERM, so a stuck one is killed."""
+    """Ends the worker processes of the iterator in `holder`; they ignore SIGTERM, so a stuck one is killed."""
     if not holder:
         return
     iterator = holder.pop()
@@ -81,7 +87,15 @@ def _shut_down(holder: list) -> None:
 
 
 class _Stream:
-    """The machinery that an endless and a single pass share."""
+    """What an endless and a single pass share: worker processes, and the count of unreadable images.
+
+    Args:
+        fetch: answers the requests.
+        population: images of the pass.
+        workers: processes; 0 reads in the calling process.
+        prefetch: batches that each worker prepares ahead.
+        pin_memory: page-locked batches, where there is a GPU.
+    """
 
     def __init__(self, fetch: _Fetch, population: int, workers: int, prefetch: int, pin_memory: bool) -> None:
         for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
@@ -97,7 +111,7 @@ class _Stream:
         self._holder: list = []
         self._population = population
         self._unreadable: dict[int, str] = {}
-        # Runs before multiprocessing joins its children at exit, which would wait for ever on our deaf workers.
+        # Runs before multiprocessing joins its children at exit: these ignore SIGTERM, and it would wait for ever.
         self._finalizer = util.Finalize(self, _shut_down, args=(self._holder,), exitpriority=100)
 
     def _start(self, requests: Iterator[list[tuple[int, int]]]) -> None:
@@ -147,7 +161,7 @@ class _Stream:
         return list(self._unreadable.values())
 
     def close(self) -> None:
-        """End the worker processes. Iterating again starts new ones at the same position."""
+        """Ends the worker processes. Iterating again starts new ones at the same position."""
         _shut_down(self._holder)
 
     def __enter__(self):
@@ -160,15 +174,16 @@ class _Stream:
 class Loader(_Stream):
     """An endless, shuffled, augmented stream of training batches for one rank.
 
-    Yields ``{"image": uint8 (B, 3, H, W), "label": int64 (B,), "index": int64 (B,)}`` for images and what
-    :meth:`d2it.data.cache.LatentCache.fetch` returns for a cache. Unreadable images are replaced by the next one in
-    the source, reported once through ``logging``, and raise UserError past 1 % of the source.
+    Yields `{"image": uint8 (B, 3, H, W), "label": int64 (B,), "index": int64 (B,)}` for images and what
+    `d2it.data.cache.LatentCache.fetch` returns for a cache. Unreadable images are replaced by the next one in
+    the source, reported once through `logging`, and raise UserError past 1 % of the source.
 
     Args:
         source: an ImageSource or a LatentCache.
         batch_size: images of one batch of this rank.
         seed: fixes order and augmentation; the same on every rank.
-        rank, world_size: which block of every global batch is this rank's.
+        rank: of this process: it takes block `rank` of every global batch.
+        world_size: number of ranks.
         start: images seen by all ranks together, where the stream is taken up.
         workers: processes; 0 reads in the calling process.
         prefetch: batches that each worker prepares ahead.
@@ -240,43 +255,23 @@ class Loader(_Stream):
         self._seen += self.world_size * self.batch_size
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position and what it is a position in."""
-        return {"images_seen": self._seen, "seed": self.seed, "images": self._population}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take the stream up at the state's position.
-
-        Raises:
-            UserError: the source has another number of images or the seed differs, so that the order would not be
-                the one that was interrupted.
-        """
-        for key, mine, what in (
-            (
-                "images",
-                self._population,
-                "the data set held {} images when the run was saved and now holds {}",
-            ),
-            ("seed", self.seed, "the run was started with seed {} and now has seed {}"),
-        ):
-            if state[key] != mine:
-                raise UserError(what.format(state[key], mine))
-        self.close()
-        self._seen = state["images_seen"]
-
 
 class SinglePass(_Stream):
     """Every image once, in order, not augmented; for calibration, caching and evaluation.
 
-    Yields batches as :class:`Loader` does, and in ``batch["unreadable"]`` a list of (index, name, reason): images
+    Yields batches as `Loader` does, and in `batch["unreadable"]` a list of (index, name, reason): images
     that could not be read are left out, so a batch may be smaller than asked, or empty. Iterating again starts over.
 
     Args:
         batches: images of a batch, over the whole source; or the batches themselves, as sequences of indices.
-        The others are as for :class:`Loader`.
+        source: an ImageSource or a LatentCache.
+        workers: processes; 0 reads in the calling process.
+        prefetch: batches that each worker prepares ahead.
+        pin_memory: page-locked batches, where there is a GPU.
+        process: run on each batch inside the worker.
 
     Raises:
-        UserError: as for :class:`Loader`, over more than 1 % of this pass.
+        UserError: as for `Loader`, over more than 1 % of this pass.
     """
 
     def __init__(

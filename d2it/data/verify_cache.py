@@ -1,4 +1,4 @@
-"""``python -m d2it.data.verify_cache FOLDER``: what a cache holds, and whether every byte is as it was written."""
+"""`python -m d2it.data.verify_cache FOLDER`: what a cache holds, and whether every byte is as it was written."""
 
 from __future__ import annotations
 

@@ -20,11 +20,12 @@ import d2it
 from d2it.distributed import World, start, stop
 from d2it.errors import UserError
 from d2it.evaluation.generation import METRICS, check_sizes, compare, open_reference, summarize
-from d2it.evaluation.images import keep_npz, open_images
+from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import WHERE, Inception
 from d2it.files import atomic_write, prepare_file, sha256_of
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
+from d2it.npz import keep_images
 from d2it.sampling.options import Drawing, add_options, given_options
 
 
@@ -154,7 +155,7 @@ def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
         batches = _drawn(drawing)
         settings = drawing.settings() | settings
         if options.save:
-            batches = keep_npz(batches, options.save, count, options.batch_size, world, _labels(drawing))
+            batches = keep_images(batches, options.save, count, options.batch_size, world, _labels(drawing))
     samples = summarize(batches, inception, total=math.ceil(count / world.size), **common)
     found = compare(samples, reference, metrics)
     settings |= {"count": count, "size": list(size), "reference": options.reference}

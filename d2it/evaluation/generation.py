@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -18,9 +17,10 @@ from d2it.errors import UserError
 from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import Features
 from d2it.evaluation.metrics import NEIGHBOURS, Gaussian, GaussianStatistics, inception_score, precision_recall
-from d2it.files import atomic_write
+from d2it.npz import NpzReader, save_arrays
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
+_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "count", "size")
 
 
 class Extractor(Protocol):
@@ -51,8 +51,7 @@ class Summary:
             arrays["size"] = np.array(self.size)
         if self.features is not None:
             arrays["features"] = self.features.cpu().numpy()
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+        save_arrays(path, arrays)
 
 
 @torch.inference_mode()
@@ -135,12 +134,10 @@ def open_reference(
         UserError: neither is there, or a metric needs what is not in it.
     """
     if os.path.isfile(path) and os.fspath(path).endswith(".npz"):
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                names = set(archive.files)
-                stored = {name: archive[name] for name in names - {"arr_0", "arr_1"}}
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{path}: not an .npz file ({error})") from None
+        with NpzReader(path) as archive:
+            names = set(archive.names)
+            wanted = [name for name in archive.names if name in _ARRAYS]
+            stored = {name: archive.array(name) for name in wanted}
         if {"mu", "sigma"} <= names:
             return _stored(path, stored, "arr_0" in names, extractor, metrics, device, batch_size, progress, share)
     images = open_images(path)
@@ -160,16 +157,21 @@ def _stored(
     share: Callable[[Iterator[Tensor]], Iterator[Tensor]],
 ) -> Summary:
     def gaussian(mean: str, covariance: str) -> Gaussian:
-        mu, sigma = torch.from_numpy(stored[mean]).double(), torch.from_numpy(stored[covariance]).double()
+        mu, sigma = (torch.from_numpy(_real(path, stored, name)).double() for name in (mean, covariance))
         if mu.ndim != 1 or sigma.shape != (mu.shape[0], mu.shape[0]):
             raise UserError(f"{path}: {mean} {tuple(mu.shape)} and {covariance} {tuple(sigma.shape)} do not fit")
+        largest = sigma.abs().max() if len(mu) else torch.tensor(0.0)
+        if (sigma - sigma.T).abs().max() > 1e-4 * largest or torch.linalg.eigvalsh(sigma)[0] < -1e-4 * largest:
+            raise UserError(f"{path}: {covariance} is no covariance: not symmetric with eigenvalues of at least 0")
         return Gaussian(mu.to(device), sigma.to(device))
 
     if "sfid" in metrics and not {"mu_s", "sigma_s"} <= stored.keys():
         raise UserError(f"{path}: no mu_s and sigma_s, which sFID needs; leave sfid out of the metrics")
     features, size = None, open_images(path).size if has_images else None
     if "features" in stored:
-        features = torch.from_numpy(stored["features"])
+        features = torch.from_numpy(_real(path, stored, "features"))
+        if features.ndim != 2 or features.shape[1] != stored["mu"].shape[0]:
+            raise UserError(f"{path}: features {tuple(features.shape)} do not fit mu {stored['mu'].shape}")
     elif "precision" in metrics or "recall" in metrics:
         if not has_images:
             raise UserError(f"{path}: statistics alone, but precision and recall need images or features")
@@ -179,14 +181,31 @@ def _stored(
         told = summarize(batches, extractor, metrics=wanted, device=device, total=images.count, progress=progress)
         features = told.features
     if "size" in stored:
-        size = (int(stored["size"][0]), int(stored["size"][1]))
+        height, width = _whole(path, stored, "size", (2,))
+        size = (height, width)
     return Summary(
-        count=int(stored["count"]) if "count" in stored else 0,
+        count=_whole(path, stored, "count", ())[0] if "count" in stored else 0,
         size=size,
         pool=gaussian("mu", "sigma"),
         spatial=gaussian("mu_s", "sigma_s") if "sfid" in metrics else None,
         features=features,
     )
+
+
+def _real(path: str | os.PathLike[str], stored: dict[str, np.ndarray], name: str) -> np.ndarray:
+    array = stored[name]
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{path}: {name} must be numbers, got {array.dtype}")
+    if not array.size or not np.isfinite(array).all():
+        raise UserError(f"{path}: {name} must be finite numbers, got {array.dtype} {array.shape} with others or none")
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
+
+
+def _whole(path: str | os.PathLike[str], stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> list[int]:
+    array = stored[name]
+    if array.dtype.kind not in "iu" or array.shape != shape or array.min() < 1:
+        raise UserError(f"{path}: {name} must be positive whole numbers of shape {shape}, got {array!r:.60}")
+    return [int(value) for value in array.ravel()]
 
 
 def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | None) -> None:

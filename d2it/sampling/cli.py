@@ -21,8 +21,8 @@ from tqdm import tqdm
 from d2it import pictures
 from d2it.distributed import World, start, stop
 from d2it.errors import UserError
-from d2it.evaluation.images import keep_npz
 from d2it.files import atomic_write
+from d2it.npz import keep_images
 from d2it.sampling.options import Drawing, add_options
 
 #: The grids show so many images at most.
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, world: World) -> None:
 
     if options.npz:
         numbers = None if drawing.labels is None else np.array(drawing.labels, np.int64)
-        for _ in keep_npz(draw(), options.npz, options.count, options.batch_size, world, numbers):
+        for _ in keep_images(draw(), options.npz, options.count, options.batch_size, world, numbers):
             pass
     else:
         world.together(lambda: [None for _ in draw()])

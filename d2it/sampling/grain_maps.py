@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from d2it.data.decode import EXTENSIONS, TooSmall, Unreadable, center_crop, decode
+from d2it.data.decode import EXTENSIONS, TooSmall, Unreadable, center_crop, decode, decode_gray
+from d2it.data.sources import find_images, read_image
 from d2it.diffusion import random_grain_map
 from d2it.errors import UserError
+from d2it.npz import load_array
 from d2it.sampling.pipeline import D2iT
 from d2it.seeds import derived_seed
 
@@ -31,7 +31,9 @@ def choose_maps(options: argparse.Namespace, model: D2iT) -> tuple[MapsOf | None
         read = read_grain_maps(options.grain_map, model.region_grid, model.num_grains)
         return lambda indices: torch.stack([read[i % len(read)] for i in indices]), str(options.grain_map)
     if options.photo and options.photo.is_dir():
-        photos = sorted(path for path in options.photo.rglob("*") if path.name.lower().endswith(EXTENSIONS))
+        listed = find_images(options.photo)
+        listed.report(str(options.photo))
+        photos = [options.photo / file for file in listed.files]
         if not photos:
             raise UserError(f"{options.photo}: no images ({', '.join(EXTENSIONS)}) below this folder")
         photo_grain_map(photos[0], model)
@@ -64,25 +66,22 @@ def read_grain_maps(path: Path, grid: tuple[int, int], num_grains: int) -> Tenso
     Raises:
         UserError: no such file, no map in it, one of another size than `grid`, or with more grains.
     """
+    white = 255
     try:
         if path.suffix.lower() == ".png":
-            with Image.open(path) as image:
-                values = np.asarray(image.convert("L"))
+            values, white = decode_gray(read_image(path))
         else:
-            values = np.load(path, allow_pickle=False)
-            if isinstance(values, np.lib.npyio.NpzFile):
-                values = values["grain_maps" if "grain_maps" in values.files else values.files[0]]
-    except (OSError, ValueError, IndexError, EOFError, BadZipFile, Image.DecompressionBombError) as error:
-        # What numpy and Pillow say of a broken file is about pickles and plugins.
-        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
-        raise UserError(f"{path}: not a grain map (.npy, .npz or .png){reason}") from None
+            values = load_array(path, "grain_maps")
+    except (UserError, Unreadable) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: not a grain map (.npy, .npz or .png): {reason}") from None
     if values.ndim not in (2, 3) or values.dtype.kind not in "iub" or not len(values):
         raise UserError(f"{path}: a grain map is whole numbers (h, w) or (N, h, w), got {values.dtype} {values.shape}")
     if values.shape[-2:] != grid:
         got = f"{values.shape[-2]} x {values.shape[-1]}"
         raise UserError(f"{path}: this model's grain maps have {grid[0]} x {grid[1]} regions, got {got}")
     if path.suffix.lower() == ".png" and values.max() >= max(num_grains, 16):  # below 16 nobody sees a level
-        step = 255 / max(1, num_grains - 1)
+        step = white / max(1, num_grains - 1)
         grains = np.rint(values / step).astype(np.int64)
         off = np.abs(values - grains * step) > step / 4
         if off.any():
@@ -107,7 +106,7 @@ def photo_grain_map(path: Path, model: D2iT) -> Tensor:
     """
     size = model.image_size
     try:
-        image = center_crop(decode(path.read_bytes()), size)
+        image = center_crop(decode(read_image(path)), size)
     except (OSError, Unreadable) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except TooSmall as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,34 +14,107 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2it.data.decode import MAX_PIXELS, TooSmall, Unreadable, center_crop, random_crop
+from d2it.data.decode import MAX_PIXELS, TooSmall, Unreadable, center_crop, decode, random_crop
 from d2it.errors import UserError
 from d2it.seeds import Draws
 
-# What a loader may skip before it stops: more than this share of the source is a damaged data set.
+logger = logging.getLogger("d2it.data")
+
+# More than this share of a source left out or unreadable is a damaged data set: an error.
 UNREADABLE_SHARE = 0.01
+# Images whose bytes enter a source's fingerprint.
+_SAMPLE = 64
 
 
-def check_classes(description: str, found: int, num_classes: int) -> None:
-    """Raise UserError unless images of ``found`` classes (0: without labels) have labels below ``num_classes``."""
-    if not found:
+def check_classes(
+    description: str, found: int, labels: np.ndarray | None, num_classes: int, allow_missing: bool = False
+) -> None:
+    """Raises UserError unless images of `found` classes are what a model of `num_classes` wants.
+
+    Args:
+        description: of the images, for the message.
+        found: classes of the images, 0 where they have no labels.
+        labels: (N,) int64, or None.
+        num_classes: classes of the model.
+        allow_missing: accept fewer classes than `num_classes`.
+    """
+    if not found or labels is None:
         raise UserError(f"{description}: num_classes={num_classes} needs labels")
     if found > num_classes:
         raise UserError(f"{description}: labels reach {found - 1}, num_classes is {num_classes}")
+    if found < num_classes and not allow_missing:
+        raise UserError(
+            f"{description}: num_classes is {num_classes}, but there are {found} classes: set it to {found}, or allow "
+            "missing classes on purpose"
+        )
+    missing = np.setdiff1d(np.arange(found), labels)
+    if len(missing):
+        logger.warning("%s: no image has label %s", description, shown(map(str, missing)))
+
+
+def shown(names: Iterable[str], most: int = 4) -> str:
+    """Returns the first names as a list for a message, with the number of all where there are more."""
+    listed = list(names)
+    more = f", ... ({len(listed):,} in all)" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def report_left_out(description: str, left_out: Sequence[str], kept: int) -> None:
+    """Warns of pictures that a source cannot use.
+
+    Args:
+        description: of the source.
+        left_out: one "name: reason" a picture.
+        kept: pictures that it uses.
+
+    Raises:
+        UserError: they are more than 1 % of all.
+    """
+    if not left_out:
+        return
+    line = f"{description}: {len(left_out):,} of {len(left_out) + kept:,} pictures are left out: {shown(left_out)}"
+    if len(left_out) > UNREADABLE_SHARE * (len(left_out) + kept):
+        raise UserError(f"{line}; more than {UNREADABLE_SHARE:.0%}")
+    logger.warning("%s", line)
+
+
+class Names:
+    """Byte strings in two arrays: forked workers copy a list's pages, and a rectangular array pads to the longest."""
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(names), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = self._ends[index - 1] if index else 0
+        return self._bytes[start : self._ends[index]].tobytes()
+
+    def update(self, digest: Any) -> None:
+        """Adds all names to a hash."""
+        digest.update(self._ends.tobytes())
+        digest.update(self._bytes.tobytes())
 
 
 class ImageSource(ABC):
     """A finite, ordered set of images, cut to one size.
 
-    ``source[i]`` is ``{"image": uint8 (3, H, W), "label": int64, "index": int64}``, never augmented; the label is -1
-    where the source has none. A loader calls :meth:`fetch`, which batches, augments and steps over unreadable images.
+    `source[i]` is `{"image": uint8 (3, H, W), "label": int64, "index": int64}`, never augmented; the label is -1 where
+    the source has none. A loader calls `fetch`, which batches, augments and steps over unreadable images. A format is
+    a subclass with `__len__`, `name`, and `encoded` (or `picture`, where images are not files).
 
     Attributes:
         image_size: (H, W) in pixels.
         labels: (N,) int64, or None.
-        classes: names by label, or None where the source names none.
+        classes: names by label, or None where the source has none.
         num_classes: number of classes, 0 where images have no labels.
         description: one line for provenance, without the path's parents.
+        augment: whether half of the images that a training loader draws are flipped.
+        crop: "center" or "random", in a training loader.
+        upsample: whether images smaller than `image_size` are enlarged.
+        max_pixels: the largest image that is decoded.
     """
 
     labels: np.ndarray | None = None
@@ -67,32 +143,82 @@ class ImageSource(ABC):
         self.crop = crop
         self.upsample = upsample
         self.max_pixels = max_pixels
+        self._fingerprint: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return what an error calls image ``index``."""
+        """Returns the name of image `index` for messages."""
 
-    @abstractmethod
-    def picture(self, index: int) -> Image.Image:
-        """Return image ``index`` decoded, at its own size.
+    def encoded(self, index: int) -> bytes:
+        """Returns the file of image `index`.
 
         Raises:
-            Unreadable, OSError: it cannot be.
+            Unreadable, OSError: it cannot be read.
         """
+        raise NotImplementedError(f"{type(self).__name__} holds no encoded images")
 
-    def require_classes(self, num_classes: int) -> None:
-        """Raise UserError unless every image has a label below ``num_classes``."""
-        check_classes(self.description, self.num_classes, num_classes)
+    def picture(self, index: int) -> Image.Image:
+        """Returns image `index` decoded, at its own size.
+
+        Raises:
+            Unreadable, OSError: it cannot be read.
+        """
+        return decode(self.encoded(index), self.max_pixels)
+
+    def fingerprint(self) -> str:
+        """Returns the identity of the images and labels by content, as a hex string.
+
+        It is the SHA-256 over the number, names, sizes and labels of all images, and the content of 64 of them, evenly
+        spread. Where the images lie, and the size that they are cut to, do not enter. The first call of a folder reads
+        the sizes of all its files.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps([len(self), self.num_classes, self.classes]).encode())
+            if self.labels is not None:
+                digest.update(self.labels.astype("<i8").tobytes())
+            self._identify(digest)
+            count = min(len(self), _SAMPLE)
+            for index in {i * (len(self) - 1) // max(1, count - 1) for i in range(count)}:
+                digest.update(hashlib.sha256(self._content(index)).digest())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _identify(self, digest: Any) -> None:
+        """Adds the names of all images, and their sizes where those cost little, to a hash."""
+        for index in range(len(self)):
+            digest.update(self.name(index).encode("utf-8", "surrogateescape") + b"\0")
+
+    def _content(self, index: int) -> bytes:
+        try:
+            return self.encoded(index)
+        except NotImplementedError:
+            pass
+        except (Unreadable, OSError) as error:
+            return str(error).encode()
+        try:
+            image = self.picture(index)
+        except (Unreadable, OSError) as error:
+            return str(error).encode()
+        return json.dumps(image.size).encode() + image.tobytes()
+
+    def require_classes(self, num_classes: int, *, allow_missing: bool = False) -> None:
+        """Raises UserError unless the images have `num_classes` classes.
+
+        Args:
+            num_classes: classes of the model.
+            allow_missing: accept that there are fewer. Classes without an image are a warning either way.
+        """
+        check_classes(self.description, self.num_classes, self.labels, num_classes, allow_missing)
 
     def pixels(self, index: int, draws: Draws | None = None) -> np.ndarray:
-        """Return image ``index`` as (H, W, 3) uint8, augmented if ``draws`` are given and the source augments.
+        """Returns image `index` as (H, W, 3) uint8, augmented if `draws` are given and the source augments.
 
         Raises:
             Unreadable: the image cannot be decoded.
-            UserError: it is smaller than asked and ``upsample`` is False.
+            UserError: it is smaller than asked and `upsample` is False.
         """
         try:
             image = self.picture(index)
@@ -114,7 +240,7 @@ class ImageSource(ABC):
         return np.asarray(image)
 
     def label(self, index: int) -> int:
-        """Return the label of image ``index``, or -1."""
+        """Returns the label of image `index`, or -1."""
         return -1 if self.labels is None else int(self.labels[index])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -129,10 +255,10 @@ class ImageSource(ABC):
     def fetch(
         self, indices: Sequence[int], draws: Sequence[Draws] | None = None, *, replace: bool = False
     ) -> dict[str, Any]:
-        """Return a batch: image (B, 3, H, W) uint8, label and index (B,) int64, and what could not be read.
+        """Returns a batch: image (B, 3, H, W) uint8, label and index (B,) int64, and what could not be read.
 
-        An unreadable image is left out, or with ``replace`` stands aside for the next one in the source.
-        ``batch["unreadable"]`` lists (index, name, reason).
+        An unreadable image is left out, or with `replace` the next one in the source takes its place.
+        `batch["unreadable"]` lists (index, name, reason).
         """
         bad: dict[int, tuple[int, str, str]] = {}
         images, kept = [], []

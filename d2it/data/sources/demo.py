@@ -18,9 +18,14 @@ from d2it.seeds import Draws
 class DemoPhotos(ImageSource):
     """Square-ish crops of eight photos that scikit-image bundles, so that a demo needs no data.
 
-    Crop i is photo ``i % 8``, a window of three quarters to all of what fits, at a place drawn from i: the same set
+    Crop i is photo `i % 8`, a window of three quarters to all of what fits, at a place drawn from i: the same set
     every time. The label is the photo. Astronaut, chelsea (a cat), coffee, rocket, Hubble deep field; gray: brick,
     gravel, camera.
+
+    Args:
+        image_size: edge, or (height, width), in pixels.
+        crops: images of the set.
+        options: as for `ImageSource`.
     """
 
     PHOTOS = (
@@ -73,6 +78,10 @@ class DemoPhotos(ImageSource):
         left = draws.below(photo.width - crop_width + 1)
         top = draws.below(photo.height - crop_height + 1)
         return photo.crop((left, top, left + crop_width, top + crop_height))
+
+    def _identify(self, digest: Any) -> None:
+        for path in self._paths:
+            digest.update(path.read_bytes())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_photos": {}}

@@ -10,7 +10,7 @@ from typing import Any
 from d2it.data.decode import MAX_PIXELS
 from d2it.data.sources.base import ImageSource
 from d2it.data.sources.demo import DemoPhotos
-from d2it.data.sources.folder import ImageFolder
+from d2it.data.sources.folder import ImageFolder, find_images
 from d2it.data.sources.pack import NpzPack
 from d2it.data.sources.shards import WebDatasetShards
 from d2it.errors import UserError
@@ -25,20 +25,22 @@ def open_source(
     upsample: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> ImageSource:
-    """Open a source of images by what ``path`` is.
+    """Opens a source of images by what `path` is.
 
     Args:
-        path: ``"demo"`` (:class:`DemoPhotos`), a ``.npz`` (:class:`NpzPack`), one or more ``.tar`` shards as a file, a
-            folder of them, a glob or a numeric range ``shard-{000..127}.tar`` (:class:`WebDatasetShards`), or a folder
-            of images (:class:`ImageFolder`).
+        path: "demo" (`DemoPhotos`), a `.npz` (`NpzPack`), one or more `.tar` shards as a file, a folder of them, a glob
+            or a numeric range "shard-{000..127}.tar" (`WebDatasetShards`), or a folder of images (`ImageFolder`).
         image_size: edge, or (height, width), in pixels. Images are scaled until they just cover it and cut.
         augment: flip half of the images that a training loader draws.
         crop: "center", or "random" for ADM's random crop in a training loader.
-        upsample: enlarge images smaller than ``image_size``, as ADM does, instead of raising over the first one.
+        upsample: enlarge images smaller than `image_size`, as ADM does, instead of raising over the first one.
         max_pixels: images whose header claims more are not decoded but counted as unreadable.
 
+    Returns:
+        The source.
+
     Raises:
-        UserError: nothing there, nothing inside, or damaged beyond opening; one line that says which.
+        UserError: nothing there, nothing inside, kinds mixed, or damaged beyond opening.
     """
     options: dict[str, Any] = {"augment": augment, "crop": crop, "upsample": upsample}
     options["max_pixels"] = max_pixels
@@ -46,8 +48,16 @@ def open_source(
     if text == "demo":
         return DemoPhotos(image_size, **options)
     if os.path.isdir(text):
-        shards = sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
-        return WebDatasetShards(shards, image_size, **options) if shards else ImageFolder(text, image_size, **options)
+        shards = [s for s in sorted(glob.glob(os.path.join(glob.escape(text), "*.tar"))) if not os.path.isdir(s)]
+        if not shards:
+            return ImageFolder(text, image_size, **options)
+        images = find_images(text).files
+        if images:
+            raise UserError(
+                f"{text} holds shards ({os.path.basename(shards[0])}, ...) beside images ({images[0]}, ...): "
+                "give one or the other"
+            )
+        return WebDatasetShards(shards, image_size, **options)
     if text.endswith(".tar"):
         return WebDatasetShards(_expand(text), image_size, **options)
     if not os.path.exists(text):
@@ -58,7 +68,7 @@ def open_source(
 
 
 def _expand(pattern: str) -> list[str]:
-    """Return the shards that a path, a glob or a range {000..127} names, in order."""
+    """Returns the shards that a path, a glob or a range {000..127} names, in order."""
     if os.path.exists(pattern):
         return [pattern]
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
