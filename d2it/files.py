@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -117,6 +118,36 @@ def read_json(path: str | os.PathLike[str], limit: int = 2**28) -> dict[str, Any
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Writes a JSON object with its own SHA-256 as "sha256"; the file appears whole or not at all."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps({**content, "sha256": _seal(content)}, indent=2) + "\n")
+
+
+def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what `write_sealed` wrote. A file without "sha256", as earlier versions wrote it, causes a warning.
+
+    Raises:
+        ValueError: the file cannot be read, holds no JSON object, or has changed since.
+    """
+    try:
+        content = read_json(path)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    seal = content.pop("sha256", None)
+    if seal is None:
+        warnings.warn(f"{path} has no sha256: damage would go unnoticed; saving it again adds one", stacklevel=2)
+    elif seal != _seal(content):
+        raise ValueError(
+            f'{path} has changed since it was saved: it is damaged, or was edited (remove "sha256" to keep an edit)'
+        )
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def flush_folder(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from d2it.files import atomic_write
 
@@ -31,6 +32,21 @@ def draw_grains(images: np.ndarray, grain_maps: np.ndarray, num_grains: int = 2)
     border[:, ::columns] = True
     tinted[:, border] = 0.45 * images[:, border] + 0.55 * colour[:, border]
     return tinted.round().astype(np.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 0 ... 255 -> float32 -1 ... 1."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """-1 ... 1 -> uint8 0 ... 255; values outside are clipped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte()
+
+
+def to_pictures(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8 on the host; values outside are clipped."""
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def tile(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:

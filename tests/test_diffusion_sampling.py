@@ -191,7 +191,6 @@ def test_plain_dit_and_packed_and_masked():
     grains = torch.randint(0, 2, (2, 4, 4), generator=torch.Generator().manual_seed(0))
     arguments = {"labels": torch.tensor([0, 1]), "seeds": [1, 2], "steps": 3, "guidance": Guidance(2.0)}
     packed = sample_content(model, grains, **arguments)
-    torch.testing.assert_close(sample_content(model, grains, capacity=100, **arguments), packed, rtol=1e-4, atol=1e-4)
     model.config.masked = True
     torch.testing.assert_close(sample_content(model, grains, **arguments), packed, rtol=1e-4, atol=1e-4)
 
@@ -271,22 +270,15 @@ class KnownMap(nn.Module):
 
 
 @pytest.mark.parametrize("name", GRAIN_SCHEDULERS)
-def test_grain_maps_reach_the_clean_map(name):
+def test_grain_maps_reach_the_clean_map(name, monkeypatch):
     grains = torch.randint(0, 3, (1, 4, 6), generator=torch.Generator().manual_seed(0))
     model = KnownMap(grains)
     labels = torch.zeros(1, dtype=torch.long)
-    states = []
-    out = sample_grain_maps(
-        model,
-        labels,
-        seeds=[3],
-        scheduler=name,
-        steps=20,
-        guidance=Guidance(2.0),
-        callback=lambda i, t, x: states.append(x),
-    )
+    ends, chain = [], sampling._Chain.__call__
+    monkeypatch.setattr(sampling._Chain, "__call__", lambda *args: ends.append(chain(*args)) or ends[-1])
+    out = sample_grain_maps(model, labels, seeds=[3], scheduler=name, steps=20, guidance=Guidance(2.0))
     assert torch.equal(out, grains)
-    torch.testing.assert_close(states[-1][:, 0], grains - 1.0, atol=0.15, rtol=0)
+    torch.testing.assert_close(ends[0][0][:, 0], grains - 1.0, atol=0.15, rtol=0)
     first_t, first_x = model.seen[0]
     assert first_t > 900
     assert first_x.std().item() == pytest.approx(1, abs=0.35)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from d2it import pictures
 from d2it.diffusion import SCHEDULERS, GaussianDiffusion, Guidance, make_scheduler, sample_content
 from d2it.diffusion.solvers import Diffusers
 from d2it.evaluation.generation import compare, open_reference, summarize
@@ -352,6 +353,10 @@ def test_no_model_and_another_model(folder, tmp_path, capsys):
     small().save_pretrained(other)
     DynamicContentTransformer.from_preset("tiny", image_size=64, num_classes=3).save_pretrained(tmp_path / "wide")
     os.replace(tmp_path / "wide" / "model.safetensors", other / "content_transformer" / "model.safetensors")
+    assert "content_transformer/model.safetensors cannot be read: its SHA-256 is" in told(other)
+    config = json.loads((other / "content_transformer" / "config.json").read_text())
+    del config["sha256"], config["weights"]  # as earlier versions wrote it
+    (other / "content_transformer" / "config.json").write_text(json.dumps(config))
     assert "do not fit this DynamicContentTransformer" in told(other)
     small().save_pretrained(other)
     shutil.copy(other / "vae" / "config.json", other / "grain_transformer" / "config.json")
@@ -386,7 +391,7 @@ def test_a_plain_dit_is_sampled_in_the_same_way(tmp_path):
     seeds = [derived_seed(i, "content") for i in range(2)]
     latents = sample_content(dit, labels=torch.tensor([0, 1]), seeds=seeds, steps=2, guidance=guidance)
     with torch.no_grad():
-        images = pipeline.to_uint8(vae.decode(latents, torch.zeros(2, 8, 8, dtype=torch.int64)))
+        images = pictures.to_pictures(vae.decode(latents, torch.zeros(2, 8, 8, dtype=torch.int64)))
     off = np.abs(np.stack(list(told["images"].values())).astype(int) - images)
     assert off.max() <= 1
     # Over a VAE of two grains the map tells the decoder what it decodes: the finest grain, or what is given.
@@ -414,7 +419,7 @@ def test_dits_released_weights_are_converted_with_their_vae(tmp_path, capsys, mo
     kl.save_pretrained(tmp_path / "vae")
     dit = DiT.from_preset("tiny", image_size=64, dim=32, depth=1, heads=2, num_classes=3)
     randomize(dit)
-    monkeypatch.setattr(convert, "load_dit", lambda path: dit)
+    monkeypatch.setattr(convert, "load_dit", lambda path, **options: dit)
     assert convert.main(["dit.pt", str(tmp_path / "m"), "--vae", str(tmp_path / "vae")]) == 0
     assert "DiT, width 32, 1 blocks, 3 classes" in capsys.readouterr().out
     model = D2iT.from_pretrained(tmp_path / "m")

@@ -13,7 +13,8 @@ MODES = ("constant", "interval", "power-cosine")
 
 @dataclass(frozen=True)
 class Guidance:
-    """
+    """How strongly, when and on which channels the model's output is guided.
+
     Args:
         scale: w; 1 is no guidance.
         mode: "constant"; "interval", w inside `interval` and 1 outside (Kynkaanniemi et al. 2024); "power-cosine", from
@@ -33,17 +34,17 @@ class Guidance:
     channels: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("scale", self.scale), ("power", self.power)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ValueError(f"guidance {name} must be finite and not negative, got {value!r}")
         if self.mode not in MODES:
             raise ValueError(f"guidance mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"guidance interval must be 0 <= low <= high <= 1, got {self.interval}")
-        if not math.isfinite(self.scale) or self.scale < 0:
-            raise ValueError(f"guidance scale must be finite and not negative, got {self.scale}")
-        if self.power <= 0:
+        if self.power == 0:
             raise ValueError(f"guidance power must be positive, got {self.power}")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"guidance channels must be at least 1, got {self.channels}")
+        if self.channels is not None and not (isinstance(self.channels, int) and self.channels >= 1):
+            raise ValueError(f"guidance channels must be at least 1, got {self.channels!r}")
 
     def at(self, fraction: float) -> float:
         """w at t / T = `fraction`."""

@@ -1,8 +1,8 @@
 """Sampling grain maps, and latents under a grain map, with the solvers of `d2it.diffusion.solvers`.
 
-The state of a grained sampling stays one value a latent code at every step. The model's answer is averaged over each
+The state of a grained sampling stays one value a latent code at every step. The model's output is averaged over each
 code (`project_to_grains`); a solver works element by element, so its step keeps equal cells equal but for the noise
-it draws for each cell; afterwards every code takes the value of its first cell, whose noise is one normal draw.
+it adds to each cell; afterwards every code takes the value of its first cell, whose noise is one normal draw.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from d2it.diffusion.gaussian import GaussianDiffusion
 from d2it.diffusion.grains import copy_codes, expected_signal, project_to_grains, randn
 from d2it.diffusion.guidance import Guidance, guide
-from d2it.diffusion.solvers import Ddim, Ddpm, Diffusers, draw_noise, make_generators, make_scheduler
+from d2it.diffusion.solvers import Ddpm, Diffusers, Solver, draw_noise, make_generators, make_scheduler, whole_number
 
 Callback = Callable[[int, float, Tensor], None]
-Map = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -34,7 +33,6 @@ def sample_content(
     scheduler: str = "ddpm",
     steps: int = 250,
     guidance: Guidance | None = None,
-    capacity: int | None = None,
     autocast: torch.dtype | None = None,
     cuda_graph: bool = False,
     callback: Callback | None = None,
@@ -47,15 +45,14 @@ def sample_content(
         labels: (B,), or None for a model without classes.
         seeds: one for each sample: equal seeds give equal samples in any batch.
         diffusion: None is the paper's schedule with the model's `learn_sigma`.
-        scheduler, steps: see `SCHEDULERS`. With a learned variance "ddpm" uses it, the others leave it out.
+        scheduler: one of `SCHEDULERS`. With a learned variance "ddpm" uses it, the others leave it out.
+        steps: denoising steps.
         guidance: None is none. A guided step runs the model on both halves as one batch.
-        capacity: packed rows for one pass over the maps; None counts them. A fixed one keeps shapes equal from call to
-            call, for compiled models.
         autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32. A model that was itself
             cast (`model.bfloat16()`) needs none.
         cuda_graph: capture a step once and replay it: with "ddpm" and "ddim" the whole step, with the schedulers of
             diffusers all of it but their own few operations.
-        callback: called with (step, timestep, state) after every step.
+        callback: called with (number of the step, timestep, state) after every step.
 
     Raises:
         ValueError: arguments that do not fit the model, an unknown scheduler, labels out of range, a CUDA graph on a
@@ -63,39 +60,15 @@ def sample_content(
     """
     config: Any = model.config
     guidance = guidance or Guidance()
-    channels = config.in_channels
-    check_guidance(guidance, channels, config.num_classes)
-    device = next(model.parameters()).device
-    batch = len(seeds)
-    labels = check_labels(labels, batch, config.num_classes, device)
+    check_guidance("guidance", guidance, config.in_channels, config.num_classes)
+    seeds = check_seeds(seeds)
+    labels = check_labels(labels, len(seeds), config.num_classes)
+    if grain_map is not None:
+        check_grain_map(grain_map, len(seeds), config)
     diffusion = diffusion or GaussianDiffusion(learn_sigma=config.learn_sigma)
     solver = make_scheduler(scheduler, diffusion, steps, learned_range=config.learn_sigma)
-    keep = 2 * channels if scheduler == "ddpm" and config.learn_sigma else channels
-    generators = make_generators(seeds, device)
-
-    if grain_map is None:
-        arguments: dict[bool, dict[str, Any]] = {False: {}, True: {}}
-
-        def grained(x: Tensor) -> Tensor:
-            return x
-
-        project = grained
-    else:
-        grain_map = grain_map.to(device)
-        check_grain_map(grain_map, batch, config)
-        arguments = _model_plans(model, grain_map, capacity, guided=guidance.scale != 1.0)
-        sizes = config.code_sizes
-
-        def grained(x: Tensor) -> Tensor:
-            return copy_codes(x, grain_map, sizes)
-
-        def project(x: Tensor) -> Tensor:
-            return project_to_grains(x, grain_map, code_sizes=sizes)
-
-    answer = _Answers(model, labels, arguments, guidance.channels or channels, autocast)
-    x = grained(randn((batch, channels, *config.grid), generators, device=device, dtype=torch.float32))
-    chain = _Chain(solver, answer, lambda out: project(out[:, :keep]), grained, cuda_graph)
-    return chain(x, generators, guidance, diffusion.num_timesteps, callback)[0]
+    options: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph, "callback": callback}
+    return denoise_content(model, grain_map, labels, seeds, solver, guidance, **options)
 
 
 @torch.no_grad()
@@ -110,33 +83,88 @@ def sample_grain_maps(
     guidance: Guidance | None = None,
     autocast: torch.dtype | None = None,
     cuda_graph: bool = False,
-    callback: Callback | None = None,
 ) -> Tensor:
     """Grain maps (B, h, w) int64 of a `DynamicGrainTransformer`: the most likely grain at the end of the chain.
 
-    Args: as for `sample_content`; guidance acts on the logits; schedulers are `GRAIN_SCHEDULERS`.
+    The arguments are those of `sample_content`; guidance acts on the logits, schedulers are `GRAIN_SCHEDULERS`.
 
     Raises:
         ValueError: as for `sample_content`.
     """
     config: Any = model.config
     guidance = guidance or Guidance()
+    check_guidance("guidance", guidance, config.num_grains, config.num_classes)
+    seeds = check_seeds(seeds)
+    labels = check_labels(labels, len(seeds), config.num_classes)
+    solver = make_scheduler(scheduler, diffusion or GaussianDiffusion(), steps, prediction="sample")
+    return denoise_grain_maps(model, labels, seeds, solver, guidance, autocast=autocast, cuda_graph=cuda_graph)
+
+
+def denoise_content(
+    model: nn.Module,
+    grain_map: Tensor | None,
+    labels: Tensor | None,
+    seeds: Sequence[int],
+    solver: Solver,
+    guidance: Guidance,
+    *,
+    autocast: torch.dtype | None = None,
+    cuda_graph: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """`sample_content` of arguments that are known to fit each other; the solver can serve many calls."""
+    config: Any = model.config
+    channels = config.in_channels
     device = next(model.parameters()).device
-    batch = len(seeds)
-    check_guidance(guidance, config.num_grains, config.num_classes)
-    labels = check_labels(labels, batch, config.num_classes, device)
-    diffusion = diffusion or GaussianDiffusion(learn_sigma=False)
-    solver = make_scheduler(scheduler, diffusion, steps, prediction="sample")
+    generators = make_generators(seeds, device)
+    keep = 2 * channels if isinstance(solver, Ddpm) and solver.learned_range else channels
+    if grain_map is None:
+        arguments: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+
+        def grained(x: Tensor) -> Tensor:
+            return x
+
+        project = grained
+    else:
+        grain_map = grain_map.to(device)
+        arguments = _model_plans(model, grain_map, guided=guidance.scale != 1.0)
+        sizes = config.code_sizes
+
+        def grained(x: Tensor) -> Tensor:
+            return copy_codes(x, grain_map, sizes)
+
+        def project(x: Tensor) -> Tensor:
+            return project_to_grains(x, grain_map, code_sizes=sizes)
+
+    output = _Output(model, labels, arguments, guidance.channels or channels, autocast, device)
+    x = grained(randn((len(seeds), channels, *config.grid), generators, device=device, dtype=torch.float32))
+    chain = _Chain(solver, output, lambda out: project(out[:, :keep]), grained, cuda_graph)
+    return chain(x, generators, guidance, callback)[0]
+
+
+def denoise_grain_maps(
+    model: nn.Module,
+    labels: Tensor | None,
+    seeds: Sequence[int],
+    solver: Solver,
+    guidance: Guidance,
+    *,
+    autocast: torch.dtype | None = None,
+    cuda_graph: bool = False,
+) -> Tensor:
+    """`sample_grain_maps` of arguments that are known to fit each other; the solver can serve many calls."""
+    config: Any = model.config
+    device = next(model.parameters()).device
     generators = make_generators(seeds, device)
     channels = guidance.channels or config.num_grains
-    answer = _Answers(model, labels, {False: {}, True: {}}, channels, autocast)
-    x = randn((batch, 1, *config.grid), generators, device=device, dtype=torch.float32)
-    chain = _Chain(solver, answer, expected_signal, lambda x: x, cuda_graph)
-    return chain(x, generators, guidance, diffusion.num_timesteps, callback)[1].argmax(dim=1)
+    output = _Output(model, labels, {False: {}, True: {}}, channels, autocast, device)
+    x = randn((len(seeds), 1, *config.grid), generators, device=device, dtype=torch.float32)
+    chain = _Chain(solver, output, expected_signal, lambda x: x, cuda_graph)
+    return chain(x, generators, guidance, None)[1].argmax(dim=1)
 
 
-class _Answers:
-    """The model's answers in float32 during one sampling: maps, plan and labels stay, state and timestep change.
+class _Output:
+    """The model's output in float32 during one sampling: maps, plan and labels stay, state and timestep change.
 
     Args:
         labels: (B,) or None.
@@ -151,8 +179,10 @@ class _Answers:
         arguments: Mapping[bool, dict[str, Any]],
         channels: int,
         autocast: torch.dtype | None,
+        device: torch.device,
     ) -> None:
         self.model, self.arguments, self.channels, self.autocast = model, arguments, channels, autocast
+        labels = None if labels is None else labels.to(device)
         both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
         self.labels = {False: labels, True: both}
 
@@ -169,25 +199,32 @@ class _Answers:
 
 
 class _Chain:
-    """From noise to data: (state, the model's last answer).
+    """From noise to data: (state, the model's last output).
 
     Args:
-        predicted: what the solver is told, from the model's answer.
-        grained: puts a state back on its codes.
+        output: the model's output.
+        predicted: the solver's input, from the model's output.
+        grained: makes a state one value a code.
+        cuda_graph: replay a captured step.
     """
 
     def __init__(
-        self, solver: Ddpm | Ddim | Diffusers, answer: _Answers, predicted: Map, grained: Map, cuda_graph: bool
+        self,
+        solver: Solver,
+        output: _Output,
+        predicted: Callable[[Tensor], Tensor],
+        grained: Callable[[Tensor], Tensor],
+        cuda_graph: bool,
     ) -> None:
-        self.solver, self.answer, self.predicted, self.grained = solver, answer, predicted, grained
+        self.solver, self.output, self.predicted, self.grained = solver.fresh(), output, predicted, grained
         self.cuda_graph = cuda_graph
         self.captured: dict[bool, Callable[..., tuple[Tensor, ...]]] = {}
 
     def __call__(
-        self, x: Tensor, generators: list[torch.Generator], guidance: Guidance, total: int, callback: Callback | None
+        self, x: Tensor, generators: list[torch.Generator], guidance: Guidance, callback: Callback | None
     ) -> tuple[Tensor, Tensor]:
         solver = self.solver
-        weights = [guidance.at(t / total) for t in solver.timesteps]
+        weights = [guidance.at(t / solver.num_timesteps) for t in solver.timesteps]
         # All that changes from step to step lies on the device before the first one: the host never waits.
         on_device = torch.tensor([solver.timesteps, weights], device=x.device)
         numbers = torch.arange(len(weights), device=x.device)
@@ -209,7 +246,7 @@ class _Chain:
         return x, out
 
     def _predict(self, guided: bool, x: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.answer(guided, x, t, weight)
+        out = self.output(guided, x, t, weight)
         return self.predicted(out), out
 
     def _step(
@@ -234,8 +271,7 @@ def capture(run: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Callable
         ValueError: inputs that are not on a GPU.
     """
     device = inputs[0].device
-    if device.type != "cuda":
-        raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
+    check_cuda_graph(device)
     held = [x.clone() for x in inputs]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
@@ -256,43 +292,60 @@ def capture(run: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Callable
     return replay
 
 
-def _model_plans(model: Any, grain_map: Tensor, capacity: int | None, *, guided: bool) -> dict[bool, dict[str, Any]]:
+def _model_plans(model: Any, grain_map: Tensor, *, guided: bool) -> dict[bool, dict[str, Any]]:
     """Arguments of the model for one pass over the maps, and for two (guidance): maps and their plan, made once."""
-    if capacity is None:  # the maps stay for the whole sampling: one look at them, and no row is computed in vain
-        config = model.config
-        capacity = int((grain_map >= config.min_grain).sum()) * config.cells_per_region**2
+    config = model.config
+    # The maps stay for the whole sampling: one look at them, and no row is computed in vain.
+    capacity = int((grain_map >= config.min_grain).sum()) * config.cells_per_region**2
     arguments = {}
     for twice in (False, True) if guided else (False,):
         maps = torch.cat([grain_map, grain_map]) if twice else grain_map
-        plan = None if model.config.masked else model.make_plan(maps, capacity * (1 + twice))
+        plan = None if config.masked else model.make_plan(maps, capacity * (1 + twice))
         arguments[twice] = {"grain_map": maps, "plan": plan}
     return arguments
 
 
-def check_guidance(guidance: Guidance, channels: int, num_classes: int) -> None:
-    """ValueError where the model has not so many channels, or no classes."""
+# ---- what does not fit, found before anything is computed -----------------------------------------------------------
+
+
+def check_cuda_graph(device: torch.device) -> None:
+    """Raise ValueError unless the device has CUDA graphs."""
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
+
+
+def check_guidance(name: str, guidance: Guidance, channels: int, num_classes: int) -> None:
+    """Raise ValueError where the model has fewer channels than are guided, or no classes."""
     if guidance.channels is not None and guidance.channels > channels:
-        raise ValueError(f"guidance channels must be at most {channels}, got {guidance.channels}")
+        raise ValueError(f"{name} channels must be at most {channels}, got {guidance.channels}")
     if guidance.scale != 1.0 and not num_classes:
-        raise ValueError(f"guidance needs a model with classes; scale must be 1, got {guidance.scale}")
+        raise ValueError(f"{name} needs a model with classes; scale must be 1, got {guidance.scale}")
 
 
-def check_labels(labels: Tensor | None, batch: int, num_classes: int, device: torch.device) -> Tensor | None:
-    """The labels on `device`, None without classes; ValueError where they do not fit."""
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """The seeds as whole numbers in 0 ... 2^64 - 1; ValueError otherwise."""
+    return [whole_number("seeds", seed, 0, 2**64 - 1) for seed in seeds]
+
+
+def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> Tensor | None:
+    """The labels, None without classes; ValueError where they do not fit."""
     if not num_classes:
         return None
     if labels is None or labels.shape != (batch,):
         got = None if labels is None else tuple(labels.shape)
         raise ValueError(f"labels must be one for each of the {batch} seeds, got {got}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be whole numbers, got {labels.dtype}")
     if batch and not (int(labels.min()) >= 0 and int(labels.max()) <= num_classes):
         raise ValueError(
             f"labels must be in 0 ... {num_classes - 1} ({num_classes} for none), "
             f"got {int(labels.min())} ... {int(labels.max())}"
         )
-    return labels.to(device)
+    return labels.long()
 
 
 def check_grain_map(grain_map: Tensor, batch: int, config: Any) -> None:
+    """Raise ValueError unless the maps are one an image, of the model's size and with its grains."""
     expected = (batch, *config.region_grid)
     if tuple(grain_map.shape) != expected or grain_map.dtype != torch.int64:
         raise ValueError(f"grain_map must be int64 {expected}, got {grain_map.dtype} {tuple(grain_map.shape)}")

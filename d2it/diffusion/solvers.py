@@ -2,14 +2,16 @@
 
 DDPM and DDIM take the step's number as a tensor and read their coefficients from tables on the device, so a whole step
 (model, guidance, update) can be captured in a CUDA graph and replayed. The schedulers of diffusers keep their
-coefficients on the host and change them from step to step: there the graph ends with the model's answer.
+coefficients on the host and change them from step to step: there the graph ends with the model's output.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,9 +57,10 @@ class Spaced:
         prediction: "epsilon" or "sample" (x_0).
 
     Attributes:
-        timesteps: at which the model is asked, in order.
-        init_noise_sigma: the spread of the first state.
-        noise_steps: how many of the first steps want a normal draw as `noise`.
+        timesteps: at which the model runs, in order.
+        num_timesteps: T of the diffusion that the timesteps count.
+        init_noise_sigma: the standard deviation of the first state.
+        noise_steps: how many of the first steps take a normal draw as `noise`.
     """
 
     init_noise_sigma = 1.0
@@ -65,12 +68,17 @@ class Spaced:
 
     def __init__(self, diffusion: GaussianDiffusion, timesteps: Sequence[int], prediction: str) -> None:
         self.timesteps = [float(t) for t in reversed(timesteps)]
+        self.num_timesteps = diffusion.num_timesteps
         self.spaced = diffusion.respaced(timesteps)
         self.prediction = prediction
 
     def to(self, device: torch.device | str) -> Spaced:
-        """Moves the tables to `device`, in place."""
+        """Move the tables to `device`, in place."""
         self.spaced.to(device)
+        return self
+
+    def fresh(self) -> Any:
+        """A solver for another chain: itself, as it keeps nothing from step to step."""
         return self
 
     def _place(self, i: Tensor, x: Tensor) -> Tensor:
@@ -81,7 +89,7 @@ class Spaced:
 class Ddpm(Spaced):
     """Ancestral sampling (Ho et al. 2020) over ADM's spacing: evenly from T - 1 to 0.
 
-    The variance is the posterior's, or with `learned_range` what the model's second half says.
+    The variance is the posterior's, or with `learned_range` that of the model's second half.
     """
 
     def __init__(self, diffusion: GaussianDiffusion, steps: int, prediction: str, learned_range: bool) -> None:
@@ -110,7 +118,7 @@ class Ddim(Spaced):
         super().__init__(diffusion, [round((i + 1) * total / steps) - 1 for i in range(steps)], prediction)
 
     def step(self, out: Tensor, i: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """As `Ddpm.step`; `noise` is left alone."""
+        """As `Ddpm.step`; `noise` is not used."""
         place = self._place(i, x)
         if self.prediction == "sample":
             return self.spaced.q_sample_before(out, self.spaced.predict_noise(out, x, place), place)
@@ -121,20 +129,26 @@ class Diffusers:
     """A scheduler of diffusers.
 
     Attributes:
-        timesteps: at which the model is asked, in order; those in sigmas ask between whole ones.
-        init_noise_sigma: the spread of the first state.
+        timesteps: at which the model runs, in order; schedulers in sigmas run it between whole ones.
+        num_timesteps: T of the diffusion that the timesteps count.
+        init_noise_sigma: the standard deviation of the first state.
     """
 
     def __init__(self, kind: str, settings: dict[str, Any], steps: int) -> None:
         import diffusers
 
         self.scheduler = getattr(diffusers, kind)(**settings)
+        self.num_timesteps: int = settings["num_train_timesteps"]
         self.scheduler.set_timesteps(steps)
         self.timesteps = [float(t) for t in self.scheduler.timesteps]
         self.init_noise_sigma = float(self.scheduler.init_noise_sigma)
 
+    def fresh(self) -> Diffusers:
+        """A solver for another chain: a copy, as a scheduler keeps earlier outputs; this one must not have stepped."""
+        return copy.deepcopy(self)
+
     def scale_model_input(self, x: Tensor, i: int) -> Tensor:
-        """The state as the model wants to see it."""
+        """The state as the model takes it."""
         return self.scheduler.scale_model_input(x, self.scheduler.timesteps[i])
 
     def step(self, out: Tensor, i: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -142,6 +156,9 @@ class Diffusers:
         draws = x.shape[0] and _takes_generator(type(self.scheduler))  # type: ignore[arg-type]
         options = {"generator": generators} if draws else {}
         return self.scheduler.step(out, self.scheduler.timesteps[i], x, **options).prev_sample
+
+
+Solver = Ddpm | Ddim | Diffusers
 
 
 @functools.cache
@@ -156,12 +173,13 @@ def make_scheduler(
     *,
     prediction: str = "epsilon",
     learned_range: bool = False,
-) -> Ddpm | Ddim | Diffusers:
+) -> Solver:
     """The steps of a sampling of `diffusion`, by name.
 
     Args:
         name: one of `SCHEDULERS`.
-        steps: of the chain; "heun", "dpm2", "dpm2-a" and "pndm" ask the model more often than that.
+        diffusion: the schedule.
+        steps: of the chain; "heun", "dpm2", "dpm2-a" and "pndm" run the model more often than that.
         prediction: "epsilon" or "sample" (x_0).
         learned_range: the model predicts the variance; only "ddpm" uses it.
 
@@ -171,8 +189,7 @@ def make_scheduler(
     choices = GRAIN_SCHEDULERS if prediction == "sample" else SCHEDULERS
     if name not in choices:
         raise ValueError(f"scheduler must be one of {', '.join(choices)}, got {name!r}")
-    if not 1 <= steps <= diffusion.num_timesteps:
-        raise ValueError(f"steps must be in 1 ... {diffusion.num_timesteps}, got {steps}")
+    steps = whole_number("steps", steps, 1, diffusion.num_timesteps)
     if name == "ddpm":
         return Ddpm(diffusion, steps, prediction, learned_range)
     if name == "ddim":
@@ -184,9 +201,21 @@ def make_scheduler(
     return Diffusers(kind, {**shared, **settings}, steps)
 
 
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int; ValueError, naming the argument, unless it is a whole number in least ... most."""
+    bounds = f"at least {least}" if most is None else f"in {least} ... {most}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}") from None
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+    return number
+
+
 def make_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
     """One generator for each sample: its noise is the same in every batch and on every rank."""
-    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def draw_noise(solver: Ddpm | Ddim, i: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:

@@ -26,7 +26,7 @@ from d2it.files import atomic_write, prepare_file, sha256_of
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
 from d2it.npz import keep_images
-from d2it.sampling.options import Drawing, add_options, given_options
+from d2it.sampling.options import SampleRequest, add_options, given_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,7 +126,7 @@ def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
     if options.samples and drawn:
         raise UserError(f"{drawn[0]} goes with a --checkpoint; those of --samples are there already")
     inception, settings = _inception(options, world)
-    drawing, images = None, None
+    request, images = None, None
     if options.samples:
         images = open_images(options.samples)
         count = min(options.count or images.count, images.count)
@@ -135,8 +135,8 @@ def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
         size = images.size
     else:
         count = options.count or 50_000
-        drawing = Drawing(options, Path(options.checkpoint), count, world)
-        size = drawing.model.image_size
+        request = SampleRequest(options, Path(options.checkpoint), count, world)
+        size = request.model.image_size
     # The reference before any sample is drawn or judged: what is wrong with it is said in time.
     common: dict[str, Any] = {"metrics": metrics, "device": world.device, "progress": world.first}
     reference = open_reference(
@@ -151,11 +151,11 @@ def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
         batches = _share(images.batches(options.batch_size, count), world)
         settings |= {"samples": options.samples}
     else:
-        assert drawing is not None
-        batches = _drawn(drawing)
-        settings = drawing.settings() | settings
+        assert request is not None
+        batches = _sampled(request)
+        settings = request.settings() | settings
         if options.save:
-            batches = keep_images(batches, options.save, count, options.batch_size, world, _labels(drawing))
+            batches = keep_images(batches, options.save, count, options.batch_size, world, _labels(request))
     samples = summarize(batches, inception, total=math.ceil(count / world.size), **common)
     found = compare(samples, reference, metrics)
     settings |= {"count": count, "size": list(size), "reference": options.reference}
@@ -164,13 +164,13 @@ def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
     return {"metrics": found, "settings": settings | {"reference_count": reference.count or None}}
 
 
-def _drawn(drawing: Drawing) -> Iterator[Tensor]:
-    for _, samples in drawing.batches():
+def _sampled(request: SampleRequest) -> Iterator[Tensor]:
+    for _, samples in request.batches():
         yield torch.from_numpy(samples.uint8()).permute(0, 3, 1, 2)
 
 
-def _labels(drawing: Drawing) -> np.ndarray | None:
-    return None if drawing.labels is None else np.array(drawing.labels, np.int64)
+def _labels(request: SampleRequest) -> np.ndarray | None:
+    return None if request.labels is None else np.array(request.labels, np.int64)
 
 
 def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:

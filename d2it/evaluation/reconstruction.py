@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2it import ops
+from d2it import ops, pictures
 from d2it.errors import UserError
 from d2it.evaluation.generation import Extractor, summarize
 
@@ -67,19 +67,19 @@ def evaluate_reconstruction(
         def decoded(limits=limits, scores=scores) -> Iterable[Tensor]:
             for batch in images():
                 batch = batch.to(device)
-                target = batch.float() / 127.5 - 1
+                target = pictures.from_uint8(batch)
                 # The reference, which takes equal limits too: ratios 0 and 1 leave several at the same infinity.
                 grains = ops.reference.grain_map(vae.grain_map(batch)[1], limits)
                 mean, _, grains, _ = vae.encode(target, grains)
                 output = vae.decode(mean, grains)
-                bytes_out = ((output + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                bytes_out = pictures.to_uint8(output)
                 a, b = batch.float() / 255, bytes_out.float() / 255
                 error = (a - b).square().mean(dim=(1, 2, 3))
                 scores["psnr"].append(-10 * error.clamp(min=1e-10).log10())
                 similarity = structural_similarity_index_measure(b, a, data_range=1.0, reduction="none")
                 scores["ssim"].append(similarity.reshape(-1))  # type: ignore[union-attr]
                 if lpips is not None:
-                    scores["lpips"].append(lpips(bytes_out.float() / 127.5 - 1, target).reshape(-1))
+                    scores["lpips"].append(lpips(pictures.from_uint8(bytes_out), target).reshape(-1))
                 scores["codes"].append(_codes(grains, vae))
                 yield bytes_out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from d2it.files import atomic_write, save_tensors
+from d2it.errors import UserError
+from d2it.files import atomic_write, read_json, read_sealed, save_tensors, sha256_of, write_sealed
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -73,6 +73,10 @@ def set_whole_tuples(config: Any, *names: str) -> None:
 class Model(nn.Module, PyTorchModelHubMixin):
     """Base of the trainable models. A subclass names its dataclass `Config` and its table of `presets`."""
 
+    #: SHA-256 of the weights file that this model was last read from or written to.
+    weights_sha256: str | None = None
+    #: That of the VAE whose latents a transformer was trained on; saved with it.
+    vae_sha256: str | None = None
     Config: ClassVar[type[Any]]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -105,7 +109,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
     # ---- weights -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Writes `config.json` and `model.safetensors`, each whole or not at all.
+        """Write `model.safetensors`, and `config.json` with its SHA-256, each whole or not at all.
 
         Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
         `push_to_hub=True`.
@@ -119,11 +123,16 @@ class Model(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        description = {"model": type(self).__name__, "config": dataclasses.asdict(self.config)}
         with atomic_write(save_directory / WEIGHTS_FILE) as file:
             save_tensors(file, tensors, {"model": type(self).__name__})
-        with atomic_write(save_directory / CONFIG_FILE) as file:
-            file.write_text(json.dumps(description, indent=2))
+            self.weights_sha256 = sha256_of(file)
+        description = {
+            "model": type(self).__name__,
+            "config": dataclasses.asdict(self.config),
+            "weights": self.weights_sha256,
+            "vae": self.vae_sha256,
+        }
+        write_sealed(save_directory / CONFIG_FILE, description)
 
     @classmethod
     def from_pretrained(
@@ -137,16 +146,23 @@ class Model(nn.Module, PyTorchModelHubMixin):
         revision: str | None = None,
         **kwargs: Any,
     ) -> M:
-        """The model that `save_pretrained` wrote, in evaluation mode.
+        """Read the model that `save_pretrained` wrote, in evaluation mode.
+
+        Folders of earlier versions have no hashes and are read with a warning.
 
         Args:
             pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
-                Hugging Face hub, to which the other named arguments apply.
+                Hugging Face hub.
+            force_download: of the hub.
+            token: of the hub.
+            cache_dir: of the hub.
+            local_files_only: read local folders alone.
+            revision: of the hub.
             kwargs: `map_location`, the device the weights are read to (they keep the dtype they were saved in); and
                 settings that replace those in the file (`masked=True`, say), as long as they change no shape.
 
         Raises:
-            ValueError: no such folder, no model in it, or a model of another class or shape.
+            ValueError: no such folder, no model in it, one of another class or shape, or a file that is damaged.
         """
         path = str(pretrained_model_name_or_path)
         if not local_files_only:
@@ -158,35 +174,50 @@ class Model(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _read(cls: type[M], path: str, *, map_location: str | torch.device = "cpu", **overrides: Any) -> M:
-        config = cls.read_config(path, **overrides)
+        description = cls._describe(path)
+        config = cls._config(path, description, overrides)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        file = os.path.join(path, WEIGHTS_FILE)
         try:
-            tensors = load_file(os.path.join(path, WEIGHTS_FILE), device=str(map_location))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{os.path.join(path, WEIGHTS_FILE)} cannot be read: {error}") from error
+            found, wanted = sha256_of(file), description.get("weights")
+            if wanted not in (None, found):
+                raise ValueError(f"its SHA-256 is {found[:12]}..., not {wanted[:12]}...: damaged, or of another save")
+            tensors = load_file(file, device=str(map_location))
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
         with torch.device("meta"):  # nothing is allocated or initialised that the file is about to replace
             model = cls(config)
         load_weights(model, tensors, source=path, assign=True)
         model.reset_buffers(torch.device(map_location))
+        model.weights_sha256, model.vae_sha256 = found, description.get("vae")
         return model.eval()
 
     @classmethod
     def read_config(cls, path: str | Path, **overrides: Any) -> Any:
         """The configuration in the folder `path`; ValueError where it is missing or belongs to another model."""
+        return cls._config(path, cls._describe(path), overrides)
+
+    @classmethod
+    def _describe(cls, path: str | Path) -> dict[str, Any]:
         file = Path(path) / CONFIG_FILE
+        description = read_sealed(file)
+        if not isinstance(description.get("model"), str) or not isinstance(description.get("config"), dict):
+            raise ValueError(f"{file} is not the configuration of a d2it model")
+        if description["model"] != cls.__name__:
+            raise ValueError(f"{path} holds a {description['model']}, not a {cls.__name__}")
+        for key in ("weights", "vae"):
+            if not isinstance(description.get(key), (str, type(None))):
+                raise ValueError(f"{file}: {key} must be a SHA-256, got {description[key]!r}")
+        return description
+
+    @classmethod
+    def _config(cls, path: str | Path, description: dict[str, Any], overrides: dict[str, Any]) -> Any:
         try:
-            description = json.loads(file.read_text())
-            name, values = description["model"], description["config"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not the configuration of a d2it model: {error!r}") from error
-        if name != cls.__name__:
-            raise ValueError(f"{path} holds a {name}, not a {cls.__name__}")
-        try:
-            return cls.Config(**{**values, **overrides})
-        except TypeError as error:
-            raise ValueError(f"{file} does not fit {cls.Config.__name__}: {error}") from error
+            return cls.Config(**{**description["config"], **overrides})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{Path(path) / CONFIG_FILE} does not fit {cls.Config.__name__}: {error}") from error
 
     def reset_buffers(self, device: torch.device) -> None:
         """Computes again, on `device`, the buffers that follow from the configuration and are not saved."""
@@ -251,16 +282,16 @@ def local_folder(path: str | Path, what: str, **download: Any) -> str:
 
 
 def saved_kind(path: str | Path, kinds: Sequence[type[M]]) -> type[M]:
-    """Which of `kinds` `save_pretrained` wrote to the folder `path`; the first where that cannot be told."""
+    """Which of `kinds` the folder `path` holds; the first where its configuration cannot be read."""
     try:
-        name = json.loads((Path(path) / CONFIG_FILE).read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = read_json(Path(path) / CONFIG_FILE).get("model")
+    except UserError:
         name = None
     return next((kind for kind in kinds if kind.__name__ == name), kinds[0])
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str, assign: bool = False) -> None:
-    """`model.load_state_dict(tensors, assign=assign)` that says in one line what does not fit (ValueError)."""
+    """`model.load_state_dict(tensors, assign=assign)`; ValueError with one line where they do not fit."""
     own = model.state_dict()
     missing = sorted(own.keys() - tensors.keys())
     extra = sorted(tensors.keys() - own.keys())

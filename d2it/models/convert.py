@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,31 +30,45 @@ _NAMES = (
 )
 
 
-def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None) -> DiT:
+def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None, num_classes: int | None = None) -> DiT:
     """Our DiT with the weights of the original's state dict (the same memory if float32), in evaluation mode.
 
     Args:
         state: the original's names and shapes, the frozen `pos_embed` included: it gives the grid, and is compared with
-            ours.
+            ours. Names may carry the prefixes of DDP and `torch.compile`.
         heads: None takes DiT's own for the width.
+        num_classes: None takes the label table's last row for the null label, as in the released weights. A table with
+            `num_classes` rows has no null row (it was trained with `class_dropout_prob=0`): one of zeros is added, and
+            the configuration's `class_dropout_prob` is 0.
 
     Raises:
         ValueError: names, shapes or positions that are not the original's.
     """
-    state = dict(state)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
     try:
         embed = state["x_embedder.proj.weight"]  # (dim, C, p, p)
         positions = state.pop("pos_embed")[0]  # (L, dim)
         final = state["final_layer.linear.weight"]
         labels = state["y_embedder.embedding_table.weight"]
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"not a state dict of DiT: it has no {error.args[0]}") from error
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"not a state dict of DiT: {error}") from error
     dim, channels, patch = embed.shape[:3]
     if heads is None:
         if dim not in HEADS:
             raise ValueError(f"heads must be given for a width of {dim}")
         heads = HEADS[dim]
     side = round(positions.shape[0] ** 0.5) * patch
+    rows = labels.shape[0]
+    if num_classes not in (None, rows, rows - 1):
+        raise ValueError(
+            f"num_classes must be {rows - 1} or {rows} for a label table of {rows} rows, got {num_classes}"
+        )
+    no_null = num_classes == rows
+    if no_null:
+        state["y_embedder.embedding_table.weight"] = torch.cat([labels, torch.zeros_like(labels[:1])])
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for pattern, ours in _NAMES:
@@ -62,14 +79,15 @@ def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None) -> DiT
             raise ValueError(f"not a state dict of DiT: it has {name}")
     out_channels = final.shape[0] // patch**2
     config = DiTConfig(
-        image_size=8 * side,
+        image_size=(8 * side, 8 * side),
         in_channels=channels,
         patch_size=patch,
         dim=dim,
         depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         heads=heads,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        num_classes=labels.shape[0] - 1,
+        mlp_ratio=hidden / dim,
+        num_classes=rows if no_null else rows - 1,
+        class_dropout_prob=0.0 if no_null else 0.1,
         learn_sigma=out_channels == 2 * channels,
     )
     with torch.device("meta"):  # nothing is allocated or initialised that the state dict is about to replace
@@ -83,18 +101,36 @@ def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None) -> DiT
     return model.eval()
 
 
-def load_dit(path: str | os.PathLike[str], *, heads: int | None = None) -> DiT:
-    """`convert_dit` of a file: a bare state dict, or a training checkpoint, whose "ema" is taken. Read without code.
+def load_dit(path: str | os.PathLike[str], *, heads: int | None = None, num_classes: int | None = None) -> DiT:
+    """`convert_dit` of a file: a bare state dict, or a checkpoint of train.py, whose "ema" is taken, else its "model".
+
+    The file is a pickle; it is read as tensors, containers, numbers and `argparse.Namespace` (train.py's "args"), and
+    nothing in it is executed.
+
+    Args:
+        path: the file.
+        heads: as for `convert_dit`.
+        num_classes: as for `convert_dit`; None takes it from "args" where the file has them.
 
     Raises:
         ValueError: unreadable, or not the original's.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights: {error}") from error
-    if isinstance(state, dict):
-        state = state.get("ema", state)
-    if not isinstance(state, dict):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # as many kinds as a pickle can be wrong
+        raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    state = content
+    if isinstance(content, dict):
+        state = next((content[key] for key in ("ema", "model") if content.get(key)), content)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} must hold a state dict, got {type(state).__name__}")
-    return convert_dit(state, heads=heads)
+    if num_classes is None and state is not content:
+        named = getattr(content.get("args"), "num_classes", None)
+        num_classes = named if isinstance(named, int) else None
+    return convert_dit(state, heads=heads, num_classes=num_classes)
+
+
+if __name__ == "__main__":
+    print("error: this command has moved: python -m d2it.sampling.convert", file=sys.stderr)
+    sys.exit(2)

@@ -23,7 +23,7 @@ from d2it.distributed import World, start, stop
 from d2it.errors import UserError
 from d2it.files import atomic_write
 from d2it.npz import keep_images
-from d2it.sampling.options import Drawing, add_options
+from d2it.sampling.options import SampleRequest, add_options
 
 #: The grids show so many images at most.
 SHOWN = 64
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     """
     if options.npz and options.npz.suffix != ".npz":
         raise UserError(f"--npz: the name must end in .npz, got {str(options.npz)!r}")
-    drawing = Drawing(options, options.model, options.count, world)
+    request = SampleRequest(options, options.model, options.count, world)
     output = options.output or options.model / "samples"
     world.together(lambda: _prepare(output, options) if world.first else None)
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     def draw() -> Iterator[Tensor]:
         bar = tqdm(total=options.count, unit="img", disable=not (world.first and sys.stderr.isatty()))
         with contextlib.closing(bar):
-            for indices, samples in drawing.batches():
+            for indices, samples in request.batches():
                 images = samples.uint8()
                 for i, image, grains in zip(indices, images, samples.grain_maps.numpy().astype(np.uint8)):
                     drawn_maps[i] = grains
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace, world: World) -> None:
                 yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
     if options.npz:
-        numbers = None if drawing.labels is None else np.array(drawing.labels, np.int64)
+        numbers = None if request.labels is None else np.array(request.labels, np.int64)
         for _ in keep_images(draw(), options.npz, options.count, options.batch_size, world, numbers):
             pass
     else:
@@ -114,11 +114,11 @@ def run(options: argparse.Namespace, world: World) -> None:
     grains = np.stack([drawn_maps[i] for i in range(options.count)])
     with atomic_write(output / "grain_maps.npy") as path, open(path, "wb") as file:
         np.save(file, grains)
-    overlaid = pictures.draw_grains(images, grains[: len(images)], drawing.model.num_grains)
+    overlaid = pictures.draw_grains(images, grains[: len(images)], request.model.num_grains)
     pictures.save_png(output / "grid.png", pictures.enlarge(pictures.tile(images)))
     pictures.save_png(output / "grid_grain_maps.png", pictures.enlarge(pictures.tile(overlaid)))
-    ratio = float((grains == drawing.model.num_grains - 1).mean())
-    settings = {**drawing.settings(), "fine_ratio": ratio, "seconds": round(seconds, 2)}
+    ratio = float((grains == request.model.num_grains - 1).mean())
+    settings = {**request.settings(), "fine_ratio": ratio, "seconds": round(seconds, 2)}
     with atomic_write(output / "settings.json") as path:
         path.write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{options.count} images in {seconds:.1f} s: {output / 'grid.png'}")

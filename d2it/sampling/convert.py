@@ -16,7 +16,7 @@ from d2it.sampling.pipeline import D2iT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the original's file, writes a folder for `DiT.from_pretrained`, with a VAE one for `D2iT`'s."""
+    """Read the original's file, write a folder for `DiT.from_pretrained`, or with a VAE for `D2iT.from_pretrained`."""
     parser = argparse.ArgumentParser(
         prog="python -m d2it.sampling.convert", description="Weights of the original DiT for this package."
     )
@@ -28,9 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the VAE of its latents in diffusers' form (sd-vae-ft-ema or sd-vae-ft-mse): the folder is then one for "
         "sample.py and evaluate.py",
     )
+    parser.add_argument("--heads", type=int, help="attention heads, for widths that DiT does not have")
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="classes; needed where the label table has no row for the null label (trained with class_dropout_prob=0)",
+    )
     options = parser.parse_args(arguments)
     try:
-        model = load_dit(options.checkpoint)
+        model = load_dit(options.checkpoint, heads=options.heads, num_classes=options.num_classes)
         if options.vae:
             D2iT(KLVAE.from_diffusers(options.vae), None, model).save_pretrained(options.folder)
         else:
@@ -38,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         raise UserError(str(error).splitlines()[0]) from error
     config = model.config
-    print(f"{options.folder}: DiT, width {config.dim}, {config.depth} blocks, {config.num_classes} classes")
+    null = "no null label" if config.class_dropout_prob == 0 else "the null label"
+    print(f"{options.folder}: DiT, width {config.dim}, {config.depth} blocks, {config.num_classes} classes, {null}")
     return 0
 
 

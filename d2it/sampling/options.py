@@ -1,7 +1,7 @@
-"""What sample.py and evaluate.py draw from a trained D2iT: their shared options, and the samples these ask for.
+"""The options that sample.py and evaluate.py share, and the samples that they ask for.
 
 An image follows from its own seed, label and grain map: image i has seed + i, whatever the batch size and the number
-of ranks (`d2it.sampling.pipeline` says how exactly). Each rank draws every so-manieth batch.
+of ranks (`d2it.sampling.pipeline` has the exact conditions). Of n ranks each computes every n-th batch.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import itertools
-import re
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,17 @@ from d2it.diffusion import GRAIN_SCHEDULERS, SCHEDULERS, Guidance
 from d2it.diffusion.guidance import MODES
 from d2it.distributed import World
 from d2it.errors import UserError
-from d2it.files import sha256_of
-from d2it.models.base import WEIGHTS_FILE
 from d2it.sampling import D2iT, Samples
 from d2it.sampling.grain_maps import choose_maps
-from d2it.sampling.pipeline import PARTS
 from d2it.seeds import derived_seed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is drawn and how; `--count`, `--seed`, `--batch-size`, `--device` are the command's."""
-    group = parser.add_argument_group("classes", "balanced unless said otherwise")
+    """Add the options of model, classes, maps and sampler; count, seed, batch size and device are the command's own."""
+    parser.add_argument(
+        "--any-vae", action="store_true", help="accept a VAE other than the one whose latents the model was trained on"
+    )
+    group = parser.add_argument_group("classes", "balanced by default")
     labels = group.add_mutually_exclusive_group()
     labels.add_argument("--labels", nargs="+", metavar="CLASS", help="numbers or names, in turn")
     labels.add_argument("--balanced", action="store_true", help="every class in turn")
@@ -84,15 +84,17 @@ def given_options(options: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(options, name) != value]
 
 
-class Drawing:
-    """The samples that the options ask for; what does not fit is said before any is drawn.
+class SampleRequest:
+    """The samples that the options ask for; whatever does not fit is an error before the first of them.
 
     Args:
         options: of `add_options`, with `seed` and `batch_size`.
         path: of the model.
         count: images over all ranks.
+        world: the ranks.
 
     Attributes:
+        model: the D2iT.
         labels: one an image, or None without classes.
 
     Raises:
@@ -100,9 +102,13 @@ class Drawing:
     """
 
     def __init__(self, options: argparse.Namespace, path: Path, count: int, world: World) -> None:
-        for name, value in (("count", count), ("batch_size", options.batch_size)):
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name, value, least in (
+            ("count", count, 1),
+            ("batch-size", options.batch_size, 1),
+            ("seed", options.seed, 0),
+        ):
+            if value < least:
+                raise UserError(f"--{name} must be at least {least}, got {value}")
         self.options, self.path, self.count, self.world = options, path, count, world
         self.model = _model(options, path, world)
         self.labels = choose_labels(options, count, self.model)
@@ -146,12 +152,12 @@ class Drawing:
             if detail:
                 detail.setdefault("scale", model.sampling.get("guidance", 1.0))
                 given["guidance"] = Guidance(**detail)
-            # All that does not fit is said here, on every rank, before anything is drawn.
+            # Raises what does not fit on every rank, before anything is sampled.
             model(0, grain_map=None if self.maps is None else self.maps(range(1))[:0], **given)
         return {**given, "cuda_graph": options.cuda_graph}
 
     def settings(self) -> dict[str, Any]:
-        """What the images follow from, and what drew them; `weights` are the hashes of the parts, the decoder's too."""
+        """All that the images follow from; `weights` are the hashes of the parts, the decoder's among them."""
         options, model, world = self.options, self.model, self.world
         used = {"scheduler": "ddpm", "steps": 250, "guidance": 1.0, **model.sampling, **self.given}
         if isinstance(used["guidance"], Guidance):
@@ -160,10 +166,9 @@ class Drawing:
         if self.labels is not None:
             labels = "random" if options.random else "balanced"
             labels = labels if options.labels is None else self.labels[: len(options.labels)]
-        files = {name: self.path / name / WEIGHTS_FILE for name in PARTS}
         return {
             "model": str(self.path),
-            "weights": {name: sha256_of(file) for name, file in files.items() if file.is_file()},
+            "weights": {name: part.weights_sha256 for name, part in model.parts.items()},
             "image_size": list(model.image_size),
             "count": self.count,
             "seed": options.seed,
@@ -186,38 +191,30 @@ def choose_labels(options: argparse.Namespace, count: int, model: D2iT) -> list[
     Raises:
         UserError: a class that the model does not have.
     """
-    names, classes = options.labels, model.num_classes
+    classes = model.num_classes
+    numbers: Sequence[int] = range(classes)
+    if options.labels is not None:
+        try:
+            numbers = model.class_numbers(options.labels)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
     if not classes:
-        if names is not None:
-            raise UserError("--labels: this model is unconditional")
         return None
     if options.random:
         return [derived_seed(options.seed + i, "label") % classes for i in range(count)]
-    numbers: Sequence[int] = range(classes)
-    if names is not None:
-        numbers = [_class_number(name, model.class_names or [], classes) for name in names]
     return [numbers[i % len(numbers)] for i in range(count)]
-
-
-def _class_number(name: str, known: Sequence[str], classes: int) -> int:
-    if name in known:
-        return list(known).index(name)
-    if re.fullmatch(r"-?\d+", name):
-        if not 0 <= int(name) < classes:
-            raise UserError(f"--labels must be in 0 ... {classes - 1}, got {name}")
-        return int(name)
-    if not known:
-        raise UserError(f"--labels: this model knows its classes by number, 0 ... {classes - 1}, got {name!r}")
-    near = difflib.get_close_matches(name, known, n=3) or list(known[:8])
-    raise UserError(f"--labels: no class {name!r}; there are {', '.join(near)}{', ...' if classes > len(near) else ''}")
 
 
 def _model(options: argparse.Namespace, path: Path, world: World) -> D2iT:
     bf16 = options.precision == "bf16" or (
         options.precision == "auto" and world.device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
-    with _user_error():
-        model = D2iT.from_pretrained(path, device=world.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with _user_error(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model = D2iT.from_pretrained(path, device=world.device, dtype=dtype, any_vae=options.any_vae)
+    if caught and world.first:
+        print(f"warning: {caught[0].message}", file=sys.stderr)
     if options.cuda_graph and world.device.type != "cuda":
         raise UserError(f"--cuda-graph needs a GPU, this is {world.device}")
     return model.compile() if options.compile else model
@@ -225,7 +222,7 @@ def _model(options: argparse.Namespace, path: Path, world: World) -> D2iT:
 
 @contextlib.contextmanager
 def _user_error() -> Iterator[None]:
-    """A ValueError of the model's, which says which argument does not fit, as a line for the user."""
+    """Turn a ValueError of the model's into one line for the user."""
     try:
         yield
     except ValueError as error:

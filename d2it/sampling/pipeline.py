@@ -16,7 +16,9 @@ for the whole process.
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,16 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2it.diffusion import (
-    GaussianDiffusion,
-    Guidance,
-    make_scheduler,
-    sample_content,
-    sample_grain_maps,
+from d2it import pictures
+from d2it.diffusion import GaussianDiffusion, Guidance, make_scheduler
+from d2it.diffusion.sampling import (
+    Callback,
+    check_cuda_graph,
+    check_grain_map,
+    check_guidance,
+    check_seeds,
+    denoise_content,
+    denoise_grain_maps,
 )
-from d2it.diffusion.sampling import check_grain_map, check_guidance
-from d2it.diffusion.solvers import grain_scheduler_for
-from d2it.files import atomic_write
+from d2it.diffusion.solvers import grain_scheduler_for, whole_number
+from d2it.files import read_sealed, write_sealed
 from d2it.models.base import Model, PyTorchModelHubMixin, local_folder, saved_kind
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dit import DiT
@@ -56,11 +61,14 @@ PARTS: dict[str, tuple[type[Model], ...]] = {
     "grain_transformer": (DynamicGrainTransformer,),
     "content_transformer": (DynamicContentTransformer, DiT),
 }
+#: Arguments of a call for which a D2iT can have its own defaults.
+DEFAULTS = ("scheduler", "steps", "grain_scheduler", "grain_steps", "guidance", "grain_guidance")
+Label = int | str
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures with their grain maps, on the CPU.
+    """Images with their grain maps, on the CPU.
 
     Args:
         images: (N, 3, H, W) float32 in [-1, 1].
@@ -74,12 +82,7 @@ class Samples:
 
     def uint8(self) -> np.ndarray:
         """The images as (N, H, W, 3) uint8."""
-        return to_uint8(self.images)
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8; values outside are clipped."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        return pictures.to_pictures(self.images)
 
 
 class D2iT(PyTorchModelHubMixin):
@@ -87,12 +90,16 @@ class D2iT(PyTorchModelHubMixin):
 
     The baseline is sampled in the same way: a plain `DiT` as `content_transformer`, over a DynamicVAE (of one grain,
     the preset "f8", as a rule) or over the `KLVAE` of DiT's released weights. It needs no Grain Transformer; the grain
-    map then tells the decoder alone what it decodes, and is the finest everywhere unless given or sampled.
+    map is then an input of the decoder alone, and is the finest everywhere unless given or sampled.
 
     Args:
+        vae: the autoencoder.
         grain_transformer: None: every call must give its grain maps, or the content is a plain DiT's.
+        content_transformer: trained on the latents of `vae`.
         class_names: one for each class, or None.
-        sampling: arguments of `__call__` that this model is best sampled with; a call's own arguments win.
+        sampling: this model's own defaults for arguments of a call (`DEFAULTS`).
+        any_vae: accept a VAE other than the one whose latents the transformers were trained on (a decoder that was
+            fine-tuned alone, say).
 
     Raises:
         ValueError: parts that do not fit each other, named.
@@ -106,10 +113,9 @@ class D2iT(PyTorchModelHubMixin):
         *,
         class_names: Sequence[str] | None = None,
         sampling: dict[str, Any] | None = None,
+        any_vae: bool = False,
     ) -> None:
         self.vae, self.grain_transformer, self.content_transformer = vae, grain_transformer, content_transformer
-        self.class_names = list(class_names) if class_names is not None else None
-        self.sampling = dict(sampling or {})
         content = content_transformer.config
         plain = isinstance(content_transformer, DiT)
         factors = vae.downsampling[0] if plain else tuple(vae.downsampling)
@@ -127,6 +133,19 @@ class D2iT(PyTorchModelHubMixin):
         for what, ours, theirs in pairs:
             if ours != theirs:
                 raise ValueError(f"the parts of a D2iT must share their {what}, got {ours} and {theirs}")
+        if not any_vae:
+            self._check_vae()
+        self.class_names, self.sampling = _description(class_names, sampling, content.num_classes)
+
+    def _check_vae(self) -> None:
+        ours = self.vae.weights_sha256
+        for name, part in self._transformers.items():
+            theirs = part.vae_sha256
+            if ours is not None and theirs is not None and ours != theirs:
+                raise ValueError(
+                    f"{name} was trained on the latents of another VAE (SHA-256 {theirs[:12]}...) than this one "
+                    f"({ours[:12]}...); any_vae=True uses it all the same"
+                )
 
     @property
     def num_classes(self) -> int:
@@ -156,18 +175,24 @@ class D2iT(PyTorchModelHubMixin):
     @property
     def dtype(self) -> torch.dtype:
         """In which the transformers' blocks compute."""
-        return self.content_transformer.transformer_blocks()[0].attn.qkv.weight.dtype  # type: ignore[union-attr,return-value]
+        return next(self.content_transformer.transformer_blocks()[0].attn.parameters()).dtype  # type: ignore[union-attr]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> D2iT:
         """Move all parts to `device`, and the weights of the transformers' blocks to `dtype`, in place.
 
         What lies outside the blocks, the modulations in them and the VAE stay float32: little memory and time, and
         their rounding would reach every token.
+
+        Raises:
+            ValueError: a device that is not there.
         """
-        for part in self._parts.values():
-            part.to(device)
+        try:
+            for part in self.parts.values():
+                part.to(device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # torch's kinds for a device that it does not have
+            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
         if dtype is not None:
-            for transformer in self._transformers:
+            for transformer in self._transformers.values():
                 for block in transformer.transformer_blocks():
                     block.to(dtype)
                     for module in block.modules():
@@ -181,18 +206,19 @@ class D2iT(PyTorchModelHubMixin):
         The blocks of a transformer share their compiled code. It is made in the first call, and again where the number
         of images in a batch changes.
         """
-        for transformer in self._transformers:
+        for transformer in self._transformers.values():
             transformer.compile_blocks(**kwargs)
         return self
 
     @property
-    def _parts(self) -> dict[str, Model]:
+    def parts(self) -> dict[str, Model]:
+        """The parts that there are, by name."""
         parts: dict[str, Model | None] = {name: getattr(self, name) for name in PARTS}
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
-    def _transformers(self) -> list[Model]:
-        return [part for name, part in self._parts.items() if name != "vae"]
+    def _transformers(self) -> dict[str, Model]:
+        return {name: part for name, part in self.parts.items() if name != "vae"}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -206,41 +232,48 @@ class D2iT(PyTorchModelHubMixin):
         cache_dir: str | Path | None = None,
         local_files_only: bool = True,
         revision: str | None = None,
+        any_vae: bool = False,
     ) -> D2iT:
         """Read what `save_pretrained`, or a training run, wrote to a folder.
 
         Args:
             pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
                 Hugging Face hub, to which the other named arguments apply.
+            device: where the parts go.
             dtype: of the weights of the transformers' blocks, see `to`; torch.bfloat16 halves their memory.
+            force_download: of the hub.
+            token: of the hub.
+            cache_dir: of the hub.
+            local_files_only: read local folders alone.
+            revision: of the hub.
+            any_vae: as for a new D2iT.
 
         Raises:
-            ValueError: no such folder, no D2iT in it, or a part of another model.
+            ValueError: no such folder, no D2iT in it, a part that is damaged or of another model, or a device that is
+                not there.
         """
         path = Path(pretrained_model_name_or_path)
         if not local_files_only:
             download = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
             path = Path(local_folder(pretrained_model_name_or_path, cls.__name__, **download))
-        try:
-            description = json.loads((path / DESCRIPTION).read_text())
-            names, sampling = description["class_names"], description["sampling"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}"
-            ) from None
-        return cls.from_parts(path, class_names=names, sampling=sampling).to(device, dtype)
+        if not (path / DESCRIPTION).is_file():
+            raise ValueError(f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}")
+        description = read_sealed(path / DESCRIPTION)
+        given = {key: description.get(key) for key in ("class_names", "sampling")}
+        return cls.from_parts(path, any_vae=any_vae, **given).to(device, dtype)
 
     @classmethod
     def from_parts(cls, path: str | Path, **settings: Any) -> D2iT:
         """Read the parts in the folder `path`; `settings` are those of a new D2iT.
 
         Raises:
-            ValueError: a part that is missing, of another model, or does not fit the others.
+            ValueError: a part that is missing, damaged, of another model, or does not fit the others.
         """
         path = Path(path)
         given = {name: kinds for name, kinds in PARTS.items() if name != "grain_transformer" or (path / name).is_dir()}
-        read = {name: saved_kind(path / name, kinds).from_pretrained(path / name) for name, kinds in given.items()}
-        parts: dict[str, Any] = {"grain_transformer": None, **read}
+        parts: dict[str, Any] = {"grain_transformer": None}
+        for name, kinds in given.items():
+            parts[name] = saved_kind(path / name, kinds).from_pretrained(path / name)
         return cls(**parts, **settings)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -249,8 +282,11 @@ class D2iT(PyTorchModelHubMixin):
         Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
         `push_to_hub=True`.
         """
-        path = Path(save_directory)
-        for name, part in self._parts.items():
+        path, before = Path(save_directory), self.vae.weights_sha256
+        self.vae.save_pretrained(path / "vae")
+        for name, part in self._transformers.items():
+            if part.vae_sha256 in (None, before):  # not where `any_vae` put them together
+                part.vae_sha256 = self.vae.weights_sha256
             part.save_pretrained(path / name)
         self.save_description(path)
         if kwargs.pop("push_to_hub", False):
@@ -259,17 +295,15 @@ class D2iT(PyTorchModelHubMixin):
 
     def save_description(self, path: str | Path) -> None:
         """Write what belongs to no part, into a folder that has the parts."""
-        path = Path(path)
-        description = {"class_names": self.class_names, "sampling": self.sampling}
-        with atomic_write(path / DESCRIPTION) as partial:
-            partial.write_text(json.dumps(description, indent=2))
+        sampling = {k: dataclasses.asdict(v) if isinstance(v, Guidance) else v for k, v in self.sampling.items()}
+        write_sealed(Path(path) / DESCRIPTION, {"class_names": self.class_names, "sampling": sampling})
 
     @torch.no_grad()
     def __call__(
         self,
         num_images: int | None = None,
         *,
-        labels: Sequence[int] | Tensor | None = None,
+        labels: Label | Sequence[Label] | Tensor | None = None,
         grain_map: Tensor | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
@@ -282,6 +316,7 @@ class D2iT(PyTorchModelHubMixin):
         batch_size: int | None = None,
         autocast: torch.dtype | None = None,
         cuda_graph: bool = False,
+        callback: Callback | None = None,
     ) -> Samples:
         """Sample.
 
@@ -307,18 +342,22 @@ class D2iT(PyTorchModelHubMixin):
 
         Args:
             num_images: how many; None follows from `seeds`, `labels` or `grain_map`, else 1.
-            labels: (N,) classes; None draws each from its sample's seed. One label serves all.
+            labels: (N,) classes, by number or by name; None draws each from its sample's seed. One label serves all.
             grain_map: (N, H/S, W/S) or one (H/S, W/S) for all; None samples maps from the grain transformer (and is
                 the finest everywhere where a plain DiT has none).
             seed: of the first image; image i has seed + i.
             seeds: one for each image, in place of `seed`.
             scheduler: see `d2it.diffusion.SCHEDULERS`; "ddpm" by default.
+            steps: denoising steps of the content; 250 by default.
             grain_scheduler: of the maps; `scheduler` by default, "ddpm" where that one cannot sample maps.
-            steps, grain_steps: denoising steps of content and map; 250 by default, and `steps`.
-            guidance, grain_guidance: classifier-free guidance of content and map; 1 is none.
+            grain_steps: denoising steps of the maps; `steps` by default.
+            guidance: classifier-free guidance of the content; 1 is none.
+            grain_guidance: of the maps.
             batch_size: images at once on a GPU; all by default.
-            autocast: torch.bfloat16 for the transformers; None: the dtype of their blocks.
+            autocast: torch.bfloat16 or torch.float16 for the transformers; None: the dtype of their blocks.
             cuda_graph: capture a step once a batch and replay it, see `d2it.diffusion.sample_content`.
+            callback: called with (number of the step, timestep, latents (B, C, Hf, Wf)) after every step of a batch's
+                content; on a CPU a batch is one image, and the calls come from several threads.
 
         Raises:
             ValueError: arguments that do not fit each other or the model; nothing has been computed then.
@@ -328,98 +367,124 @@ class D2iT(PyTorchModelHubMixin):
         steps = steps if steps is not None else own.get("steps", 250)
         grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
         grain_scheduler = grain_scheduler if grain_scheduler is not None else own.get("grain_scheduler")
-        if grain_scheduler is None:
-            grain_scheduler = grain_scheduler_for(scheduler)
-        guide = _guidance(guidance if guidance is not None else own.get("guidance", 1.0))
-        grain_guide = _guidance(grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0))
+        guide = _guidance("guidance", guidance if guidance is not None else own.get("guidance", 1.0))
 
-        labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
-        count = self._count(num_images, seeds, labels, grain_map)
-        seeds = list(seeds) if seeds is not None else [seed + i for i in range(count)]
-        labels = self._labels(labels, seeds)
+        chosen = None if labels is None else torch.tensor(self.class_numbers(labels), dtype=torch.int64)
+        count = self._count(num_images, seeds, chosen, grain_map)
+        seeds = check_seeds(seeds if seeds is not None else range(whole_number("seed", seed, 0), seed + count))
+        numbers = self._labels(chosen, seeds)
         if grain_map is None and self.grain_transformer is None:
             if not isinstance(self.content_transformer, DiT):
                 raise ValueError("grain_map must be given: this model has no Grain Transformer")
             grain_map = torch.full(self.region_grid, self.num_grains - 1)
-        check_guidance(guide, self.content_transformer.config.in_channels, self.num_classes)
-        make_scheduler(scheduler, GaussianDiffusion(), steps)
-        if grain_map is None:
-            check_guidance(grain_guide, self.num_grains, self.num_classes)
-            make_scheduler(grain_scheduler, GaussianDiffusion(), grain_steps, prediction="sample")
-        else:
-            grain_map = torch.as_tensor(grain_map)
-            if grain_map.ndim not in (2, 3):
-                raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(grain_map.shape)}")
-            grain_map = grain_map.expand(count, *grain_map.shape[-2:])
-            check_grain_map(grain_map, count, self)
+        content = self.content_transformer.config
+        check_guidance("guidance", guide, content.in_channels, self.num_classes)
+        solver = make_scheduler(scheduler, GaussianDiffusion(), steps, learned_range=content.learn_sigma)
+        if batch_size is not None:
+            whole_number("batch_size", batch_size, 1)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
+        if cuda_graph:
+            check_cuda_graph(self.device)
         if autocast is None and self.dtype != torch.float32:
             autocast = self.dtype
         shared: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph}
+        if grain_map is None:
+            grain_guide = _guidance(
+                "grain_guidance", grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0)
+            )
+            check_guidance("grain_guidance", grain_guide, self.num_grains, self.num_classes)
+            if grain_scheduler is None:
+                grain_scheduler = grain_scheduler_for(scheduler)
+            grain_solver = make_scheduler(grain_scheduler, GaussianDiffusion(), grain_steps, prediction="sample")
 
-        def draw(part: slice) -> tuple[Tensor, Tensor]:
-            named = None if labels is None else labels[part]
-            if grain_map is None:
-                assert self.grain_transformer is not None
-                grains = sample_grain_maps(
-                    self.grain_transformer,
-                    named,
-                    seeds=[derived_seed(s, "grain") for s in seeds[part]],
-                    scheduler=grain_scheduler,
-                    steps=grain_steps,
-                    guidance=grain_guide,
-                    **shared,
-                )
-            else:
-                grains = grain_map[part].to(self.device)
-            latents = sample_content(
+            def maps(part: slice) -> Tensor:
+                named = None if numbers is None else numbers[part]
+                own_seeds = [derived_seed(s, "grain") for s in seeds[part]]
+                network: Any = self.grain_transformer
+                return denoise_grain_maps(network, named, own_seeds, grain_solver, grain_guide, **shared)
+        else:
+            given = torch.as_tensor(grain_map)
+            if given.ndim not in (2, 3):
+                raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(given.shape)}")
+            given = given.expand(count, *given.shape[-2:])
+            check_grain_map(given, count, self)
+
+            def maps(part: slice) -> Tensor:
+                return given[part].to(self.device)
+
+        def sample(part: slice) -> tuple[Tensor, Tensor]:
+            grains = maps(part)
+            latents = denoise_content(
                 self.content_transformer,
                 None if isinstance(self.content_transformer, DiT) else grains,
-                named,
-                seeds=[derived_seed(s, "content") for s in seeds[part]],
-                scheduler=scheduler,
-                steps=steps,
-                guidance=guide,
+                None if numbers is None else numbers[part],
+                [derived_seed(s, "content") for s in seeds[part]],
+                solver,
+                guide,
+                callback=callback,
                 **shared,
             )
             return self.vae.decode(latents / self.vae.scaling_factor, grains).float().cpu(), grains.cpu()
 
         if self.device.type == "cpu":
-            drawn = _side_by_side(draw, [slice(i, i + 1) for i in range(count)])
+            sampled = _side_by_side(sample, [slice(i, i + 1) for i in range(count)])
         else:
             size = batch_size or max(1, count)
-            drawn = [draw(slice(first, first + size)) for first in range(0, count, size)]
-        if not drawn:
+            sampled = [sample(slice(first, first + size)) for first in range(0, count, size)]
+        if not sampled:
             empty = torch.empty(0, *self.region_grid, dtype=torch.int64)
-            return Samples(torch.empty(0, 3, *self.image_size), empty, labels)
-        images, maps = zip(*drawn)
-        return Samples(torch.cat(images), torch.cat(maps), labels)
+            return Samples(torch.empty(0, 3, *self.image_size), empty, numbers)
+        images, grain_maps = zip(*sampled)
+        return Samples(torch.cat(images), torch.cat(grain_maps), numbers)
+
+    def class_numbers(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
+        """The numbers of classes that are given by number or by name.
+
+        Raises:
+            ValueError: a class that the model does not have; the message lists similar names.
+        """
+        if isinstance(labels, (Tensor, np.ndarray)):
+            labels = labels.reshape(-1).tolist()
+        elif isinstance(labels, (int, str)):
+            labels = [labels]
+        return [self._class_number(label) for label in labels]
+
+    def _class_number(self, label: Label) -> int:
+        names, classes = self.class_names or [], self.num_classes
+        if not classes:
+            raise ValueError("labels: this model is unconditional")
+        if label in names:
+            return names.index(str(label))
+        if not isinstance(label, str):
+            return whole_number("labels", label, 0, classes - 1)
+        if re.fullmatch(r"-?\d+", label):
+            return whole_number("labels", int(label), 0, classes - 1)
+        if not names:
+            raise ValueError(f"labels: this model has no class names, only numbers 0 ... {classes - 1}, got {label!r}")
+        near = difflib.get_close_matches(label, names, n=3) or names[:8]
+        more = ", ..." if classes > len(near) else ""
+        raise ValueError(f"labels: no class {label!r}; there are {', '.join(near)}{more}")
 
     def _count(
         self, num_images: int | None, seeds: Sequence[int] | None, labels: Tensor | None, grain_map: Tensor | None
     ) -> int:
-        """How many images the arguments ask for, or a ValueError where they disagree."""
-        named = {"num_images": num_images, "seeds": None if seeds is None else len(seeds)}
+        """The number of images that the arguments ask for; ValueError where they disagree."""
+        counts = {"num_images": num_images, "seeds": None if seeds is None else len(seeds)}
         if labels is not None and len(labels) != 1:
-            named["labels"] = len(labels)
+            counts["labels"] = len(labels)
         if grain_map is not None and grain_map.ndim == 3 and len(grain_map) != 1:
-            named["grain_map"] = len(grain_map)
-        given = {k: v for k, v in named.items() if v is not None}
+            counts["grain_map"] = len(grain_map)
+        given = {k: v for k, v in counts.items() if v is not None}
         if len(set(given.values())) > 1:
             raise ValueError(f"the number of images must agree, got {', '.join(f'{k}: {v}' for k, v in given.items())}")
-        count = next(iter(given.values()), 1)
-        if count < 0:
-            raise ValueError(f"num_images must be 0 or more, got {count}")
-        return count
+        return whole_number("num_images", next(iter(given.values()), 1), 0)
 
     def _labels(self, labels: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
         if not self.num_classes:
-            if labels is not None:
-                raise ValueError("labels must be None: this model is unconditional")
             return None
         if labels is None:
             return torch.tensor([derived_seed(s, "label") % self.num_classes for s in seeds], dtype=torch.int64)
-        if bool(((labels < 0) | (labels >= self.num_classes)).any()):
-            raise ValueError(f"labels must be in 0 ... {self.num_classes - 1}, got {labels.tolist()}")
         return labels.expand(len(seeds))
 
 
@@ -432,16 +497,36 @@ def has_parts(path: str | Path) -> bool:
     return all((path / name).is_dir() for name in needed)
 
 
-def _guidance(value: float | Guidance) -> Guidance:
-    return value if isinstance(value, Guidance) else Guidance(scale=float(value))
+def _description(names: Any, sampling: Any, classes: int) -> tuple[list[str] | None, dict[str, Any]]:
+    """Class names and defaults, checked: they may come from a file."""
+    if names is not None and (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or len(names) != classes
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"class_names must be None or {classes} names, one for each class, got {names!r}")
+    if not isinstance(sampling, (dict, type(None))) or set(sampling or {}) - set(DEFAULTS):
+        raise ValueError(f"sampling must be a dictionary with keys of {', '.join(DEFAULTS)}, got {sampling!r}")
+    return None if names is None else list(names), dict(sampling or {})
 
 
-def _side_by_side(draw: Callable[[T], R], parts: Iterable[T]) -> list[R]:
-    """`draw` of every part in order, each on one thread of the CPU, as many at a time as torch has threads."""
+def _guidance(name: str, value: float | Guidance | dict[str, Any]) -> Guidance:
+    """A dictionary comes from d2it.json."""
+    if isinstance(value, Guidance):
+        return value
+    try:
+        return Guidance(**value) if isinstance(value, dict) else Guidance(scale=value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _side_by_side(run: Callable[[T], R], parts: Iterable[T]) -> list[R]:
+    """`run` of every part in order, each on one thread of the CPU, as many at a time as torch has threads."""
 
     def alone(part: T) -> R:
         with torch.no_grad():  # which every thread has of its own
-            return draw(part)
+            return run(part)
 
     threads = torch.get_num_threads()
     try:

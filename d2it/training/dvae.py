@@ -19,7 +19,6 @@ from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DynamicVAE, VAELoss
 from d2it.models.base import pair
-from d2it.sampling.pipeline import to_uint8
 from d2it.seeds import seed_of
 from d2it.training.config import Config
 from d2it.training.learner import Batch, Learner
@@ -36,7 +35,7 @@ class VaeLosses(nn.Module):
         self._criterion = [criterion]  # in a list: the critic's parameters are not this module's
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
-        images = normalized(batch["image"])
+        images = pictures.from_uint8(batch["image"])
         output = self.network(images)
         terms = self._criterion[0].generator(
             images,
@@ -59,7 +58,7 @@ class CriticLosses(nn.Module):
         self._criterion = [criterion]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
-        images = normalized(batch["image"])
+        images = pictures.from_uint8(batch["image"])
         terms = self._criterion[0].discriminate(images, batch["reconstruction"], discriminator=self.network)
         return terms["loss"], {f"critic/{name}": value for name, value in terms.items()}, batch
 
@@ -67,11 +66,6 @@ class CriticLosses(nn.Module):
 def channels_last(vae: DynamicVAE) -> DynamicVAE:
     """Convolutions run fastest on channels-last tensors, on GPUs and CPUs alike."""
     return cast(DynamicVAE, vae.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-
-
-def normalized(images: Tensor) -> Tensor:
-    """uint8 0 ... 255 -> float32 -1 ... 1."""
-    return images.float() / 127.5 - 1.0
 
 
 def build_vae(config: Config) -> DynamicVAE:
@@ -191,7 +185,7 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
     mine = places[world.rank :: world.size]
     with SinglePass(source, [mine[i : i + 16] for i in range(0, len(mine), 16)]) as batches:
         for batch in batches:
-            mean, logvar, _, _ = vae.encode(normalized(batch["image"].to(world.device)))
+            mean, logvar, _, _ = vae.encode(pictures.from_uint8(batch["image"].to(world.device)))
             mean = mean.double()
             square = mean.square() + logvar.double().exp()
             total += torch.stack([mean.sum(), square.sum(), torch.tensor(float(mean.numel())).to(total)])
@@ -203,8 +197,8 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
 def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: torch.device) -> np.ndarray:
     """Images evenly spread over the source, their reconstructions, and those with the grain map: three rows."""
     images = source.fetch(spread_over(len(source), count), replace=True)["image"]
-    mean, _, grains, _ = vae.encode(normalized(images.to(device)))
-    decoded = to_uint8(vae.decode(mean, grains))
+    mean, _, grains, _ = vae.encode(pictures.from_uint8(images.to(device)))
+    decoded = pictures.to_pictures(vae.decode(mean, grains))
     drawn = pictures.draw_grains(decoded, grains.cpu().numpy(), vae.config.num_grains)
     originals = images.permute(0, 2, 3, 1).numpy()
     return pictures.tile(np.concatenate([originals, decoded, drawn]), columns=len(images))

@@ -144,6 +144,7 @@ class Learner:
             if self.world.first:
                 model = cast("type[Model]", self.kind)(self.network.config)
                 model.load_state_dict(state)
+                model.vae_sha256 = cast("Model", self.network).vae_sha256
                 model.save_pretrained(folder)
 
         self.world.together(write)

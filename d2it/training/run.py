@@ -33,7 +33,7 @@ from d2it.models import DynamicVAE
 from d2it.models.base import pair
 from d2it.sampling.pipeline import D2iT, has_parts
 from d2it.training.config import Config, load, to_yaml
-from d2it.training.dvae import DvaeStage, build_vae, channels_last, normalized, reconstructions
+from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, Stopped, train
 from d2it.training.meters import read_log
 from d2it.training.stage import check_batch, user_error
@@ -151,7 +151,7 @@ def encode(config: Config, world: World, source: ImageSource) -> None:
 
     @torch.inference_mode()
     def moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, logvar, grains, _ = vae.encode(normalized(images.to(world.device, non_blocking=True)))
+        mean, logvar, grains, _ = vae.encode(pictures.from_uint8(images.to(world.device, non_blocking=True)))
         return mean, (0.5 * logvar).exp(), grains
 
     def progress(images: int) -> None:

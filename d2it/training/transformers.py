@@ -36,7 +36,6 @@ from d2it.models import (
     DynamicVAEConfig,
 )
 from d2it.models.flops import FineTokens, count_macs, fine_tokens, kept_values
-from d2it.sampling.pipeline import to_uint8
 from d2it.seeds import seed_of
 from d2it.training.config import Config, StageConfig
 from d2it.training.learner import Batch, Learner
@@ -134,12 +133,14 @@ class LatentData:
 
     Args:
         cache: None in a dry run without one.
+        vae_sha256: of the weights of the VAE that made the latents; None in a dry run.
         images: how many; sha256: of the cache.
         image_size: (H, W); latent_shape: (C, Hf, Wf); grid: (h, w) of the grain maps.
         downsampling: finest first; scale: latents times this have unit variance.
     """
 
     cache: LatentCache | None
+    vae_sha256: str | None
     images: int
     sha256: str
     image_size: tuple[int, int]
@@ -156,6 +157,7 @@ class LatentData:
     def of_cache(cls, cache: LatentCache) -> LatentData:
         return cls(
             cache=cache,
+            vae_sha256=cache.facts["vae"],
             images=len(cache),
             sha256=cache.sha256,
             image_size=cache.image_size,
@@ -171,6 +173,7 @@ class LatentData:
         fine, coarse = vae.downsampling[0], vae.downsampling[-1]
         return cls(
             cache=None,
+            vae_sha256=None,
             images=images,
             sha256="",
             image_size=image_size,
@@ -193,6 +196,7 @@ class LatentStage:
         self.config, self.settings, self.world, self.data, self.vae = config, settings, world, data, vae
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
         self.network: Any = self.make(config, data)
+        self.network.vae_sha256 = data.vae_sha256
         learns_sigma = getattr(self.network.config, "learn_sigma", False)
         self.diffusion = GaussianDiffusion(learn_sigma=learns_sigma, device=world.device)
         self.learners = [Learner(self.name, self.make_losses(), settings, world, self.network)]
@@ -366,6 +370,6 @@ class ContentStage(LatentStage):
             autocast=self.autocast,
         )
         vae = self.vae.to(self.world.device)
-        images = to_uint8(vae.decode(latents / vae.scaling_factor, grains.to(self.world.device)))
+        images = pictures.to_pictures(vae.decode(latents / vae.scaling_factor, grains.to(self.world.device)))
         drawn = pictures.draw_grains(images, grains.numpy(), self.data.num_grains)
         return pictures.tile(np.concatenate([images, drawn]), columns=len(seeds))
