@@ -1,4 +1,4 @@
-"""Ranks: who takes part, and how they agree.
+"""The ranks of a run: how they start, how they agree, and how they stop.
 
 Launch:
     python train.py                                              one process
@@ -14,6 +14,9 @@ import itertools
 import os
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +25,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2it.errors import UserError
+from d2it.errors import Interrupted, UserError, reason_of
+
+#: A second SIGTERM counts from this many seconds after the first: a batch system and torchrun's agent each send one.
+SECOND_SIGNAL = 2.0
+#: Seconds that the main thread has to end after a second signal, before the process is ended for it.
+LAST_RESORT = 15.0
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run. `control` and `saver` are gloo groups: host-side talk never waits for the
-    device.
+    """The ranks of this run, seen from one of them.
 
-    They are two because the saver's thread talks at its own pace: collectives of one group must be
-    issued in the same order everywhere.
+    Args:
+        rank: this process, 0 ... size - 1.
+        size: number of ranks.
+        local_size: number of ranks on this machine.
+        device: where this rank computes.
+        control: gloo group of the main threads; None for a run of one process.
+        saver: gloo group of the threads that write checkpoints. It is a group of its own because all ranks must issue
+            the collectives of a group in the same order, and these threads run beside the main ones.
     """
 
     rank: int
@@ -43,10 +56,11 @@ class World:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0, which writes the shared files."""
         return self.rank == 0
 
     def gather(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """`item` of every rank, in rank order, on every rank."""
+        """Return `item` of every rank, in rank order, on every rank."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -54,57 +68,69 @@ class World:
         return items
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over ranks, in place."""
+        """Average `values` over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
         return values
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def together(self, act: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
-        """Run `act` on this rank; if it failed with an OSError or UserError on any rank, raise a
-        UserError on all.
+        """Run `act` on this rank and return its result.
 
-        A rank that raised alone would leave the others waiting in their next collective.
+        Raises:
+            UserError: on all ranks, if `act` failed with an OSError or UserError on any: a rank that raised alone would
+                leave the others waiting in their next collective.
         """
         result, failure = None, None
         try:
             result = act()
         except (OSError, UserError) as error:
-            failure = str(error)
+            failure = reason_of(error)
         failures = [f for f in self.gather(failure, group) if f is not None]
         if failures:
-            raise UserError(failures[0])
+            raise UserError(failures[0], shared=True)
         return result
 
 
 def start(device: str = "auto") -> World:
-    """Join the run that torchrun's environment describes, or be a run of one.
+    """Join the run that torchrun's environment describes, or be a run of one process.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: `device="cuda"` without a GPU that this torch can use.
+        UserError: `device="cuda"` without a GPU that this torch can use, or an environment that describes no run.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU (auto takes the CPU then)")
+        raise UserError("device is cuda, but torch finds no GPU (auto uses the CPU then)")
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, local_size = _environment("LOCAL_RANK", 0, 0), _environment("LOCAL_WORLD_SIZE", 1, 1)
     if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
         here = torch.device("cuda", local_rank)
     else:
         here = torch.device("cpu")
     if "RANK" not in os.environ:
         return World(0, 1, 1, here)
-    store, rank, size = next(dist.rendezvous("env://"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # One machine talks to itself, whatever its host name resolves to.
+    rank, size = _environment("RANK", None, 0), _environment("WORLD_SIZE", None, 1)
+    if rank >= size:
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={size}")
+    # Within one machine the loopback interface always works, whatever the host name resolves to.
     if local_size == size and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     options = {"backend": "cpu:gloo,cuda:nccl", "device_id": here} if kind == "cuda" else {"backend": "gloo"}
-    dist.init_process_group(store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=size, **options)
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=size, **options)
+    except (ValueError, OSError, dist.DistError) as error:
+        raise UserError(f"the ranks cannot meet: {reason_of(error)} (start them with torchrun)") from None
     return World(
         rank=rank,
         size=size,
@@ -115,14 +141,25 @@ def start(device: str = "auto") -> World:
     )
 
 
+def _environment(name: str, default: int | None, least: int) -> int:
+    """Return an environment variable of torchrun as a number."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal() or int(text) < least:
+        what = "is not set" if text is None else f"must be a whole number of at least {least}, got {text!r}"
+        raise UserError(f"environment variable {name} {what} (torchrun sets it; unset RANK for a run of one process)")
+    return int(text)
+
+
 _starts = itertools.count()
 
 
 def _attempt() -> str:
-    """A name for this meeting of the ranks, the same on all of them and never used before.
+    """Return a name for this meeting of the ranks, the same on all of them and never used before.
 
-    The store may outlive a meeting: torchrun restarts ranks, a process may leave a run and join the next. Under an old
-    name the rank that comes first finds the address where another one was, and never gets through.
+    The store may outlive a meeting: torchrun restarts ranks, and a process may leave a run and join the next. Under an
+    old name, the rank that comes first would find the address of a process that has gone.
     """
     run, restart = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
     return f"d2it/{run}/{restart}/{next(_starts)}"
@@ -134,20 +171,22 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM outside the training loop."""
-
-    def __init__(self, signal: signal.Signals) -> None:
-        super().__init__(signal.name)
-        self.signal = signal
+@contextlib.contextmanager
+def joined(device: str = "auto") -> Iterator[World]:
+    """Join the run as `start` does, and leave it at the end of the context."""
+    world = start(device)
+    try:
+        yield world
+    finally:
+        stop()
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted: in stages without steps, between stages, and while pictures are drawn."""
+    """Make SIGINT and SIGTERM raise `Interrupted`, for stages without steps, between stages, and for the pictures."""
 
     def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(signal.Signals(number))
+        raise Interrupted(number)
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -160,36 +199,75 @@ def interruptible() -> Iterator[None]:
 class StopSignal:
     """SIGINT and SIGTERM, as a decision that all ranks take at the same step.
 
-    The flags are summed over a gloo group one step behind: a step starts the sum and reads the one that
-    the step before started, so nobody waits for the device, and hardly for the network. A second SIGINT
-    acts at once; a second SIGTERM does not, because a batch system and torchrun's agent each send one.
+    The ranks' flags are summed over a gloo group one step behind: a step starts a sum and reads the one that the step
+    before started, so that no rank waits for the device, and hardly for the network. A second SIGINT raises
+    `Interrupted` at once, and so does a second SIGTERM `SECOND_SIGNAL` seconds after the first. A thread watches the
+    signals as well: a main thread that waits in a collective runs no Python handler, and after a second signal the
+    process must end all the same.
+
+    Args:
+        world: the ranks.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.caught: signal.Signals | None = None
+        self._since, self._twice = 0.0, False
         self._pending: tuple[Tensor, Any] | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._catch)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._watch = threading.Thread(target=self._end_if_stuck, daemon=True, name="stop signal")
+        self._left = threading.Event()
+        self._watch.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._pending is not None:
+        if self._pending is not None and not self._twice:
             self._pending[1].wait()
-            self._pending = None
+        self._pending = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_writer)
+        self._left.set()
+        os.write(self._writer, b"\0")
+        self._watch.join()
+        os.close(self._writer)
+        os.close(self._reader)
 
     def _catch(self, number: int, frame: object) -> None:
-        if self.caught is signal.SIGINT and number == signal.SIGINT:
-            raise Interrupted(signal.SIGINT)
-        self.caught = signal.Signals(number)
+        if self.caught is not None and self._counts(signal.Signals(number), self.caught, self._since):
+            self._twice = True
+            raise Interrupted(number, f"{signal.Signals(number).name} again: stopped at once, this step is not saved")
+        if self.caught is None:
+            self.caught, self._since = signal.Signals(number), time.monotonic()
+
+    @staticmethod
+    def _counts(number: signal.Signals, first: signal.Signals, since: float) -> bool:
+        """Return whether a signal after `first` is a second request to stop, and not the same one sent twice."""
+        return number == first == signal.SIGINT or time.monotonic() - since >= SECOND_SIGNAL
+
+    def _end_if_stuck(self) -> None:
+        first, since = None, 0.0
+        while (number := os.read(self._reader, 1)) != b"\0":
+            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            caught = signal.Signals(number[0])
+            if first is None:
+                first, since = caught, time.monotonic()
+            elif self._counts(caught, first, since):
+                if not self._left.wait(LAST_RESORT):
+                    print(f"{caught.name} again: ended without saving this step", file=sys.stderr, flush=True)
+                    os._exit(128 + caught)
+                return
 
     def agreed(self) -> signal.Signals | None:
-        """Call once a step on every rank: the signal that some rank had caught by the last call, or None."""
+        """Return the signal that some rank had caught by the last call, or None; call once a step on every rank."""
         if self.world.size == 1:
             return self.caught
         before, flag = self._pending, torch.tensor([int(self.caught or 0)], dtype=torch.int32)
@@ -203,6 +281,6 @@ class StopSignal:
         return signal.Signals(int(before[0])) if before[0] else None
 
     def at_last(self) -> signal.Signals | None:
-        """Call once after the last step on every rank: the signal that some rank has caught by now, or None."""
+        """Return the signal that some rank has caught by now, or None; call after the last step on every rank."""
         caught = max(self.world.gather(int(self.caught or 0)))
         return signal.Signals(caught) if caught else None

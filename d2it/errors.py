@@ -1,22 +1,90 @@
-"""The one error class that entry points turn into a single line and exit code 2."""
+"""The errors a user can act on, and the one place where a command turns them into a line and an exit code."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can mend: a path, a key, a checkpoint of another model. The message says it all."""
+    """Something the user can put right: a path, a setting, a damaged file. The message is one line and complete.
+
+    Args:
+        message: what is wrong, with the name and value of what is to be changed.
+        shared: every rank raises the same error at the same place, so that rank 0 alone prints it.
+    """
+
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run an entry point; a UserError becomes one line on stderr and exit code 2, Ctrl-C 130."""
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work.
+
+    Args:
+        number: the signal; the exit code is 128 + it.
+        message: one line about what was kept.
+        shared: as for `UserError`.
+    """
+
+    def __init__(self, number: int, message: str | None = None, *, shared: bool = False) -> None:
+        self.signal = signal.Signals(number)
+        self.shared = shared
+        super().__init__(message or self.signal.name)
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run the body of a command and return its exit code; every entry point goes through here.
+
+    Args:
+        main: returns the exit code, None for 0.
+
+    Returns:
+        What `main` returned; 2 after a `UserError`, an `OSError` or memory that ran out, and 128 + signal after an
+        `Interrupted` (130 after Ctrl-C), each with one line on stderr. Any other exception is a bug and passes through.
+    """
     try:
-        main()
+        return main() or 0
+    except KeyboardInterrupt as stop:
+        return _end(str(stop) or "interrupted", 128 + getattr(stop, "signal", signal.SIGINT), stop)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return _end(f"error{_rank()}: {error}", 2, error)
+    except BrokenPipeError:  # `... | head`: whoever read the output has gone
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        return _end(f"error{_rank()}: {reason_of(error)}", 2, error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _end(f"error{_rank()}: out of memory: {reason_of(error)}; a smaller batch needs less", 2, error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception means that memory ran out, on the host or on a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "Cannot allocate memory" in text)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the line of an exception that states what happened."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _rank() -> str:
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (rank {rank})"
+
+
+def _end(line: str, code: int, error: BaseException) -> int:
+    if not getattr(error, "shared", False) or not _rank():
+        print(line, file=sys.stderr, flush=True)
+    return code

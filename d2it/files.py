@@ -1,13 +1,16 @@
-"""Files that are either whole or absent, and the hashes that tell a whole one from a damaged one."""
+"""Files that are either whole or absent, and checked when they are read back."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import stat
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,21 +24,24 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on a clean exit it is flushed to disk and renamed to ``path``.
+    """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
-    A crash at any moment leaves the old file or the new one, never a part. On an exception the temporary file
-    is removed and ``path`` stays as it was.
+    A crash at any moment leaves the old file or the new one, never a part. On an exception the temporary file is
+    removed and `path` stays as it was. The file gets the permissions that the umask gives a new file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
         yield temporary
+        os.chmod(temporary, mode)  # safetensors replaces the file by one that only its owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)  # the rename itself must reach the disk
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a write does not know its file
+        if error.errno is not None and error.filename is None:  # a write does not name its file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -44,7 +50,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; what goes wrong is an OSError, as with any file, and not safetensors' own kind."""
+    """Write a safetensors file; a failure is an OSError, as for any other file, and not safetensors' own exception."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -55,10 +61,14 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metad
 
 
 def prepare_file(path: str | os.PathLike[str], name: str) -> None:
-    """Make the folder of a file that is written when the work is done; for entry points, before they start.
+    """Make the folder of a file that is written at the end of the work; commands call it before they start.
+
+    Args:
+        path: of the file.
+        name: of the option, for the message.
 
     Raises:
-        UserError: there can be no such file; names the argument.
+        UserError: such a file cannot be written.
     """
     path = Path(path)
     try:
@@ -150,6 +160,36 @@ def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that one process may write at a time; the folder is made if it is not there.
+
+    The lock is that of `<folder>/run.lock`, which the operating system gives up when the process ends, however it ends.
+    The file itself holds the owner's host, process id and start, and stays.
+
+    Raises:
+        UserError: another process holds the lock, which is described, or the folder cannot be written.
+    """
+    path = folder / "run.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666), "r+")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{path}: cannot be locked: {error.strerror}") from None
+            owner = " ".join(file.read(1000).split())
+            raise UserError(f"{folder}: another run writes here: {owner or 'its owner is not known'}") from None
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+        file.flush()
+        yield
+
+
 def flush_folder(path: Path) -> None:
     """Make the names in a folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -163,7 +203,7 @@ def flush_folder(path: Path) -> None:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's content as a hex string."""
+    """Return the SHA-256 of a regular file's content as a hex string."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 22):

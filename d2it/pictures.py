@@ -50,7 +50,7 @@ def to_pictures(images: Tensor) -> np.ndarray:
 
 
 def tile(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """(N, H, W, 3) -> one picture on white, row by row; nearly square unless `columns` is given."""
+    """Return (N, H, W, 3) images as one picture on white, row by row; nearly square unless `columns` is given."""
     count, height, width, _ = images.shape
     columns = columns or max(1, round(count**0.5))
     rows = -(-count // columns)
@@ -62,7 +62,7 @@ def tile(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 
 def enlarge(picture: np.ndarray, least: int = 640) -> np.ndarray:
-    """Repeat pixels until the picture is at least `least` wide: small pictures stay sharp on a screen."""
+    """Repeat pixels until the picture is at least `least` wide, so that small pictures stay sharp on a screen."""
     times = -(-least // picture.shape[1])
     return picture.repeat(times, 0).repeat(times, 1)
 
@@ -74,7 +74,12 @@ def save_png(path: Path, picture: np.ndarray) -> None:
 
 
 def save_curves(path: Path, curves: dict[str, tuple[list[int], list[float]]]) -> None:
-    """One panel a curve: name -> (steps, values)."""
+    """Write a picture with one panel a curve.
+
+    Args:
+        path: of the PNG file.
+        curves: name -> (steps, values).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -16,12 +16,12 @@ _ORDER, _AUGMENT = 1, 2
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed for these parts (run seed, step, rank, ...): the same on every machine and version."""
+    """Return a 63-bit seed for these parts (run seed, step, rank, ...), the same on every machine and version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose, so that a map's noise and its content's are independent."""
+    """Return a seed of its own for each purpose, so that the noise of a map and of its content are independent."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -36,7 +36,12 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Draws:
-    """Uniform numbers for one sample, fixed by the seed and the sample's position in the training stream."""
+    """Uniform numbers for one sample, which follow from the seed and the sample's position in the training stream.
+
+    Args:
+        seed: of the run.
+        position: images seen before this sample.
+    """
 
     def __init__(self, seed: int, position: int) -> None:
         self._bits = _philox(seed, position, _AUGMENT)

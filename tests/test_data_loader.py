@@ -231,7 +231,7 @@ class Suicidal(Gray):
 def test_a_killed_worker_is_one_line():
     with (
         Loader(Suicidal(20), 10, workers=1) as loader,
-        pytest.raises(UserError, match=r"DataLoader worker.*memory") as caught,
+        pytest.raises(UserError, match=r"data worker.*killed by SIGKILL.*memory") as caught,
     ):
         take(loader, 3)
     assert "\n" not in str(caught.value)

@@ -391,6 +391,11 @@ class LatentCache:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def fine_share(self) -> float:
+        """Return the share of all regions that are finer than the coarsest grain."""
+        counts = [((unit["grain_map"] > 0).sum().item(), unit["grain_map"].numel()) for unit in self._tensors]
+        return sum(fine for fine, _ in counts) / sum(total for _, total in counts)
+
     def require(self, **facts: Any) -> None:
         """Raises UserError unless the cache was made with these facts."""
         for key, value in facts.items():

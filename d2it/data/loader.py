@@ -6,15 +6,24 @@ of a step do not depend on the number of ranks, workers or prefetched batches, a
 
 Worker processes are torch's DataLoader's. They ignore SIGINT and SIGTERM, which a terminal or a scheduler sends to
 the whole process group: the main process decides when to stop, after it has saved, and ends them.
+
+No wait is endless. Batches reach the main process through shared memory, which a worker allocates where a failure can
+still be reported (in `_Fetch`), not in the thread that sends them: that thread would drop the batch. A worker that
+cannot send, or dies, ends the stream with a UserError: the main process looks at its workers every five seconds while
+it waits. torch's own watch is switched off, because it raises in the main thread wherever that is.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import util
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -22,7 +31,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from d2it.data.sources import UNREADABLE_SHARE
-from d2it.errors import UserError
+from d2it.errors import UserError, out_of_memory, reason_of
 from d2it.seeds import Draws, permutation
 
 logger = logging.getLogger("d2it.data")
@@ -33,6 +42,10 @@ Batch = dict[str, Any]
 def default_workers(local_ranks: int = 1) -> int:
     """Returns this rank's share of the CPU cores that the process may use, 8 at most."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+_SHARED_MEMORY = "batches need more of /dev/shm (docker run --shm-size=...), fewer data.workers, or data.workers=0"
+_FILES = "raise the limit on open files (ulimit -n), or use fewer data.workers"
 
 
 class _Fetch:
@@ -58,19 +71,37 @@ class _Fetch:
             else:
                 draws = [Draws(seed, position) for _, position in requests]
                 batch = self.source.fetch(indices, draws, replace=True)
-            return batch if self.process is None else self.process(batch)
-        except UserError as error:
-            # An exception that crosses the process boundary comes back wrapped in a traceback; the line itself not.
-            return {"error": str(error)}
+            batch = batch if self.process is None else self.process(batch)
+            if torch.utils.data.get_worker_info() is not None:
+                for value in batch.values():
+                    if isinstance(value, torch.Tensor):
+                        value.share_memory_()
+            return batch
+        # An exception that crosses the process boundary comes back wrapped in a traceback; this line does not.
+        except (UserError, OSError) as error:
+            return {"error": reason_of(error)}
+        except (MemoryError, RuntimeError) as error:
+            if "shared memory" in str(error):
+                return {"error": f"{reason_of(error)}: {_SHARED_MEMORY}"}
+            if out_of_memory(error):
+                return {"error": f"a data worker ran out of memory: {reason_of(error)}"}
+            raise
 
 
 def _same(batch: Batch) -> Batch:
     return batch
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(reasons: Connection, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def cannot_send(error: BaseException, batch: object) -> None:
+        reasons.send_bytes(reason_of(error).encode()[:2000])
+        os._exit(1)
+
+    # Called in the thread that sends batches; it would print a traceback, and the main process wait for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_send)  # type: ignore[attr-defined]
 
 
 def _shut_down(holder: list) -> None:
@@ -107,7 +138,8 @@ class _Stream:
             "pin_memory": pin_memory and torch.cuda.is_available(),
         }
         if workers:
-            self._options.update(prefetch_factor=prefetch, worker_init_fn=_init_worker)
+            self._reasons, send = multiprocessing.Pipe(duplex=False)
+            self._options.update(prefetch_factor=prefetch, worker_init_fn=functools.partial(_init_worker, send))
         self._holder: list = []
         self._population = population
         self._unreadable: dict[int, str] = {}
@@ -123,7 +155,17 @@ class _Stream:
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
-        self._holder.append(iter(loader))
+        before = set(multiprocessing.active_children())
+        try:
+            iterator = iter(loader)
+        except OSError as error:
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()  # those that did start; they ignore the SIGTERM that the exit of Python would send
+            raise UserError(f"cannot start {self._options['num_workers']} data workers: {reason_of(error)}") from None
+        if getattr(iterator, "_worker_pids_set", False):
+            torch._C._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False  # type: ignore[attr-defined]
+        self._holder.append(iterator)
 
     def _next(self) -> Batch:
         try:
@@ -131,17 +173,37 @@ class _Stream:
         except StopIteration:
             self.close()
             raise
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
+            line = self._worker_failure(error)
             self.close()
-            if "DataLoader worker" in str(error):  # killed, most often for memory
-                line = str(error).splitlines()[0].rstrip(". ")
-                raise UserError(f"{line}: if the machine ran out of memory, fewer data.workers need less") from error
-            raise
+            if line is None:
+                raise
+            raise UserError(line) from error
         if "error" in batch:
             self.close()
             raise UserError(batch["error"])
         self._count(batch.get("unreadable", ()))
         return batch
+
+    def _worker_failure(self, error: Exception) -> str | None:
+        """Return the line for an error that a worker, or the lack of something workers need, has caused."""
+        if not self._options["num_workers"]:
+            return None
+        if self._reasons.poll():
+            reason = self._reasons.recv_bytes().decode()
+            return f"a data worker could not send its batch: {reason}: {_FILES if 'files' in reason else _SHARED_MEMORY}"
+        dead = [w for w in self._holder[0]._workers if not w.is_alive()]
+        if dead:
+            how = f"exit code {dead[0].exitcode}"
+            if dead[0].exitcode < 0:
+                how = f"killed by {signal.Signals(-dead[0].exitcode).name}"
+            return (
+                f"data worker {dead[0].pid} ended unexpectedly ({how}): if the machine ran out of memory, fewer "
+                "data.workers need less"
+            )
+        if "ancdata" in str(error) or "Too many open files" in str(error):
+            return f"a batch could not be received: {reason_of(error)}: {_FILES}"
+        return None
 
     def _count(self, unreadable: Sequence[tuple[int, str, str]]) -> None:
         for index, name, reason in unreadable:

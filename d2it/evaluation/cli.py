@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import d2it
-from d2it.distributed import World, start, stop
-from d2it.errors import UserError
+from d2it.distributed import World, joined
+from d2it.errors import UserError, run_command
 from d2it.evaluation.generation import METRICS, check_sizes, compare, open_reference, summarize
 from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import WHERE, Inception
@@ -30,28 +30,20 @@ from d2it.sampling.options import SampleRequest, add_options, given_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; 0, or 2 with one line where the user can mend it."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    world = None
-    try:
-        world = start(options.device)
-        _prepare(options)
-        report = options.run(options, world)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        stop()
-    if world.first:
-        _show(report)
-        if options.output:
-            with atomic_write(options.output) as temporary:
-                temporary.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    """Run a command of evaluate.py; return the exit code of `run_command`."""
+
+    def act() -> None:
+        options = _parser().parse_args(arguments)
+        with joined(options.device) as world:
+            _prepare(options)
+            report = options.run(options, world)
+        if world.first:
+            _show(report)
+            if options.output:
+                with atomic_write(options.output) as temporary:
+                    temporary.write_text(json.dumps(report, indent=2) + "\n")
+
+    return run_command(act)
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2it import pictures
-from d2it.distributed import World, start, stop
-from d2it.errors import UserError
+from d2it.distributed import World, joined
+from d2it.errors import UserError, run_command
 from d2it.files import atomic_write
 from d2it.npz import keep_images
 from d2it.sampling.options import SampleRequest, add_options
@@ -30,23 +30,14 @@ SHOWN = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws samples; 0, or 2 with one line where the user can mend it."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    world = None
-    try:
-        world = start(options.device)
-        run(options, world)
-        return 0
-    except UserError as error:
-        if world is None or world.first:  # every rank has the same arguments, or was told by `World.together`
-            print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        stop()
+    """Draw samples; return the exit code of `run_command`."""
+
+    def act() -> None:
+        options = _parser().parse_args(arguments)
+        with joined(options.device) as world:
+            run(options, world)
+
+    return run_command(act)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ python sample.py runs/dit_xl --labels 207 360 --guidance 4 --cfg-channels 3
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from d2it.errors import UserError, run_command
@@ -51,4 +52,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(run_command(main))

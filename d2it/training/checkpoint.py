@@ -1,46 +1,52 @@
 """Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong resume.
 
-A checkpoint is a directory `step-00001000` with the shards of torch.distributed.checkpoint and
-`manifest.json`: the step, what the checkpoint is of, and size and SHA-256 of every file. It is written
-under another name, every file and then the directory is flushed to the disk, and one rename makes it
-appear: a directory of that name is always whole. Nothing is ever overwritten.
+A checkpoint is a folder `step-00001000` with the shards of torch.distributed.checkpoint and `manifest.json`: the step,
+what the checkpoint is of, and size and SHA-256 of every file. It is written under another name, every file and then the
+folder is flushed to the disk, and one rename makes it appear: a folder of that name is always whole. Nothing is ever
+overwritten.
 
-The tensors are stored by their names in the model, not by rank, so any number of ranks can load them,
-under DDP or FSDP2. Shards are for the run's own resume; weights to share are safetensors
-(`save_pretrained`).
+Tensors are stored by their names in the model, not by rank, so any number of ranks can load them, under DDP or FSDP2.
+torch.distributed.checkpoint keeps its index and the optimiser's numbers as pickles; both are read here by a reader that
+admits the types of an index and nothing else, so a checkpoint from a stranger executes nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from d2it.distributed import World
-from d2it.errors import UserError
-from d2it.files import flush_folder, sha256_of
+from d2it.errors import UserError, reason_of
+from d2it.files import flush_folder, open_regular, read_json, sha256_of
 
 MANIFEST = "manifest.json"
-_ADVICE = "move the directory away to resume from the one before it"
+INDEX = ".metadata"
+_ADVICE = "move the folder away to resume from the one before it"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
-    """The checkpoints of one stage, in one folder.
+    """The checkpoints of one stage, in one folder. Every method is called by all ranks.
 
     Args:
-        folder: where they lie; made if it is not there.
-        world: the ranks; every method is called by all of them.
+        folder: where they are; made if it is not there.
+        world: the ranks.
         identity: what the checkpoints are of, as JSON values; a checkpoint with another identity is refused.
         keep: how many are kept.
         background: write from a copy, in a thread, while training goes on.
@@ -57,7 +63,7 @@ class Checkpoints:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
     def prepare(self, size: int) -> None:
-        """Fail now rather than at the first save.
+        """Fail now rather than at the first save; remove what a killed run left half-written.
 
         Args:
             size: bytes a checkpoint will take.
@@ -82,32 +88,37 @@ class Checkpoints:
 
         self.world.together(probe)
         if self.world.first:
-            for left in self.folder.glob(".writing-*"):  # of a run that was killed while it saved
+            for left in self.folder.glob(".writing-*"):
                 shutil.rmtree(left, ignore_errors=True)
         self.world.barrier()
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, ascending."""
+        """Return the steps of which there is a checkpoint, ascending."""
         if not self.folder.is_dir():
             return []
         found = (_NAME.fullmatch(p.name) for p in self.folder.iterdir() if p.is_dir())
         return sorted(int(m[1]) for m in found if m)
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint."""
+        """Return the step of the newest checkpoint, or None."""
         steps = self.steps()
         return steps[-1] if steps else None
 
-    def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any] | None = None) -> Path:
+    def refuge(self) -> str:
+        """Return in words which checkpoint a run that fails now can go back to."""
+        last = self.latest()
+        return "there is no earlier checkpoint" if last is None else f"the last good checkpoint is {self.path(last)}"
+
+    def save(self, step: int, tensors: dict[str, Any]) -> Path:
         """Save; with `background`, return once the tensors are copied.
 
         Args:
             step: steps done; names the checkpoint. One that is there already is left alone.
             tensors: nested dict of tensors (DTensors under FSDP2).
-            facts: JSON values to find again in `load`.
 
         Raises:
             UserError: this save, or the one before it in the background, could not be written. Earlier
@@ -118,21 +129,14 @@ class Checkpoints:
         if self.world.together(final.exists):
             return final
         temporary = self.folder / f".writing-{step:08d}"
-        manifest = {
-            "step": step,
-            "world_size": self.world.size,
-            "identity": self.identity,
-            "facts": facts or {},
-        }
         if self._thread is None:
-            self._write(step, temporary, manifest, lambda: _dcp_save(tensors, temporary, self.world))
+            self._write(step, temporary, lambda: _dcp_save(tensors, temporary, self.world))
             return final
-        writer = _writer(temporary)
-        staged = writer.stage(tensors)
+        staged = _writer(temporary).stage(tensors)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         self._pending = self._thread.submit(
-            self._write, step, temporary, manifest, lambda: _dcp_save(staged, temporary, self.world)
+            self._write, step, temporary, lambda: _dcp_save(staged, temporary, self.world)
         )
         return final
 
@@ -155,14 +159,17 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def newest(self) -> dict[str, Any] | None:
-        """The manifest of the newest checkpoint ("step", "facts", "world_size"), None if there is none.
+    def newest(self) -> int | None:
+        """Return the step of the newest checkpoint on any rank, or None.
 
         Raises:
-            UserError: the checkpoint is of something else, or its manifest is damaged.
+            UserError: it is of something else, or its manifest is damaged.
         """
         steps = [s for s in self.world.gather(self.latest()) if s is not None]
-        return self.world.together(lambda: self._manifest(self.path(max(steps)))) if steps else None
+        if not steps:
+            return None
+        self.world.together(lambda: self._manifest(self.path(max(steps))))
+        return max(steps)
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Load the checkpoint of `step` into `tensors`, in place.
@@ -171,23 +178,30 @@ class Checkpoints:
             UserError: a file is missing or damaged, or a tensor in it does not fit.
         """
         path = self.path(step)
-        self.world.together(lambda: self._verify(path))
+        files = self.world.together(lambda: self._verify(path))
 
         def read() -> None:
             try:
-                alone = self.world.size == 1
-                dcp.load(tensors, checkpoint_id=path, process_group=self.world.control, no_dist=alone)
-            except (CheckpointException, RuntimeError, ValueError) as error:
+                dcp.load(
+                    tensors,
+                    storage_reader=_Reader(path, set(files)),
+                    planner=_Planner(),
+                    process_group=self.world.control,
+                    no_dist=self.world.size == 1,
+                )
+            # A file from elsewhere can fail in any way, and none of them is a bug of this program.
+            except (CheckpointException, Exception) as error:
                 raise UserError(f"{path}: does not fit this model: {_reason(error)}") from None
 
         self.world.together(read)
 
     def close(self) -> None:
+        """Wait for the save in the background and end its thread."""
         self.wait()
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, step: int, temporary: Path, manifest: dict[str, Any], shards: Callable[[], None]) -> Path:
+    def _write(self, step: int, temporary: Path, shards: Callable[[], None]) -> Path:
         world, final = self.world, self.path(step)
         try:
             if world.first:
@@ -197,9 +211,10 @@ class Checkpoints:
             hashes: dict[str, Any] = {}
             for part in world.gather(world.together(lambda: _hashes(temporary, world), world.saver), world.saver):
                 hashes |= part
+            manifest = {"step": step, "world_size": world.size, "identity": self.identity, "files": hashes}
 
             def commit() -> None:
-                _write(temporary / MANIFEST, json.dumps({**manifest, "files": hashes}, indent=1).encode())
+                _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
                 flush_folder(temporary)
                 os.rename(temporary, final)
                 flush_folder(self.folder)
@@ -212,19 +227,28 @@ class Checkpoints:
         except UserError as error:
             if world.first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            last = self.latest()
-            kept = f"the last good checkpoint is {self.path(last)}" if last is not None else "there is no earlier one"
-            raise UserError(f"{final}: could not be saved: {error}; {kept}") from None
+            raise UserError(f"{final}: could not be saved: {error}; {self.refuge()}", shared=error.shared) from None
         return final
 
     def _manifest(self, path: Path) -> dict[str, Any]:
+        """Read the manifest of a checkpoint and check it against the folder's name and this stage's identity."""
+
+        def damaged(what: str) -> UserError:
+            return UserError(f"{path}: damaged checkpoint, {what}; {_ADVICE}")
+
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            step = manifest["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: damaged checkpoint, {MANIFEST} is missing or unreadable; {_ADVICE}") from None
-        if self.path(step) != path:
-            raise UserError(f"{path}: damaged checkpoint, the manifest says step {step}; {_ADVICE}")
+            manifest = read_json(path / MANIFEST)
+        except UserError as error:
+            raise damaged(str(error)) from None
+        step, files = manifest.get("step"), manifest.get("files")
+        if type(step) is not int or self.path(step) != path:
+            raise damaged(f"the step in {MANIFEST} is {step!r}")
+        if not isinstance(files, dict) or INDEX not in files or not any(name.endswith(".distcp") for name in files):
+            raise damaged(f"{MANIFEST} has no hashes of its files")
+        for name, entry in files.items():
+            sha256 = entry.get("sha256") if isinstance(entry, dict) else None
+            if Path(name).name != name or not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+                raise damaged(f"{MANIFEST} has no hash of the file {name!r}")
         difference = _difference(manifest.get("identity"), self.identity)
         if difference:
             raise UserError(
@@ -232,9 +256,9 @@ class Checkpoints:
             )
         return manifest
 
-    def _verify(self, path: Path) -> None:
-        """Hold this rank's share of the files against the manifest."""
-        files = self._manifest(path).get("files") or {}
+    def _verify(self, path: Path) -> dict[str, Any]:
+        """Check this rank's share of the files against the manifest; return the manifest's files."""
+        files = self._manifest(path)["files"]
         for name in sorted(files)[self.world.rank :: self.world.size]:
             try:
                 same = sha256_of(path / name) == files[name]["sha256"]
@@ -242,6 +266,79 @@ class Checkpoints:
                 raise UserError(f"{path / name}: damaged checkpoint: {error.strerror}; {_ADVICE}") from None
             if not same:
                 raise UserError(f"{path / name}: damaged checkpoint, SHA-256 differs from the manifest; {_ADVICE}")
+        return files
+
+
+# What the index of a checkpoint is made of: types that hold values, and the names of layouts and dtypes.
+_ADMITTED: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+}
+_ADMITTED |= {("torch", str(kind)[6:]): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
+for _type in (
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+):
+    _ADMITTED[metadata.__name__, _type.__name__] = _type
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the index of a checkpoint; a name outside `_ADMITTED` is an error before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"its index names {module}.{name}, which no checkpoint needs") from None
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, but for an index that is unpickled from the admitted types and stays within the folder.
+
+    Args:
+        path: folder of the checkpoint.
+        files: names of the files whose hashes were checked; no other file is read.
+    """
+
+    def __init__(self, path: Path, files: set[str]) -> None:
+        super().__init__(path)
+        self.folder, self.files = path, files
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        with open_regular(self.folder / INDEX) as file:
+            index = _Unpickler(file).load()
+        if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
+            raise pickle.UnpicklingError("its index is not one of torch.distributed.checkpoint")
+        for place in index.storage_data.values():
+            if place.relative_path not in self.files:
+                raise pickle.UnpicklingError(f"its index names the file {place.relative_path!r}")
+        index.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return index
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's planner, but for values that are no tensors: numbers and tuples are read, anything else is refused."""
+
+    def create_local_plan(self) -> LoadPlan:
+        plan = super().create_local_plan()
+        for item in plan.items:
+            name = item.dest_index.fqn
+            if (item.type == LoadItemType.BYTE_IO) == isinstance(self.state_dict[name], torch.Tensor):
+                raise ValueError(f"{name} is a tensor on one side only")
+        return plan
+
+    def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
+        found = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], found)
 
 
 def _writer(path: Path) -> dcp.FileSystemWriter:
@@ -252,18 +349,15 @@ def _dcp_save(tensors: dict[str, Any], path: Path, world: World) -> None:
     try:
         alone = world.size == 1
         dcp.save(tensors, storage_writer=_writer(path), process_group=world.saver, no_dist=alone)
-    except (
-        CheckpointException,
-        RuntimeError,
-    ) as error:  # torch's zip writer reports a full disk as the latter
+    except (CheckpointException, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
         raise UserError(_reason(error)) from None
 
 
 def _hashes(folder: Path, world: World) -> dict[str, Any]:
-    """Size and SHA-256 of the files that this rank wrote."""
+    """Return size and SHA-256 of the files that this rank wrote."""
     mine = sorted(folder.glob(f"__{world.rank}_*"))
     if world.first:
-        mine.append(folder / ".metadata")
+        mine.append(folder / INDEX)
     return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in mine}
 
 
@@ -275,19 +369,18 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The line of an error that says what happened."""
+    """Return the line that states what happened, of the first rank's failure where ranks failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
 
 
 def _difference(theirs: Any, ours: Any, key: str = "") -> str | None:
-    """The first place where two identities differ, in words."""
+    """Return in words the first place where two identities differ, or None."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for name in [*ours, *(n for n in theirs if n not in ours)]:
+            if name == "fingerprint" and name not in theirs:  # earlier versions did not record it
+                continue
             found = _difference(theirs.get(name), ours.get(name), f"{key}.{name}" if key else name)
             if found:
                 return found

@@ -1,4 +1,6 @@
-"""Configuration: dataclasses are the schema, YAML presets the values, `key.sub=value` the last word.
+"""The configuration of a run: dataclasses are the schema, YAML files the values, `section.key=value` the last word.
+
+The docstrings of the dataclasses are also what `train.py --help` prints.
 
 Example:
     config = load("configs/imagenet256_xl.yaml", ["data.path=/data/imagenet", "content.batch_size=512"])
@@ -6,18 +8,23 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
 import math
+import os
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from d2it.diffusion import SCHEDULERS, GaussianDiffusion
-from d2it.errors import UserError
+from d2it.errors import UserError, reason_of
+from d2it.files import read_bytes
 from d2it.models.losses import VAELossConfig
 from d2it.training.float8 import RECIPES
-
-if TYPE_CHECKING:  # OmegaConf is imported where files and overrides are read: the stages run without it
-    from omegaconf.errors import ConfigKeyError
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
 STAGES = ("dvae", "cache", "grain", "content")
@@ -25,100 +32,173 @@ STAGES = ("dvae", "cache", "grain", "content")
 
 @dataclass
 class RunConfig:
-    """Where a run lives and what all its stages share."""
+    """Where a run is kept, and what all its stages share.
+
+    Args:
+        dir: folder of everything the run writes.
+        seed: of weights, order of the images, noise and samples.
+        device: auto, cpu or cuda; auto is the GPU where there is one.
+        stages: which of dvae, cache, grain and content to run; they run in this order.
+        log_every: steps between two reports; the only time the host waits for the device.
+        save_every: steps between two checkpoints.
+        keep: checkpoints that a stage keeps.
+        async_save: write checkpoints from a copy, in a thread, while training goes on.
+        publish_every: steps between two writes of the averaged weights and pictures; 0 is at the end only.
+        skip_limit: steps in a row without a finite gradient that stop the run.
+        wandb: project of Weights & Biases; needs the wandb package.
+    """
 
     dir: str = "runs/d2it"
     seed: int = 0
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    log_every: int = 50  # steps between two readings of the device's meters: the only host synchronisation
-    save_every: int = 5_000  # steps between checkpoints
-    keep: int = 3  # checkpoints a stage keeps
-    async_save: bool = True  # checkpoints are written by a thread, from a copy
-    publish_every: int = 10_000  # steps between weights to share and pictures; 0: only at the end
-    skip_limit: int = 20  # non-finite steps in a row that stop the run
-    wandb: str | None = None  # project name; needs the wandb package
+    log_every: int = 50
+    save_every: int = 5_000
+    keep: int = 3
+    async_save: bool = True
+    publish_every: int = 10_000
+    skip_limit: int = 20
+    wandb: str | None = None
 
 
 @dataclass
 class DataConfig:
-    """The images. `path` is whatever `d2it.data.open_source` reads, or "demo"."""
+    """The images.
+
+    Args:
+        path: a folder of images, an .npz pack or WebDataset shards (see docs/data.md), or demo.
+        crops: images that the demo cuts from its photos.
+        image_size: side of the images in pixels, or [height, width].
+        num_classes: number of classes; null trains an unconditional model.
+        class_names: names of the classes; null takes those of the source, such as the names of its folders.
+        augment: flip half of the images.
+        crop: center (ADM's) or random.
+        upsample: enlarge images smaller than image_size instead of refusing them.
+        workers: decoding processes of a rank; null is this rank's share of the cores, 8 at most.
+    """
 
     path: str = MISSING
-    crops: int = 2048  # of the demo photos
-    image_size: Any = 256  # a side, or [height, width]
-    num_classes: int | None = None  # None: unconditional
-    class_names: list[str] | None = None  # null: the source's own, such as the names of its folders
-    augment: bool = True  # horizontal flips
-    crop: str = "center"  # ADM's centre crop, or random
-    upsample: bool = False  # enlarge images smaller than image_size instead of refusing them
-    workers: int | None = None  # decoding processes a rank; null: this rank's share of the cores, 8 at most
+    crops: int = 2048
+    image_size: Any = 256  # (height, width) after `load`
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    augment: bool = True
+    crop: str = "center"
+    upsample: bool = False
+    workers: int | None = None
 
 
 @dataclass
 class StageConfig:
-    """What every trained stage has."""
+    """What every trained stage has.
 
-    preset: str = "???"
-    overrides: dict[str, Any] = field(default_factory=dict)  # fields of the model's own config
+    Args:
+        preset: name of the model's preset.
+        overrides: settings of the model itself, as overrides.depth=12; see the Config class of the model.
+        steps: optimiser steps of the stage.
+        batch_size: images of a step, over all ranks and micro-batches.
+        accumulate: micro-batches of a step.
+        lr: learning rate.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        warmup: steps of linear warm-up.
+        schedule: constant, or cosine (to zero at the last step).
+        clip: norm that gradients are clipped to; null is no clipping, as in DiT.
+        ema: decay of the averaged weights.
+        precision: auto, bf16 or fp32; auto is bf16 autocast on a GPU that has it.
+        parallel: ddp, or fsdp (FSDP2: weights, gradients and optimiser state sharded over the ranks).
+        compile: torch.compile, block by block.
+        float8: products of the blocks through torchao: tensorwise, rowwise, or emulated on any device; null is off.
+        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+    """
+
+    preset: str = MISSING
+    overrides: dict[str, Any] = field(default_factory=dict)
     steps: int = 400_000
-    batch_size: int = 256  # images of one optimiser step, over all ranks and accumulated micro-batches
-    accumulate: int = 1  # micro-batches of a step
+    batch_size: int = 256
+    accumulate: int = 1
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
-    warmup: int = 0  # steps of linear warm-up
-    schedule: str = "constant"  # constant, or cosine (to zero at the last step)
-    clip: float | None = None  # gradient norm; None: no clipping, as DiT
+    warmup: int = 0
+    schedule: str = "constant"
+    clip: float | None = None
     ema: float = 0.9999
-    precision: str = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
-    parallel: str = "ddp"  # or fsdp: parameters, gradients and optimiser state sharded (FSDP2)
-    compile: bool = False  # torch.compile, block by block
-    float8: str | None = None  # products of the blocks through torchao: tensorwise, rowwise; emulated on any device
+    precision: str = "auto"
+    parallel: str = "ddp"
+    compile: bool = False
+    float8: str | None = None
     activation_checkpointing: bool = False
 
 
 @dataclass
 class DvaeConfig(StageConfig):
-    """Stage 1, section 3.1."""
+    """Stage 1 (section 3.1 of the paper): the DynamicVAE.
+
+    Args:
+        fine_ratios: shares of regions above each of the k - 1 thresholds; the calibration turns them into thresholds.
+        calibration: JSON file of `python -m d2it.data.calibrate`; null is the one shipped, for 256 x 256 images.
+        loss: weights of the loss terms and the critic.
+        disc_lr: learning rate of the critic; null is lr.
+    """
 
     preset: str = "f8f16"
     batch_size: int = 64
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    fine_ratios: list[float] = field(default_factory=lambda: [0.5])  # shares of regions above the k - 1 thresholds
-    calibration: str | None = None  # JSON of `python -m d2it.data.calibrate`; null: the one shipped
+    fine_ratios: list[float] = field(default_factory=lambda: [0.5])
+    calibration: str | None = None
     loss: VAELossConfig = field(default_factory=VAELossConfig)
-    disc_lr: float | None = None  # null: lr
+    disc_lr: float | None = None
 
 
 @dataclass
 class CacheConfig:
-    """Latents (mean and deviation, both flips) and grain maps of every image, encoded once."""
+    """Latents (mean and deviation, both flips) and grain maps of every image, encoded once.
 
-    path: str | None = None  # null: <run.dir>/cache
-    batch_size: int = 64  # images a rank encodes at once
-    unit_size: int = 1024  # images of a file; at least as many files as ranks keep all ranks busy
-    flips: bool = True  # encode the mirror images too
+    Args:
+        path: folder of the cache, which runs can share; null is <run.dir>/cache.
+        batch_size: images that a rank encodes at once.
+        unit_size: images of a file; at least as many files as ranks keep all ranks busy.
+        flips: encode the mirror images too.
+    """
+
+    path: str | None = None
+    batch_size: int = 64
+    unit_size: int = 1024
+    flips: bool = True
 
 
 @dataclass
 class GrainConfig(StageConfig):
-    """Stage 2a, section 3.2.2."""
+    """Stage 2a (section 3.2.2): the Dynamic Grain Transformer."""
 
     preset: str = "DiT-S"
 
 
 @dataclass
 class ContentConfig(StageConfig):
-    """Stage 2b, section 3.2.3."""
+    """Stage 2b (section 3.2.3): the Dynamic Content Transformer.
+
+    Args:
+        capacity_step: packed lengths are rounded up to this share of all cells, so that shapes repeat.
+    """
 
     preset: str = "D2iT-XL"
-    capacity_step: float = 0.0625  # packed lengths are rounded up to this share of all cells: shapes repeat
+    capacity_step: float = 0.0625
 
 
 @dataclass
 class SampleConfig:
-    """How the run's own previews and final pictures are drawn; `sample.py` starts from the same values."""
+    """How the run's own pictures are sampled; `sample.py` starts from the same values.
+
+    Args:
+        images: number of images.
+        steps: denoising steps.
+        grain_steps: denoising steps of the grain maps.
+        scheduler: name of the scheduler, such as ddpm or ddim.
+        guidance: scale of classifier-free guidance; 1 is none.
+        batch_size: images at once on a GPU.
+    """
 
     images: int = 16
     steps: int = 50
@@ -130,7 +210,17 @@ class SampleConfig:
 
 @dataclass
 class Config:
-    """The whole of it. Every key can be set on the command line as `section.key=value`."""
+    """The whole configuration of a run; every key can be set on the command line as `section.key=value`.
+
+    Args:
+        run: where the run is kept, and what all its stages share.
+        data: the images.
+        dvae: stage 1.
+        cache: the latents of all images.
+        grain: stage 2a.
+        content: stage 2b.
+        sample: how the run's own pictures are sampled.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -141,67 +231,177 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The schema's defaults, then the YAML file, then the overrides `section.key=value`.
+_PATHS = ("run.dir", "data.path", "dvae.calibration", "dvae.loss.lpips_path", "cache.path")
 
-    A YAML file may start from another one beside it: `extends: imagenet256_xl.yaml`.
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Return the schema's defaults, changed by the YAML file and then by the overrides.
+
+    Text settings take the text as it is typed (`run.dir=007`, `data.class_names=[no,yes]`), and `~` at the start of a
+    path is the home folder.
+
+    Args:
+        path: a YAML file; it may start from another one beside it: `extends: imagenet256_xl.yaml`.
+        overrides: `section.key=value` each.
 
     Raises:
-        UserError: a file that is not there or not YAML, a key that the schema does not have, a value of
-            the wrong type or out of range.
+        UserError: a file that is not there or not YAML, a key that the schema does not have, a value of the wrong type
+            or out of range.
     """
     import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-    layers = [] if path is None else _files(Path(path))
+    texts: dict[str, Any] = {}
     try:
-        for item in overrides:
-            if "=" not in item:
-                raise UserError(f"{item!r} is not an override: write section.key=value")
         merged = OmegaConf.structured(Config)
-        for layer in layers:
-            merged = OmegaConf.merge(merged, layer)
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        for values, typed in [] if path is None else _files(Path(path), ()):
+            texts |= _take_texts(values, typed)
+            merged = OmegaConf.merge(merged, values)
+        for item in overrides:
+            key, equals, value = item.partition("=")
+            if not equals or not key:
+                raise UserError(f"{item!r} is not an override: write section.key=value")
+            if key in _texts():
+                texts[key] = _text(key, value, _typed(key, value))
+            else:
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        merged.data.path = ""  # given below, or reported
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
-    except MissingMandatoryValue as error:
-        raise UserError(f"configuration: {error.full_key or 'data.path'} must be given: add data.path=...") from None
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         key = getattr(error, "full_key", None)
-        raise UserError(f"configuration: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
+        raise UserError(f"configuration: {f'{key}: ' if key else ''}{reason_of(error)}") from None
     assert isinstance(config, Config)
+    for key, text in {"data.path": MISSING, **texts}.items():
+        *sections, name = key.split(".")
+        setattr(_at(config, sections), name, os.path.expanduser(text) if key in _PATHS and text else text)
+    if config.data.path == MISSING:
+        raise UserError("configuration: data.path must be given: add data.path=...")
     _check(config)
+    size = config.data.image_size
+    config.data.image_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return config
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, as a record of the run; `load` reads it."""
+    """Return the resolved configuration as YAML, a record of the run; `load` reads it."""
+    import yaml
+
+    plain = dataclasses.asdict(config)
+    plain["data"]["image_size"] = list(config.data.image_size)
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def describe() -> str:
+    """Return every setting with its default and what it means, for `train.py --help`."""
+    lines = ["settings, with their defaults (null is none):"]
+    for key, kind, default in _settings(Config):
+        shown = json.dumps(default, separators=(",", ":")).replace('"', "")
+        lines.append(f"  {f'{key}={shown}':<42} {_meaning(kind, key.split('.')[-1])}")
+    return "\n".join(lines)
+
+
+def _settings(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
+    """Yield (key, dataclass that has it, default) of every setting."""
+    for each in dataclasses.fields(kind):
+        default = each.default if each.default is not dataclasses.MISSING else each.default_factory()  # type: ignore[misc]
+        if dataclasses.is_dataclass(default):
+            yield from _settings(type(default), f"{prefix}{each.name}.")
+        else:
+            yield prefix + each.name, kind, default
+
+
+def _meaning(kind: type, name: str) -> str:
+    """Return the line of a field in its class's docstring, or in that of a base."""
+    for each in kind.__mro__:
+        found = re.search(rf"^ +(?:\w+, )*{name}(?:, \w+)*: ((?:.|\n {{9,}})+)", each.__doc__ or "", re.MULTILINE)
+        if found:
+            return " ".join(found[1].split())
+    raise KeyError(f"{kind.__name__} does not explain {name}")
+
+
+def _texts() -> dict[str, Any]:
+    """Return the settings that are text, or lists of text, with their types."""
+    hints = {key: typing.get_type_hints(kind)[key.split(".")[-1]] for key, kind, _ in _settings(Config)}
+    return {key: hint for key, hint in hints.items() if hint in (str, str | None, list[str], list[str] | None)}
+
+
+def _take_texts(values: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+    """Remove the text settings from the values of a YAML file and return them as they are typed there."""
+    found = {}
+    for key in _texts():
+        *sections, name = key.split(".")
+        try:
+            section, raw = _at(values, sections), _at(typed, sections)
+            present = name in section
+        except (KeyError, TypeError):
+            continue
+        if present and isinstance(section, dict):
+            value = section.pop(name)
+            found[key] = _text(key, "null" if value is None else str(raw[name]), raw[name])
+    return found
+
+
+def _typed(key: str, value: str) -> Any:
+    """Return the value of an override as text, or as a list of texts where the setting is one."""
+    import yaml
+
+    if _texts()[key] in (str, str | None):
+        return value
+    return yaml.load(value, Loader=yaml.BaseLoader)
+
+
+def _text(key: str, value: str, typed: Any) -> Any:
+    kind = _texts()[key]
+    if value == "null" and kind in (str | None, list[str] | None):
+        return None
+    if kind in (str, str | None):
+        if isinstance(typed, str) and typed.strip() and "\0" not in typed:
+            return typed
+        raise UserError(f"configuration: {key} must be text that is not empty, got {typed!r}")
+    if isinstance(typed, list) and all(isinstance(each, str) for each in typed):
+        return typed
+    raise UserError(f"configuration: {key} must be a list of texts, such as [a,b], got {value!r}")
+
+
+def _at(tree: Any, sections: Sequence[str]) -> Any:
+    for name in sections:
+        tree = tree[name] if isinstance(tree, dict) else getattr(tree, name)
+    return tree
+
+
+def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the YAML file's chain of `extends`, base first: values, and the same with every scalar as typed."""
+    import yaml
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _files(path: Path) -> list[Any]:
-    """The YAML file's chain of `extends`, base first."""
-    from omegaconf import DictConfig, OmegaConf
-
-    if not path.is_file():
-        raise UserError(f"no such configuration file: {path}")
     try:
-        content = OmegaConf.load(path)
+        text = read_bytes(path, 2**20).decode()
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise UserError(
+            f"no such configuration file: {path}" if missing else f"{path}: {reason_of(error)}"
+        ) from None
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text))
+        typed = yaml.load(text, Loader=yaml.BaseLoader)
     except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
-        raise UserError(f"{path}: not a YAML configuration: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: not a YAML configuration: {reason_of(error)}") from None
+    if not isinstance(values, dict) or not isinstance(typed, dict):
         raise UserError(f"{path}: not a YAML configuration: expected section: key: value")
-    base = content.pop("extends", None)
-    return [*(_files(path.parent / base) if base else []), content]
+    base = values.pop("extends", None)
+    if base is None:
+        return [(values, typed)]
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends must be the name of a file, got {base!r}")
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself")
+    return [*_files(path.parent / base, (*seen, path.resolve())), (values, typed)]
 
 
-def _did_you_mean(error: ConfigKeyError) -> str:
-    import difflib
-
+def _did_you_mean(error: Any) -> str:
     from omegaconf import OmegaConf
 
     section = getattr(error, "parent_node", None)
@@ -212,65 +412,99 @@ def _did_you_mean(error: ConfigKeyError) -> str:
     return f" (there are: {', '.join(known)})" if known else ""
 
 
-def _check(config: Config) -> None:
-    def need(ok: bool, key: str, wish: str) -> None:
-        if not ok:
-            section, name = key.split(".")
-            raise UserError(f"configuration: {key} must be {wish}, got {getattr(getattr(config, section), name)!r}")
+# ---- what values must be ---------------------------------------------------------------------------------------------
 
-    need(set(config.run.stages) <= set(STAGES), "run.stages", f"among {', '.join(STAGES)}")
-    need(config.run.device in ("auto", "cpu", "cuda"), "run.device", "auto, cpu or cuda")
-    for key in ("log_every", "save_every", "keep", "skip_limit"):
-        need(getattr(config.run, key) >= 1, f"run.{key}", "at least 1")
-    need(config.run.publish_every >= 0, "run.publish_every", "0 or more")
-    need(config.data.crops >= 1, "data.crops", "at least 1")
-    size = config.data.image_size
-    sides = size if isinstance(size, list) else [size, size]
-    whole = len(sides) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sides)
-    need(whole, "data.image_size", "a side or [height, width] in pixels")
-    need(
-        config.data.num_classes is None or config.data.num_classes >= 1,
-        "data.num_classes",
-        "null or at least 1",
-    )
-    need(config.data.workers is None or config.data.workers >= 0, "data.workers", "null, 0 or more")
-    need(config.data.crop in ("center", "random"), "data.crop", "center or random")
-    for name in ("dvae", "grain", "content"):
-        stage = getattr(config, name)
-        for key in ("steps", "batch_size", "accumulate"):
-            need(getattr(stage, key) >= 1, f"{name}.{key}", "at least 1")
-        need(stage.lr > 0, f"{name}.lr", "positive")
-        need(
-            len(stage.betas) == 2 and all(0 <= b < 1 for b in stage.betas),
-            f"{name}.betas",
-            "two values in [0, 1)",
-        )
-        need(stage.warmup >= 0, f"{name}.warmup", "0 or more")
-        need(stage.clip is None or stage.clip > 0, f"{name}.clip", "null or positive")
-        need(0 <= stage.ema < 1, f"{name}.ema", "in [0, 1)")
-        need(stage.schedule in ("constant", "cosine"), f"{name}.schedule", "constant or cosine")
-        need(stage.precision in ("auto", "bf16", "fp32"), f"{name}.precision", "auto, bf16 or fp32")
-        need(stage.parallel in ("ddp", "fsdp"), f"{name}.parallel", "ddp or fsdp")
-        need(stage.float8 in (None, *RECIPES), f"{name}.float8", f"null, {' or '.join(RECIPES)}")
-    need(config.dvae.float8 is None, "dvae.float8", "null (its convolutions have no float8)")
-    loss = config.dvae.loss
-    for key, least in (("disc_start", 0), ("disc_channels", 1), ("disc_layers", 1)):
-        value = getattr(loss, key)
-        if value is not None and value < least:
-            raise UserError(f"configuration: dvae.loss.{key} must be at least {least}, got {value}")
-    need(config.dvae.parallel == "ddp", "dvae.parallel", "ddp (the critic's weight needs whole gradients)")
-    need(all(0 <= r <= 1 for r in config.dvae.fine_ratios), "dvae.fine_ratios", "shares in [0, 1]")
-    need(0 < config.content.capacity_step <= 1, "content.capacity_step", "in (0, 1]")
-    need(config.cache.batch_size >= 1, "cache.batch_size", "at least 1")
-    need(config.cache.unit_size >= 1, "cache.unit_size", "at least 1")
-    for key in ("images", "batch_size"):
-        need(getattr(config.sample, key) >= 1, f"sample.{key}", "at least 1")
-    # Known now: samples are first drawn when a stage publishes, days later.
-    most = GaussianDiffusion().num_timesteps
-    for key in ("steps", "grain_steps"):
-        need(1 <= getattr(config.sample, key) <= most, f"sample.{key}", f"in 1 ... {most}")
-    need(config.sample.scheduler in SCHEDULERS, "sample.scheduler", f"one of {', '.join(SCHEDULERS)}")
-    need(0 <= config.sample.guidance < math.inf, "sample.guidance", "finite and not negative")
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _between(low: float, high: float, wish: str, null: bool = False) -> Rule:
+    return lambda value: (null and value is None) or (value is not None and low <= value <= high), wish
+
+
+def _one_of(*values: Any) -> Rule:
+    return lambda value: value in values, " or ".join("null" if v is None else str(v) for v in values)
+
+
+_MOST = 2**31 - 1
+_COUNT = _between(1, _MOST, "at least 1")
+_NOT_NEGATIVE = _between(0, math.inf, "0 or more")
+_POSITIVE = (lambda value: value is None or value > 0, "positive")
+_SIDE = 16_384  # pixels; an image of that side is 805 MB
+
+_STAGE_RULES: dict[str, Rule] = {
+    "steps batch_size accumulate": _COUNT,
+    "lr clip": _POSITIVE,
+    "betas": (lambda b: len(b) == 2 and all(0 <= each < 1 for each in b), "two values in [0, 1)"),
+    "weight_decay": _NOT_NEGATIVE,
+    "warmup": _between(0, _MOST, "0 or more"),
+    "schedule": _one_of("constant", "cosine"),
+    "ema": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "precision": _one_of("auto", "bf16", "fp32"),
+    "parallel": _one_of("ddp", "fsdp"),
+    "float8": _one_of(None, *RECIPES),
+}
+_RULES: dict[str, Rule] = {
+    "run.seed": _between(0, 2**63 - 1, "in 0 ... 2^63 - 1"),
+    "run.device": _one_of("auto", "cpu", "cuda"),
+    "run.stages": (lambda value: set(value) <= set(STAGES), f"among {', '.join(STAGES)}"),
+    "run.log_every run.save_every run.keep run.skip_limit": _COUNT,
+    "run.publish_every": _between(0, _MOST, "0 or more"),
+    "data.crops": _COUNT,
+    "data.image_size": (
+        lambda value: (
+            len(sides := value if isinstance(value, (list, tuple)) else [value, value]) == 2
+            and all(type(side) is int and 1 <= side <= _SIDE for side in sides)
+        ),
+        f"a side or [height, width] in pixels, {_SIDE:,} at most",
+    ),
+    "data.num_classes": _between(1, _MOST, "null or at least 1", null=True),
+    "data.workers": _between(0, 1024, "null or in 0 ... 1024", null=True),
+    "data.crop": _one_of("center", "random"),
+    "dvae.disc_lr": _POSITIVE,
+    "dvae.float8": (lambda value: value is None, "null (its convolutions have no float8)"),
+    "dvae.parallel": (lambda value: value == "ddp", "ddp (the critic's weight needs whole gradients)"),
+    "dvae.fine_ratios": (lambda value: all(0 <= r <= 1 for r in value), "shares in [0, 1]"),
+    "dvae.loss.perceptual_weight dvae.loss.kl_weight dvae.loss.disc_weight": _NOT_NEGATIVE,
+    "dvae.loss.disc_start": _between(0, _MOST, "at least 0", null=True),
+    "dvae.loss.disc_channels dvae.loss.disc_layers": _between(1, 4096, "at least 1"),
+    "content.capacity_step": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "cache.batch_size cache.unit_size": _COUNT,
+    "sample.images sample.batch_size": _COUNT,
+    # Checked now: samples are first drawn when a stage publishes, days later.
+    "sample.steps sample.grain_steps": _between(1, GaussianDiffusion().num_timesteps, "in 1 ... 1000"),
+    "sample.scheduler": (lambda value: value in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
+    "sample.guidance": _NOT_NEGATIVE,
+}
+
+
+def _check(config: Config) -> None:
+    """Raise a UserError that names the first setting whose value is out of range."""
+
+    def fail(key: str, wish: str) -> None:
+        raise UserError(f"configuration: {key} must be {wish}, got {_at(config, key.split('.'))!r}")
+
+    for key, _, _ in _settings(Config):
+        if not _finite(_at(config, key.split("."))):
+            fail(key, "finite and below 2^63")
+    rules = {f"{stage}.{key}": rule for stage in ("dvae", "grain", "content") for key, rule in _each(_STAGE_RULES)}
+    for key, (allowed, wish) in [*rules.items(), *_each(_RULES)]:
+        if not allowed(_at(config, key.split("."))):
+            fail(key, wish)
     classes, names = config.data.num_classes, config.data.class_names
-    need(classes is not None or config.sample.guidance == 1, "sample.guidance", "1 where data.num_classes is null")
-    need(names is None or len(names) == classes, "data.class_names", f"null or {classes or 0} names (data.num_classes)")
+    if classes is None and config.sample.guidance != 1:
+        fail("sample.guidance", "1 where data.num_classes is null")
+    if names is not None and len(names) != classes:
+        fail("data.class_names", f"null or {classes or 0} names (data.num_classes)")
+
+
+def _each(rules: dict[str, Rule]) -> list[tuple[str, Rule]]:
+    return [(key, rule) for keys, rule in rules.items() for key in keys.split()]
+
+
+def _finite(value: Any) -> bool:
+    """Return whether all numbers in a value are finite, and its whole numbers of 64 bits."""
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return not isinstance(value, (int, float)) or (math.isfinite(value) and abs(value) < 2**63)

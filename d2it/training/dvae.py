@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Generator
 from pathlib import Path
@@ -18,16 +20,20 @@ from d2it.data import Calibration, ImageSource, SinglePass
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DynamicVAE, VAELoss
-from d2it.models.base import pair
 from d2it.seeds import seed_of
 from d2it.training.config import Config
-from d2it.training.learner import Batch, Learner
+from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
-from d2it.training.stage import build, loader, spread_over, to_device, uncompiled, user_error
+from d2it.training.stage import build, extreme_share, loader, spread_over, to_device, uncompiled, user_error
 
 
 class VaeLosses(nn.Module):
-    """L1, LPIPS, KL and the adversarial term: batch -> (loss, logs, batch with the reconstruction)."""
+    """L1, LPIPS, KL and the adversarial term: batch -> (loss, logs, batch with the reconstruction).
+
+    Args:
+        network: the VAE.
+        criterion: its loss.
+    """
 
     def __init__(self, network: DynamicVAE, criterion: VAELoss) -> None:
         super().__init__()
@@ -50,7 +56,11 @@ class VaeLosses(nn.Module):
 
 
 class CriticLosses(nn.Module):
-    """The critic's hinge loss on the images and the reconstructions that the VAE left in the batch."""
+    """The critic's hinge loss on the images and the reconstructions that the VAE left in the batch.
+
+    Args:
+        criterion: the VAE's loss, with the critic.
+    """
 
     def __init__(self, criterion: VAELoss) -> None:
         super().__init__()
@@ -64,69 +74,121 @@ class CriticLosses(nn.Module):
 
 
 def channels_last(vae: DynamicVAE) -> DynamicVAE:
-    """Convolutions run fastest on channels-last tensors, on GPUs and CPUs alike."""
+    """Give a VAE the memory format in which convolutions run fastest, on GPUs and CPUs alike."""
     return cast(DynamicVAE, vae.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
 
 def build_vae(config: Config) -> DynamicVAE:
-    """An untrained VAE with the thresholds of its calibration.
+    """Return an untrained VAE with its own thresholds, or those of its calibration.
 
     Raises:
-        UserError: settings that do not fit each other, or a calibration for another entropy.
+        UserError: settings that do not fit each other, or a calibration of other images or another entropy.
     """
     settings = config.dvae
     with user_error("configuration: dvae"):
         plan = DynamicVAE.preset_config(settings.preset, **settings.overrides)
-    if any(side % plan.region_size for side in pair("data.image_size", config.data.image_size)):
+    height, width = config.data.image_size
+    if height % plan.region_size or width % plan.region_size:
         raise UserError(
             f"configuration: data.image_size must be a multiple of the VAE's region of {plan.region_size} pixels, "
-            f"got {config.data.image_size}"
+            f"got {height} x {width}"
         )
-    grains = plan.num_grains
-    if "thresholds" in settings.overrides or grains == 1:
+    if plan.num_grains == 1:
         return build(DynamicVAE, settings, "dvae")
-    if len(settings.fine_ratios) != grains - 1:
-        raise UserError(f"configuration: dvae.fine_ratios must have {grains - 1} values for {grains} grains")
-    calibration = Calibration.load(settings.calibration)
-    ours = {name: getattr(plan, name) for name in ("region_size", "num_bins", "value_range", "sigma", "normalize")}
-    for key, value in ours.items():
-        if calibration.kde[key] != value:
+    if settings.overrides.get("thresholds") is not None:
+        if settings.calibration is not None:
             raise UserError(
-                f"configuration: dvae.calibration was made with {key}={calibration.kde[key]}, this VAE has {value}: "
-                "make one with python -m d2it.data.calibrate"
+                f"configuration: dvae.calibration={settings.calibration} has no effect beside "
+                "dvae.overrides.thresholds: set dvae.overrides.thresholds=null to use the calibration"
             )
-    return build(DynamicVAE, settings, "dvae", thresholds=tuple(calibration.thresholds(settings.fine_ratios)))
+        return build(DynamicVAE, settings, "dvae")
+    if len(settings.fine_ratios) != plan.num_grains - 1:
+        raise UserError(
+            f"configuration: dvae.fine_ratios must have {plan.num_grains - 1} values for {plan.num_grains} grains"
+        )
+    calibration = Calibration.load(settings.calibration)
+    ours = {
+        "image_size": (height, width),
+        "region_size": plan.region_size,
+        "num_bins": plan.num_bins,
+        "value_range": tuple(plan.value_range),
+        "sigma": plan.sigma,
+        "normalize": plan.normalize,
+    }
+    for key, value in ours.items():
+        theirs = getattr(calibration, key)
+        if theirs != value:
+            raise UserError(
+                f"configuration: dvae.calibration={settings.calibration or 'null (the one shipped)'} was made with "
+                f"{key}={theirs}, this run has {value}: make one for these images with python -m d2it.data.calibrate "
+                f"--image-size {height} {width} --region-size {plan.region_size}, or set dvae.overrides.thresholds"
+            )
+    thresholds = tuple(calibration.thresholds(settings.fine_ratios))
+    overrides = {k: v for k, v in settings.overrides.items() if k != "thresholds"}
+    return build(DynamicVAE, dataclasses.replace(settings, overrides=overrides), "dvae", thresholds=thresholds)
 
 
-def vae_macs(vae: DynamicVAE, image_size: tuple[int, int]) -> int:
-    """Multiply-accumulates of encoding and decoding one image, by torch's counter on tensors without data."""
-    shadow = copy.deepcopy(vae).to("meta")
+def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the costs of one image, counted on tensors without data.
+
+    Returns:
+        Multiply-accumulates of encoding and decoding; bytes that a training step with VAE, critic and LPIPS keeps for
+        the backward pass in float32.
+    """
+    shadow = copy.deepcopy(vae).to("meta").requires_grad_()
+    judges = [copy.deepcopy(part).to("meta") for part in (criterion.discriminator, criterion.lpips) if part is not None]
+    weights = {p.untyped_storage()._cdata for part in (shadow, *judges) for p in part.parameters()}
     rows, columns = (side // vae.config.region_size for side in image_size)
     cells = vae.config.code_sizes[0]
-    latents = torch.empty(1, vae.config.latent_channels, rows * cells, columns * cells, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow.encoder(torch.empty(1, 3, *image_size, device="meta"))
-        shadow.decoder(latents, torch.empty(1, rows, columns, dtype=torch.int64, device="meta"))
-    return counter.get_total_flops() // 2
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with FlopCounterMode(display=False) as counter:
+            shadow.encoder(torch.empty(1, 3, *image_size, device="meta"))
+            latents = torch.empty(1, vae.config.latent_channels, rows * cells, columns * cells, device="meta")
+            image = shadow.decoder(latents, torch.empty(1, rows, columns, dtype=torch.int64, device="meta"))
+        for judge in judges:
+            judge(*(image,) if judge is judges[0] and criterion.discriminator is not None else (image, image))
+    return counter.get_total_flops() // 2, sum(storage.nbytes() for storage in kept.values())
 
 
 class DvaeStage:
-    """The VAE, and from `dvae.loss.disc_start` on its critic."""
+    """Stage 1: the VAE, and from `dvae.loss.disc_start` on its critic.
+
+    Args:
+        config: of the run.
+        world: the ranks.
+        source: the images.
+    """
 
     name = "dvae"
 
     def __init__(self, config: Config, world: World, source: ImageSource) -> None:
         self.config, self.settings, self.world, self.source = config, config.dvae, world, source
+        self.bf16 = bf16(self.settings, world.device)
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
-        self.vae = build_vae(config)
+        self.vae = channels_last(build_vae(config))
         with user_error("configuration: dvae.loss"):
-            self.criterion = VAELoss(self.settings.loss).to(world.device)
-        channels_last(self.vae)
-        self.learners = [Learner("dvae", VaeLosses(self.vae, self.criterion), self.settings, world, self.vae)]
+            self.criterion = VAELoss(self.settings.loss)
+        self.networks: dict[str, nn.Module] = {"dvae": self.vae}
+        if self.criterion.discriminator is not None:
+            self.networks["critic"] = self.criterion.discriminator
+        self.macs, self.kept = vae_costs(self.vae, self.criterion, source.image_size)
+
+    @functools.cached_property
+    def learners(self) -> list[Learner]:
+        self.criterion.to(self.world.device)
+        made = [Learner("dvae", VaeLosses(self.vae, self.criterion), self.settings, self.world, self.vae)]
         if self.criterion.discriminator is not None:
             critic = CriticLosses(self.criterion)
-            self.learners.append(Learner("critic", critic, self.settings, world, peak=self.settings.disc_lr))
-        self.macs = vae_macs(self.vae, source.image_size)
+            made.append(Learner("critic", critic, self.settings, self.world, peak=self.settings.disc_lr))
+        return made
 
     def identity(self) -> dict[str, Any]:
         loss = self.settings.loss
@@ -159,14 +221,17 @@ class DvaeStage:
         images = len(batch["image"])
         return Work(images, 0, images * self.macs)
 
-    def activations(self, batch: Batch) -> int | None:
-        return None
+    def activations(self, batch: Batch) -> int:
+        kept = self.kept // 2 if self.bf16 else self.kept
+        return len(batch["image"]) * (kept // 4 if self.settings.activation_checkpointing else kept)
 
-    def synthetic(self) -> Batch:
-        """A micro-batch of noise of the right shape: for dry runs and benchmarks."""
-        size = self.settings.batch_size // (self.world.size * self.settings.accumulate)
-        images = torch.randint(256, (size, 3, *self.source.image_size), dtype=torch.uint8)
-        return to_device({"image": images, "step": self.settings.loss.disc_start or 0}, self.world.device)
+    def synthetic(self, images: int, device: torch.device) -> Batch:
+        pixels = torch.randint(256, (images, 3, *self.source.image_size), dtype=torch.uint8, device=device)
+        return {"image": pixels, "step": self.settings.loss.disc_start or 0}
+
+    def warning(self, figures: dict[str, float]) -> str | None:
+        share = figures["dvae/fine_ratio"]
+        return extreme_share(share) if self.vae.config.num_grains > 1 else None
 
     def publish(self, meters: Meters, step: int) -> None:
         learner = self.learners[0]
@@ -179,7 +244,11 @@ class DvaeStage:
 
 @torch.no_grad()
 def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: int = 512) -> float:
-    """Standard deviation of posterior draws over all cells of `count` images spread over the source; of all ranks."""
+    """Return the standard deviation of posterior draws over all cells of `count` images spread over the source.
+
+    Raises:
+        UserError: it is zero or not finite; on all ranks.
+    """
     places = spread_over(len(source), count)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     mine = places[world.rank :: world.size]
@@ -190,12 +259,19 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
             square = mean.square() + logvar.double().exp()
             total += torch.stack([mean.sum(), square.sum(), torch.tensor(float(mean.numel())).to(total)])
     first, second, cells = world.mean(total).tolist()
-    return math.sqrt(second / cells - (first / cells) ** 2)
+    variance = second / cells - (first / cells) ** 2
+    if not 0 < variance < math.inf:
+        raise UserError(
+            f"dvae: the latents have a variance of {variance}, so the VAE is not published: lower dvae.lr or set "
+            "dvae.clip",
+            shared=True,
+        )
+    return math.sqrt(variance)
 
 
 @torch.no_grad()
 def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: torch.device) -> np.ndarray:
-    """Images evenly spread over the source, their reconstructions, and those with the grain map: three rows."""
+    """Return a picture of three rows: images of the source, their reconstructions, and those with the grain map."""
     images = source.fetch(spread_over(len(source), count), replace=True)["image"]
     mean, _, grains, _ = vae.encode(pictures.from_uint8(images.to(device)))
     decoded = pictures.to_pictures(vae.decode(mean, grains))

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
+    """Return this rank's shard of a DTensor, and any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Ema:
-    """shadow <- decay * shadow + (1 - decay) * parameter, for all trained parameters in a few kernels.
+    """The average of all trained parameters: shadow <- decay * shadow + (1 - decay) * parameter, in a few kernels.
 
-    Frozen parameters and buffers do not move, so nothing is spent on them. Under FSDP2 the average is
-    sharded as the parameters are. A step whose update was skipped (non-finite) averages the unchanged
-    parameters.
+    Frozen parameters and buffers do not change, so they are left out. Under FSDP2 the average is sharded as the
+    parameters are. A step whose update was skipped (non-finite) averages the unchanged parameters.
+
+    Args:
+        module: its parameters that require a gradient are averaged.
+        decay: in [0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -29,6 +32,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Take the parameters as they are now into the average."""
         torch._foreach_lerp_(
             [local(s) for s in self.shadow.values()],
             [local(p.detach()) for p in self.parameters.values()],
@@ -38,7 +42,7 @@ class Ema:
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """The module with the averaged parameters, for as long as the context lasts."""
+        """Give the module the averaged parameters, for as long as the context lasts."""
         self._swap()
         try:
             yield

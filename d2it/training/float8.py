@@ -1,4 +1,4 @@
-"""The blocks' matrix products in float8, by torchao: weights, optimiser and checkpoints stay what they are."""
+"""The matrix products of the blocks in float8, by torchao; weights, optimiser and checkpoints stay as they are."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ RECIPES: dict[str, tuple[int, int] | None] = {"tensorwise": (8, 9), "rowwise": (
 def to_float8(blocks: list[nn.Module], recipe: str, device: torch.device, key: str) -> None:
     """Replace, in place, the Linears of attention and MLP by torchao's Float8Linear; before compilation and sharding.
 
-    Left alone: the modulations, which stay float32, and Linears with a side that is no multiple of 16, as the hardware
-    wants it.
+    The modulations stay float32, and so do Linears with a side that is no multiple of 16, which the hardware needs.
 
     Args:
+        blocks: changed in place.
         recipe: of `RECIPES`; "emulated" rounds as "tensorwise" does.
+        device: where the blocks compute.
         key: of the configuration, for messages.
 
     Raises:
-        UserError: no torchao, or a device that cannot.
+        UserError: torchao is not installed, or the device has no float8.
     """
     if importlib.util.find_spec("torchao") is None:
         raise UserError(f"{key}={recipe} needs the package torchao, which is not installed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from d2it.distributed import World
 from d2it.training.config import StageConfig
-from d2it.training.ema import Ema
+from d2it.training.ema import Ema, local
 from d2it.training.float8 import to_float8
 from d2it.training.parallel import gradient_sync, spread
 
@@ -28,7 +29,7 @@ Batch = dict[str, Any]
 
 
 def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -> float:
-    """The rate of this step: linear warm-up, then constant or cosine to zero."""
+    """Return the rate of this step: linear warm-up to `peak` (`settings.lr`), then constant or cosine to zero."""
     rate = settings.lr if peak is None else peak
     if step < settings.warmup:
         return rate * (step + 1) / settings.warmup
@@ -39,19 +40,21 @@ def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -
 
 
 def bf16(settings: StageConfig, device: torch.device) -> bool:
-    """Whether this stage computes in bfloat16 autocast; weights stay float32."""
+    """Return whether a stage computes in bfloat16 autocast; weights stay float32."""
     if settings.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return settings.precision == "bf16"
 
 
 class Learner:
-    """Something trained: a module `batch -> (loss, logs, batch for the next learner)` with optimiser and
-    average.
+    """Something trained: a module with its optimiser and the average of its weights.
 
     Args:
         name: prefix of its figures and of its tensors in a checkpoint.
-        losses: the module. `logs` are 0-dim device tensors; nothing in it may wait for the device.
+        losses: the module, `batch -> (loss, logs, batch for the next learner)`. `logs` are 0-dim device tensors;
+            nothing in it may wait for the device.
+        settings: of the stage.
+        world: the ranks.
         network: the model in `losses`, whose blocks are compiled, recomputed and sharded one by one; None: `losses`
             itself, as one.
         peak: learning rate, where it is not `settings.lr`.
@@ -102,10 +105,10 @@ class Learner:
         return logs, batch
 
     def update(self, step: int) -> Tensor:
-        """AdamW and EMA, without a host synchronisation; returns the gradient's norm.
+        """Update weights and average, without a host synchronisation; return the gradient's norm.
 
-        A norm that is not finite skips the update inside the fused kernel. Gradients are reduced before,
-        so every rank sees the same norm and takes the same decision.
+        A norm that is not finite skips the update inside the fused kernel. Gradients are reduced before, so every rank
+        has the same norm and takes the same decision.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -124,15 +127,28 @@ class Learner:
         return norm
 
     def state(self) -> dict[str, Any]:
-        """Its tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
+        """Return its tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
         model, optimizer = get_state_dict(self.losses, self.optimizer)
         return {"model": model, "optimizer": optimizer, "ema": self.ema.shadow, "guard": self.guard}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned, after a checkpoint was read into it (EMA and guard: in place)."""
+        """Take over what `state` returned, after a checkpoint was read into it (average and guard: in place)."""
         set_state_dict(
             self.losses, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+
+    @torch.no_grad()
+    def not_finite(self) -> str | None:
+        """Return the name of a tensor of weights, average or moments that is not finite; waits for the device."""
+        named = {f"the weights {name}": p.detach() for name, p in self.ema.parameters.items()}
+        named |= {f"the average of {name}": shadow for name, shadow in self.ema.shadow.items()}
+        for name, p in self.ema.parameters.items():
+            named |= {f"{key} of {name}": t for key, t in self.optimizer.state.get(p, {}).items()}
+        mine = {name: local(tensor) for name, tensor in named.items()}
+        mine = {name: tensor for name, tensor in mine.items() if tensor.numel()}
+        largest = torch.stack([n.float() for n in torch._foreach_norm(list(mine.values()), float("inf"))])
+        bad = largest.isfinite().logical_not().tolist()
+        return next(itertools.compress(mine, bad), None)
 
     def share(self, folder: Path) -> None:
         """Write the network with its averaged weights as safetensors, from rank 0; called on all ranks."""

@@ -1,20 +1,22 @@
-"""The training loop: one for all stages.
+"""The training loop, one for all stages.
 
-A stage brings learners (what is trained, with its loss inside) and batches; everything else is here. To
-resume, run the same command again.
+A stage brings learners (what is trained, with its loss inside) and batches; everything else is here. To resume, run the
+same command again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from d2it.distributed import StopSignal, World
-from d2it.errors import UserError
+from d2it.errors import Interrupted, UserError
 from d2it.seeds import seed_of
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import RunConfig, StageConfig
@@ -22,64 +24,82 @@ from d2it.training.learner import Batch, Learner, learning_rate
 from d2it.training.meters import Meters, Work
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved; `signal` is why."""
-
-    def __init__(self, signal: int, message: str) -> None:
-        super().__init__(message)
-        self.signal = signal
-
-
 class Stage(Protocol):
-    """What the loop needs to know of a stage."""
+    """What a run needs of a stage.
+
+    Args:
+        name: of the stage, and of its section of the configuration.
+        networks: what is trained, by name; on the meta device where only its costs are asked for.
+        bf16: whether it computes in bfloat16 autocast.
+    """
 
     name: str
-    learners: list[Learner]
+    networks: dict[str, nn.Module]
+    bf16: bool
+
+    @property
+    def learners(self) -> list[Learner]:
+        """The networks with their losses and optimisers, made at the first access."""
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must be of to be resumed here, as JSON values."""
+        """Return what a checkpoint must be of to be resumed here, as JSON values."""
 
     def active(self, step: int) -> list[Learner]:
-        """The learners that take part in this step, in the order in which the batch passes through them."""
+        """Return the learners of this step, in the order in which the batch passes through them."""
 
     def batches(self, first: int) -> Generator[Batch]:
-        """Micro-batches on the device from step `first` on, this rank's part, without end."""
+        """Yield this rank's micro-batches on the device from step `first` on, without end."""
 
-    def synthetic(self) -> Batch:
-        """A micro-batch of noise on the device, of the right shapes."""
+    def synthetic(self, images: int, device: torch.device) -> Batch:
+        """Return a micro-batch of noise: for costs, rehearsals and benchmarks."""
 
     def notes(self) -> list[str]:
-        """Lines for the start-up summary."""
+        """Return lines for the start-up summary."""
 
     def work(self, batch: Batch) -> Work:
-        """What this micro-batch costs on this rank."""
+        """Return what a micro-batch costs on this rank."""
 
-    def activations(self, batch: Batch) -> int | None:
-        """Bytes that this micro-batch keeps for the backward pass, where that can be told beforehand."""
+    def activations(self, batch: Batch) -> int:
+        """Return the bytes that a micro-batch keeps for the backward pass, about."""
 
     def publish(self, meters: Meters, step: int) -> None:
         """Write the averaged weights to share, and pictures for tensorboard; called on all ranks."""
 
+    def warning(self, figures: dict[str, float]) -> str | None:
+        """Return what a report's figures should make the user look at, or None."""
 
-def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> None:
+
+def train(
+    stage: Stage, settings: StageConfig, run: RunConfig, world: World, begin: Callable[[], None] = lambda: None
+) -> None:
     """Train the stage to its last step, from the newest checkpoint if there is one.
 
+    Args:
+        stage: what is trained.
+        settings: of the stage.
+        run: where everything is written, and how often.
+        world: the ranks.
+        begin: called before the first step, when nothing can refuse the start any more.
+
     Raises:
-        UserError: a checkpoint that cannot be read or written, or `run.skip_limit` non-finite steps in a row.
-        Stopped: SIGINT or SIGTERM came; everything is saved.
+        UserError: a checkpoint that cannot be read or written, `run.skip_limit` steps in a row without a finite
+            gradient, or weights that are not finite.
+        Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
     folder = Path(run.dir) / "checkpoints" / stage.name
     checkpoints = Checkpoints(folder, world, stage.identity(), keep=run.keep, background=run.async_save)
-    weights = sum(p.numel() for learner in stage.learners for p in learner.parameters)
-    checkpoints.prepare(16 * weights)  # float32 weights, average, two moments
     newest = checkpoints.newest()
-    first = 0 if newest is None else newest["step"]
+    first = newest or 0
     if first >= settings.steps:
         return
+    weights = sum(p.numel() for learner in stage.learners for p in learner.parameters)
+    checkpoints.prepare(16 * weights)  # float32 weights, average, two moments
     if newest is not None:
         restore(stage, checkpoints, first)
+    begin()
     batches = stage.batches(first)
     meters = Meters(stage.name, run, settings.steps, first, world)
+    warned = False
 
     with (
         StopSignal(world) as stop,
@@ -100,40 +120,81 @@ def train(stage: Stage, settings: StageConfig, run: RunConfig, world: World) -> 
             for learner in learners:
                 meters.add({f"{learner.name}/gradient_norm": learner.update(step)})
 
-            done = step + 1
-            signal = stop.agreed()
-            if done % run.log_every == 0 or done == settings.steps or signal:
+            done, saved = step + 1, None
+            last, signal = done == settings.steps, stop.agreed()
+            if done % run.log_every == 0 or last or signal:
                 meters.add({f"{x.name}/skipped_steps": x.guard[0] for x in stage.learners})
-                meters.report(done, learning_rate(settings, step))
-                check_guard(stage, run, done)
+                figures = meters.report(done, learning_rate(settings, step))
+                warning = None if warned else stage.warning(figures)
+                if warning and world.first:
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
+                warned = warned or warning is not None
+                check_guard(stage, run, done, checkpoints, min(2, settings.steps) if last else run.skip_limit)
                 checkpoints.settle()
-            last = done == settings.steps
-            if last or (run.publish_every and done % run.publish_every == 0 and not signal):
+            publishing = last or (run.publish_every and done % run.publish_every == 0 and not signal)
+            saving = last or done % run.save_every == 0 or signal
+            if publishing or saving:
+                check_finite(stage, world, done, checkpoints)
+            if publishing:
                 stage.publish(meters, done)
-            if last or done % run.save_every == 0 or signal:
+            # Weights before a gradient that was not finite may be the reason for it: not kept in the place of others.
+            if last or (saving and not any(learner.guard[1] for learner in stage.learners)):
                 saved = checkpoints.save(done, {x.name: x.state() for x in stage.learners})
             if last and not signal:
-                signal = stop.at_last()  # while the last step published and saved: the next stage would not know
+                signal = stop.at_last()  # one that came while the last step published and saved
             if signal:
                 checkpoints.wait()
-                raise Stopped(signal, f"{signal.name} at step {done}: saved {saved}; the same command resumes")
+                where = f"saved {saved}" if saved else f"not saved (no finite gradient); {checkpoints.refuge()}"
+                raise Interrupted(signal, f"{signal.name} at step {done}: {where}; the same command resumes")
 
 
 def restore(stage: Stage, checkpoints: Checkpoints, step: int) -> None:
-    """Load the checkpoint of `step` into the stage's learners."""
+    """Load the checkpoint of `step` into the stage's learners.
+
+    Raises:
+        UserError: it is damaged, of something else, or not finite.
+    """
     states = {learner.name: learner.state() for learner in stage.learners}
     checkpoints.load(step, states)
     for learner in stage.learners:
         learner.restore(states[learner.name])
+    found = _not_finite(stage, checkpoints.world)
+    if found:
+        raise UserError(
+            f"{checkpoints.path(step)}: {found} is not finite: move the folder away to resume from the one before it",
+            shared=True,
+        )
 
 
-def check_guard(stage: Stage, run: RunConfig, step: int) -> None:
-    """Stop if steps were skipped too often in a row since the last look. Reads the device: for log steps."""
+def check_guard(stage: Stage, run: RunConfig, step: int, checkpoints: Checkpoints, limit: int) -> None:
+    """Raise a UserError if `limit` steps in a row, or `run.skip_limit` since the last look, had no finite gradient.
+
+    Reads the device: for steps that report.
+    """
     for learner in stage.learners:
-        total, _, worst = learner.guard.tolist()
-        if worst >= run.skip_limit:
+        total, streak, worst = learner.guard.tolist()
+        if worst >= run.skip_limit or streak >= limit:
             raise UserError(
-                f"{stage.name}: {worst:.0f} steps in a row without a finite gradient in {learner.name}, by step {step} "
-                f"({total:.0f} skipped in all, none applied): lower {stage.name}.lr or set {stage.name}.clip"
+                f"{stage.name}: {max(streak, worst):.0f} steps in a row without a finite gradient in {learner.name}, "
+                f"by step {step} ({total:.0f} skipped in all, none applied): lower {stage.name}.lr or set "
+                f"{stage.name}.clip, and start again; {checkpoints.refuge()}",
+                shared=True,
             )
         learner.guard[2] = learner.guard[1]
+
+
+def check_finite(stage: Stage, world: World, step: int, checkpoints: Checkpoints) -> None:
+    """Raise a UserError on all ranks if weights, average or moments are not finite on any; reads the device."""
+    found = _not_finite(stage, world)
+    if found:
+        checkpoints.wait()
+        raise UserError(
+            f"{stage.name}: {found} is not finite at step {step}, so it is neither saved nor published: lower "
+            f"{stage.name}.lr or set {stage.name}.clip, and start again; {checkpoints.refuge()}",
+            shared=True,
+        )
+
+
+def _not_finite(stage: Stage, world: World) -> str | None:
+    mine = next((found for learner in stage.learners if (found := learner.not_finite())), None)
+    return next((found for found in world.gather(mine) if found), None)

@@ -1,7 +1,6 @@
-"""What a run tells about itself: losses, speed, utilisation, memory, energy.
+"""The figures of a run: losses, speed, utilisation, memory, energy.
 
-Everything accumulates on the device or in host integers; `report` is the only place that waits for the
-device.
+Everything accumulates on the device or in host integers; `report` is the only place that waits for the device.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import resource
 import sys
 import time
@@ -40,41 +40,60 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, None where it is not known."""
+    """Return the device's dense bf16 peak, or None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
+def nvml(device: torch.device) -> tuple[Any, Any] | None:
+    """Return NVML and its handle of a GPU, or None where there is no NVML."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    except pynvml.NVMLError:
+        return None
+
+
 class Energy:
-    """The GPU's own energy counter through NVML; silent where there is none."""
+    """The energy counter of a GPU, where NVML has one.
+
+    Args:
+        device: any device; only a GPU has a counter.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._read: Any = None
-        if device.type != "cuda":
-            return
-        try:
-            import pynvml
-        except ImportError:
-            return
-        try:
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except pynvml.NVMLError:
-            return
-        self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        self._nvml = nvml(device)
 
     def joules(self) -> float | None:
-        """Joules since the driver was loaded."""
-        return None if self._read is None else self._read()
+        """Return the joules used since the driver was loaded, or None."""
+        if self._nvml is None:
+            return None
+        library, handle = self._nvml
+        try:
+            return library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except library.NVMLError:
+            self._nvml = None
+            return None
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch costs, counted on the host: the multiply-accumulates of the tokens that exist."""
+    """What a batch costs, counted on the host.
+
+    Args:
+        images: number of images.
+        tokens: number of tokens, without padding.
+        macs: multiply-accumulates of a forward pass over these tokens.
+    """
 
     images: int
     tokens: int
@@ -82,13 +101,13 @@ class Work:
 
 
 class Meters:
-    """One stage's figures. Rank 0 writes them: progress on stderr, tensorboard, a JSON line a report, wandb.
+    """The figures of one stage. Rank 0 writes them: progress on stderr, tensorboard, a JSON line a report, wandb.
 
     Args:
-        name: the stage.
+        name: of the stage.
         run: where to write and what.
-        steps: the stage's last step.
-        first: the step it goes on from; later lines of an earlier, killed run are dropped.
+        steps: last step of the stage.
+        first: the step to go on from; later lines of an earlier, killed run are dropped.
         world: the ranks.
     """
 
@@ -138,7 +157,7 @@ class Meters:
             )
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add 0-dim device tensors; `report` gives each one's mean."""
+        """Add 0-dim device tensors; `report` returns the mean of each."""
         for key, value in values.items():
             value = value.detach()
             self._sums[key] = self._sums[key] + value if key in self._sums else value.float()
@@ -152,13 +171,13 @@ class Meters:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Count the time in the context as a wait for a batch."""
         start = time.perf_counter()
         yield
         self._loading += time.perf_counter() - start
 
     def report(self, step: int, rate: float) -> dict[str, float]:
-        """Wait for the device, average over steps and ranks, write, and start anew."""
+        """Wait for the device, average over steps and ranks, write, start anew; return the figures."""
         now, joules = None, self._energy.joules()
         keys = list(self._sums)
         device = self.world.device
@@ -194,7 +213,7 @@ class Meters:
         return figures
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """A picture (H, W, 3) uint8 for tensorboard and wandb; called on all ranks."""
+        """Write a picture (H, W, 3) uint8 to tensorboard and wandb; called on all ranks."""
 
         def write() -> None:
             if self._board is not None and self._log is not None:
@@ -208,6 +227,7 @@ class Meters:
         self.world.together(write)
 
     def close(self) -> None:
+        """Close tensorboard, wandb and the progress bar."""
         for each in (self._bar, self._board):
             if each is not None:
                 with contextlib.suppress(OSError):  # what closes a run that failed must not hide why
@@ -251,22 +271,37 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's log, without a last one that a kill cut short."""
-    rows = []
+    """Return the lines of a stage's log: "step" and numbers, up to the first line that a kill or a flipped bit damaged."""
+    rows: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                break
+            rows.append({k: v for k, v in row.items() if type(v) in (int, float) and abs(v) < 2**63})
     return rows
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory held so far: allocated on a GPU, resident in this process on a CPU."""
+    """Return the most memory held so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_limit(device: torch.device) -> int:
+    """Return the bytes that a process can hold: a GPU's memory, or the least of the host's and what limits the process."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [soft for soft, _ in map(resource.getrlimit, (resource.RLIMIT_AS, resource.RLIMIT_DATA)) if soft > 0]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of the control group: version 2, version 1
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such group
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+    return min(limits)
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""How a model is spread over the ranks: DDP, or fully sharded (FSDP2)."""
+"""How a model is distributed over the ranks: DDP, or fully sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,18 @@ from d2it.distributed import World
 from d2it.models.layers import Modulation
 
 
-def spread(losses: nn.Module, network: nn.Module, blocks: list[nn.Module], world: World, parallel: str, bf16: bool):
-    """The losses, ready for this world: as they are, in DDP, or with their network fully sharded (FSDP2).
+def spread(
+    losses: nn.Module, network: nn.Module, blocks: list[nn.Module], world: World, parallel: str, bf16: bool
+) -> nn.Module:
+    """Return the losses ready for this world: as they are, in DDP, or with their network fully sharded (FSDP2).
+
+    Args:
+        losses: what is trained.
+        network: the model in it.
+        blocks: of the network, sharded one by one.
+        world: the ranks.
+        parallel: "ddp" or "fsdp".
+        bf16: whether FSDP2 gathers bf16 copies for the blocks.
 
     FSDP2 keeps the float32 master weights sharded; the blocks gather bf16 copies, and gradients are reduced in
     float32. The modulations and what lies outside the blocks (embedders, final layers) stay float32: their rounding
@@ -51,7 +61,7 @@ def spread(losses: nn.Module, network: nn.Module, blocks: list[nn.Module], world
 
 @contextlib.contextmanager
 def gradient_sync(losses: nn.Module, network: nn.Module, now: bool) -> Iterator[None]:
-    """Reduce this backward's gradients over the ranks if `now`; else leave them for a later micro-batch."""
+    """Reduce the gradients of the backward in this context over the ranks if `now`; else leave them for a later one."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(now)
     if isinstance(losses, DistributedDataParallel) and not now:

@@ -14,10 +14,11 @@ A stage that has reached its last step is passed over, so the same command resum
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib.util
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,89 +27,103 @@ import torch
 from d2it import distributed, pictures
 from d2it.data import DemoPhotos, ImageSource, LatentCache, build_cache, finish_cache, open_source
 from d2it.data.loader import default_workers
-from d2it.distributed import Interrupted, World
-from d2it.errors import UserError
-from d2it.files import atomic_write, sha256_of
+from d2it.distributed import World
+from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_command
+from d2it.files import atomic_write, only_writer, sha256_of
 from d2it.models import DynamicVAE
-from d2it.models.base import pair
 from d2it.sampling.pipeline import D2iT, has_parts
-from d2it.training.config import Config, load, to_yaml
+from d2it.training.config import STAGES, Config, describe, load, to_yaml
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
-from d2it.training.loop import Stage, Stopped, train
+from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
-from d2it.training.stage import check_batch, user_error
-from d2it.training.summary import rehearse, summarize
+from d2it.training.stage import check_batch, extreme_share, user_error
+from d2it.training.summary import Summary, rehearse
 from d2it.training.transformers import ContentStage, GrainStage, LatentData
 
 
 def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
-    """The command line of `train.py`; returns the exit code: 0, 2 for a UserError, 128 + signal when stopped."""
+    """Run the command line of `train.py` and return the exit code of `run_command`.
+
+    Args:
+        arguments: of the command line.
+        default: the configuration where `--config` is not given.
+    """
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train D2iT: the stages dvae, cache, grain and content, then pictures. The same command resumes.",
+        epilog=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=default, help="a YAML file of configs/; bare: the demo")
+    parser.add_argument("--config", type=Path, default=default, help="a YAML file of configs/; without it, the demo")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build every stage, take two steps on noise, write nothing"
+        "--dry-run", action="store_true", help="print and check every stage, take two steps on noise, write nothing"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see d2it/training/config.py")
-    options = parser.parse_intermixed_args(arguments)
-    try:
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, listed below")
+
+    def act() -> None:
+        options = parser.parse_intermixed_args(arguments)
         config = load(options.config, options.overrides)
-        world = distributed.start(config.run.device)
-    except UserError as error:  # the same on every rank
-        return _say(f"error: {error}", 2) if int(os.environ.get("RANK", 0)) == 0 else 2
-    try:
-        with distributed.interruptible():
-            if options.dry_run:
-                rehearse_all(config, world)
-            else:
-                run(config, world)
-        return 0
-    except UserError as error:
-        where = f" (rank {world.rank})" if world.rank else ""
-        return _say(f"error{where}: {error}", 2)
-    except torch.OutOfMemoryError as error:
-        less = "more micro-batches (<stage>.accumulate) or <stage>.activation_checkpointing=true need less"
-        return _say(f"error (rank {world.rank}): {str(error).splitlines()[0]}: {less}", 2)
-    except Interrupted as interrupted:  # outside the loop, where all that is finished is on the disk
-        line = f"{interrupted}: what is finished is in {config.run.dir}; the same command resumes"
-        return _say(line, 128 + interrupted.signal) if world.first else 128 + interrupted.signal
-    except Stopped as stopped:
-        return _say(str(stopped), 128 + stopped.signal) if world.first else 128 + stopped.signal
-    finally:
-        distributed.stop()
+        with distributed.joined(config.run.device) as world, distributed.interruptible():
+            try:
+                (rehearse_all if options.dry_run else run)(config, world)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                less = "more micro-batches (<stage>.accumulate) or <stage>.activation_checkpointing=true need less"
+                raise UserError(f"out of memory: {reason_of(error)}: {less}") from None
+            except Interrupted as stop:
+                if str(stop) != stop.signal.name:
+                    raise
+                # Outside the loop: all that is finished is on the disk.
+                line = f"{stop}: what is finished is in {config.run.dir}; the same command resumes"
+                raise Interrupted(stop.signal, line, shared=True) from None
+
+    return run_command(act)
 
 
 def run(config: Config, world: World) -> None:
     """Run the configured stages.
 
     Raises:
-        UserError: anything that the user can mend.
-        Stopped: a signal came; everything is saved.
+        UserError: anything that the user can put right; a start that is refused has changed nothing.
+        Interrupted: a signal came; everything is saved.
     """
     folder = Path(config.run.dir)
-    world.together(lambda: _begin(config, folder) if world.first else None)
     source = _source(config) if {"dvae", "cache"} & set(config.run.stages) else None
     check_models(config)
     for name in config.run.stages:
-        if name == "cache":
-            assert source is not None
-            encode(config, world, source)
-            continue
-        settings = getattr(config, name)
-        check_batch(settings, name, world)
-        stage = _stage(name, config, world, source)
-        if world.first:
-            print(summarize(stage, settings, config, world), file=sys.stderr, flush=True)
-        train(stage, settings, config.run, world)
-    world.together(lambda: finish(config, world, source) if world.first else None)
+        if name != "cache":
+            check_batch(getattr(config, name), name, world)
+
+    def record() -> None:
+        with atomic_write(folder / "config.yaml") as path:
+            path.write_text(to_yaml(config))
+
+    @functools.cache
+    def begin() -> None:
+        world.together(lambda: record() if world.first else None)
+
+    with contextlib.ExitStack() as held:
+        world.together(lambda: held.enter_context(only_writer(folder)) if world.first else None)
+        for name in STAGES:
+            if name not in config.run.stages:
+                continue
+            if name == "cache":
+                assert source is not None
+                encode(config, world, source, begin)
+                continue
+            settings = getattr(config, name)
+            outline = Summary(_stage(name, config, world, source, outline=True), settings, world)
+            if world.first:
+                print(outline.text, file=sys.stderr, flush=True)
+            outline.require_memory()
+            train(_stage(name, config, world, source), settings, config.run, world, begin)
+        begin()
+        world.together(lambda: finish(config, world, source) if world.first else None)
 
 
 def check_models(config: Config) -> None:
-    """Build the network of every stage to come without memory for its weights.
-
-    What does not fit is said here, before the first step, and not when its stage begins.
+    """Build the network of every stage without memory for its weights, so that what does not fit fails now.
 
     Raises:
         UserError: a preset or setting that does not exist, or one that does not fit the others.
@@ -121,30 +136,38 @@ def check_models(config: Config) -> None:
             with user_error(str(folder)):
                 vae = DynamicVAE.read_config(folder)
         else:
-            return  # the first stage says so
+            return  # the first stage raises
         with user_error("configuration: data.image_size"):
-            data = LatentData.of_vae(vae, pair("data.image_size", config.data.image_size), 0)
+            data = LatentData.of_vae(vae, config.data.image_size, 0)
         for kind in (GrainStage, ContentStage):
             if kind.name in stages:
                 kind.make(config, data)
 
 
 def rehearse_all(config: Config, world: World) -> None:
-    """The summary of every stage and the cost of two steps on noise; nothing is written."""
+    """Print the summary of every stage, then what two steps on noise cost; nothing is written.
+
+    Raises:
+        UserError: what the configuration or the images' path makes impossible, memory included.
+    """
     source = _source(config)
-    for name in config.run.stages:
-        if name == "cache":
+    check_models(config)
+    for name in STAGES:
+        if name == "cache" or name not in config.run.stages:
             continue
         settings = getattr(config, name)
         check_batch(settings, name, world)
-        stage = _stage(name, config, world, source, dry=True)
-        text = summarize(stage, settings, config, world) + "\n" + rehearse(stage, settings, world)
+        outline = Summary(_stage(name, config, world, source, dry=True, outline=True), settings, world)
+        if world.first:
+            print(outline.text, file=sys.stderr, flush=True)
+        outline.require_memory()
+        text = rehearse(_stage(name, config, world, source, dry=True), settings, world)
         if world.first:
             print(text, file=sys.stderr, flush=True)
 
 
-def encode(config: Config, world: World, source: ImageSource) -> None:
-    """Stage cache: latents and grain maps of every image, each rank a part. What is there already is kept."""
+def encode(config: Config, world: World, source: ImageSource, begin: Callable[[], None]) -> None:
+    """Run the stage cache: latents and grain maps of every image, each rank a part. What is there already is kept."""
     vae = channels_last(_vae(config).to(world.device))
     target = _cache_folder(config)
     done = 0
@@ -182,12 +205,17 @@ def encode(config: Config, world: World, source: ImageSource) -> None:
             progress=progress,
         )
 
+    begin()
     world.together(build)
     world.together(lambda: finish_cache(target) if world.first else None)
+    if world.first and vae.config.num_grains > 1:
+        share = LatentCache(target, verify=False).fine_share()
+        if warning := extreme_share(share):
+            print(f"warning: cache: {warning}", file=sys.stderr, flush=True)
 
 
 def finish(config: Config, world: World, source: ImageSource | None) -> None:
-    """Describe the whole model, if all its parts are there, and draw what the run has come to. Rank 0 alone."""
+    """Write the description of the whole model, if all its parts are there, and pictures; for rank 0 alone."""
     folder = Path(config.run.dir)
     curves = {}
     for name in ("dvae", "grain", "content"):
@@ -212,7 +240,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
 
 
 def draw_samples(config: Config, world: World) -> None:
-    """Assemble the D2iT and sample from it."""
+    """Assemble the D2iT, sample from it and write the pictures."""
     folder, sample = Path(config.run.dir), config.sample
     settings = {
         "scheduler": sample.scheduler,
@@ -232,31 +260,21 @@ def draw_samples(config: Config, world: World) -> None:
     pictures.save_png(folder / "samples_grains.png", pictures.enlarge(pictures.tile(drawn)))
 
 
-def _begin(config: Config, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "config.yaml") as path:
-            path.write_text(to_yaml(config))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here: {error.strerror}") from None
-
-
 def _source(config: Config) -> ImageSource:
     data = config.data
-    size = pair("data.image_size", data.image_size)
     options: dict[str, Any] = {"augment": data.augment, "crop": data.crop, "upsample": data.upsample}
     with user_error("configuration: data"):
         if data.path == "demo":
-            source: ImageSource = DemoPhotos(size, crops=data.crops, **options)
+            source: ImageSource = DemoPhotos(data.image_size, crops=data.crops, **options)
         else:
-            source = open_source(data.path, size, **options)
+            source = open_source(data.path, data.image_size, **options)
     if data.num_classes is not None:
         source.require_classes(data.num_classes)
     return source
 
 
 def _class_names(config: Config) -> list[str] | None:
-    """What the configuration calls the classes, or else what the images' source does."""
+    """Return the names of the classes in the configuration, or else those of the images' source."""
     if config.data.class_names is not None or config.data.num_classes is None:
         return config.data.class_names
     cache = _cache_folder(config)
@@ -280,25 +298,35 @@ def _workers(config: Config, world: World) -> int:
     return default_workers(world.local_size) if config.data.workers is None else config.data.workers
 
 
-def _stage(name: str, config: Config, world: World, source: ImageSource | None, dry: bool = False) -> Stage:
-    if name == "dvae":
-        assert source is not None
-        return DvaeStage(config, world, source)
-    kind = {"grain": GrainStage, "content": ContentStage}[name]
-    settings = getattr(config, name)
-    cache = _cache_folder(config)
-    if dry and not (cache / "index.json").exists():
-        assert source is not None
-        data = LatentData.of_vae(build_vae(config).config, source.image_size, len(source))
-        return kind(config, settings, world, data, None)
-    latents = LatentCache(cache)
-    if config.data.num_classes is not None:
-        latents.require_classes(config.data.num_classes)
-    vae = _vae(config)
-    latents.require(vae=sha256_of(Path(config.run.dir) / "vae" / "model.safetensors"))
-    return kind(config, settings, world, LatentData.of_cache(latents), vae)
+def _stage(
+    name: str, config: Config, world: World, source: ImageSource | None, *, dry: bool = False, outline: bool = False
+) -> Stage:
+    """Return a stage.
 
-
-def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr, flush=True)
-    return code
+    Args:
+        name: of the stage.
+        config: of the run.
+        world: the ranks.
+        source: the images; may be None where the stage reads the cache.
+        dry: whether the cache need not be there.
+        outline: whether the networks get no memory, for a summary.
+    """
+    with torch.device("meta") if outline else contextlib.nullcontext():
+        if name == "dvae":
+            assert source is not None
+            return DvaeStage(config, world, source)
+        kind = {"grain": GrainStage, "content": ContentStage}[name]
+        settings = getattr(config, name)
+        cache = _cache_folder(config)
+        if dry and not (cache / "index.json").exists():
+            assert source is not None
+            with torch.device("meta"):
+                planned = build_vae(config).config
+            return kind(config, settings, world, LatentData.of_vae(planned, source.image_size, len(source)), None)
+        with torch.device("cpu"):
+            latents = LatentCache(cache, verify=False if outline else None)
+            if config.data.num_classes is not None:
+                latents.require_classes(config.data.num_classes)
+            vae = None if outline else _vae(config)
+            latents.require(vae=sha256_of(Path(config.run.dir) / "vae" / "model.safetensors"))
+        return kind(config, settings, world, LatentData.of_cache(latents), vae)

@@ -1,4 +1,4 @@
-"""What the stages share: models from the configuration, loaders, errors of one line."""
+"""What the stages share: models from the configuration, loaders, and errors of one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from d2it.data import Loader, default_workers
 from d2it.distributed import World
-from d2it.errors import UserError
+from d2it.errors import UserError, reason_of
 from d2it.models.base import Model
 from d2it.training.config import Config, StageConfig
 from d2it.training.learner import Batch
@@ -20,19 +20,24 @@ M = TypeVar("M", bound=Model)
 
 @contextlib.contextmanager
 def user_error(where: str) -> Iterator[None]:
-    """Let a ValueError or TypeError that a configuration value caused end as a UserError of one line."""
+    """Turn what a configuration value or a file makes a model raise into a UserError of one line."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(f"{where}: {reason_of(error)}") from None
 
 
 def build(kind: type[M], settings: StageConfig, key: str, **given: Any) -> M:
-    """A new model by its preset, the run's own facts and the configuration's overrides.
+    """Return a new model.
+
+    Args:
+        kind: class of the model.
+        settings: of the stage, with the preset and its overrides.
+        key: name of the stage, for messages.
+        given: settings of the model that follow from the data and the VAE.
 
     Raises:
-        UserError: what the model says of a preset or setting that does not fit; an override of what follows from
-            the data or the VAE.
+        UserError: an unknown preset, a setting that does not fit, or an override of what is given.
     """
     clash = sorted(set(given) & set(settings.overrides))
     if clash:
@@ -49,7 +54,7 @@ def loader(
     first: int,
     process: Callable[[Batch], Batch] | None = None,
 ) -> Loader:
-    """This rank's micro-batches from step `first` on. The position is the number of images seen by all ranks."""
+    """Return a loader of this rank's micro-batches from step `first` on."""
     parts = world.size * settings.accumulate
     workers = config.data.workers
     return Loader(
@@ -76,16 +81,26 @@ def check_batch(settings: StageConfig, key: str, world: World) -> None:
 
 
 def uncompiled(settings: StageConfig) -> contextlib.AbstractContextManager[Any]:
-    """Around what has shapes of its own and is rare: a picture is not worth a compilation."""
+    """Return a context without compilation, for what is rare and has shapes of its own, such as pictures."""
     return torch.compiler.set_stance("force_eager") if settings.compile else contextlib.nullcontext()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Tensors copied without waiting (the loader's are page-locked); everything else as it is."""
+    """Copy the tensors without waiting (the loader's are page-locked); everything else stays as it is."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def spread_over(total: int, count: int) -> list[int]:
-    """`count` places of `total`, evenly spread, and off the beat of sources that repeat classes in turn."""
+    """Return `count` of `total` places, evenly spread but not at equal distances: some sources repeat their classes."""
     count = min(count, total)
     return [(i * total // count + i) % total for i in range(count)]
+
+
+def extreme_share(share: float) -> str | None:
+    """Return a warning if almost no region, or almost every one, is finer than the coarsest grain."""
+    if 0.02 <= share <= 0.98:
+        return None
+    return (
+        f"{share:.1%} of the regions are fine, so the grains make no difference: make thresholds for these images with "
+        "python -m d2it.data.calibrate, and set dvae.calibration"
+    )

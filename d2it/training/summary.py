@@ -7,60 +7,97 @@ import time
 import torch
 
 from d2it.distributed import World
-from d2it.training.config import Config, StageConfig
+from d2it.errors import UserError
+from d2it.training.config import StageConfig
 from d2it.training.loop import Stage
-from d2it.training.meters import memory_gib, peak_flops
+from d2it.training.meters import memory_gib, memory_limit, peak_flops
+
+GIB = 2**30
 
 
-def summarize(stage: Stage, settings: StageConfig, config: Config, world: World) -> str:
-    """Model, parameters, multiply-accumulates, tokens, batch, device and memory of a stage."""
-    batch = stage.synthetic()
-    work = stage.work(batch)
-    sharded = world.size if settings.parallel == "fsdp" else 1
-    state = 20 * sum(p.numel() for learner in stage.learners for p in learner.parameters) / sharded / 2**30
-    lines = []
-    for learner in stage.learners:
-        count = sum(p.numel() for p in learner.parameters)
-        lines.append(f"{learner.name}: {learner.kind.__name__} {settings.preset}, {count / 1e6:.2f} M parameters")
-    lines[0] += f", {work.macs / work.images / 1e9:.3g} GMAC and {work.tokens / work.images:.4g} tokens an image"
-    micro = settings.batch_size // (world.size * settings.accumulate)
-    lines.append(
-        f"  batch {settings.batch_size} = {world.size} ranks x {settings.accumulate} micro-batches x {micro}, "
-        f"{settings.steps:,} steps, learning rate {settings.lr:g}, EMA {settings.ema:g}"
-    )
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    threads = "" if world.device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
-    how = [
-        "bf16" if stage.learners[0].bf16 else "fp32",
-        settings.parallel,
-        "compiled" if settings.compile else "eager",
-        *([f"float8 ({settings.float8})"] if settings.float8 else []),
-        *(["activation checkpointing"] if settings.activation_checkpointing else []),
-    ]
-    lines.append(f"  {name}{threads}, {', '.join(how)}")
-    kept = stage.activations(batch)
-    activations = "activations come on top" if kept is None else f"about {kept / 2**30:.2f} for activations"
-    lines.append(f"  {state:.2f} GiB a rank for weights, gradients, moments and average, {activations}")
-    return "\n".join(lines + [f"  {note}" for note in stage.notes()])
+class Summary:
+    """The costs of a stage, computed from its networks without memory for weights or activations.
+
+    Args:
+        stage: may lie on the meta device.
+        settings: of the stage.
+        world: the ranks.
+
+    Attributes:
+        text: model, parameters, multiply-accumulates, tokens, batch, device and memory, in a few lines.
+        state: bytes a rank for weights, gradients, moments and average.
+        activations: bytes a rank that a micro-batch keeps for the backward pass, about.
+    """
+
+    def __init__(self, stage: Stage, settings: StageConfig, world: World) -> None:
+        self.stage, self.settings, self.world = stage, settings, world
+        micro = settings.batch_size // (world.size * settings.accumulate)
+        few = min(micro, 16)
+        batch = stage.synthetic(few, torch.device("meta"))
+        work = stage.work(batch)
+        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in stage.networks.items()}
+        self.state = 20 * sum(counts.values()) / (world.size if settings.parallel == "fsdp" else 1)
+        self.activations = stage.activations(batch) / few * micro
+        lines = [
+            f"{name}: {type(net).__name__} {settings.preset}, {counts[name] / 1e6:.2f} M parameters"
+            for name, net in stage.networks.items()
+        ]
+        lines[0] += f", {work.macs / work.images / 1e9:.3g} GMAC and {work.tokens / work.images:.4g} tokens an image"
+        lines.append(
+            f"  batch {settings.batch_size} = {world.size} ranks x {settings.accumulate} micro-batches x {micro}, "
+            f"{settings.steps:,} steps, learning rate {settings.lr:g}, EMA {settings.ema:g}"
+        )
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+        threads = "" if world.device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
+        how = [
+            "bf16" if stage.bf16 else "fp32",
+            settings.parallel,
+            "compiled" if settings.compile else "eager",
+            *([f"float8 ({settings.float8})"] if settings.float8 else []),
+            *(["activation checkpointing"] if settings.activation_checkpointing else []),
+        ]
+        lines.append(f"  {name}{threads}, {', '.join(how)}")
+        lines.append(
+            f"  {self.state / GIB:.2f} GiB a rank for weights, gradients, moments and average, "
+            f"about {self.activations / GIB:.2f} for activations"
+        )
+        self.text = "\n".join(lines + [f"  {note}" for note in stage.notes()])
+
+    def require_memory(self) -> None:
+        """Raise a UserError if the stage cannot fit the device.
+
+        A GPU's allocator reports what does not fit, so there only the state counts; a CPU's process would be killed.
+        """
+        cpu = self.world.device.type == "cpu"
+        needed, limit = self.state + (self.activations if cpu else 0), memory_limit(self.world.device)
+        ranks = self.world.local_size if cpu else 1
+        if needed * ranks > limit:
+            name = self.stage.name
+            raise UserError(
+                f"{name}: {ranks if ranks > 1 else 'a'} rank{'s need' if ranks > 1 else ' needs'} about "
+                f"{needed * ranks / GIB:.1f} GiB, {limit / GIB:.1f} are there: {name}.accumulate=N (smaller "
+                f"micro-batches), {name}.activation_checkpointing=true, a smaller {name}.batch_size or {name}.preset "
+                "need less",
+                shared=True,
+            )
 
 
 def rehearse(stage: Stage, settings: StageConfig, world: World) -> str:
-    """Two steps on noise: the second one's seconds, speed, and the most memory held."""
-    seconds = 0.0
+    """Take two steps on noise; return the second one's seconds and speed, and the most memory held, in words."""
+    seconds, micro = 0.0, settings.batch_size // (world.size * settings.accumulate)
     for step in range(2):
         _wait(world)
         start = time.perf_counter()
-        for micro in range(settings.accumulate):
-            batch = stage.synthetic()
-            images = stage.work(batch).images
+        for part in range(settings.accumulate):
+            batch = stage.synthetic(micro, world.device)
+            work = stage.work(batch)
             for learner in stage.learners:
-                _, batch = learner.backward(batch, last=micro == settings.accumulate - 1)
+                _, batch = learner.backward(batch, last=part == settings.accumulate - 1)
         for learner in stage.learners:
             learner.update(step)
         _wait(world)
         seconds = time.perf_counter() - start
-    work = stage.work(stage.synthetic())
-    speed = images * settings.accumulate * world.size / seconds
+    speed = settings.batch_size / seconds
     text = f"  a step takes {seconds:.3g} s: {speed:.4g} images/s, at most {memory_gib(world.device):.2f} GiB held"
     peak = peak_flops(world.device)
     if peak is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from d2it.models import (
 from d2it.models.flops import FineTokens, count_macs, fine_tokens, kept_values
 from d2it.seeds import seed_of
 from d2it.training.config import Config, StageConfig
-from d2it.training.learner import Batch, Learner
+from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
 from d2it.training.stage import build, loader, spread_over, to_device, uncompiled
 
@@ -46,7 +47,12 @@ Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
 
 class GrainLosses(nn.Module):
-    """Eq. 5 on a noised grain map: batch -> (loss, logs, batch)."""
+    """Eq. 5 on a noised grain map: batch -> (loss, logs, batch).
+
+    Args:
+        network: predicts the clean map.
+        diffusion: the schedule.
+    """
 
     def __init__(self, network: DynamicGrainTransformer, diffusion: GaussianDiffusion) -> None:
         super().__init__()
@@ -66,7 +72,13 @@ class GrainLosses(nn.Module):
 class ContentLosses(nn.Module):
     """Eq. 11 on latents drawn from the cached posterior: batch -> (loss, logs, batch).
 
-    Posterior draw and noise are one value for each latent code. A plain DiT has no codes: every cell is its own.
+    The posterior's draw and the noise have one value for each latent code. A plain DiT has no codes: every cell has its
+    own.
+
+    Args:
+        network: predicts the noise.
+        diffusion: the schedule.
+        scale: latents times this have unit variance.
     """
 
     def __init__(self, network: DynamicContentTransformer | DiT, diffusion: GaussianDiffusion, scale: float) -> None:
@@ -104,17 +116,22 @@ class ContentLosses(nn.Module):
 
 
 def _dropped(network: Transformer, batch: Batch) -> Tensor | None:
-    """One label dropout mask a step, from the step's own random numbers."""
+    """Return the label dropout mask of a batch, from the step's own random numbers, or None without classes."""
     if not network.config.num_classes:
         return None
     return network.label_dropout_mask(len(batch["grain_map"]), device=batch["grain_map"].device)
 
 
 def count_tokens(batch: Batch, config: ContentTransformerConfig, capacity_step: float) -> Batch:
-    """The batch with its packed fine tokens ("fine") and the rows to allocate for them ("capacity").
+    """Return the batch with its packed fine tokens ("fine") and the rows to allocate for them ("capacity").
 
-    The loader's workers run this: the host knows the lengths before the device has the maps, so nobody waits.
+    The loader's workers run this: the host has the lengths before the device has the maps, so it waits for nothing.
     Capacities are whole steps of all cells: shapes repeat, and with them the allocator's blocks.
+
+    Args:
+        batch: with "grain_map" on the host.
+        config: of the network.
+        capacity_step: share of all cells to which the capacity is rounded up.
     """
     fine = fine_tokens(batch["grain_map"], config)
     cells = batch["grain_map"].numel() * config.cells_per_region**2
@@ -129,14 +146,18 @@ def _unchanged(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class LatentData:
-    """What stage 2 is trained on, known from a finished cache, or for a dry run from a VAE that is yet to be trained.
+    """What stage 2 is trained on: a finished cache, or for a dry run what the VAE's configuration will give.
 
     Args:
         cache: None in a dry run without one.
         vae_sha256: of the weights of the VAE that made the latents; None in a dry run.
-        images: how many; sha256: of the cache.
-        image_size: (H, W); latent_shape: (C, Hf, Wf); grid: (h, w) of the grain maps.
-        downsampling: finest first; scale: latents times this have unit variance.
+        images: number of images.
+        sha256: of the cache's index, and so of its content.
+        image_size: (H, W) in pixels.
+        latent_shape: (C, Hf, Wf).
+        grid: (h, w) of the grain maps.
+        downsampling: factors, finest first.
+        scale: latents times this have unit variance.
     """
 
     cache: LatentCache | None
@@ -151,10 +172,12 @@ class LatentData:
 
     @property
     def num_grains(self) -> int:
+        """Number of grains."""
         return len(self.downsampling)
 
     @classmethod
     def of_cache(cls, cache: LatentCache) -> LatentData:
+        """Return the data of a finished cache."""
         return cls(
             cache=cache,
             vae_sha256=cache.facts["vae"],
@@ -169,6 +192,7 @@ class LatentData:
 
     @classmethod
     def of_vae(cls, vae: DynamicVAEConfig, image_size: tuple[int, int], images: int) -> LatentData:
+        """Return the data that a VAE of this configuration will make of images of this size."""
         height, width = image_size
         fine, coarse = vae.downsampling[0], vae.downsampling[-1]
         return cls(
@@ -184,8 +208,16 @@ class LatentData:
         )
 
 
-class LatentStage:
-    """What both transformers share: batches from the latent cache, one learner, maps and pictures to publish."""
+class LatentStage(ABC):
+    """What both transformers share: batches from the latent cache, one learner, maps and pictures to publish.
+
+    Args:
+        config: of the run.
+        settings: of the stage.
+        world: the ranks.
+        data: the latents.
+        vae: decodes the pictures; None where none are made.
+    """
 
     name: str
     folder: str  # under run.dir, for the weights to share
@@ -194,35 +226,45 @@ class LatentStage:
         self, config: Config, settings: StageConfig, world: World, data: LatentData, vae: DynamicVAE | None
     ) -> None:
         self.config, self.settings, self.world, self.data, self.vae = config, settings, world, data, vae
+        self.bf16 = bf16(settings, world.device)
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
         self.network: Any = self.make(config, data)
         self.network.vae_sha256 = data.vae_sha256
-        learns_sigma = getattr(self.network.config, "learn_sigma", False)
-        self.diffusion = GaussianDiffusion(learn_sigma=learns_sigma, device=world.device)
-        self.learners = [Learner(self.name, self.make_losses(), settings, world, self.network)]
-        if self.network.config.attention == "flash_attn" and not self.learners[0].bf16:
+        self.kind = type(self.network)  # FSDP2 changes the class
+        self.networks: dict[str, nn.Module] = {self.name: self.network}
+        if self.network.config.attention == "flash_attn" and not self.bf16:
             raise UserError(
                 f"{self.name}.overrides.attention=flash_attn takes no float32: leave it at sdpa, or train in bf16 "
                 f"({self.name}.precision)"
             )
 
+    @functools.cached_property
+    def diffusion(self) -> GaussianDiffusion:
+        """The noise schedule, on the device."""
+        learns_sigma = getattr(self.network.config, "learn_sigma", False)
+        return GaussianDiffusion(learn_sigma=learns_sigma, device=self.world.device)
+
+    @functools.cached_property
+    def learners(self) -> list[Learner]:
+        return [Learner(self.name, self.make_losses(), self.settings, self.world, self.network)]
+
     @staticmethod
+    @abstractmethod
     def make(config: Config, data: LatentData) -> Transformer:
-        """The network, untrained.
+        """Return the network, untrained.
 
         Raises:
             UserError: settings that do not fit the latents.
         """
-        raise TypeError("a stage must say what it trains")
 
+    @abstractmethod
     def make_losses(self) -> nn.Module:
-        """The network's losses."""
-        raise TypeError(f"{type(self).__name__} must say how it trains")
+        """Return the network's losses."""
 
     def identity(self) -> dict[str, Any]:
         return {
             "stage": self.name,
-            "model": {"kind": self.learners[0].kind.__name__} | self.network.config.__dict__,
+            "model": {"kind": self.kind.__name__} | self.network.config.__dict__,
             "data": {"images": self.data.images, "latents": self.data.sha256, "seed": self.config.run.seed},
         }
 
@@ -231,7 +273,7 @@ class LatentStage:
 
     @property
     def prepare(self) -> Callable[[Batch], Batch]:
-        """What the loader's workers add to a batch."""
+        """The function by which the loader's workers add to a batch."""
         return _unchanged
 
     def batches(self, first: int) -> Generator[Batch]:
@@ -240,17 +282,16 @@ class LatentStage:
             for batch in stream:
                 yield to_device(batch, self.world.device)
 
-    def synthetic(self) -> Batch:
-        """A micro-batch of the right shapes, half of its regions fine: for dry runs and benchmarks."""
-        size = self.settings.batch_size // (self.world.size * self.settings.accumulate)
-        grains = torch.randint(self.data.num_grains, (size, *self.data.grid))
+    def synthetic(self, images: int, device: torch.device) -> Batch:
+        """Return a micro-batch of noise, half of its regions fine."""
+        place = {"device": "meta"} if device.type == "meta" else {}
         batch = {
-            "mean": torch.randn(size, *self.data.latent_shape),
-            "std": torch.rand(size, *self.data.latent_shape),
-            "grain_map": grains,
-            "label": torch.zeros(size, dtype=torch.int64),
+            "mean": torch.randn(images, *self.data.latent_shape, **place),
+            "std": torch.rand(images, *self.data.latent_shape, **place),
+            "grain_map": torch.randint(self.data.num_grains, (images, *self.data.grid), device="cpu"),
+            "label": torch.zeros(images, dtype=torch.int64, device="cpu"),
         }
-        return to_device(self.prepare(batch), self.world.device)
+        return to_device(self.prepare(batch), device)
 
     def notes(self) -> list[str]:
         data = self.data
@@ -261,14 +302,14 @@ class LatentStage:
         macs = count_macs(self.network.config, images, fine)
         return Work(images, images * self.dense_tokens + fine.rows, macs.total)
 
-    def activations(self, batch: Batch) -> int | None:
+    def activations(self, batch: Batch) -> int:
         images, fine = len(batch["grain_map"]), batch.get("fine")
         values = kept_values(self.network.config, images, fine, recompute=self.settings.activation_checkpointing)
-        return values * (2 if self.learners[0].bf16 else 4)
+        return values * (2 if self.bf16 else 4)
 
     @property
     def dense_tokens(self) -> int:
-        """Tokens of an image that pass through the dense blocks."""
+        """Number of tokens of an image that pass through the dense blocks."""
         trunk = self.network.multi_grained if hasattr(self.network, "multi_grained") else self.network.trunk
         return math.prod(side // trunk.patch for side in trunk.grid)
 
@@ -279,12 +320,15 @@ class LatentStage:
             picture = self.picture()
         meters.picture(f"{self.name}/samples", picture, step)
 
+    def warning(self, figures: dict[str, float]) -> str | None:
+        return None
+
+    @abstractmethod
     def picture(self) -> np.ndarray:
-        """Samples of the network as it is, for tensorboard."""
-        raise TypeError(f"{type(self).__name__} must say how it samples")
+        """Return samples of the network as it is, for tensorboard."""
 
     def preview_batch(self) -> tuple[Tensor, Tensor | None, list[int]]:
-        """True grain maps spread over the cache, their labels, and seeds."""
+        """Return true grain maps spread over the cache, their labels, and seeds."""
         assert self.data.cache is not None
         count = min(self.config.sample.images, len(self.data.cache))
         batch = self.data.cache.fetch(spread_over(len(self.data.cache), count))
@@ -293,11 +337,12 @@ class LatentStage:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.learners[0].bf16 else None
+        """Autocast dtype of the samples, or None."""
+        return torch.bfloat16 if self.bf16 else None
 
 
 class GrainStage(LatentStage):
-    """Stage 2a."""
+    """Stage 2a: the Dynamic Grain Transformer."""
 
     name = "grain"
     folder = "grain_transformer"
@@ -329,7 +374,7 @@ class GrainStage(LatentStage):
 
 
 class ContentStage(LatentStage):
-    """Stage 2b; a preset of the plain DiT trains the baseline on the same latents."""
+    """Stage 2b: the Dynamic Content Transformer. A preset of the plain DiT trains the baseline on the same latents."""
 
     name = "content"
     folder = "content_transformer"
