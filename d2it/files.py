@@ -173,10 +173,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     path = folder / "run.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666), "r+")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         raise UserError(f"{folder}: cannot write here: {error.strerror}") from None
-    with file:
+    with open(descriptor, "r+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -156,12 +156,14 @@ def content_stage(device: torch.device) -> ContentStage:
     settings = ["data.path=unused", "data.num_classes=10", "content.preset=tiny"]
     chosen = config.load(None, [*settings, "content.batch_size=4", "content.clip=1"])
     data = LatentData.of_vae(DynamicVAEConfig(), (64, 64), images=4)
-    return ContentStage(chosen, chosen.content, World(0, 1, 1, device), data, None)
+    stage = ContentStage(chosen, chosen.content, World(0, 1, 1, device), data, None)
+    assert len(stage.learners) == 1
+    return stage
 
 
 def steps_of(stage: ContentStage, count: int) -> None:
     (learner,) = stage.learners
-    batch = stage.synthetic()
+    batch = stage.synthetic(4, stage.world.device)
     for step in range(count):
         learner.backward(batch, last=True)
         learner.update(step)
@@ -188,7 +190,7 @@ def test_a_step_of_the_content_stage_does_not_synchronise() -> None:
     stage = content_stage(torch.device("cuda"))
     steps_of(stage, 1)  # compiles
     torch.cuda.synchronize()
-    batch = stage.synthetic()
+    batch = stage.synthetic(4, stage.world.device)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

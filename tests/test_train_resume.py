@@ -105,17 +105,48 @@ def test_non_finite_losses_are_skipped_and_counted(server: Server, tmp_path: Pat
 
 
 def test_non_finite_losses_in_a_row_stop_the_run(server: Server, tmp_path: Path) -> None:
-    """A streak counts across a resume; the weights are those from before it."""
-    good = tmp_path / "good"
-    _, expected, _ = server.run(good, steps=6, save_every=1, log_every=1)
-    code, _, log = server.run(tmp_path / "bad", steps=20, nan="6-7-8-9", skip_limit=3, save_every=1, log_every=1)
+    """The checkpoints are those from before the streak, and the message names the newest; it comes again."""
+    for _ in range(2):
+        code, _, log = server.run(tmp_path, steps=20, nan="6-7-8-9", skip_limit=3, save_every=1, log_every=1)
+        assert code == 2
+        assert "3 steps in a row without a finite gradient in toy" in log
+        assert f"the last good checkpoint is {tmp_path}/checkpoints/toy/step-00000006" in log
+        assert "lower toy.lr" in log
+        assert "Traceback" not in log
+        assert checkpoints(tmp_path)[-1] == "step-00000006"
+    assert server.run(tmp_path, steps=12, save_every=1)[0] == 0  # without the NaN, from step 6
+
+
+@pytest.mark.parametrize("nan", ["8-9", "0-1-2-3-4-5-6-7-8-9"])
+def test_the_last_steps_are_held_to_it_too(server: Server, tmp_path: Path, nan: str) -> None:
+    """A run that ends within a streak is not published as if nothing had happened, however high the limit is."""
+    code, _, log = server.run(tmp_path, steps=10, nan=nan, skip_limit=20, save_every=4, log_every=4)
     assert code == 2
-    assert "3 steps in a row without a finite gradient in toy" in log
-    assert "Traceback" not in log
-    manifest = json.loads((tmp_path / "bad" / "checkpoints" / "toy" / "step-00000008" / "manifest.json").read_text())
-    assert manifest["step"] == 8
-    code, _, log = server.run(tmp_path / "bad", steps=20, nan="6-7-8-9", skip_limit=3, save_every=1, log_every=1)
-    assert code == 2, "the saved streak of two and one more make three"
+    assert "steps in a row without a finite gradient in toy, by step 10" in log
+    assert "step-00000010" not in checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["weights", "average", "moments"])
+@pytest.mark.parametrize("background", [True, False], ids=["background", "inline"])
+def test_what_is_not_finite_is_never_saved(server: Server, tmp_path: Path, what: str, background: bool) -> None:
+    """However it became so: the good checkpoints stay, the message names the newest, and the run goes on from it."""
+    settings = {"save_every": 2, "keep": 1, "async_save": background}
+    code, _, log = server.run(tmp_path, steps=12, spoil=what, spoil_at=5, **settings)
+    assert code == 2
+    assert "is not finite at step 6, so it is neither saved nor published: lower toy.lr or set toy.clip" in log
+    assert f"the last good checkpoint is {tmp_path}/checkpoints/toy/step-00000004" in log
+    assert checkpoints(tmp_path) == ["step-00000004"]
+    code, found, _ = server.run(tmp_path, steps=12, **settings)
+    assert (code, found) == server.run(tmp_path / "undisturbed", steps=12, **settings)[:2]
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(server: Server, tmp_path: Path) -> None:
+    """As a version without the check could write it."""
+    code, _, _ = server.run(tmp_path, steps=4, save_every=2, spoil="weights", spoil_at=3, unchecked=1)
+    assert code == 2  # the worker itself restores at its end
+    code, _, log = server.run(tmp_path, steps=8, save_every=2)
+    assert code == 2
+    assert "is not finite: move the folder away to resume from the one before it" in log
 
 
 def test_checkpoint_of_another_model_is_refused(server: Server, tmp_path: Path) -> None:

@@ -29,14 +29,15 @@ from torch.distributed import TCPStore
 
 from d2it import distributed
 from d2it.diffusion import GaussianDiffusion
-from d2it.errors import UserError
+from d2it.errors import Interrupted, UserError
 from d2it.models import DynamicContentTransformer
 from d2it.models.layers import FinalLayer, Modulation
 from d2it.seeds import seed_of
+from d2it.training import loop
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import RunConfig, StageConfig
 from d2it.training.learner import Batch, Learner
-from d2it.training.loop import Stopped, restore, train
+from d2it.training.loop import restore, train
 from d2it.training.meters import Work
 from d2it.training.transformers import ContentLosses, count_tokens
 
@@ -85,6 +86,8 @@ class Toy:
         nan = [int(s) for s in str(self.extra.get("nan", "")).split("-") if s]
         while True:
             os.pwrite(progress, b"%8d" % step, 0)
+            if step == self.extra.get("spoil_at"):
+                spoil(self.learners[0], self.extra["spoil"])
             if step == self.extra.get("die") and self.world.rank == self.world.size - 1:
                 marker = os.path.join(self.run.dir, "died")
                 if not os.path.exists(marker):
@@ -110,6 +113,9 @@ class Toy:
         return Work(self.settings.batch_size // (self.world.size * self.settings.accumulate), 0, 0)
 
     def publish(self, meters: Any, step: int) -> None:
+        pass
+
+    def warning(self, figures: dict[str, float]) -> None:
         pass
 
 
@@ -138,6 +144,13 @@ class Dynamic(Toy):
             "label": torch.randint(3, (count,), generator=generator),
         }
         return count_tokens(batch, self.config, capacity_step=0.125)
+
+
+def spoil(learner: Learner, what: str) -> None:
+    """Make one value of the weights, their average or the moments infinite, as an overflow would."""
+    p = learner.parameters[0]
+    of = {"weights": p, "average": learner.ema.shadow["first.weight"], "moments": learner.optimizer.state[p]["exp_avg"]}
+    of[what].data.view(-1)[0] = float("inf")
 
 
 def digest(learner: Learner) -> str:
@@ -181,6 +194,8 @@ def main(arguments: list[str]) -> int:
     try:
         if settings.compile:  # traced and cut as ever, and run as it stands
             torch.compiler.set_stance(force_backend="eager")
+        if extra.get("unchecked"):
+            loop.check_finite = lambda *given: None
         stage = (Dynamic if extra.get("dynamic") else Toy)(settings, run, world, extra)
         train(stage, settings, run, world)
         checkpoints = Checkpoints(Path(run.dir) / "checkpoints" / stage.name, world, stage.identity())
@@ -192,9 +207,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
-        return 128 + stopped.signal
+    except Interrupted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return 128 + stop.signal
     finally:
         distributed.stop()
 

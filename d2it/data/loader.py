@@ -191,7 +191,9 @@ class _Stream:
             return None
         if self._reasons.poll():
             reason = self._reasons.recv_bytes().decode()
-            return f"a data worker could not send its batch: {reason}: {_FILES if 'files' in reason else _SHARED_MEMORY}"
+            return (
+                f"a data worker could not send its batch: {reason}: {_FILES if 'files' in reason else _SHARED_MEMORY}"
+            )
         dead = [w for w in self._holder[0]._workers if not w.is_alive()]
         if dead:
             how = f"exit code {dead[0].exitcode}"

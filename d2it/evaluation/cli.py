@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -255,9 +255,9 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     texts: dict[str, Any] = {}
     try:
         merged = OmegaConf.structured(Config)
-        for values, typed in [] if path is None else _files(Path(path), ()):
-            texts |= _take_texts(values, typed)
-            merged = OmegaConf.merge(merged, values)
+        for layer, typed in [] if path is None else _files(Path(path), ()):
+            texts |= _take_texts(layer, typed)
+            merged = OmegaConf.merge(merged, layer)
         for item in overrides:
             key, equals, value = item.partition("=")
             if not equals or not key:
@@ -271,8 +271,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     except ConfigKeyError as error:
         raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"configuration: {f'{key}: ' if key else ''}{reason_of(error)}") from None
+        where = getattr(error, "full_key", None)
+        raise UserError(f"configuration: {f'{where}: ' if where else ''}{reason_of(error)}") from None
     assert isinstance(config, Config)
     for key, text in {"data.path": MISSING, **texts}.items():
         *sections, name = key.split(".")
@@ -306,7 +306,9 @@ def describe() -> str:
 def _settings(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
     """Yield (key, dataclass that has it, default) of every setting."""
     for each in dataclasses.fields(kind):
-        default = each.default if each.default is not dataclasses.MISSING else each.default_factory()  # type: ignore[misc]
+        default = each.default
+        if each.default_factory is not dataclasses.MISSING:
+            default = each.default_factory()
         if dataclasses.is_dataclass(default):
             yield from _settings(type(default), f"{prefix}{each.name}.")
         else:
@@ -381,11 +383,9 @@ def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dic
         text = read_bytes(path, 2**20).decode()
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
-        raise UserError(
-            f"no such configuration file: {path}" if missing else f"{path}: {reason_of(error)}"
-        ) from None
+        raise UserError(f"no such configuration file: {path}" if missing else f"{path}: {reason_of(error)}") from None
     try:
-        values = OmegaConf.to_container(OmegaConf.create(text))
+        values: Any = OmegaConf.to_container(OmegaConf.create(text))
         typed = yaml.load(text, Loader=yaml.BaseLoader)
     except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
         raise UserError(f"{path}: not a YAML configuration: {reason_of(error)}") from None

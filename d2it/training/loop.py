@@ -174,6 +174,7 @@ def check_guard(stage: Stage, run: RunConfig, step: int, checkpoints: Checkpoint
     for learner in stage.learners:
         total, streak, worst = learner.guard.tolist()
         if worst >= run.skip_limit or streak >= limit:
+            checkpoints.wait()
             raise UserError(
                 f"{stage.name}: {max(streak, worst):.0f} steps in a row without a finite gradient in {learner.name}, "
                 f"by step {step} ({total:.0f} skipped in all, none applied): lower {stage.name}.lr or set "

@@ -271,7 +271,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a stage's log: "step" and numbers, up to the first line that a kill or a flipped bit damaged."""
+    """Return the lines of a stage's log ("step" and numbers), up to the first that a kill or a flipped bit damaged."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_bytes().splitlines():
@@ -293,7 +293,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def memory_limit(device: torch.device) -> int:
-    """Return the bytes that a process can hold: a GPU's memory, or the least of the host's and what limits the process."""
+    """Return the bytes that a process can hold: those of the GPU, or of the host within the limits of the process."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

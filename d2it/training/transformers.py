@@ -284,7 +284,7 @@ class LatentStage(ABC):
 
     def synthetic(self, images: int, device: torch.device) -> Batch:
         """Return a micro-batch of noise, half of its regions fine."""
-        place = {"device": "meta"} if device.type == "meta" else {}
+        place: Any = {"device": "meta"} if device.type == "meta" else {}
         batch = {
             "mean": torch.randn(images, *self.data.latent_shape, **place),
             "std": torch.rand(images, *self.data.latent_shape, **place),
