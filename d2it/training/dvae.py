@@ -107,22 +107,14 @@ def build_vae(config: Config) -> DynamicVAE:
             f"configuration: dvae.fine_ratios must have {plan.num_grains - 1} values for {plan.num_grains} grains"
         )
     calibration = Calibration.load(settings.calibration)
-    ours = {
-        "image_size": (height, width),
-        "region_size": plan.region_size,
-        "num_bins": plan.num_bins,
-        "value_range": tuple(plan.value_range),
-        "sigma": plan.sigma,
-        "normalize": plan.normalize,
-    }
-    for key, value in ours.items():
-        theirs = getattr(calibration, key)
-        if theirs != value:
-            raise UserError(
-                f"configuration: dvae.calibration={settings.calibration or 'null (the one shipped)'} was made with "
-                f"{key}={theirs}, this run has {value}: make one for these images with python -m d2it.data.calibrate "
-                f"--image-size {height} {width} --region-size {plan.region_size}, or set dvae.overrides.thresholds"
-            )
+    entropy = {key: getattr(plan, key) for key in ("region_size", "num_bins", "value_range", "sigma", "normalize")}
+    try:
+        calibration.require(image_size=(height, width), **entropy)
+    except UserError as error:
+        raise UserError(
+            f"configuration: dvae.calibration={settings.calibration or 'null (the one shipped)'}: {error} "
+            f"--image-size {height} {width} --region-size {plan.region_size}, or set dvae.overrides.thresholds"
+        ) from None
     thresholds = tuple(calibration.thresholds(settings.fine_ratios))
     overrides = {k: v for k, v in settings.overrides.items() if k != "thresholds"}
     return build(DynamicVAE, dataclasses.replace(settings, overrides=overrides), "dvae", thresholds=thresholds)
@@ -191,12 +183,15 @@ class DvaeStage:
         return made
 
     def identity(self) -> dict[str, Any]:
-        loss = self.settings.loss
+        loss, world = self.settings.loss, self.world
+        # One rank reads the sizes of all files.
+        mine = world.together(lambda: self.source.fingerprint() if world.first else None)
+        fingerprint = world.gather(mine)[0]
         return {
             "stage": self.name,
             "model": self.vae.config.__dict__ | {"scaling_factor": None},  # a result, not a setting
             "critic": None if loss.disc_start is None else [loss.disc_channels, loss.disc_layers],
-            "data": {"images": len(self.source), "seed": self.config.run.seed},
+            "data": {"images": len(self.source), "fingerprint": fingerprint, "seed": self.config.run.seed},
         }
 
     def active(self, step: int) -> list[Learner]:
