@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_report.gpus import occupancy
+from kernel_report.ptx import read_function, split_functions
 
-from benchmarks import kernel_report
 from d2it.ops import _native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,8 +157,8 @@ $L__BB0_3:
 
 
 def test_reads_what_a_kernel_does() -> None:
-    ((name, statements),) = kernel_report.split_functions(PTX).items()
-    read = kernel_report.read_function(statements)
+    ((name, statements),) = split_functions(PTX).items()
+    read = read_function(statements)
     assert name == "k"
     assert read["main_loop"]
     # The 2 bytes before the loop are not the loop's; what waits, and what is laid out behind, is no loop that loads.
@@ -180,4 +181,4 @@ def test_reads_what_a_kernel_does() -> None:
     ],
 )
 def test_occupancy_on_sm_90(registers: int, threads: int, shared: int, share: float) -> None:
-    assert kernel_report.occupancy("sm_90", registers, threads, shared) == pytest.approx(share)
+    assert occupancy("sm_90", registers, threads, shared) == pytest.approx(share)

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from kernel_report.compile import cuobjdump
 
 import d2it
-from benchmarks.kernel_report import cuobjdump
 from d2it.ops import _native
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,0 +1,194 @@
+"""What the compiler made of every kernel: no GPU needed.
+
+    python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 [--json FILE]
+    python benchmarks/kernel_report.py --arch sm_90 --heaviest sm_80 sm_100 --library d2it/_C.abi3.so
+
+Exit status 1: a kernel spills, loads narrowly in its main loop, does not fit, or is compiled by no case, and is not
+listed in `exceptions.py` with the reason why that is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import fnmatch
+import json
+import multiprocessing
+import os
+from collections import Counter
+from pathlib import Path
+
+from kernel_report.compile import ROOT, compile_cuda, compile_triton, nvcc, read_library
+from kernel_report.exceptions import EXCEPTIONS
+from kernel_report.gpus import ARCHS, occupancy
+
+# Bytes in a main loop that may come through loads of 32 bits and less (row indices, per-row scalars).
+NARROW_SHARE = 0.25
+
+
+def problems(row: dict) -> list[str]:
+    """What is wrong with a kernel, exceptions taken out."""
+    found = []
+    if row["spill_bytes"]:
+        found.append(("spill", f"{row['spill_bytes']} bytes of stack"))
+    if row["load_bits"] and (row["load_bits"] < 128 or row["narrow_load_share"] > NARROW_SHARE):
+        share = f"{row['narrow_load_share']:.0%} of its bytes in loads of 32 bits or less"
+        found.append(("narrow load", f"main loop loads {row['load_bits']} bits, {share}"))
+    if row["shared_bytes"] > ARCHS[row["arch"]]["block_shared"] or row["occupancy"] == 0:
+        found.append(("does not fit", f"{row['shared_bytes']} bytes of shared memory, {row['registers']} registers"))
+    return [f"{kind}: {detail}" for kind, detail in found if not excused(row, kind)]
+
+
+def excused(row: dict, kind: str) -> bool:
+    for kernel, config, accepted, reason in EXCEPTIONS:
+        names = fnmatch.fnmatch(row["kernel"], kernel) and fnmatch.fnmatch(row["config"], config)
+        if names and kind == accepted:
+            row.setdefault("accepted", []).append(f"{kind} in {kernel} [{config}]: {reason}")
+            return True
+    return False
+
+
+def report(
+    archs: list[str], heaviest: list[str], folder: Path, only: str, jobs: int, cuda: bool, library: Path | None
+) -> tuple[list[dict], list[str]]:
+    """All rows, and the kernels that no case compiles.
+
+    heaviest: more architectures, for which only those cases are compiled in which a kernel of Triton takes most
+    registers on the first of `archs`. CUDA kernels are in it for all.
+    """
+    stems = sorted(path.stem for path in folder.glob("*.py") if path.stem != "common")
+    stems = [stem for stem in stems if fnmatch.fnmatch(stem, only)]
+    sources = [path for path in sorted((ROOT / "csrc").glob("*.cu")) if cuda and fnmatch.fnmatch(path.stem, only)]
+    rows: list[dict] = []
+    if library:
+        names = {f"csrc/{path.name}" for path in sources}
+        rows += [row for row in read_library(library, archs + heaviest) if row["source"] in names]
+        sources = []
+    if sources and nvcc() is None:
+        print(f"skipped csrc/: no nvcc ({', '.join(path.name for path in sources)})")
+        sources = []
+    slots = 1 if jobs == 1 else 4
+    declared: set[str] = set()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        cuda_tasks = [pool.submit(compile_cuda, str(path), arch) for path in sources for arch in archs + heaviest]
+        triton_tasks = [
+            pool.submit(compile_triton, str(folder), stem, arch, slot, slots)
+            for stem in stems
+            for arch in archs
+            for slot in range(slots)
+        ]
+        of_triton: list[dict] = []
+        for task in triton_tasks:
+            some, names = task.result()
+            of_triton += some
+            declared |= set(names)
+        most: dict[str, dict] = {}
+        for row in of_triton:
+            if row["arch"] == archs[0] and row["registers"] > most.get(row["kernel"], {"registers": -1})["registers"]:
+                most[row["kernel"]] = row
+        triton_tasks = []
+        for stem in stems:
+            cases = frozenset(row["case"] for row in most.values() if row["source"] == f"kernels/{stem}.py")
+            triton_tasks += [
+                pool.submit(compile_triton, str(folder), stem, arch, 0, 1, cases) for arch in heaviest if cases
+            ]
+        for task in triton_tasks:
+            of_triton += task.result()[0]
+        rows += of_triton
+        for task in cuda_tasks:
+            rows += task.result()
+    order = archs + heaviest
+    seen: Counter[tuple] = Counter()
+    for row in rows:
+        row["occupancy"] = occupancy(row["arch"], row["registers"], row["threads"], row["shared_bytes"])
+        row["problems"] = problems(row)
+        key = (row["kernel"], row["config"], row["arch"])
+        seen[key] += 1
+        if seen[key] > 1:
+            row["config"] += f" ({seen[key]})"
+    rows.sort(key=lambda row: (row["source"], row["kernel"], row["config"], order.index(row["arch"])))
+    for row in rows:
+        row.pop("case", None)
+    return rows, sorted(declared - {row["kernel"] for row in rows})
+
+
+def table(rows: list[dict]) -> str:
+    head = (
+        "kernel",
+        "config",
+        "arch",
+        "regs",
+        "spill",
+        "shared",
+        "load",
+        "store",
+        "tensor core",
+        "occupancy",
+        "",
+    )
+    body = [
+        (
+            row["kernel"],
+            row["config"],
+            row["arch"],
+            str(row["registers"]),
+            str(row["spill_bytes"]),
+            str(row["shared_bytes"]),
+            f"{row['load_bits']}{' loop' if row['main_loop'] else ''}",
+            str(row["store_bits"]),
+            " ".join(f"{name} {count}" for name, count in row["tensor_core"].items()) or "-",
+            f"{row['occupancy']:.0%}",
+            "; ".join(row["problems"]),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *body)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=sorted(ARCHS), default=list(ARCHS))
+    parser.add_argument(
+        "--heaviest", nargs="+", choices=sorted(ARCHS), default=[], metavar="ARCH",
+        help="also these, but of each Triton kernel only the case that takes most registers on the first --arch",
+    )  # fmt: skip
+    parser.add_argument("--library", type=Path, metavar="FILE", help="read csrc/'s kernels off this built library")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as a list of objects")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*'")
+    parser.add_argument("--kernels", type=Path, default=ROOT / "kernels", metavar="DIR", help="another folder")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
+    args = parser.parse_args()
+
+    # Interpreted kernels have no machine code; the workers import Triton after this.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster, the same code
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    home = args.kernels == ROOT / "kernels"
+    rows, missing = report(
+        args.arch, args.heaviest, args.kernels.resolve(), args.only, args.jobs, cuda=home, library=args.library
+    )
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+    accepted = {line for row in rows for line in row.get("accepted", ())}
+    for line in sorted(accepted):
+        print(f"accepted: {line}")
+    if home and args.only == "*":
+        for kernel, config, kind, reason in EXCEPTIONS:
+            line = f"{kind} in {kernel} [{config}]: {reason}"
+            if line not in accepted:
+                print(f"not needed here: {line}")
+    wrong = [f"{row['kernel']} [{row['config']}] {row['arch']}: {p}" for row in rows for p in row["problems"]]
+    wrong += [f"{name}: no compile case launches it" for name in missing]
+    for line in wrong:
+        print(f"FAILED {line}")
+    print(f"{len(rows)} kernels compiled, {len(wrong)} problems")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

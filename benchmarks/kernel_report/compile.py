@@ -1,0 +1,240 @@
+"""Compiles every kernel for an architecture and reads what the compiler made of it.
+
+Triton kernels: the compile cases that each kernel file declares are run through the real launchers on meta tensors,
+with launching replaced by compiling, so the alignment hints, constants and warps are the launcher's. CUDA kernels:
+every file of csrc/ goes through nvcc, or is read off a library that was built of them. Registers, stack and shared
+memory are ptxas's own, read off the cubin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kernel_report.gpus import ARCHS
+from kernel_report.ptx import read_function, split_functions
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "kernel_report"
+
+
+@functools.cache
+def cuobjdump() -> str:
+    """Bundled with Triton, else on PATH."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    if found is None:
+        raise SystemExit("cuobjdump is neither bundled with triton nor on PATH")
+    return found
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read(cubin: bytes, ptx: str) -> dict[str, dict]:
+    """Kernel name -> what the report says of it, but for what the launch adds."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return read_usage(_output(cuobjdump(), "-res-usage", file.name), ptx)
+
+
+def read_usage(usage: str, ptx: str) -> dict[str, dict]:
+    """The same from what cuobjdump says of registers and memory."""
+    bodies = split_functions(ptx)
+    found = {}
+    for name, numbers in re.findall(r"Function (\S+):\n\s*(REG:.*)", usage):
+        resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+        bound = re.search(rf"\.entry\s+{re.escape(name)}\b[^{{]*?\.maxntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", ptx)
+        found[name] = {
+            "registers": resources["REG"],
+            "spill_bytes": resources["STACK"] + resources["LOCAL"],
+            "shared_bytes": resources["SHARED"],
+            "max_threads": math.prod(int(n) for n in bound.groups() if n) if bound else 0,
+            **read_function(bodies[name]),
+        }
+    return found
+
+
+class AheadOfTimeDriver:
+    """Stands where Triton expects a GPU's driver and names the target; nothing can be launched on it."""
+
+    def __init__(self, capability: tuple[int, int]):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # a device of its own per architecture: kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@functools.cache
+def _compile_instead_of_launching() -> list:
+    """Make ``kernel[grid](...)`` compile and append (function, compiled kernel) to the list returned."""
+    from triton.runtime.jit import JITFunction
+
+    run, compiled = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    return compiled
+
+
+def _import_kernels(folder: str, stem: str):
+    if Path(folder) == ROOT / "kernels":
+        return importlib.import_module(f"d2it.kernels.{stem}")
+    sys.path.insert(0, folder)
+    return importlib.import_module(stem)
+
+
+def compile_triton(
+    folder: str, stem: str, arch: str, slot: int, slots: int, chosen: frozenset[int] | None = None
+) -> tuple[list[dict], list[str]]:
+    """Rows for every slots-th compile case of one kernel file (of those chosen), and the kernels it declares."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled = _compile_instead_of_launching()
+    module = _import_kernels(folder, stem)
+    from d2it.kernels.common import COMPILE_CASES, compile_target
+
+    capability = ARCHS[arch]["capability"]
+    driver.set_active(AheadOfTimeDriver(capability))
+    rows = []
+    with compile_target(capability, ARCHS[arch]["sms"]):
+        cases = COMPILE_CASES[module.__name__]() if module.__name__ in COMPILE_CASES else ()
+        for i, (config, call) in enumerate(cases):
+            if i % slots != slot or (chosen is not None and i not in chosen):
+                continue
+            compiled.clear()
+            call()
+            if not compiled:
+                raise SystemExit(f"{stem}: compile case {config} launched nothing")
+            for function, kernel in compiled:
+                metadata = kernel.metadata
+                ((_, found),) = read(kernel.asm["cubin"], kernel.asm["ptx"]).items()
+                threads = metadata.num_warps * 32
+                row = {
+                    "kernel": function.__name__,
+                    "config": config,
+                    "arch": arch,
+                    "source": f"kernels/{stem}.py",
+                    "case": i,
+                    **found,
+                    "threads": threads,
+                    "num_stages": metadata.num_stages,
+                }
+                row["shared_bytes"] = max(metadata.shared, found["shared_bytes"])
+                rows.append(row)
+    declared = [
+        function.__name__
+        for function in vars(module).values()
+        if isinstance(function, JITFunction)
+        and function.__name__.endswith("_kernel")
+        and function.__module__ == module.__name__
+    ]
+    return rows, declared
+
+
+@functools.cache
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def compile_cuda(source: str, arch: str) -> list[dict]:
+    """Rows for every kernel of one .cu file."""
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # as in setup.py
+    flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
+    headers = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc").glob("*.cuh"))
+    key = hashlib.sha256(" ".join([arch, *flags, torch.__version__, _output(nvcc(), "--version")]).encode())
+    for path in [Path(source), *headers]:
+        key.update(path.read_bytes())
+    kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            kernels = Path(folder) / "kernels"
+            kernels.mkdir()
+            command = [nvcc(), "-cubin", f"-arch={arch}", *flags, "--keep", "--keep-dir", folder]
+            made = subprocess.run(
+                [*command, "-o", str(kernels / "cubin"), source], capture_output=True, text=True, cwd=folder
+            )
+            if made.returncode:
+                raise SystemExit(f"nvcc on {source}:\n{made.stderr}")
+            shutil.copy(Path(folder) / f"{Path(source).stem}.ptx", kernels / "ptx")
+            with contextlib.suppress(OSError):  # another process made the same
+                kernels.rename(kept)
+    found = read((kept / "cubin").read_bytes(), (kept / "ptx").read_text())
+    return [_cuda_row(mangled, arch, numbers) for mangled, numbers in found.items()]
+
+
+def read_library(library: Path, archs: list[str]) -> list[dict]:
+    """Rows for every kernel of csrc/ as the built library has it: registers and memory of each architecture. It carries
+    PTX of the newest one alone, so the widths are those."""
+    ptx = _output(cuobjdump(), "-ptx", str(library))
+    rows = []
+    for part in re.split(r"^Fatbin elf code:", _output(cuobjdump(), "-res-usage", str(library)), flags=re.MULTILINE)[
+        1:
+    ]:
+        arch = re.search(r"^arch = (\w+)", part, re.MULTILINE)[1]
+        if arch in archs:
+            rows += [_cuda_row(mangled, arch, found) for mangled, found in read_usage(part, ptx).items()]
+    if absent := set(archs) - {row["arch"] for row in rows}:
+        raise SystemExit(f"{library} has no code for {', '.join(sorted(absent))}")
+    return rows
+
+
+def _cuda_row(mangled: str, arch: str, found: dict) -> dict:
+    name = _demangle(mangled).replace("(anonymous namespace)::", "")
+    kernel, _, parameters = name.partition("<")
+    kernel = kernel.partition("(")[0].rpartition(" ")[2].rpartition("::")[2]
+    return {
+        "kernel": kernel,
+        "config": parameters.rpartition(">(")[0] or "-",
+        "arch": arch,
+        "source": _source_of(kernel),
+        **found,
+        "threads": found["max_threads"] or 1024,
+        "num_stages": 0,
+    }
+
+
+@functools.cache
+def _source_of(kernel: str) -> str:
+    for path in sorted((ROOT / "csrc").glob("*.cu")):
+        if re.search(rf"\b{kernel}\b", path.read_text()):
+            return f"csrc/{path.name}"
+    raise SystemExit(f"no file of csrc/ holds {kernel}: the library is older than they are")
+
+
+@functools.cache
+def _demangle(name: str) -> str:
+    demangler = shutil.which("cu++filt") or shutil.which("c++filt")
+    return _output(demangler, name).strip() if demangler else name

@@ -1,0 +1,111 @@
+"""The problems that the report accepts, each with its reason."""
+
+from __future__ import annotations
+
+# (kernel, config) patterns -> the problem that is accepted, and why.
+EXCEPTIONS: list[tuple[str, str, str, str]] = [
+    (
+        "relative_position_bias_fwd_kernel",
+        "*",
+        "narrow load",
+        "gathers single entries of a table that stays in L1 (65 KB in these cases); 128-bit stores are the bound",
+    ),
+    (
+        "relative_position_bias_bwd_kernel",
+        "w[48]-*",
+        "narrow load",
+        "a row of pairs has 4 or 8 elements, a block fewer bytes than 16 a lane; under 0.4 MB in all",
+    ),
+    (
+        "*_any",
+        "*",
+        "narrow load",
+        "takes the sizes and strides that have no 16-byte vectors, one element at a time",
+    ),
+    (
+        "clear_unnamed_rows_kernel",
+        "*",
+        "narrow load",
+        "reads a flag of one byte a row; the rows are only written, and only those without a name",
+    ),
+    (
+        "close_up_kernel",
+        "*",
+        "narrow load",
+        "one slot a lane, 4 bytes; a window of 64 has no more, and all slots are under 1 % of the bytes",
+    ),
+    (
+        "window_attention_blocks_*_kernel",
+        "*-packed-*",
+        "narrow load",
+        "the bias is gathered by the positions of the tokens that exist, from L2 (256 KB a head at most); q, k, v and "
+        "their gradients come 16 bytes at a time",
+    ),
+    (
+        "window_attention_blocks_dkv_kernel",
+        "n256-*",
+        "narrow load",
+        "the bias of a block of scores with keys first is read down a column, from L2 (256 KB a head); q, k, v and "
+        "their gradients come 16 bytes at a time",
+    ),
+    (
+        "*window_attention_*_kernel",
+        "n49-*",
+        "narrow load",
+        "rows of 49 entries of the bias start at odd addresses; one matrix of 10 KB a head, from L1",
+    ),
+    (
+        "reduce_sums_kernel",
+        "n49-*",
+        "narrow load",
+        "rows of 49 entries start at odd addresses",
+    ),
+    (
+        "kde_entropy_kernel",
+        "S16-*-uint8",
+        "narrow load",
+        "a region of 256 pixels leaves 8 bytes to a lane; 0.05 us of memory time for an image of 256 x 256",
+    ),
+    (
+        "kde_entropy_kernel",
+        "S8-*",
+        "narrow load",
+        "a region of 64 pixels leaves two to a lane",
+    ),
+    (
+        "kde_entropy_kernel",
+        "*-channels_last-*",
+        "narrow load",
+        "pixels of three channels come one by one; the three loads of a channel each find the same sectors in L1",
+    ),
+    (
+        "plan_tokens_*_kernel",
+        "*",
+        "narrow load",
+        "one int64 grain a lane, 8 bytes, from maps of 0.5 MB for 256 images; the launch is the cost",
+    ),
+    (
+        "gather_rows_kernel",
+        "C12-bfloat16-pack-latents",
+        "narrow load",
+        "channels of a cell are far apart in (B, C, Hf, Wf); lanes run along the cells instead",
+    ),
+    (
+        "gather_rows_kernel",
+        "C4-bfloat16-*",
+        "narrow load",
+        "a row is 8 bytes",
+    ),
+    (
+        "gather_rows_kernel",
+        "C12-bfloat16-*",
+        "narrow load",
+        "a row is 24 bytes and starts on an 8-byte boundary",
+    ),
+    (
+        "sum_runs_kernel",
+        "*-float32-packed-modulate",
+        "narrow load",
+        "the loop counted is the one for images out of order, which reads two statistics a row",
+    ),
+]

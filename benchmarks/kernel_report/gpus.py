@@ -1,0 +1,21 @@
+"""What the report knows of GPUs: sizes, and how many warps of a kernel one of their multiprocessors holds."""
+
+from __future__ import annotations
+
+# Per multiprocessor: shared memory, of which a block may take; streaming multiprocessors of the product.
+# 65,536 registers, 64 warps and 32 blocks on all three (CUDA C++ Programming Guide, "Compute Capabilities").
+ARCHS = {
+    "sm_80": {"capability": (8, 0), "shared": 164 * 1024, "block_shared": 163 * 1024, "sms": 108},
+    "sm_90": {"capability": (9, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "sms": 132},
+    "sm_100": {"capability": (10, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "sms": 148},
+}
+
+
+def occupancy(arch: str, registers: int, threads: int, shared: int) -> float:
+    """Resident warps per multiprocessor / 64, bound by registers, shared memory and block slots."""
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256 a warp
+    by_registers = (65536 // per_warp) // warps if per_warp else 32
+    # Each block also holds 1 KB that the system reserves; allocation is by 128 bytes.
+    by_shared = ARCHS[arch]["shared"] // (1024 + -(-shared // 128) * 128)
+    return min(by_registers, by_shared, 32, 64 // warps) * warps / 64
