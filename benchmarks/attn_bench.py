@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import common
+import command
+import machine
 import torch
 import torch.nn.functional as F
-from common import Bench, Cost, Run, Skip
+from bench import Bench, Cost, Run, Skip, own
 from torch import Tensor
 
 from d2it import ops
@@ -28,7 +29,7 @@ MODELS = {"D2iT-S": (6, 64), "D2iT-B": (12, 64), "D2iT-L": (16, 64), "D2iT-XL": 
 
 def inputs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """qkv (T, 3, H, D), bias (1, H, n, n), slots (W, n); regions of 2 x 2 cells are fine at random, at `fill`."""
-    device = common.device()
+    device = machine.device()
     rng = torch.Generator(device).manual_seed(seed)
     side = int(n**0.5)
     grid = max(32, side)
@@ -57,11 +58,8 @@ def inputs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch
     }
 
 
-def ours(backend: str) -> Run:
-    def run(given: dict[str, Any]) -> Tensor:
-        return ops.window_attention_qkvpacked(given["qkv"], given["bias"], slots=given["slots"], backend=backend)
-
-    return run
+def ours(given: dict[str, Any], backend: str) -> Tensor:
+    return ops.window_attention_qkvpacked(given["qkv"], given["bias"], slots=given["slots"], backend=backend)
 
 
 def on_windows(attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Run:
@@ -105,7 +103,7 @@ def compiled() -> Run:
 def sdpa() -> Run:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    allowed = [SDPBackend.EFFICIENT_ATTENTION] if common.device() == "cuda" else [SDPBackend.FLASH_ATTENTION]
+    allowed = [SDPBackend.EFFICIENT_ATTENTION] if machine.device() == "cuda" else [SDPBackend.FLASH_ATTENTION]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         with sdpa_kernel([*allowed, SDPBackend.MATH], set_priority=True):
@@ -116,7 +114,7 @@ def sdpa() -> Run:
 
 def flex() -> Run:
     """Every window is a batch entry; slots without a token are scored away."""
-    if common.device() == "cpu":
+    if machine.device() == "cpu":
         raise Skip("FlexAttention has no backward on CPU")
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -139,7 +137,7 @@ BLOCK = 128  # of FlexAttention's masks
 
 def flex_stacked() -> Run:
     """All rows are one sequence, in which a block mask, made beforehand, keeps the windows apart."""
-    if common.device() == "cpu":
+    if machine.device() == "cpu":
         raise Skip("FlexAttention has no backward on CPU")
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -183,7 +181,7 @@ def flex_stacked() -> Run:
 def xformers() -> Run:
     if importlib.util.find_spec("xformers") is None:
         raise Skip("xformers is not installed")
-    if common.device() == "cpu":
+    if machine.device() == "cpu":
         raise Skip("xformers has no operator on CPU")
     from xformers.ops import memory_efficient_attention
 
@@ -234,24 +232,22 @@ def costs(n: int, heads: int, width: int, fill: float, cells: int, dtype: torch.
 
 
 def benches(models: tuple[str, ...] = ()) -> Iterator[Bench]:
-    gpu = common.device() == "cuda"
+    gpu = machine.device() == "cuda"
     cells = 262_144 if gpu else 2_048
     shapes = [(n, 16 if gpu else 4, width) for width in (72, 64) for n in (256, 64, 16)]
     if models:
         shapes = [(256, *MODELS[name]) for name in models]
-    backends = [b for b in ops.available_backends("window_attention_qkvpacked") if b != "reference"]
     # What the goals look at first: a run that is cut short has measured it.
     for fills in ((0.5, 1.0), (0.25,)):
         for (n, heads, width), fill in itertools.product(shapes, fills):
             dtype = torch.bfloat16 if gpu else torch.float32
-            contenders = {f"d2it {b}": partial(ours, b) for b in backends} | CONTENDERS
             forward, backward = costs(n, heads, width, fill, cells, dtype)
             yield Bench(
                 case=f"n{n}-H{heads}-D{width}-fill{fill:g}-{str(dtype)[6:]}",
                 shape={"n": n, "H": heads, "D": width, "fill": fill, "cells": cells},
                 dtype=dtype,
                 inputs=partial(inputs, n, heads, width, fill, cells, dtype),
-                contenders=contenders,
+                contenders=own("window_attention_qkvpacked", ours) | CONTENDERS,
                 forward=forward,
                 backward=backward,
                 gradients=("qkv", "bias"),
@@ -260,7 +256,7 @@ def benches(models: tuple[str, ...] = ()) -> Iterator[Bench]:
 
 
 if __name__ == "__main__":
-    parser = common.arguments(__doc__)
+    parser = command.arguments(__doc__)
     parser.add_argument("--model", action="append", default=[], choices=MODELS, help="the shapes of a preset")
     args = parser.parse_args()
-    raise SystemExit(common.main(__doc__, "window_attention", partial(benches, tuple(args.model)), args))
+    raise SystemExit(command.main(__doc__, "window_attention", partial(benches, tuple(args.model)), args))

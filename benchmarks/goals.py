@@ -1,6 +1,6 @@
 """The goals of the project and what was measured of them.
 
-A goal looks at the result files of one device; what it finds nothing about is "not measured", never a pass.
+A goal is evaluated on the result files of one device; without a row for it there, it is "not measured", never met.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from results import Result, Row, cases, fastest, is_cpu, ours, right, total_speedup
+from rows import Result, Row, cases, fastest, is_cpu, ours, right, total_speedup
 
 Results = dict[str, Result]
 Measured = tuple[float, str]

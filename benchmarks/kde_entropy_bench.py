@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import common
+import command
+import machine
 import torch
 import torch.nn.functional as F
-from common import Bench, Cost, Run, Skip
+from bench import Bench, Cost, Run, Skip, own
 from torch import Tensor
 
 from d2it import ops
@@ -25,7 +26,7 @@ MOST_TEMPORARIES = {"cuda": 100e9, "cpu": 4e9}  # bytes of the eager formula's, 
 
 def inputs(batch: int, side: int, channels: int, bins: int, low: float, dtype: torch.dtype, seed: int) -> Any:
     """Images (batch, channels, side, side) with smooth regions and textured ones, as photographs have."""
-    rng = torch.Generator(common.device()).manual_seed(seed)
+    rng = torch.Generator(machine.device()).manual_seed(seed)
 
     def noise(size: int) -> Tensor:
         return torch.randn(batch, channels, size, size, generator=rng, device=rng.device)
@@ -37,8 +38,8 @@ def inputs(batch: int, side: int, channels: int, bins: int, low: float, dtype: t
     return {"images": images, "region_size": REGION, "num_bins": bins, "value_range": (low, 1.0), "sigma": SIGMA}
 
 
-def on(backend: str) -> Run:
-    return lambda given: ops.kde_entropy(**given, backend=backend)
+def ours(given: dict[str, Any], backend: str) -> Tensor:
+    return ops.kde_entropy(**given, backend=backend)
 
 
 def formula(
@@ -66,7 +67,7 @@ def formula(
 
 
 def rival(function: Callable[..., Tensor], bytes_of_temporaries: float) -> Run:
-    if bytes_of_temporaries > MOST_TEMPORARIES[common.device()]:
+    if bytes_of_temporaries > MOST_TEMPORARIES[machine.device()]:
         raise Skip(f"its temporaries take {bytes_of_temporaries / 1e9:.0f} GB")
     return lambda given: function(**given)
 
@@ -80,7 +81,7 @@ def compiled_formula() -> Run:
 def cases() -> Iterator[tuple[int, int, int, int, float, torch.dtype]]:
     """(batch, side, channels, bins, low, dtype)."""
     fp32, bf16, byte = torch.float32, torch.bfloat16, torch.uint8
-    if common.device() == "cpu":
+    if machine.device() == "cpu":
         yield 1, 256, 3, 256, -1.0, fp32
         yield 4, 256, 3, 256, -1.0, fp32
         yield 1, 512, 3, 256, -1.0, fp32
@@ -101,11 +102,10 @@ def cases() -> Iterator[tuple[int, int, int, int, float, torch.dtype]]:
 
 
 def benches() -> Iterator[Bench]:
-    backends = [name for name in ops.available_backends("kde_entropy") if name != "reference"]
     for batch, side, channels, bins, low, dtype in cases():
         pixels = batch * side**2
         temporaries = 3 * 4 * pixels * bins  # difference, power, exponential
-        contenders: dict[str, Callable[[], Run]] = {f"d2it {name}": partial(on, name) for name in backends}
+        contenders = own("kde_entropy", ours)
         contenders["eager formula"] = partial(rival, formula, temporaries)
         contenders["compiled formula"] = compiled_formula
         # The reference takes a few regions at a time: 64 MB, whatever the batch.
@@ -118,11 +118,10 @@ def benches() -> Iterator[Bench]:
             contenders=contenders,
             forward=Cost(bytes=pixels * channels * dtype.itemsize + 4 * pixels // REGION**2),
             expected=lambda given: ops.reference.kde_entropy(**given),
-            operator="kde_entropy",
         )
 
 
 if __name__ == "__main__":
-    if common.device() == "cpu":
+    if machine.device() == "cpu":
         torch.set_num_threads(1)
-    raise SystemExit(common.main(__doc__, "kde_entropy", benches))
+    raise SystemExit(command.main(__doc__, "kde_entropy", benches))

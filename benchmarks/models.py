@@ -11,14 +11,17 @@ import fnmatch
 import gc
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
+from time import monotonic
 from typing import Any
 
-import common
+import command
+import machine
+import timing
 import torch
-from common import Skip
-from results import Row, speedup
+from bench import Skip
+from rows import Row, note, ours
+from timing import Timing
 from torch import Tensor, nn
 
 from d2it.models.layers import FinalLayer, Modulation, WindowAttention
@@ -56,8 +59,8 @@ class Case:
 
 
 def size_arguments(description: str) -> argparse.ArgumentParser:
-    gpu = common.device() == "cuda"
-    parser = common.arguments(description)
+    gpu = machine.device() == "cuda"
+    parser = command.arguments(description)
     parser.add_argument("--model", nargs="+", choices=sorted(SIZES), default=["XL", "B"] if gpu else ["S"])
     parser.add_argument("--batch-size", type=int, default=32 if gpu else 2, help="images (%(default)s)")
     parser.add_argument("--image-size", type=int, default=256 if gpu else 128, help="pixels (%(default)s)")
@@ -67,11 +70,11 @@ def size_arguments(description: str) -> argparse.ArgumentParser:
 
 
 def dtype() -> torch.dtype:
-    return torch.bfloat16 if common.device() == "cuda" else torch.float32
+    return torch.bfloat16 if machine.device() == "cuda" else torch.float32
 
 
 def compilable(options: argparse.Namespace) -> None:
-    if common.device() == "cpu" and not options.compiled:
+    if machine.device() == "cpu" and not options.compiled:
         raise Skip("compiling takes minutes on a CPU: --compiled")
 
 
@@ -96,7 +99,7 @@ def distance(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
 
 
 def warm(case: Case) -> None:
-    """Runs what compiles once, and looks at nothing."""
+    """Runs what compiles once, and checks nothing."""
     for name, (_, setup) in case.contenders.items():
         if not name.endswith(("compiled", "graph")):
             continue
@@ -105,7 +108,7 @@ def warm(case: Case) -> None:
         try:
             job = setup()
             job.call()
-            common.synchronize()
+            machine.synchronize()
             job.close()
         except (Skip, RuntimeError) as reason:  # reported when it is measured
             print(f"{case.name} {name}: {reason}")
@@ -119,17 +122,17 @@ def run_case(case: Case, seconds: float | None) -> Iterator[Row]:
         job: Job | None = None  # the one before lets go of its memory
         torch.compiler.reset()
         gc.collect()
-        if common.device() == "cuda":
+        if machine.device() == "cuda":
             torch.cuda.empty_cache()
         try:
             job = setup()
-            if common.device() == "cuda":  # what the check took is not the contender's
+            if machine.device() == "cuda":  # what the check took is not the contender's
                 torch.cuda.reset_peak_memory_stats()
-            with common.Power() as power:
+            with machine.Power() as power:
                 if job.host:
-                    timing = common.time_in_turns([[job.call]], seconds)[0]
+                    time = timing.time_in_turns([[job.call]], seconds)[0]
                 else:
-                    timing = common.time_calls([job.call], graph=False, seconds=seconds)
+                    time = timing.time_calls([job.call], graph=False, seconds=seconds)
         except Skip as reason:
             yield {**base, "skipped": str(reason)}
             continue
@@ -139,25 +142,25 @@ def run_case(case: Case, seconds: float | None) -> Iterator[Row]:
         finally:
             if job is not None:
                 job.close()
-        print(f"{case.name} {name}: {timing.ms:.1f} ms", file=sys.stderr, flush=True)
-        yield {**base, "direction": case.direction, **_figures(job, timing, case.dtype), **power.read()}
+        print(f"{case.name} {name}: {time.ms:.1f} ms", file=sys.stderr, flush=True)
+        yield {**base, "direction": case.direction, **_figures(job, time, case.dtype), **power.read()}
 
 
-def _figures(job: Job, timing: common.Timing, dtype: torch.dtype) -> dict[str, Any]:
+def _figures(job: Job, time: Timing, dtype: torch.dtype) -> dict[str, Any]:
     row: dict[str, Any] = {
-        **dataclasses.asdict(timing),
-        "images_per_s": job.images / timing.ms * 1e3,
+        **dataclasses.asdict(time),
+        "images_per_s": job.images / time.ms * 1e3,
     }
     if job.error is not None:
         row |= {"error": job.error, "correct": job.error <= job.tolerance}
     if job.flops:
-        rate = common.machine_rates()["matmul_tflops"][str(dtype)[6:]]
-        row |= {"flops": job.flops, "tflops": job.flops / timing.ms / 1e9, "floor_ms": job.flops / rate / 1e9}
-        row["matmul_share"] = row["floor_share"] = row["floor_ms"] / timing.ms
-        peak = peak_flops(torch.device(common.device()))
+        rate = timing.machine_rates()["matmul_tflops"][str(dtype)[6:]]
+        row |= {"flops": job.flops, "tflops": job.flops / time.ms / 1e9, "floor_ms": job.flops / rate / 1e9}
+        row["matmul_share"] = row["floor_share"] = row["floor_ms"] / time.ms
+        peak = peak_flops(torch.device(machine.device()))
         if peak:
-            row["mfu"] = job.flops / timing.ms * 1e3 / peak
-    if common.device() == "cuda":
+            row["mfu"] = job.flops / time.ms * 1e3 / peak
+    if machine.device() == "cuda":
         row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return row
 
@@ -168,10 +171,6 @@ def table(rows: list[Row]) -> str:
         if "skipped" in row:
             lines.append((row["case"], row["contender"], *[""] * 7, f"skipped: {row['skipped']}"))
             continue
-        faster = speedup(rows, row)
-        note = f"{faster[0]:.2f}x {faster[1]}" if faster else ""
-        if not row.get("correct", True):
-            note = f"WRONG: relative error {row['error']:.1e}"
         lines.append(
             (
                 row["case"],
@@ -183,31 +182,31 @@ def table(rows: list[Row]) -> str:
                 f"{row['matmul_share']:.0%}" if "matmul_share" in row else "",
                 f"{row['mfu']:.1%}" if "mfu" in row else "",
                 f"{row['memory_gb']:.1f}" if "memory_gb" in row else "",
-                note,
+                note(rows, row),
             )
         )
-    return common.columns(lines)
+    return command.columns(lines)
 
 
 def main(operator: str, options: argparse.Namespace, cases: Callable[[argparse.Namespace], Iterator[Case]]) -> int:
     """Measures the cases, prints the table, keeps the results after each line; 1 where a result of ours is wrong."""
     chosen = [case for case in cases(options) if fnmatch.fnmatch(case.name, options.only)]
-    common.begin(options)
+    command.begin(options)
     if options.warm:
-        for case in common.share_of(chosen, options.warm):
+        for case in command.share_of(chosen, options.warm):
             warm(case)
         return 0
-    end = time.monotonic() + 60 * options.minutes
+    end = monotonic() + 60 * options.minutes
     rows: list[Row] = []
     lines = sum(len(case.contenders) for case in chosen)
     for row in itertools.chain.from_iterable(run_case(case, options.seconds) for case in chosen):
         rows.append(row)
         if not options.no_save:
             complete = options.only == "*" and len(rows) == lines
-            common.write_results(operator, rows, options.out, complete=complete)
-        if time.monotonic() > end:
+            command.write_results(operator, rows, options.out, complete=complete)
+        if monotonic() > end:
             break
     if len(rows) < lines:
         print(f"out of time: {lines - len(rows)} of {lines} lines left out")
     print(f"\n{table(rows)}")
-    return 1 if any(row.get("correct") is False and row["contender"].startswith("d2it") for row in rows) else 0
+    return 1 if any(row.get("correct") is False and ours(row) for row in rows) else 0

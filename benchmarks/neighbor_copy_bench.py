@@ -1,6 +1,6 @@
 """neighbor_copy against repeating or interpolating every grain and choosing with `where`.
 
-python benchmarks/neighbor_copy_bench.py [--case 'B30-*'] [--seconds 1]
+python benchmarks/neighbor_copy_bench.py [--only 'B30-*'] [--seconds 1]
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import common
+import command
+import machine
 import torch
 import torch.nn.functional as F
-from common import Bench, Cost, Run
+from bench import Bench, Cost, Run, own
 from torch import Tensor
 
 from d2it import ops
@@ -30,7 +31,7 @@ def grain_map(batch: int, side: int, fills: Sequence[float], rng: torch.Generato
 def inputs(
     batch: int, channels: int, side: int, fills: Sequence[float], dtype: torch.dtype, layout: Any, seed: int
 ) -> dict[str, Any]:
-    rng = torch.Generator(common.device()).manual_seed(seed)
+    rng = torch.Generator(machine.device()).manual_seed(seed)
     latents = [
         torch.randn(batch, channels, side << i, side << i, generator=rng, device=rng.device)
         .to(dtype)
@@ -40,8 +41,8 @@ def inputs(
     return {"latents": latents, "grain_map": grain_map(batch, side, fills, rng)}
 
 
-def on(backend: str) -> Run:
-    return lambda given: ops.neighbor_copy(**given, backend=backend)
+def ours(given: dict[str, Any], backend: str) -> Tensor:
+    return ops.neighbor_copy(**given, backend=backend)
 
 
 def repeat(x: Tensor, ratio: int) -> Tensor:
@@ -67,7 +68,7 @@ def rival(widen: Callable[[Tensor, int], Tensor], compiled: bool) -> Run:
 
 
 def benches() -> Iterator[Bench]:
-    gpu = common.device() == "cuda"
+    gpu = machine.device() == "cuda"
     half, tenth, three = (0.5, 0.5), (0.9, 0.1), (0.3, 0.3, 0.4)
     rows, pixels = torch.contiguous_format, torch.channels_last
     # The features that the DynamicVAE merges (256 channels) and latents (4), on grids of 256-pixel images.
@@ -92,8 +93,7 @@ def benches() -> Iterator[Bench]:
         ]
     )
     for batch, channels, side, fills, dtype, layout in cases:
-        backends = [b for b in ops.available_backends("neighbor_copy") if b != "reference"]
-        contenders: dict[str, Callable[[], Run]] = {f"d2it {b}": partial(on, b) for b in backends}
+        contenders = own("neighbor_copy", ours)
         for name, widen in (("repeat_interleave", repeat), ("interpolate", interpolate)):
             contenders[f"eager {name} + where"] = partial(rival, widen, False)
             contenders[f"compiled {name} + where"] = partial(rival, widen, True)
@@ -118,4 +118,4 @@ def benches() -> Iterator[Bench]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(common.main(__doc__, "neighbor_copy", benches))
+    raise SystemExit(command.main(__doc__, "neighbor_copy", benches))

@@ -5,26 +5,32 @@ python benchmarks/relative_position_bias_bench.py [--only 'w16-*']
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import common
+import command
+import machine
 import torch
-from common import Bench, Cost, Run
+from bench import Bench, Cost, Run, own
+from torch import Tensor
 
 from d2it import ops
 
 
 def inputs(window: int, heads: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    rng = torch.Generator(common.device()).manual_seed(seed)
+    rng = torch.Generator(machine.device()).manual_seed(seed)
     shape = ((2 * window - 1) ** 2, heads)
-    table = torch.randn(shape, generator=rng, device=common.device(), dtype=torch.float32).to(dtype)
+    table = torch.randn(shape, generator=rng, device=machine.device(), dtype=torch.float32).to(dtype)
     return {"table": table, "window": window}
 
 
-def on(backend: str) -> Run:
-    return lambda given: ops.relative_position_bias(**given, backend=backend)
+def ours(given: dict[str, Any], backend: str) -> Tensor:
+    return ops.relative_position_bias(**given, backend=backend)
+
+
+def eager() -> Run:
+    return lambda given: ops.reference.relative_position_bias(**given)
 
 
 def compiled() -> Run:
@@ -33,12 +39,11 @@ def compiled() -> Run:
 
 
 def benches() -> Iterator[Bench]:
-    cases = ((4, 6), (8, 12), (16, 16)) if common.device() == "cuda" else ((4, 6), (8, 4))
+    cases = ((4, 6), (8, 12), (16, 16)) if machine.device() == "cuda" else ((4, 6), (8, 4))
     for window, heads in cases:
-        for dtype in (torch.bfloat16, torch.float32) if common.device() == "cuda" else (torch.float32,):
-            backends = [b for b in ops.available_backends("relative_position_bias") if b != "reference"]
-            contenders: dict[str, Callable[[], Run]] = {f"d2it {b}": partial(on, b) for b in backends}
-            contenders["eager"] = partial(on, "reference")
+        for dtype in (torch.bfloat16, torch.float32) if machine.device() == "cuda" else (torch.float32,):
+            contenders = own("relative_position_bias", ours)
+            contenders["eager"] = eager
             contenders["compiled"] = compiled
             table, bias = (2 * window - 1) ** 2 * heads, window**4 * heads
             # Forward: read the table, write the bias. Backward: read the bias's gradient, write the table's.
@@ -57,4 +62,4 @@ def benches() -> Iterator[Bench]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(common.main(__doc__, "relative_position_bias", benches))
+    raise SystemExit(command.main(__doc__, "relative_position_bias", benches))

@@ -1,92 +1,22 @@
-"""What the result files say: docs/results.md, the README's table and the plots are made from them alone.
+"""Makes docs/results.md, the README's table and the plots from the result files alone.
 
     python benchmarks/results.py            # rewrite docs/results.md and the table in README.md
     python benchmarks/results.py --check    # exit status 1 where they are not what the files give
     python benchmarks/results.py --plots    # also draw <operator>.png beside each file (matplotlib)
 
-Standard library only, but for the plots. A figure that no file holds does not appear.
+Needs the standard library alone, and matplotlib for the plots. A figure that no file holds does not appear.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from goals import goal_table
+from rows import Result, Row, cases, devices, fastest, is_cpu, load, note, ours, right, speedup
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-
-Row = dict[str, Any]
-Result = dict[str, Any]
-"""A result file: "operator", "complete", the header of `common.header`, "rates" and "rows"."""
-
-
-# -------------------------------------------------------------------------------------------------
-# Rows
-
-
-def ours(row: Row) -> bool:
-    return row["contender"].startswith("d2it")
-
-
-def right(row: Row) -> bool:
-    """Measured, and compared with the reference, and within the tolerance."""
-    return "ms" in row and row.get("correct") is True
-
-
-def fastest(rows: Iterable[Row], case: str, direction: str | None, *, own: bool) -> Row | None:
-    """The fastest right row of a case and direction among ours, or among the rivals."""
-    found = [r for r in rows if r["case"] == case and r.get("direction") == direction and right(r) and ours(r) == own]
-    return min(found, key=lambda row: row["ms"], default=None)
-
-
-def speedup(rows: Iterable[Row], row: Row) -> tuple[float, str] | None:
-    """How many times faster than its best rival a row of ours is, and that rival. None where either is wrong."""
-    if not ours(row) or not right(row):
-        return None
-    rival = fastest(rows, row["case"], row.get("direction"), own=False)
-    return (rival["ms"] / row["ms"], rival["contender"]) if rival else None
-
-
-def total_ms(rows: Iterable[Row], case: str, contender: str) -> float | None:
-    """Forward and backward of a contender; None unless both were measured and right."""
-    found = {r.get("direction"): r["ms"] for r in rows if (r["case"], r["contender"]) == (case, contender) and right(r)}
-    return found["forward"] + found["backward"] if {"forward", "backward"} <= found.keys() else None
-
-
-def total_speedup(rows: list[Row], case: str) -> tuple[float, str] | None:
-    """Forward + backward: our fastest against the fastest rival that does both, and that rival."""
-    names = {r["contender"]: ours(r) for r in rows if r["case"] == case}
-    totals = [(ms, name) for name in names if (ms := total_ms(rows, case, name)) is not None]
-    own = min((t for t in totals if names[t[1]]), default=None)
-    rival = min((t for t in totals if not names[t[1]]), default=None)
-    return (rival[0] / own[0], rival[1]) if own and rival else None
-
-
-def cases(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(row["case"] for row in rows))
-
-
-# -------------------------------------------------------------------------------------------------
-# Files
-
-
-def load(folder: Path) -> dict[str, Result]:
-    """Operator -> its result file in the folder of one device."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def devices(root: Path = RESULTS) -> list[Path]:
-    """The folders that hold results, GPUs first."""
-    folders = {path.parent for path in root.glob("*/*.json")}
-    return sorted(folders, key=lambda folder: (folder.name.startswith("cpu"), folder.name))
-
-
-def is_cpu(result: Result) -> bool:
-    return bool(result["small"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -94,6 +24,7 @@ def is_cpu(result: Result) -> bool:
 
 
 def time(ms: float) -> str:
+    """Milliseconds as text, in the unit that fits."""
     return f"{ms * 1000:.1f} µs" if ms < 1 else f"{ms:.2f} ms"
 
 
@@ -133,13 +64,9 @@ def operator_section(result: Result) -> list[str]:
     for row in rows:
         if "ms" not in row:
             continue
-        faster = speedup(rows, row)
-        note = f"{faster[0]:.2f}x {faster[1]}" if faster else ""
-        if row.get("correct") is False:
-            note = f"wrong: relative error {row['error']}"
         lines.append(
             f"| {row['case']} | {row.get('direction', '')} | {row['contender']} | {time(row['ms'])} "
-            f"| {time(row['ms_q10'])} .. {time(row['ms_q90'])} | {_measured(row)} | {note} |"
+            f"| {time(row['ms_q10'])} .. {time(row['ms_q90'])} | {_measured(row)} | {note(rows, row)} |"
         )
     skipped = {(row["contender"], row["skipped"]): None for row in rows if "skipped" in row}
     if skipped:
@@ -149,8 +76,6 @@ def operator_section(result: Result) -> list[str]:
 
 def document(folders: list[Path]) -> str:
     """docs/results.md."""
-    from goals import goal_table
-
     lines = [
         "# Results",
         "",

@@ -28,19 +28,30 @@ import sys
 import time
 from pathlib import Path
 
-import common
+import command
+import machine
 import torch
 from goals import goal_table
-from results import load, plot
+from results import plot
+from rows import load
 
-ROOT = common.ROOT
+ROOT = machine.ROOT
 LOGS = ROOT / "runs" / "gpu"
 TESTS = ROOT / "tests" / "kernels"
 SHARDS = 4 if torch.cuda.is_available() else 1
 """Processes for each test file of the suite, and for what a benchmark compiles."""
 
 # What matters most first, with its share of the time.
-SHARES = {"attn": 5, "train": 5, "kde_entropy": 2, "packing": 4, "neighbor_copy": 2, "sample": 2}
+SHARES = {
+    "attn": 5,
+    "train": 5,
+    "kde_entropy": 2,
+    "modulate": 2,
+    "plan_tokens": 1,
+    "pack_tokens": 2,
+    "neighbor_copy": 2,
+    "sample": 2,
+}
 CHECKS = 0.45
 """Share of the time in which everything before the benchmarks ends."""
 
@@ -197,7 +208,7 @@ def main() -> int:
         print(f"no GPU: torch {torch.__version__} sees no CUDA device (--without-gpu rehearses on the CPU)")
         return 1
     parts = args.parts or known
-    folder = (args.out or common.results_folder()).resolve()
+    folder = (args.out or command.results_folder()).resolve()
     chosen = [name for name in benchmarks() if name in parts]
     end = time.monotonic() + 60 * args.minutes
     checked = time.monotonic() + 60 * args.minutes * (CHECKS if chosen else 1)
@@ -210,7 +221,7 @@ def main() -> int:
         return run(part, command, limit, **environment) if limit > 1 else Outcome(part, "stopped at its limit")
 
     cores = os.cpu_count() or 1
-    print(common.title(), flush=True)
+    print(machine.title(), flush=True)
     outcomes: list[Outcome] = []
 
     def note(outcome: Outcome) -> None:
@@ -232,9 +243,9 @@ def main() -> int:
             note(future.result())
     for i, name in enumerate(chosen):
         seconds = max(10.0, (left() - 15) * share(name) / sum(share(later) for later in chosen[i:]))
-        command = [sys.executable, f"benchmarks/{name}.py", "--out", str(folder)]
-        command += ["--seconds", "0.1", "--minutes", f"{seconds / 60:.2f}"]
-        outcome = run(name, command, min(1.5 * seconds + 15, max(left() - 5, 10.0)))
+        words = [sys.executable, f"benchmarks/{name}.py", "--out", str(folder)]
+        words += ["--seconds", "0.1", "--minutes", f"{seconds / 60:.2f}"]
+        outcome = run(name, words, min(1.5 * seconds + 15, max(left() - 5, 10.0)))
         print(f"\n{outcome.tail.rstrip()}")
         note(outcome)
     if "plots" in parts:
@@ -244,8 +255,8 @@ def main() -> int:
         print(f"  {outcome.part:<28} {outcome.state}")
     if "goals" in parts:
         results = load(folder)
-        print(f"\nGoals on {common.device_name()}, from {os.path.relpath(folder, ROOT)}")
-        print(common.columns([("work", "goal", "measured", ""), *goal_table(results)]) if results else "no results")
+        print(f"\nGoals on {machine.device_name()}, from {os.path.relpath(folder, ROOT)}")
+        print(command.columns([("work", "goal", "measured", ""), *goal_table(results)]) if results else "no results")
         print("`make results` puts the figures into docs/results.md and the README")
     bad = [outcome for outcome in outcomes if outcome.state in BAD and not outcome.part.startswith("warm")]
     return 1 if bad else 0

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import common
+import machine
 import torch
-from common import Skip
+from bench import TOLERANCE, Skip
 from models import SIZES, Case, Job, compilable, distance, dtype, main, open_gates, size_arguments
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from d2it.diffusion import Guidance, random_grain_map, sample_content
 from d2it.models import DiT, DynamicContentTransformer
 from d2it.models.flops import count_macs, fine_tokens
 
-STEPS = 10 if common.device() == "cuda" else 2
+STEPS = 10 if machine.device() == "cuda" else 2
 GUIDANCE = 1.5
 
 
@@ -35,19 +35,19 @@ def build(options: argparse.Namespace, preset: str, **settings: Any) -> DiT | Dy
     torch.manual_seed(0)
     model = kind.from_preset(preset, image_size=options.image_size, **settings)
     open_gates(model)
-    return model.to(common.device()).eval()
+    return model.to(machine.device()).eval()
 
 
 def maps_of(options: argparse.Namespace, model: Any) -> Tensor:
     drawn = [torch.Generator().manual_seed(i) for i in range(options.batch_size)]
-    return random_grain_map(model.config.region_grid, options.fill, generator=drawn).to(common.device())
+    return random_grain_map(model.config.region_grid, options.fill, generator=drawn).to(machine.device())
 
 
 @torch.no_grad()
 def answer(model: Any, options: argparse.Namespace, autocast: bool) -> list[Tensor]:
     """The model's answer on one batch, the same for every contender."""
     rng = torch.Generator().manual_seed(0)
-    count, where = options.batch_size, common.device()
+    count, where = options.batch_size, machine.device()
     x = torch.randn(count, model.config.in_channels, *model.config.grid, generator=rng).to(where)
     t, y = (torch.randint(high, (count,), generator=rng).to(where) for high in (1000, model.config.num_classes))
     with torch.autocast(where, torch.bfloat16, enabled=autocast):
@@ -71,7 +71,7 @@ def sampling(
     options: argparse.Namespace, preset: str, reference: Reference | None, *, guided: bool, how: str, **settings: Any
 ) -> Job:
     """STEPS steps over one batch."""
-    if how == "graph" and common.device() == "cpu":
+    if how == "graph" and machine.device() == "cpu":
         raise Skip("CUDA graphs need a GPU")
     if how == "compiled":
         compilable(options)
@@ -94,7 +94,7 @@ def sampling(
         arguments["capacity"] = max(1, fine.rows)
     flops = 2 * STEPS * (1 + guided) * count_macs(model.config, count, fine).total
     error = reference.distance(model) if reference else None
-    return Job(partial(sample_content, model, maps, **arguments), count, flops, error, 2 * common.TOLERANCE[dtype()])
+    return Job(partial(sample_content, model, maps, **arguments), count, flops, error, 2 * TOLERANCE[dtype()])
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

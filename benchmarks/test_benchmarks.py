@@ -13,8 +13,10 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-import common
+import bench
+import machine
 import pytest
+from bench import Bench
 
 pytest.importorskip("pytest_benchmark")
 
@@ -25,35 +27,35 @@ def measurements() -> list:
     found = []
     for script in SCRIPTS:
         module = importlib.import_module(script)
-        for bench in module.benches() if hasattr(module, "benches") else ():
-            for contender in bench.contenders:
-                for direction in ("forward", "backward") if bench.backward else ("forward",):
-                    name = f"{script.removesuffix('_bench')}-{bench.case}-{contender.replace(' ', '_')}-{direction}"
-                    found.append(pytest.param(bench, contender, direction, id=name))
+        for declared in module.benches() if hasattr(module, "benches") else ():
+            for contender in declared.contenders:
+                for direction in ("forward", "backward") if declared.backward else ("forward",):
+                    name = f"{script.removesuffix('_bench')}-{declared.case}-{contender.replace(' ', '_')}-{direction}"
+                    found.append(pytest.param(declared, contender, direction, id=name))
     return found
 
 
 @functools.lru_cache(maxsize=1)
 def enter(case: str) -> None:
     """Each case compiles for its own shapes, and for both directions at once."""
-    common.fresh_compiler()
+    bench.fresh_compiler()
 
 
-@pytest.mark.parametrize(("bench", "contender", "direction"), measurements())
-def test_speed(benchmark, bench: common.Bench, contender: str, direction: str) -> None:
-    enter(bench.case)
+@pytest.mark.parametrize(("declared", "contender", "direction"), measurements())
+def test_speed(benchmark, declared: Bench, contender: str, direction: str) -> None:
+    enter(declared.case)
     try:
-        run = bench.contenders[contender]()
-        inputs = bench.inputs(0)
-        call = common.direction_call(direction, run, inputs, bench.gradients if bench.backward else ())
-    except common.Skip as reason:
+        run = declared.contenders[contender]()
+        inputs = declared.inputs(0)
+        call = bench.direction_call(direction, run, inputs, declared.gradients if declared.backward else ())
+    except bench.Skip as reason:
         pytest.skip(str(reason))
 
     def synchronized(call: Callable[[], object]) -> None:
         call()
-        common.synchronize()
+        machine.synchronize()
 
-    benchmark.group = f"{bench.case} {direction}"
-    benchmark.extra_info.update(common.header(), shape=bench.shape)
+    benchmark.group = f"{declared.case} {direction}"
+    benchmark.extra_info.update(machine.header(), shape=declared.shape)
     synchronized(call)  # compiles
     benchmark(synchronized, call)

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import common
+import machine
 import numpy as np
 import torch
+from bench import TOLERANCE
 from models import SIZES, Case, Job, compilable, distance, dtype, main, open_gates, size_arguments
 from PIL import Image
 from torch import Tensor
@@ -50,7 +51,7 @@ def stage(options: argparse.Namespace, preset: str, *, masked: bool = False, com
     if masked:
         settings.overrides = {"masked": True}
     data = LatentData.of_vae(DynamicVAEConfig(), (options.image_size, options.image_size), images=options.batch_size)
-    world = World(0, 1, 1, torch.device(common.device()))
+    world = World(0, 1, 1, torch.device(machine.device()))
     made = ContentStage(config, settings, world, data, None)
     open_gates(made.network)
     return made
@@ -105,7 +106,7 @@ def step(options: argparse.Namespace, preset: str, reference: Reference | None, 
         learner.backward(batch, last=True)
         learner.update(0)
 
-    return Job(call, options.batch_size, 6 * made.work(batch).macs, error, 2 * common.TOLERANCE[dtype()])
+    return Job(call, options.batch_size, 6 * made.work(batch).macs, error, 2 * TOLERANCE[dtype()])
 
 
 def part(options: argparse.Namespace, preset: str, name: str) -> Job:

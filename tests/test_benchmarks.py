@@ -5,40 +5,52 @@ import sys
 import time
 from pathlib import Path
 
+import command
+import goals
 import pytest
+import results
+import run_gpu
+import timing
 import torch
+from bench import (
+    TOLERANCE,
+    Bench,
+    Cost,
+    Run,
+    Skip,
+    cotangents_like,
+    distance,
+    evaluate,
+    floats,
+    run_bench,
+    widen,
+)
+from rows import cases, devices, load, ours, speedup, total_speedup
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import common  # noqa: E402
-import goals  # noqa: E402
-import results  # noqa: E402
-import run_gpu  # noqa: E402
-
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*_bench.py"))
 
 
-def square_bench(contenders: dict) -> common.Bench:
-    return common.Bench(
+def square_bench(contenders: dict) -> Bench:
+    return Bench(
         case="n1000",
         shape={"n": 1000},
         dtype=torch.float32,
         inputs=lambda seed: {"x": torch.randn(1000, generator=torch.Generator().manual_seed(seed))},
         contenders=contenders,
-        forward=common.Cost(bytes=8000, flops=1000),
-        backward=common.Cost(bytes=12000),
+        forward=Cost(bytes=8000, flops=1000),
+        backward=Cost(bytes=12000),
         gradients=("x",),
         expected=lambda given: given["x"] ** 2,
     )
 
 
-def unavailable() -> common.Run:
-    raise common.Skip("no such library here")
+def unavailable() -> Run:
+    raise Skip("no such library here")
 
 
 def test_measures_right_wrong_and_absent_contenders() -> None:
-    bench = square_bench(
+    declared = square_bench(
         {
             "d2it square": lambda: lambda given: given["x"].square(),
             "eager": lambda: lambda given: given["x"] * given["x"],
@@ -47,7 +59,7 @@ def test_measures_right_wrong_and_absent_contenders() -> None:
             "absent": unavailable,
         }
     )
-    rows = common.run_bench(bench, seconds=0.01)
+    rows = run_bench(declared, seconds=0.01)
     found = {(row["contender"], row.get("direction")): row for row in rows}
     assert found["absent", None]["skipped"] == "no such library here"
     assert found["d2it square", "forward"]["correct"]
@@ -60,14 +72,14 @@ def test_measures_right_wrong_and_absent_contenders() -> None:
     assert row["gbps"] == pytest.approx(8000 / row["ms"] / 1e6)
     assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["ms"])
     assert row["ms_q10"] <= row["ms"] <= row["ms_q90"]
-    assert "skipped: no such library here" in common.table(rows)
-    assert "WRONG" in common.table(rows)
+    assert "skipped: no such library here" in command.table(rows)
+    assert "wrong: relative error" in command.table(rows)
 
 
 def test_time_of_a_call_is_its_time() -> None:
-    timing = common.time_calls([lambda: time.sleep(0.003)], seconds=0.05)
-    assert 3.0 <= timing.ms < 300.0  # the machine may be busy
-    assert timing.calls >= 5
+    timed = timing.time_calls([lambda: time.sleep(0.003)], seconds=0.05)
+    assert 3.0 <= timed.ms < 300.0  # the machine may be busy
+    assert timed.calls >= 5
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -77,33 +89,33 @@ def test_every_benchmark_of_an_operator_is_right_on_its_first_case(script: str) 
         return
     bench = next(iter(module.benches()))
     assert bench.expected is not None
-    names = [name for name in bench.contenders if results.ours({"contender": name})]
+    names = [name for name in bench.contenders if ours({"contender": name})]
     if not torch.cuda.is_available() and len(names) > 1:  # interpreted it takes half a minute; tests/kernels runs it
         names = [name for name in names if name != "d2it triton"]
     names = names or list(bench.contenders)[:1]  # no C++ operators here
     inputs = bench.inputs(0)
     cotangents: list[torch.Tensor] = []
-    wide = {key: torch.utils._pytree.tree_map_only(torch.Tensor, common._widen, value) for key, value in inputs.items()}
+    wide = {key: torch.utils._pytree.tree_map_only(torch.Tensor, widen, value) for key, value in inputs.items()}
     gradients = bench.gradients if bench.backward else ()
     for name in names:
         run = bench.contenders[name]()
-        cotangents = cotangents or common.cotangents_like(common._floats(run(inputs)))
-        want = common._evaluate(bench.expected, wide, gradients, cotangents)
-        got = common._evaluate(run, inputs, gradients, cotangents)
-        error, right = common._distance(got.outputs, want.outputs, common.TOLERANCE[bench.dtype])
+        cotangents = cotangents or cotangents_like(floats(run(inputs)))
+        want = evaluate(bench.expected, wide, gradients, cotangents)
+        got = evaluate(run, inputs, gradients, cotangents)
+        error, right = distance(got.outputs, want.outputs, TOLERANCE[bench.dtype])
         assert right, f"{name}: relative error {error}"
-        error, right = common._distance(got.gradients, want.gradients, 2 * common.TOLERANCE[bench.dtype])
+        error, right = distance(got.gradients, want.gradients, 2 * TOLERANCE[bench.dtype])
         assert right, f"{name}: relative error {error} of the gradients"
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "machine_rates", lambda: {"copy_gbps": 1.0, "matmul_tflops": {"float32": 1.0}})
+    monkeypatch.setattr(timing, "machine_rates", lambda: {"copy_gbps": 1.0, "matmul_tflops": {"float32": 1.0}})
 
 
-def run_main(benches: list[common.Bench], *words: str) -> int:
-    args = common.arguments("Squares.").parse_args(["--seconds", "0.01", *words])
-    return common.main("Squares.", "square", lambda: iter(benches), args)
+def run_main(benches: list[Bench], *words: str) -> int:
+    args = command.arguments("Squares.").parse_args(["--seconds", "0.01", *words])
+    return command.main("Squares.", "square", lambda: iter(benches), args)
 
 
 def test_a_benchmark_keeps_each_case_and_stops_in_time(
@@ -112,18 +124,18 @@ def test_a_benchmark_keeps_each_case_and_stops_in_time(
     right = {"d2it square": lambda: lambda given: given["x"].square()}
     benches = [square_bench(right), dataclasses.replace(square_bench(right), case="n1000-again")]
     assert run_main(benches, "--out", str(tmp_path)) == 0
-    (written,) = results.load(tmp_path).values()
+    (written,) = load(tmp_path).values()
     assert written["complete"]
-    assert results.cases(written["rows"]) == ["n1000", "n1000-again"]
+    assert cases(written["rows"]) == ["n1000", "n1000-again"]
     for key in ("device", "torch", "python", "commit", "source", "date", "rates", "small"):
         assert key in written
     assert "say nothing about a GPU" in capsys.readouterr().out
 
     assert run_main(benches, "--out", str(tmp_path), "--minutes", "0") == 0
     assert "out of time: 1 of 2 cases left out" in capsys.readouterr().out
-    (written,) = results.load(tmp_path).values()
+    (written,) = load(tmp_path).values()
     assert not written["complete"]
-    assert results.cases(written["rows"]) == ["n1000"]
+    assert cases(written["rows"]) == ["n1000"]
 
 
 def test_a_wrong_result_of_ours_fails_the_benchmark(quick: None) -> None:
@@ -134,7 +146,7 @@ def test_a_wrong_result_of_ours_fails_the_benchmark(quick: None) -> None:
 def test_warming_runs_its_share_and_times_nothing(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ran: list[str] = []
 
-    def contender(case: str) -> common.Run:
+    def contender(case: str) -> Run:
         return lambda given: (ran.append(case), given["x"].square())[1]
 
     benches = [
@@ -201,15 +213,15 @@ def test_speed_ups_are_against_the_best_right_rival() -> None:
         row("b", "eager", 5.0),
         {"case": "a", "contender": "absent", "skipped": "not installed", "shape": {}},
     ]
-    assert results.speedup(rows, rows[0]) == (3.0, "compiled")
-    assert results.speedup(rows, rows[5]) is None
-    assert results.speedup(rows, rows[3]) is None
-    assert results.total_speedup(rows, "a") is None  # nobody measured a backward
+    assert speedup(rows, rows[0]) == (3.0, "compiled")
+    assert speedup(rows, rows[5]) is None
+    assert speedup(rows, rows[3]) is None
+    assert total_speedup(rows, "a") is None  # nobody measured a backward
     rows += [row("a", "d2it triton", 1.0, "backward"), row("a", "eager", 7.0, "backward")]
-    assert results.total_speedup(rows, "a") == (6.0, "eager")
+    assert total_speedup(rows, "a") == (6.0, "eager")
     section = "\n".join(results.operator_section(result("kde_entropy", rows)))
     assert "3.00x compiled" in section
-    assert "wrong: relative error 0.5" in section
+    assert "wrong: relative error 5.0e-01" in section
     assert "absent (not installed)" in section
 
 
@@ -240,7 +252,7 @@ def test_readme_table_replaces_what_stands_between_the_markers(tmp_path: Path) -
     (folder / "pack_tokens.json").write_text(json.dumps(result("pack_tokens", rows)))
     (tmp_path / "cpu-x").mkdir()
     (tmp_path / "cpu-x" / "pack_tokens.json").write_text(json.dumps(result("pack_tokens", rows, small=True)))
-    folders = results.devices(tmp_path)
+    folders = devices(tmp_path)
     assert [f.name for f in folders] == ["nvidia-h200", "cpu-x"]
     text = results.with_table("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", results.summary(folders))
     assert text.startswith("a\n<!-- results -->\nOn NVIDIA H200, torch 2.11:")
@@ -264,7 +276,7 @@ def test_plots_say_where_and_with_what_they_were_measured(tmp_path: Path) -> Non
 
 def test_documents_hold_what_the_result_files_give() -> None:
     """`make results` after a benchmark: no figure without a file, no file without its figures."""
-    folders = results.devices()
+    folders = devices()
     assert (ROOT / "docs" / "results.md").read_text() == results.document(folders)
     readme = (ROOT / "README.md").read_text()
     assert readme == results.with_table(readme, results.summary(folders))

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import common
 import goals
 import models
-import results
+import pytest
 import sample_bench
+import timing
+import torch
 import train_bench
+from rows import load
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmarks run themselves")
 
@@ -26,12 +20,12 @@ def once(monkeypatch):
 
     def timed(calls, *args, **kwargs):
         calls[0]()
-        return common.Timing(1.0, 1.0, 1.0, 1, "wall clock")
+        return timing.Timing(1.0, 1.0, 1.0, 1, "wall clock")
 
-    monkeypatch.setattr(common, "time_calls", timed)
-    monkeypatch.setattr(common, "time_in_turns", lambda contenders, *args: [timed(calls) for calls in contenders])
+    monkeypatch.setattr(timing, "time_calls", timed)
+    monkeypatch.setattr(timing, "time_in_turns", lambda contenders, *args: [timed(calls) for calls in contenders])
     rates = {"copy_gbps": 1.0, "matmul_tflops": {"float32": 1.0}}
-    monkeypatch.setattr(common, "machine_rates", lambda: rates)
+    monkeypatch.setattr(timing, "machine_rates", lambda: rates)
 
 
 def options(script, *words):
@@ -42,7 +36,7 @@ def test_a_training_step(tmp_path, monkeypatch):
     monkeypatch.setitem(models.SIZES, "S", ("tiny", "DiT-S/2"))
     chosen = options(train_bench, "--image-size", "64", "--out", str(tmp_path))
     assert models.main("train", chosen, train_bench.cases) == 0
-    rows = {row["contender"]: row for row in results.load(tmp_path)["train"]["rows"]}
+    rows = {row["contender"]: row for row in load(tmp_path)["train"]["rows"]}
     measured = {"d2it packed eager", "masked eager", "dit eager"}
     measured |= {f"part: {name}" for name in ("dense blocks", "RefineNet", "optimiser", "loader")}
     assert {name for name, row in rows.items() if "ms" in row} == measured
@@ -73,5 +67,5 @@ def test_a_wrong_contender_is_named_and_gets_no_speed_up():
     contenders = {"d2it packed": ("x", job(1e-2)), "masked": ("x", job(0.0))}
     rows = list(models.run_case(models.Case("c", {}, torch.float32, "step", contenders), None))
     text = models.table(rows)
-    assert "WRONG: relative error 1.0e-02" in text
+    assert "wrong: relative error 1.0e-02" in text
     assert "x masked" not in text

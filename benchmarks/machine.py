@@ -1,0 +1,180 @@
+"""The machine that is measured: device, versions, commit, power.
+
+Imported first by every benchmark: it makes `d2it` importable from the repository's root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+@functools.cache
+def device_name() -> str:
+    if device() == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"CPU {line.partition(':')[2].strip()}"
+    return f"CPU {platform.machine()}"
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder: lower case, dashes."""
+    name = re.sub(r"\((?:r|tm)\)|@.*", "", name.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
+
+
+def _command(*words: str) -> str | None:
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def source_hash() -> str:
+    """Of everything that is measured: names the code where git is absent or the tree has changes."""
+    digest = hashlib.sha256()
+    for folder, pattern in (("kernels", "*.py"), ("csrc", "*"), ("d2it", "**/*.py"), ("benchmarks", "**/*.py")):
+        for path in sorted((ROOT / folder).glob(pattern)):
+            if path.is_file():
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def header() -> dict[str, Any]:
+    """Device, driver, versions and commit: what a figure means nothing without."""
+    # D2IT_COMMIT: of a copy without its git folder, as on a machine that only measures.
+    commit = os.environ.get("D2IT_COMMIT") or _command("git", "rev-parse", "--short", "HEAD") or "unknown"
+    # Results are written while others are measured; they are no change of what is measured.
+    changes = _command("git", "status", "--porcelain", "--", ":!benchmarks/results", ":!docs", ":!README.md")
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    info = {
+        "device": device_name(),
+        "small": device() == "cpu",
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "commit": commit + ("+changes" if changes else ""),
+        "source": source_hash(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if device() == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        info["cuda"] = torch.version.cuda
+        info["driver"] = Power.driver()
+        info["sms"] = properties.multi_processor_count
+        info["l2_mb"] = round(properties.L2_cache_size / 2**20)
+        info["memory_gb"] = round(properties.total_memory / 2**30)
+    else:
+        info["threads"] = torch.get_num_threads()
+    return info
+
+
+def title() -> str:
+    info = header()
+    parts = [
+        info["device"],
+        *(f"{k} {info[k]}" for k in ("driver", "cuda", "torch", "triton", "python") if info.get(k)),
+    ]
+    return ", ".join([*parts, f"commit {info['commit']}"])
+
+
+class Power:
+    """Board power and SM clock while something runs, from NVML; empty where there is no driver."""
+
+    PERIOD = 0.01
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, int]] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @staticmethod
+    @functools.cache
+    def _nvml() -> Any:
+        if device() != "cuda":
+            return None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+        except Exception:  # not installed, or NVMLError_LibraryNotFound and its kin: measured without
+            return None
+        return pynvml
+
+    @staticmethod
+    @functools.cache
+    def driver() -> str | None:
+        nvml = Power._nvml()
+        return str(nvml.nvmlSystemGetDriverVersion()) if nvml else None
+
+    @staticmethod
+    @functools.cache
+    def _handle() -> Any:
+        nvml = Power._nvml()
+        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        try:
+            return nvml.nvmlDeviceGetHandleByUUID(uuid)
+        except nvml.NVMLError:
+            return nvml.nvmlDeviceGetHandleByIndex(0)
+
+    def _sample(self) -> None:
+        nvml, handle = self._nvml(), self._handle()
+        while not self._stop.is_set():
+            try:
+                watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+                self._samples.append((watts, nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)))
+            except nvml.NVMLError:
+                return
+            self._stop.wait(self.PERIOD)
+
+    def __enter__(self) -> Power:
+        if self._nvml():
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def read(self) -> dict[str, float]:
+        if not self._samples:
+            return {}
+        watts, clocks = zip(*self._samples)
+        return {"watts": round(statistics.fmean(watts), 1), "sm_mhz": statistics.median(clocks)}
