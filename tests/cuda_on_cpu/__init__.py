@@ -36,21 +36,24 @@ class Source:
 
     Args:
         file: name of a .cpp or .cu file.
-        mutations: by name, ("context «expression» context", "other expression"). The text occurs in the source once,
-            the expression is the one that changes. All are compiled in together, none is active.
+        mutations: by name, ("context «expression» context", "other expression"). The text occurs once, in the source
+            or in the headers of csrc/ that it includes, and the expression is the one that changes. All are compiled
+            in together, none is active.
     """
 
     def __init__(self, file: str, mutations: Mutations) -> None:
         self._names = list(mutations)
-        source = (CSRC / file).read_text()
+        source = with_headers(file)
         for number, (place, other) in enumerate(mutations.values(), start=1):
             before, expression, after = re.split("[«»]", place)
             if source.count(before + expression + after) != 1:
-                raise ValueError(f"{place!r} occurs {source.count(before + expression + after)} times in {file}")
+                raise ValueError(
+                    f"{place!r} occurs {source.count(before + expression + after)} times in {file} and its headers"
+                )
             choice = f"(d2it_mutant == {number} ? ({other}) : ({expression}))"
             source = source.replace(before + expression + after, before + choice + after)
-        headers = [CSRC / "registration.cpp", *sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.*"))]
-        parts = [file, source, torch.__version__, *(path.read_text() for path in headers)]
+        parts = [file, source, torch.__version__, (CSRC / "registration.cpp").read_text()]
+        parts += [path.read_text() for path in sorted(HERE.glob("*.*"))]
         namespace = f"d2it_on_cpu_{hashlib.sha256(''.join(parts).encode()).hexdigest()[:12]}"
         library = BUILD / f"{namespace}.so"
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,7 @@ class Source:
             if not library.exists():
                 unit = BUILD / f"{namespace}.cpp"
                 unit.write_text(translate(source, namespace))
-                compile_library(unit, library, [HERE, CSRC] if file.endswith(".cu") else [CSRC])
+                compile_library(unit, library)
         torch.ops.load_library(library)
         self.ops: Any = getattr(torch.ops, namespace)
         self._mutant = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "d2it_mutant")
@@ -86,6 +89,24 @@ class Sources(dict[str, Source]):
         return self[file]
 
 
+def with_headers(file: str) -> str:
+    """A source with every header of csrc/ in its place, `cuda.h` that of this folder."""
+    seen: set[str] = set()
+
+    def expand(text: str) -> str:
+        return re.sub(r'^#include "(\S+)"$', header, text, flags=re.MULTILINE)
+
+    def header(include: re.Match[str]) -> str:
+        name = include[1]
+        if name in seen:
+            return ""
+        seen.add(name)
+        path = HERE / name if (HERE / name).exists() else CSRC / name
+        return expand(path.read_text().replace("#pragma once\n", ""))
+
+    return expand((CSRC / file).read_text())
+
+
 def translate(source: str, namespace: str) -> str:
     """The source with its launches as calls, registering itself for the CPU as `torch.ops.<namespace>`."""
     source = LAUNCH.sub(r"d2it::launch(\2, [&] { \1(\3); });", source)
@@ -98,9 +119,9 @@ def translate(source: str, namespace: str) -> str:
     return f'extern "C" {{ int d2it_mutant = 0; }}\n{source}\nSTABLE_TORCH_LIBRARY({namespace}, m){schemas}'
 
 
-def compile_library(unit: Path, library: Path, include: list[Path]) -> None:
+def compile_library(unit: Path, library: Path) -> None:
     command = [str(COMPILER), "-std=c++20", "-O0", "-g0", "-w", "-shared", "-fPIC"]
-    command += [f"-I{folder}" for folder in (*include, *cpp_extension.include_paths())]
+    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-o", f"{library}.part", str(unit)]
     command += [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-ltorch_cpu"]
     subprocess.run(command, check=True)

@@ -222,7 +222,8 @@ class KernelSuite:
     """Arguments whose floating-point tensors have a gradient."""
     mutations: ClassVar[list[Mutation]] = []
     cpp_mutations: ClassVar[tuple[str, Collection[str]]] = ("", ())
-    """A file of csrc/ among the module's `SOURCES`, and those of its mutations that this suite notices."""
+    """A file of csrc/ among the module's `SOURCES`, and those of its and its headers' mutations that this suite
+    notices."""
     cpp_shapes: ClassVar[list[Shape]] = []
     """Shapes on which it does; the corner shapes where none are given."""
     forward_floor: ClassVar[float] = 1.0
@@ -509,9 +510,10 @@ class KernelSuite:
         """None: the source as it is, compiled in the same way, is right."""
         run(self.cpp_mutations[0], cpp_mutation)
         with contextlib.nullcontext() if cpp_mutation is None else pytest.raises(AssertionError):
-            for i, shape in enumerate(self.cpp_shapes or self.corners):
-                for layout in dict.fromkeys(("plain", LAYOUTS[i % 4])):
-                    self.check(shape, "cpu", torch.float32, layout, seed=1)
+            for dtype in dtypes("cpu"):
+                for i, shape in enumerate(self.cpp_shapes or self.corners):
+                    for layout in dict.fromkeys(("plain", LAYOUTS[i % 4])):
+                        self.check(shape, "cpu", dtype, layout, seed=1)
 
 
 @contextlib.contextmanager

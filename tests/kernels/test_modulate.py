@@ -9,6 +9,7 @@ from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
 
 FILE = "kernels/modulate.py"
+# The last three are of cpu.h.
 NORMS = {
     "biased variance": ("sum(n, squared) / «n» + eps", "(n + 1)"),
     "plain scale": ("m.per_deviation * («1.0f + scale[i]») + shift[i]", "scale[i]"),
@@ -23,6 +24,9 @@ NORMS = {
     "image of a row": ("of_.empty() ? «row / length_»", "0"),
     "stride of the images": ("«r / length_ * batch_» + r % length_ * row_", "r / length_ * length_ * row_"),
     "stride of the channels": ("to_float(«in[i * stride]»)", "in[i]"),
+    "half without its sign": ("const uint32_t sign = «static_cast<uint32_t>(v.bits & 0x8000) << 16»", "0u"),
+    "exponent of a stored half": ("(magnitude - («112u» << 23) + 0xfff", "111u"),
+    "bits of a bfloat16": ("static_cast<uint32_t>(v.bits) << «16»", "15"),
 }
 GATES = {
     "gate on the residual": ("out[i] = «x[i] + gate[i] * branch[i]»", "gate[i] * x[i] + branch[i]"),

@@ -21,13 +21,13 @@ CPP_MUTATIONS = {
     "cell without a token": ("*slot++ = «row | (one - 1)»", "row"),
     "rows past the count": ("std::fill(ints(index) + total, ints(index) + capacity, «-1»)", "0"),
 }
-SOURCES = cuda_on_cpu.Sources({"pack_tokens.cpp": CPP_MUTATIONS})
+SOURCES = cuda_on_cpu.Sources({"plan_tokens.cpp": CPP_MUTATIONS})
 WRONG_MAPS = [(1, 63, "capacity must hold"), (-1, 64, "grain_map must have no value below 0")]
 
 
 class TestPlanTokens(KernelSuite):
     op = "plan_tokens"
-    cpp_mutations = "pack_tokens.cpp", CPP_MUTATIONS
+    cpp_mutations = "plan_tokens.cpp", CPP_MUTATIONS
     # Regions (h, w) of s x s cells, windows of w x w cells that may cut through regions, a share of fine regions,
     # rows to spare. 1,025 images of one cell are a block and one.
     corners = [

@@ -18,6 +18,7 @@ CPP_MUTATIONS = {
     "weights not normalised": ("as<V>(matrix.row(begin + i) + j) *= «factors[i]»", "1.0f"),
     "gradient not scaled": ("tokens, p.width, b_dk, nullptr, «p.scale»)", "1.0f"),
     "queries that come later alone": ("const bool add = «i > 0»;", "false"),
+    "remainder of the exponential": ("(bounded - n * «0.693359375f»)", "0.7f"),  # of cpu.h
     "missing run of the bias's sum": ("for (int64_t run = 0; run < «work.runs»; ++run)", "work.runs / 2"),
 }
 # More positions than a tile of heads that wide.
