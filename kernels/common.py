@@ -1,9 +1,16 @@
-"""What every Triton launcher shares: device guard, alignment check, block sizes, and the compile cases.
+"""What every Triton launcher shares: device guard, options, block sizes, and the compile cases.
 
-A kernel file states once, beside its kernels, what is compiled of it: a generator under
-``@compile_cases`` that yields ``(name, call)`` pairs, where ``call()`` runs the real launcher on meta
-tensors. The static report (``benchmarks/kernel_report.py``) runs those calls with launching replaced by
-compiling, so signature, constants, warps and alignment hints are the launcher's own and cannot drift.
+Names in kernels carry their role as a prefix: `i_` is an index (a scalar or a loop variable), `o_` offsets, `p_`
+pointers, `m_` a mask, `b_` a block of values held in registers. Constants of the compiler are in capitals.
+
+A tensor that needs more than its pointer reaches a kernel as one named tuple, which the launcher builds once: the
+data, its strides, and as `tl.constexpr` what the compiler may rely on. A tensor that is absent is None. Helpers take
+the tuple whole, each helper tuples of one class only: Triton shares a helper's code between arguments of equal types,
+whatever their fields are called.
+
+A kernel file declares beside its kernels what is compiled of it: a generator under `@compile_cases` that yields
+`(name, call)` pairs, where `call()` runs the real launcher on meta tensors. The static report in `benchmarks` runs
+those calls with launching replaced by compiling, so signature, constants, warps and alignment are the launcher's own.
 """
 
 from __future__ import annotations
@@ -16,18 +23,21 @@ from collections.abc import Callable, Iterator
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-"""Whether Triton interprets kernels on CPU tensors. Read once, as ``triton.jit`` reads it per kernel."""
+"""Whether Triton interprets kernels on CPU tensors. Read once, as `triton.jit` reads it per kernel."""
+
+ASSERTIONS = {"debug": True, "sanitize_overflow": False}
+"""Launch options that compile device assertions in, without Triton's own checks for integer overflow."""
 
 CompileCase = tuple[str, Callable[[], object]]
 COMPILE_CASES: dict[str, Callable[[], Iterator[CompileCase]]] = {}
-"""Kernel file -> its cases. Filled by :func:`compile_cases` when the file is imported."""
+"""Kernel file -> its cases. Filled by `compile_cases` when the file is imported."""
 
 # (capability, streaming multiprocessors) that launchers see for tensors that lie on no GPU.
 _target: tuple[tuple[int, int], int] = ((9, 0), 132)
 
 
 def compile_cases(cases: Callable[[], Iterator[CompileCase]]) -> Callable[[], Iterator[CompileCase]]:
-    """Declare the compile cases of a kernel file: every shipped config, at shapes that people run."""
+    """Declares the compile cases of a kernel file: every shipped config, at shapes that people run."""
     COMPILE_CASES[cases.__module__] = cases
     return cases
 
@@ -44,7 +54,7 @@ def compile_target(capability: tuple[int, int], sms: int) -> Iterator[None]:
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's GPU current for a launch; nothing on CPU and meta tensors."""
+    """Makes the tensor's GPU current for a launch; nothing on CPU and meta tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -55,32 +65,27 @@ def _gpu(index: int) -> tuple[tuple[int, int], int]:
 
 
 def capability(tensor: torch.Tensor) -> tuple[int, int]:
-    """Compute capability (major, minor) of the GPU that holds the tensor; the compile target's otherwise."""
+    """Returns the compute capability (major, minor) of the tensor's GPU; the compile target's otherwise."""
     return _gpu(tensor.get_device())[0] if tensor.is_cuda else _target[0]
 
 
 def num_sms(tensor: torch.Tensor) -> int:
-    """Streaming multiprocessors of the GPU that holds the tensor; the compile target's otherwise."""
+    """Returns the streaming multiprocessors of the tensor's GPU; the compile target's otherwise."""
     return _gpu(tensor.get_device())[1] if tensor.is_cuda else _target[1]
 
 
-def aligned16(*tensors: torch.Tensor) -> bool:
-    """Whether every tensor starts on a 16-byte boundary: contiguity does not promise it."""
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 1."""
+    """Returns the smallest power of two that is at least n, and at least 1 (Triton's own takes 3 us of host time)."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Returns a / b, rounded up (Triton's own takes 2 us of host time)."""
     return -(-a // b)
 
 
 def tiled_positions(q: torch.Tensor, slots: torch.Tensor | None, segment_ids: torch.Tensor | None) -> int:
-    """The largest window that window attention takes as one tile, and whose softmax its backward computes again.
+    """Returns the largest window that is taken as one tile, and whose softmax the backward computes again.
 
     Larger ones go block by block, and their forward keeps the logarithm of each row's sum. A whole window of 64 does
     not fit into registers in float32, which has no tensor cores; before Hopper, whose products read shared memory; of

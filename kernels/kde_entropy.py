@@ -13,43 +13,82 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
-from d2it.ops.kde_entropy import RANGE_SLACK
-from d2it.ops.reference import GRAY_WEIGHTS
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
 
 REACH = 6.0  # sigma; what lies beyond changes no entropy by more than 3e-7
+GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R 601-2 luma, as DQ-VAE and rgb2gray have it
+RANGE_SLACK = 1e-5  # share of the range's width by which values may leave it: a resize or a cast rounds
 
-# The assertion on the values is compiled in; Triton's own checks of integer overflow, which come with it, are not.
-OPTIONS = {"debug": True, "sanitize_overflow": False}
+
+class Images(NamedTuple):
+    """`data` (B, CHANNELS, H, W), with its strides in elements: `stride_image`, `stride_channel`, `stride_row`,
+    `stride_column`. `CHANNELS` is 1 or 3."""
+
+    data: torch.Tensor
+    stride_image: int
+    stride_channel: int
+    stride_row: int
+    stride_column: int
+    CHANNELS: tl.constexpr
+
+
+class Gray(NamedTuple):
+    """How pixels become values, which count from the middle of the range.
+
+    value = `scale` * (`weight_r` R + `weight_g` G + `weight_b` B + `offset`); a channel holds `least` to `most`.
+    """
+
+    weight_r: float
+    weight_g: float
+    weight_b: float
+    offset: float
+    scale: float
+    least: float
+    most: float
+
+
+class Bins(NamedTuple):
+    """The levels at which the density is taken, evenly spaced over the range.
+
+    Attributes:
+        per_unit: Levels in a unit of the values.
+        middle: Number of levels below the range's middle.
+        spacing_high: Distance of two levels, rounded to float32.
+        spacing_low: What rounding took from it.
+        per_sigma: sqrt(log2(e) / 2) / sigma: a kernel value is exp2(-(distance * per_sigma)^2).
+        COUNT: Number of levels.
+        REACH: Levels within `REACH` sigma of a pixel, on either side.
+        WINDOW: Rows of 16 levels that hold them, wherever the pixel lies.
+    """
+
+    per_unit: float
+    middle: float
+    spacing_high: float
+    spacing_low: float
+    per_sigma: float
+    COUNT: tl.constexpr
+    REACH: tl.constexpr
+    WINDOW: tl.constexpr
 
 
 @triton.jit
-def _gray(
-    p_pixel,
-    m_pixel,
-    stride_channel,
-    weight_r,
-    weight_g,
-    weight_b,
-    least,
-    most,
-    CHANNELS: tl.constexpr,
-):
-    """Weighted sum of the channels of pixels, and whether all of them may be there."""
+def _gray(images, gray, p_pixel, m_pixel):
+    """Values of pixels, and whether all channels are in range."""
     b_red = tl.load(p_pixel, mask=m_pixel, other=0)
-    b_ok = (b_red.to(tl.float32) >= least) & (b_red.to(tl.float32) <= most)
-    b_gray = b_red.to(tl.float32) * weight_r
-    if CHANNELS == 3:
-        b_green = tl.load(p_pixel + stride_channel, mask=m_pixel, other=0).to(tl.float32)
-        b_blue = tl.load(p_pixel + 2 * stride_channel, mask=m_pixel, other=0).to(tl.float32)
-        b_ok = b_ok & (b_green >= least) & (b_green <= most) & (b_blue >= least) & (b_blue <= most)
-        b_gray += b_green * weight_g + b_blue * weight_b
-    return b_gray, b_ok | ~m_pixel
+    b_ok = (b_red.to(tl.float32) >= gray.least) & (b_red.to(tl.float32) <= gray.most)
+    b_gray = b_red.to(tl.float32) * gray.weight_r
+    if images.CHANNELS == 3:
+        b_green = tl.load(p_pixel + images.stride_channel, mask=m_pixel, other=0).to(tl.float32)
+        b_blue = tl.load(p_pixel + 2 * images.stride_channel, mask=m_pixel, other=0).to(tl.float32)
+        b_ok = b_ok & (b_green >= gray.least) & (b_green <= gray.most) & (b_blue >= gray.least) & (b_blue <= gray.most)
+        b_gray += b_green * gray.weight_g + b_blue * gray.weight_b
+    return (b_gray + gray.offset) * gray.scale, b_ok | ~m_pixel
 
 
 @triton.jit
@@ -96,76 +135,52 @@ def _add_pixels(
 @triton.jit
 def kde_entropy_kernel(
     images,
+    gray,
+    bins,
     thresholds,
     entropy,
     grains,
     num_thresholds,
     map_height,
     map_width,
-    stride_image,
-    stride_channel,
-    stride_row,
-    stride_column,
-    weight_r,
-    weight_g,
-    weight_b,
-    offset,
-    scale,
-    least,
-    most,
-    bins_per_unit,
-    middle,
-    spacing_high,
-    spacing_low,
-    per_sigma,
-    CHANNELS: tl.constexpr,
     REGION: tl.constexpr,
-    BINS: tl.constexpr,
-    REACH_BINS: tl.constexpr,
-    WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     NORMALIZE: tl.constexpr,
     CHECK: tl.constexpr,
-    ENCODE: tl.constexpr,
 ):
-    """One program: one region. images (B, CHANNELS, H, W) by strides; entropy, grains (B, H/S, W/S) contiguous.
-
-    value = scale * (weighted sum + offset), from the middle of the range. per_sigma: sqrt(log2(e) / 2) / sigma, so
-    that a kernel value is exp2(-(distance * per_sigma)^2).
-    """
+    """One program: one region. images is `Images`, gray `Gray`, bins `Bins`; entropy, grains (B, H/S, W/S) contiguous;
+    thresholds (num_thresholds,), or None like grains."""
     PIXELS: tl.constexpr = REGION * REGION
-    USED_ROWS: tl.constexpr = (BINS + 15) // 16
+    USED_ROWS: tl.constexpr = (bins.COUNT + 15) // 16
     SCALE_BITS: tl.constexpr = 14  # kernel values as float16: 2^14 at most, subnormal only below 2^-28
     i_region = tl.program_id(0)
     i_x = i_region % map_width
     i_y = i_region // map_width % map_height
     i_image = i_region // map_width // map_height
-    p_region = images + i_image.to(tl.int64) * stride_image
-    p_region += (i_y * REGION).to(tl.int64) * stride_row + (i_x * REGION).to(tl.int64) * stride_column
+    p_region = images.data + i_image.to(tl.int64) * images.stride_image
+    p_region += (i_y * REGION).to(tl.int64) * images.stride_row + (i_x * REGION).to(tl.int64) * images.stride_column
     b_density = tl.zeros((ROWS, 16), tl.float32)
     for start in tl.range(0, PIXELS, BLOCK):
         o_pixel = start + tl.arange(0, BLOCK)
         m_pixel = o_pixel < PIXELS
         o_y = o_pixel // REGION
         o_x = o_pixel % REGION
-        p_pixel = p_region + o_y.to(tl.int64) * stride_row + o_x.to(tl.int64) * stride_column
-        b_gray, b_ok = _gray(p_pixel, m_pixel, stride_channel, weight_r, weight_g, weight_b, least, most, CHANNELS)
+        p_pixel = p_region + o_y.to(tl.int64) * images.stride_row + o_x.to(tl.int64) * images.stride_column
+        b_value, b_ok = _gray(images, gray, p_pixel, m_pixel)
         if CHECK:
             tl.device_assert(b_ok, "kde_entropy: images must be finite and inside value_range")
-        b_value = (b_gray + offset) * scale
         # The first row of the window, and where the pixel lies from its first bin, in units of 1 / per_sigma.
-        b_first = tl.floor((b_value * bins_per_unit + middle - REACH_BINS) * 0.0625)
-        b_first = tl.minimum(tl.maximum(b_first, 0.0), USED_ROWS - WINDOW)
-        b_bin = b_first * 16.0 - middle
-        b_x = ((b_value - b_bin * spacing_high) - b_bin * spacing_low) * per_sigma
+        b_first = tl.floor((b_value * bins.per_unit + bins.middle - bins.REACH) * 0.0625)
+        b_first = tl.minimum(tl.maximum(b_first, 0.0), USED_ROWS - bins.WINDOW)
+        b_bin = b_first * 16.0 - bins.middle
+        b_x = ((b_value - b_bin * bins.spacing_high) - b_bin * bins.spacing_low) * bins.per_sigma
         b_first = tl.where(m_pixel, b_first.to(tl.int32), -ROWS)
-        b_density = _add_pixels(
-            b_density, b_x, b_first, spacing_high * per_sigma, ROWS, WINDOW, SCALE_BITS, BLOCK // PART
-        )
+        spacing = bins.spacing_high * bins.per_sigma
+        b_density = _add_pixels(b_density, b_x, b_first, spacing, ROWS, bins.WINDOW, SCALE_BITS, BLOCK // PART)
     o_all = tl.arange(0, ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    b_p = tl.where(o_all < BINS, b_density, 0.0) * (1.0 / (1 << SCALE_BITS) / PIXELS)
+    b_p = tl.where(o_all < bins.COUNT, b_density, 0.0) * (1.0 / (1 << SCALE_BITS) / PIXELS)
     b_plogp = tl.where(b_p > 0, b_p * tl.log2(tl.where(b_p > 0, b_p, 1.0)), 0.0)
     b_z = tl.sum(b_p)
     b_sum = tl.sum(b_plogp)
@@ -175,7 +190,7 @@ def kde_entropy_kernel(
     else:
         b_entropy = -b_sum * LN_2
     tl.store(entropy + i_region, b_entropy)
-    if ENCODE:
+    if grains is not None:
         b_grain = tl.zeros((), tl.int64)
         for i in tl.range(0, num_thresholds):
             b_grain += (b_entropy > tl.load(thresholds + i)).to(tl.int64)
@@ -203,9 +218,9 @@ def _launch(
     weights = (1.0, 0.0, 0.0) if channels == 1 else GRAY_WEIGHTS
     byte = images.dtype == torch.uint8
     if byte:  # weights in 1 / 10,000: the weighted sum is exact in float32
-        unit = (high - low) / 255 / 10000
-        offset, scale = (low * sum(weights) - middle) / unit, unit
-        weights = tuple(round(10000 * w) for w in weights)
+        scale = (high - low) / 255 / 10000
+        offset = (low * sum(weights) - middle) / scale
+        weights = tuple(float(round(10000 * w)) for w in weights)
     else:
         offset, scale = -middle, 1.0
     slack = RANGE_SLACK * (high - low)
@@ -217,46 +232,43 @@ def _launch(
     block = min(256 if images.stride(3) == 1 else 64, next_power_of_2(region_size**2))
     with device_guard(images):
         kde_entropy_kernel[(entropy.numel(),)](
-            images,
-            thresholds if thresholds is not None else entropy,
+            Images(images, *images.stride(), CHANNELS=tl.constexpr(channels)),
+            Gray(*weights, offset, scale, low - slack, high + slack),
+            Bins(
+                per_unit=1 / spacing,
+                middle=(num_bins - 1) / 2,
+                spacing_high=spacing_high,
+                spacing_low=spacing - spacing_high,
+                per_sigma=math.sqrt(0.5 * math.log2(math.e)) / sigma,
+                COUNT=tl.constexpr(num_bins),
+                REACH=tl.constexpr(reach),
+                WINDOW=tl.constexpr(min(cdiv(2 * reach, 16) + 1, rows)),
+            ),
+            thresholds,
             entropy,
-            grains if grains is not None else entropy,
+            grains,
             0 if thresholds is None else thresholds.numel(),
             shape[1],
             shape[2],
-            *images.stride(),
-            *(float(w) for w in weights),
-            offset,
-            scale,
-            low - slack,
-            high + slack,
-            1 / spacing,
-            (num_bins - 1) / 2,
-            spacing_high,
-            spacing - spacing_high,
-            math.sqrt(0.5 * math.log2(math.e)) / sigma,
-            CHANNELS=channels,
             REGION=region_size,
-            BINS=num_bins,
-            REACH_BINS=reach,
-            WINDOW=min(cdiv(2 * reach, 16) + 1, rows),
             ROWS=max(16, next_power_of_2(rows)),
             BLOCK=block,
             PART=min(block, 32),
             NORMALIZE=normalize,
             CHECK=not byte,
-            ENCODE=thresholds is not None,
             num_warps=1,
-            **OPTIONS,
+            **ASSERTIONS,
         )
     return grains, entropy
 
 
-def kde_entropy(images: torch.Tensor, *args: object) -> torch.Tensor:
+def kde_entropy(images: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Returns the entropy, of `_launch`'s arguments without thresholds."""
     return _launch(images, None, *args)[1]
 
 
-def encode_grains(images: torch.Tensor, thresholds: torch.Tensor, *args: object) -> tuple:
+def encode_grains(images: torch.Tensor, thresholds: torch.Tensor, *args: Any) -> tuple:
+    """Returns the grains and the entropy, of `_launch`'s arguments."""
     return _launch(images, thresholds.contiguous(), *args)
 
 

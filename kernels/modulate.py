@@ -11,12 +11,13 @@ launch walks fixed blocks of rows. The rows of one image in one block are a run,
 float32 buffer, at place block + image. Where images never descend along the rows (always so for (B, L, C) and
 for a plan's rows) that place is the run's own: the next run raises the block or the image. The second launch
 adds up each image's runs in the order of the blocks. Any other order of images is noticed on the device, and
-the second launch then sums over the rows that name the image instead: slower, in an order as fixed, and without
-the host knowing.
+the second launch then sums over the rows of the image instead: slower, in an order as fixed, and without a host
+synchronisation.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -25,15 +26,32 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
-from d2it.kernels.rows import row_layout, row_offsets
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.rows import index_of, row_offsets, rows_of
 
 # Elements of a row that a thread may hold. The backward also holds two sums and two staged rows: with 40 it takes
 # 241-255 registers at C = 1152, with 24 it takes 156-168 and half as many warps again are resident (sm_90).
 ELEMENTS_FORWARD = 40
 ELEMENTS_BACKWARD = 24
-# Assertions are compiled in (debug) without Triton's checks for integer overflow.
-ASSERTIONS = {"debug": True, "sanitize_overflow": False}
+
+
+class Runs(NamedTuple):
+    """The buffers between the two launches of a backward.
+
+    Attributes:
+        partials: (places, sums, C) float32, the sums of each run.
+        bounds: (2, blocks) int32, the first image of each block (-1 where the order descends) and the last; with
+            `sample` only.
+        stats: (rows, 2) float32, mean and 1 / deviation of each row; with `sample` only, of adaln_modulate only.
+        blocks: Number of blocks.
+        BLOCK_ROWS: Rows of a block.
+    """
+
+    partials: torch.Tensor
+    bounds: torch.Tensor | None
+    stats: torch.Tensor | None
+    blocks: int
+    BLOCK_ROWS: tl.constexpr
 
 
 @triton.jit
@@ -46,37 +64,45 @@ def _mask(m_row, I: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _load(p_rows, stride_col, m_row, I: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Chunk I of the rows that begin at p_rows, in float32, 0 outside."""
-    o_col = (I * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)[None, :]
-    p_tile = p_rows[:, None] + o_col * stride_col
-    return tl.load(p_tile, mask=_mask(m_row, I, C, CHUNK), other=0.0).to(tl.float32)
+def _load(rows, o_row, o_col, m_tile):
+    """A tile of `Rows`, in float32, 0 outside."""
+    p_tile = (rows.data + row_offsets(rows, o_row))[:, None] + o_col.to(tl.int64)[None, :] * rows.stride_col
+    return tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(p_rows, value, m_row, I: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Chunk I of contiguous rows that begin at p_rows."""
-    p_tile = p_rows[:, None] + (I * CHUNK + tl.arange(0, CHUNK))[None, :]
-    tl.store(p_tile, value.to(p_rows.dtype.element_ty), mask=_mask(m_row, I, C, CHUNK))
+def _store(out, value, o_row, o_col, m_tile, C: tl.constexpr):
+    """A tile of contiguous rows of C channels."""
+    p_tile = (out + o_row.to(tl.int64) * C)[:, None] + o_col[None, :]
+    tl.store(p_tile, value.to(out.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def _image_of(o_row, m_row, sample, stride_sample, length, HAS_SAMPLE: tl.constexpr):
+def _load_chunk(rows, o_row, m_row, I: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    return _load(rows, o_row, I * CHUNK + tl.arange(0, CHUNK), _mask(m_row, I, C, CHUNK))
+
+
+@triton.jit
+def _store_chunk(out, value, o_row, m_row, I: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    _store(out, value, o_row, I * CHUNK + tl.arange(0, CHUNK), _mask(m_row, I, C, CHUNK), C)
+
+
+@triton.jit
+def _load_chunks(rows, o_row, m_row, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Whole rows as a tuple of chunks."""
+    b_rows = ()
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        b_rows = b_rows + (_load_chunk(rows, o_row, m_row, i, C, CHUNK),)
+    return b_rows
+
+
+@triton.jit
+def _image_of(sample, o_row, m_row, length):
     """The image of each row, 0 outside."""
-    if HAS_SAMPLE:
-        return tl.load(sample + o_row.to(tl.int64) * stride_sample, mask=m_row, other=0)
+    if sample is not None:
+        return tl.load(sample.data + o_row.to(tl.int64) * sample.stride, mask=m_row, other=0)
     else:
         return tl.where(m_row, o_row // length, 0)
-
-
-@triton.jit
-def _load_rows(p_rows, stride_col, m_row, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Whole rows as a tuple of chunks."""
-    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    b_rows = ()
-    for i in tl.static_range(CHUNKS):
-        b_rows = b_rows + (_load(p_rows, stride_col, m_row, i, C, CHUNK),)
-    return b_rows
 
 
 @triton.jit
@@ -102,125 +128,56 @@ def _normalize(b_x, m_row, eps, C: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def adaln_modulate_fwd_kernel(
-    out,
-    x,
-    shift,
-    scale,
-    sample,
-    stride_sample,
-    rows,
-    images,
-    length,
-    length_x,
-    stride_x_batch,
-    stride_x_row,
-    stride_x_col,
-    stride_shift_row,
-    stride_shift_col,
-    stride_scale_row,
-    stride_scale_col,
-    eps,
-    C: tl.constexpr,
-    HAS_SAMPLE: tl.constexpr,
-    ALIGN_X: tl.constexpr,
-    FLAT_X: tl.constexpr,
-    ALIGN_SHIFT: tl.constexpr,
-    ALIGN_SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    out, x, shift, scale, sample, eps, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One program: ROWS rows. x by strides; shift, scale (images, C) by strides; out (rows, C) contiguous."""
-    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    """One program: ROWS rows. x, shift and scale are `Rows`, sample an `Index` or None; out (rows, C) contiguous."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < rows
-    o_image = _image_of(o_row, m_row, sample, stride_sample, length, HAS_SAMPLE)
-    if HAS_SAMPLE:
-        tl.device_assert((o_image >= 0) & (o_image < images), "adaln_modulate: sample must name an image")
-    p_x = x + row_offsets(o_row, length_x, stride_x_batch, stride_x_row, ALIGN_X, FLAT_X)
-    b_x = _load_rows(p_x, stride_x_col, m_row, C, CHUNK)
+    m_row = o_row < x.rows
+    o_image = _image_of(sample, o_row, m_row, x.length)
+    if sample is not None:
+        tl.device_assert((o_image >= 0) & (o_image < scale.rows), "adaln_modulate: sample must name an image")
+    b_x = _load_chunks(x, o_row, m_row, C, CHUNK)
     b_normed, _, _ = _normalize(b_x, m_row, eps, C, CHUNK)
-    p_shift = shift + o_image.to(tl.int64) * stride_shift_row * ALIGN_SHIFT
-    p_scale = scale + o_image.to(tl.int64) * stride_scale_row * ALIGN_SCALE
-    p_out = out + o_row.to(tl.int64) * C
-    for i in tl.static_range(CHUNKS):
-        b_shift = _load(p_shift, stride_shift_col, m_row, i, C, CHUNK)
-        b_scale = _load(p_scale, stride_scale_col, m_row, i, C, CHUNK)
-        _store(p_out, b_normed[i] * (1.0 + b_scale) + b_shift, m_row, i, C, CHUNK)
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        b_shift = _load_chunk(shift, o_image, m_row, i, C, CHUNK)
+        b_scale = _load_chunk(scale, o_image, m_row, i, C, CHUNK)
+        _store_chunk(out, b_normed[i] * (1.0 + b_scale) + b_shift, o_row, m_row, i, C, CHUNK)
 
 
 @triton.jit
-def gated_residual_fwd_kernel(
-    out,
-    x,
-    branch,
-    gate,
-    sample,
-    stride_sample,
-    rows,
-    images,
-    length,
-    length_x,
-    stride_x_batch,
-    stride_x_row,
-    stride_x_col,
-    length_branch,
-    stride_branch_batch,
-    stride_branch_row,
-    stride_branch_col,
-    stride_gate_row,
-    stride_gate_col,
-    C: tl.constexpr,
-    HAS_SAMPLE: tl.constexpr,
-    ALIGN_X: tl.constexpr,
-    FLAT_X: tl.constexpr,
-    ALIGN_BRANCH: tl.constexpr,
-    FLAT_BRANCH: tl.constexpr,
-    ALIGN_GATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program: ROWS rows. x, branch by strides; gate (images, C) by strides; out (rows, C) contiguous."""
-    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+def gated_residual_fwd_kernel(out, x, branch, gate, sample, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """One program: ROWS rows. x, branch and gate are `Rows`, sample an `Index` or None; out (rows, C) contiguous."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < rows
-    o_image = _image_of(o_row, m_row, sample, stride_sample, length, HAS_SAMPLE)
-    if HAS_SAMPLE:
-        tl.device_assert((o_image >= 0) & (o_image < images), "gated_residual: sample must name an image")
-    p_x = x + row_offsets(o_row, length_x, stride_x_batch, stride_x_row, ALIGN_X, FLAT_X)
-    p_branch = branch + row_offsets(
-        o_row, length_branch, stride_branch_batch, stride_branch_row, ALIGN_BRANCH, FLAT_BRANCH
-    )
-    p_gate = gate + o_image.to(tl.int64) * stride_gate_row * ALIGN_GATE
-    p_out = out + o_row.to(tl.int64) * C
-    for i in tl.static_range(CHUNKS):
-        b_x = _load(p_x, stride_x_col, m_row, i, C, CHUNK)
-        b_branch = _load(p_branch, stride_branch_col, m_row, i, C, CHUNK)
-        b_gate = _load(p_gate, stride_gate_col, m_row, i, C, CHUNK)
-        _store(p_out, b_x + b_gate * b_branch, m_row, i, C, CHUNK)
+    m_row = o_row < x.rows
+    o_image = _image_of(sample, o_row, m_row, x.length)
+    if sample is not None:
+        tl.device_assert((o_image >= 0) & (o_image < gate.rows), "gated_residual: sample must name an image")
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        b_x = _load_chunk(x, o_row, m_row, i, C, CHUNK)
+        b_branch = _load_chunk(branch, o_row, m_row, i, C, CHUNK)
+        b_gate = _load_chunk(gate, o_image, m_row, i, C, CHUNK)
+        _store_chunk(out, b_x + b_gate * b_branch, o_row, m_row, i, C, CHUNK)
 
 
 @triton.jit
-def _block_images(
-    i_block, bounds, blocks, sample, stride_sample, rows, length, HAS_SAMPLE: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):
+def _block_images(runs, i_block, sample, rows, length):
     """The images of a block's rows, whether they and the next row never descend, the first and the last image.
 
-    Writes bounds (2, blocks): the first image (-1 where the order descends) and the last.
+    Writes the block's bounds.
     """
-    i_first = i_block * BLOCK_ROWS
-    o_row = i_first + tl.arange(0, BLOCK_ROWS)
+    i_first = i_block * runs.BLOCK_ROWS
+    o_row = i_first + tl.arange(0, runs.BLOCK_ROWS)
     m_row = o_row < rows
-    i_last = tl.minimum(i_first + BLOCK_ROWS, rows) - 1
-    b_image = _image_of(o_row, m_row, sample, stride_sample, length, HAS_SAMPLE).to(tl.int32)
-    if HAS_SAMPLE:
-        b_next = tl.load(sample + (o_row + 1).to(tl.int64) * stride_sample, mask=o_row + 1 < rows, other=2147483647).to(
-            tl.int32
-        )
+    i_last = tl.minimum(i_first + runs.BLOCK_ROWS, rows) - 1
+    b_image = _image_of(sample, o_row, m_row, length).to(tl.int32)
+    if sample is not None:
+        p_next = sample.data + (o_row + 1).to(tl.int64) * sample.stride
+        b_next = tl.load(p_next, mask=o_row + 1 < rows, other=2147483647).to(tl.int32)
         ordered = tl.sum((m_row & (b_next < b_image)).to(tl.int32)) == 0
-        i_image = tl.load(sample + i_first.to(tl.int64) * stride_sample).to(tl.int32)
-        i_image_last = tl.load(sample + i_last.to(tl.int64) * stride_sample).to(tl.int32)
-        tl.store(bounds + i_block, tl.where(ordered, i_image, -1))
-        tl.store(bounds + blocks + i_block, i_image_last)
+        i_image = tl.load(sample.data + i_first.to(tl.int64) * sample.stride).to(tl.int32)
+        i_image_last = tl.load(sample.data + i_last.to(tl.int64) * sample.stride).to(tl.int32)
+        tl.store(runs.bounds + i_block, tl.where(ordered, i_image, -1))
+        tl.store(runs.bounds + runs.blocks + i_block, i_image_last)
         # Out of order, the block is one pass over all of its rows; its sums are not used.
         i_image_last = tl.where(ordered, i_image_last, i_image)
     else:
@@ -240,51 +197,17 @@ def _run(i_image, b_image, m_row, ordered):
 
 @triton.jit
 def adaln_modulate_bwd_kernel(
-    dx,
-    partials,
-    bounds,
-    stats,
-    grad,
-    x,
-    scale,
-    sample,
-    stride_sample,
-    rows,
-    blocks,
-    length,
-    length_grad,
-    stride_grad_batch,
-    stride_grad_row,
-    stride_grad_col,
-    length_x,
-    stride_x_batch,
-    stride_x_row,
-    stride_x_col,
-    stride_scale_row,
-    stride_scale_col,
-    eps,
-    C: tl.constexpr,
-    HAS_SAMPLE: tl.constexpr,
-    ALIGN_GRAD: tl.constexpr,
-    FLAT_GRAD: tl.constexpr,
-    ALIGN_X: tl.constexpr,
-    FLAT_X: tl.constexpr,
-    ALIGN_SCALE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    dx, runs, grad, x, scale, sample, eps, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One program: a block of BLOCK_ROWS rows, run by run, ROWS rows at a time.
+    """One program: a block of rows, run by run, ROWS rows at a time.
 
-    grad, x by strides; scale (images, C) by strides; dx (rows, C) contiguous; partials (runs, 2, C): the sums for
-    shift and for scale; stats (rows, 2): mean and 1 / deviation, written with HAS_SAMPLE only.
+    grad, x and scale are `Rows`, sample an `Index` or None, runs `Runs`, with the sums for shift and for scale; dx
+    (rows, C) contiguous.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     i_block = tl.program_id(0)
-    b_image, m_block, ordered, i_image_first, i_image_last = _block_images(
-        i_block, bounds, blocks, sample, stride_sample, rows, length, HAS_SAMPLE, BLOCK_ROWS
-    )
-    i_first = i_block * BLOCK_ROWS
+    b_image, m_block, ordered, i_image_first, i_image_last = _block_images(runs, i_block, sample, x.rows, x.length)
+    i_first = i_block * runs.BLOCK_ROWS
     for i_image in tl.range(i_image_first, i_image_last + 1):
         i_begin, i_end = _run(i_image, b_image, m_block, ordered)
         b_shift_sum = ()
@@ -295,12 +218,9 @@ def adaln_modulate_bwd_kernel(
         for i_row in tl.range(i_first + i_begin, i_first + i_end, ROWS, num_stages=2):
             o_row = i_row + tl.arange(0, ROWS)
             m_row = o_row < i_first + i_end
-            o_image = _image_of(o_row, m_row, sample, stride_sample, length, HAS_SAMPLE)
-            p_x = x + row_offsets(o_row, length_x, stride_x_batch, stride_x_row, ALIGN_X, FLAT_X)
-            p_grad = grad + row_offsets(o_row, length_grad, stride_grad_batch, stride_grad_row, ALIGN_GRAD, FLAT_GRAD)
-            p_scale = scale + o_image.to(tl.int64) * stride_scale_row * ALIGN_SCALE
-            b_x = _load_rows(p_x, stride_x_col, m_row, C, CHUNK)
-            b_grad_rows = _load_rows(p_grad, stride_grad_col, m_row, C, CHUNK)
+            o_image = _image_of(sample, o_row, m_row, x.length)
+            b_x = _load_chunks(x, o_row, m_row, C, CHUNK)
+            b_grad_rows = _load_chunks(grad, o_row, m_row, C, CHUNK)
             b_normed, b_mean, b_rstd = _normalize(b_x, m_row, eps, C, CHUNK)
             b_sum = tl.zeros((ROWS, CHUNK), tl.float32)
             b_dot = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -311,7 +231,7 @@ def adaln_modulate_bwd_kernel(
                 b_grad = b_grad_rows[i]
                 b_shift_next = b_shift_next + (b_shift_sum[i] + b_grad,)
                 b_scale_next = b_scale_next + (b_scale_sum[i] + b_grad * b_normed[i],)
-                b_grad = b_grad * (1.0 + _load(p_scale, stride_scale_col, m_row, i, C, CHUNK))
+                b_grad = b_grad * (1.0 + _load_chunk(scale, o_image, m_row, i, C, CHUNK))
                 b_sum += b_grad
                 b_dot += b_grad * b_normed[i]
                 b_dnormed = b_dnormed + (b_grad,)
@@ -319,68 +239,37 @@ def adaln_modulate_bwd_kernel(
             b_scale_sum = b_scale_next
             b_mean_grad = tl.sum(b_sum, 1) / C
             b_mean_dot = tl.sum(b_dot, 1) / C
-            if HAS_SAMPLE:
-                p_stats = stats + o_row.to(tl.int64) * 2
+            if runs.stats is not None:
+                p_stats = runs.stats + o_row.to(tl.int64) * 2
                 tl.store(p_stats, b_mean, mask=m_row)
                 tl.store(p_stats + 1, b_rstd, mask=m_row)
-            p_dx = dx + o_row.to(tl.int64) * C
             for i in tl.static_range(CHUNKS):
                 b_dx = b_dnormed[i] - b_mean_grad[:, None] - b_normed[i] * b_mean_dot[:, None]
-                _store(p_dx, b_dx * b_rstd[:, None], m_row, i, C, CHUNK)
-        o_run = (i_block + i_image).to(tl.int64) * (2 * C)
+                _store_chunk(dx, b_dx * b_rstd[:, None], o_row, m_row, i, C, CHUNK)
+        p_run = runs.partials + (i_block + i_image).to(tl.int64) * (2 * C)
         for i in tl.static_range(CHUNKS):
             o_col = i * CHUNK + tl.arange(0, CHUNK)
-            m_col = o_col < C
-            tl.store(partials + o_run + o_col, tl.sum(b_shift_sum[i], 0), mask=m_col)
-            tl.store(partials + o_run + C + o_col, tl.sum(b_scale_sum[i], 0), mask=m_col)
+            tl.store(p_run + o_col, tl.sum(b_shift_sum[i], 0), mask=o_col < C)
+            tl.store(p_run + C + o_col, tl.sum(b_scale_sum[i], 0), mask=o_col < C)
 
 
 @triton.jit
 def gated_residual_bwd_kernel(
-    dbranch,
-    partials,
-    bounds,
-    grad,
-    branch,
-    gate,
-    sample,
-    stride_sample,
-    rows,
-    blocks,
-    length,
-    length_grad,
-    stride_grad_batch,
-    stride_grad_row,
-    stride_grad_col,
-    length_branch,
-    stride_branch_batch,
-    stride_branch_row,
-    stride_branch_col,
-    stride_gate_row,
-    stride_gate_col,
-    C: tl.constexpr,
-    HAS_SAMPLE: tl.constexpr,
-    ALIGN_GRAD: tl.constexpr,
-    FLAT_GRAD: tl.constexpr,
-    ALIGN_BRANCH: tl.constexpr,
-    FLAT_BRANCH: tl.constexpr,
-    ALIGN_GATE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    dbranch, runs, grad, branch, gate, sample, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One program: one chunk of a block of BLOCK_ROWS rows, run by run, ROWS rows at a time.
+    """One program: one chunk of a block of rows, run by run, ROWS rows at a time.
 
-    grad, branch by strides; gate (images, C) by strides; dbranch (rows, C) contiguous; partials (runs, C).
+    grad, branch and gate are `Rows`, sample an `Index` or None, runs `Runs`, with the sum for gate; dbranch (rows, C)
+    contiguous.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     i_block = tl.program_id(0) // CHUNKS
     o_col = (tl.program_id(0) % CHUNKS) * CHUNK + tl.arange(0, CHUNK)
     m_col = o_col < C
     b_image, m_block, ordered, i_image_first, i_image_last = _block_images(
-        i_block, bounds, blocks, sample, stride_sample, rows, length, HAS_SAMPLE, BLOCK_ROWS
+        runs, i_block, sample, branch.rows, branch.length
     )
-    i_first = i_block * BLOCK_ROWS
+    i_first = i_block * runs.BLOCK_ROWS
     for i_image in tl.range(i_image_first, i_image_last + 1):
         i_begin, i_end = _run(i_image, b_image, m_block, ordered)
         b_sum = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -388,115 +277,79 @@ def gated_residual_bwd_kernel(
             o_row = i_row + tl.arange(0, ROWS)
             m_row = o_row < i_first + i_end
             m_tile = m_row[:, None] & m_col[None, :]
-            o_image = _image_of(o_row, m_row, sample, stride_sample, length, HAS_SAMPLE)
-            o_grad = row_offsets(o_row, length_grad, stride_grad_batch, stride_grad_row, ALIGN_GRAD, FLAT_GRAD)
-            o_branch = row_offsets(
-                o_row, length_branch, stride_branch_batch, stride_branch_row, ALIGN_BRANCH, FLAT_BRANCH
-            )
-            o_gate = o_image.to(tl.int64) * stride_gate_row * ALIGN_GATE
-            o_col64 = o_col.to(tl.int64)[None, :]
-            p_grad = grad + o_grad[:, None] + o_col64 * stride_grad_col
-            p_branch = branch + o_branch[:, None] + o_col64 * stride_branch_col
-            p_gate = gate + o_gate[:, None] + o_col64 * stride_gate_col
-            b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
-            b_branch = tl.load(p_branch, mask=m_tile, other=0.0).to(tl.float32)
-            b_gate = tl.load(p_gate, mask=m_tile, other=0.0).to(tl.float32)
+            o_image = _image_of(sample, o_row, m_row, branch.length)
+            b_grad = _load(grad, o_row, o_col, m_tile)
+            b_branch = _load(branch, o_row, o_col, m_tile)
+            b_gate = _load(gate, o_image, o_col, m_tile)
             b_sum += b_grad * b_branch
-            p_dbranch = dbranch + (o_row.to(tl.int64) * C)[:, None] + o_col[None, :]
-            tl.store(p_dbranch, (b_grad * b_gate).to(dbranch.dtype.element_ty), mask=m_tile)
-        o_run = (i_block + i_image).to(tl.int64) * C
-        tl.store(partials + o_run + o_col, tl.sum(b_sum, 0), mask=m_col)
+            _store(dbranch, b_grad * b_gate, o_row, o_col, m_tile, C)
+        p_run = runs.partials + (i_block + i_image).to(tl.int64) * C
+        tl.store(p_run + o_col, tl.sum(b_sum, 0), mask=m_col)
 
 
 @triton.jit
 def sum_runs_kernel(
     dfirst,
     dsecond,
-    partials,
-    bounds,
-    stats,
+    runs,
     grad,
     other,
     sample,
-    stride_sample,
-    rows,
-    blocks,
-    length,
-    length_grad,
-    stride_grad_batch,
-    stride_grad_row,
-    stride_grad_col,
-    length_other,
-    stride_other_batch,
-    stride_other_row,
-    stride_other_col,
     C: tl.constexpr,
-    HAS_SAMPLE: tl.constexpr,
-    NORM: tl.constexpr,
-    ALIGN_GRAD: tl.constexpr,
-    FLAT_GRAD: tl.constexpr,
-    ALIGN_OTHER: tl.constexpr,
-    FLAT_OTHER: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK_BOUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One program: one chunk of one image's parameter gradients, (images, C) contiguous.
 
-    NORM: dfirst is that of shift, dsecond that of scale, other is x. Else dfirst is that of gate, other is branch,
-    and dsecond is not touched. grad and other are read only where the images were out of order.
+    Of adaln_modulate dfirst is that of shift, dsecond that of scale, and other is x. Of gated_residual dfirst is that
+    of gate, dsecond None, and other is branch. grad and other are read only where the images were out of order.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     i_image = tl.program_id(0) // CHUNKS
     o_col = (tl.program_id(0) % CHUNKS) * CHUNK + tl.arange(0, CHUNK)
     m_col = o_col < C
     o_place = tl.arange(0, ROWS)
-    if HAS_SAMPLE:
+    if sample is not None:
         i_begin = 0
         i_end = 0
         i_descents = 0
-        for i_bound in tl.range(0, blocks, BLOCK_BOUNDS):
+        for i_bound in tl.range(0, runs.blocks, BLOCK_BOUNDS):
             o_bound = i_bound + tl.arange(0, BLOCK_BOUNDS)
-            m_bound = o_bound < blocks
-            b_from = tl.load(bounds + o_bound, mask=m_bound, other=2147483647)
-            b_to = tl.load(bounds + blocks + o_bound, mask=m_bound, other=2147483647)
+            m_bound = o_bound < runs.blocks
+            b_from = tl.load(runs.bounds + o_bound, mask=m_bound, other=2147483647)
+            b_to = tl.load(runs.bounds + runs.blocks + o_bound, mask=m_bound, other=2147483647)
             i_descents += tl.sum((b_from < 0).to(tl.int32))
             i_begin += tl.sum((b_to < i_image).to(tl.int32))
             i_end += tl.sum((b_from <= i_image).to(tl.int32))
         ordered = i_descents == 0
     else:
-        i_begin = (i_image * length) // BLOCK_ROWS
-        i_end = tl.where(rows > 0, ((i_image + 1) * length - 1) // BLOCK_ROWS + 1, 0)
-        ordered = rows >= 0
+        i_begin = (i_image * grad.length) // runs.BLOCK_ROWS
+        i_end = tl.where(grad.rows > 0, ((i_image + 1) * grad.length - 1) // runs.BLOCK_ROWS + 1, 0)
+        ordered = grad.rows >= 0
 
     b_first = tl.zeros((ROWS, CHUNK), tl.float32)
     b_second = tl.zeros((ROWS, CHUNK), tl.float32)
     i_stop = tl.where(ordered, i_end, i_begin)
     for i_block in tl.range(i_begin, i_stop, ROWS):
         m_tile = (i_block + o_place < i_stop)[:, None] & m_col[None, :]
-        o_run = (i_block + o_place + i_image).to(tl.int64) * (C * (2 if NORM else 1))
-        p_first = partials + o_run[:, None] + o_col[None, :]
+        o_run = (i_block + o_place + i_image).to(tl.int64) * (C if dsecond is None else 2 * C)
+        p_first = runs.partials + o_run[:, None] + o_col[None, :]
         b_first += tl.load(p_first, mask=m_tile, other=0.0)
-        if NORM:
+        if dsecond is not None:
             b_second += tl.load(p_first + C, mask=m_tile, other=0.0)
 
-    if HAS_SAMPLE:
-        i_stop = tl.where(ordered, 0, rows)
+    if sample is not None:
+        i_stop = tl.where(ordered, 0, grad.rows)
         for i_row in tl.range(0, i_stop, ROWS):
             o_row = i_row + o_place
-            b_image = tl.load(sample + o_row.to(tl.int64) * stride_sample, mask=o_row < rows, other=-1)
+            b_image = tl.load(sample.data + o_row.to(tl.int64) * sample.stride, mask=o_row < grad.rows, other=-1)
             m_row = b_image == i_image
             m_tile = m_row[:, None] & m_col[None, :]
-            o_grad = row_offsets(o_row, length_grad, stride_grad_batch, stride_grad_row, ALIGN_GRAD, FLAT_GRAD)
-            o_other = row_offsets(o_row, length_other, stride_other_batch, stride_other_row, ALIGN_OTHER, FLAT_OTHER)
-            o_col64 = o_col.to(tl.int64)[None, :]
-            p_grad = grad + o_grad[:, None] + o_col64 * stride_grad_col
-            p_other = other + o_other[:, None] + o_col64 * stride_other_col
-            b_grad = tl.load(p_grad, mask=m_tile, other=0.0).to(tl.float32)
-            b_other = tl.load(p_other, mask=m_tile, other=0.0).to(tl.float32)
-            if NORM:
-                p_stats = stats + o_row.to(tl.int64) * 2
+            b_grad = _load(grad, o_row, o_col, m_tile)
+            b_other = _load(other, o_row, o_col, m_tile)
+            if dsecond is not None:
+                p_stats = runs.stats + o_row.to(tl.int64) * 2
                 b_mean = tl.load(p_stats, mask=m_row, other=0.0)
                 b_rstd = tl.load(p_stats + 1, mask=m_row, other=0.0)
                 b_first += b_grad
@@ -506,7 +359,7 @@ def sum_runs_kernel(
 
     o_out = i_image.to(tl.int64) * C + o_col
     tl.store(dfirst + o_out, tl.sum(b_first, 0).to(dfirst.dtype.element_ty), mask=m_col)
-    if NORM:
+    if dsecond is not None:
         tl.store(dsecond + o_out, tl.sum(b_second, 0).to(dsecond.dtype.element_ty), mask=m_col)
 
 
@@ -517,9 +370,14 @@ class Tile(NamedTuple):
     chunk: int
     warps: int
 
+    def constants(self, channels: int) -> dict[str, int]:
+        """Returns the launch's constants."""
+        return {"C": channels, "ROWS": self.rows, "CHUNK": self.chunk, "num_warps": self.warps}
 
+
+@functools.cache
 def row_tile(channels: int, itemsize: int, elements: int) -> Tile:
-    """Whole rows in registers, at most ``elements`` of a row a thread where 1,024 threads allow it.
+    """Whole rows in registers, at most `elements` of a row a thread where 1,024 threads allow it.
 
     Of the chunks (16 bytes a lane) the one that pads the channels least, then the one nearest a warp: with a warp
     to a row its sums need no shared memory.
@@ -535,11 +393,7 @@ def row_tile(channels: int, itemsize: int, elements: int) -> Tile:
     return Tile(warps * 32 // lanes, chunk, warps)
 
 
-def _block_rows(rows: int) -> int:
-    """Rows of a block, from the shape alone, so that sums do not depend on the GPU: 16 to 128."""
-    return min(max(next_power_of_2(rows // 1024), 16), 128)
-
-
+@functools.cache
 def _column_tile(channels: int, itemsize: int) -> Tile:
     """Chunks that are programs of their own: 16 bytes a lane, 2 rows a thread."""
     vector = 16 // itemsize
@@ -548,12 +402,40 @@ def _column_tile(channels: int, itemsize: int) -> Tile:
     return Tile(2 * 128 * vector // chunk, chunk, 4)
 
 
-def _rows_and_length(x: torch.Tensor) -> tuple[int, int]:
-    return x.numel() // max(x.shape[-1], 1), max(x.shape[-2], 1)
+def _runs(grad: torch.Tensor, images: int, sums: int, sample: torch.Tensor | None) -> Runs:
+    """Returns buffers for the runs of grad's rows; from the shape alone, so that sums do not depend on the GPU."""
+    rows = grad.shape[:-1].numel()
+    block_rows = min(max(next_power_of_2(rows // 1024), 16), 128)
+    blocks = cdiv(rows, block_rows)
+    return Runs(
+        grad.new_empty((max(blocks + images - 1, 0), sums, grad.shape[-1]), dtype=torch.float32),
+        None if sample is None else grad.new_empty((2, blocks), dtype=torch.int32),
+        None if sample is None or sums == 1 else grad.new_empty((rows, 2), dtype=torch.float32),
+        blocks,
+        tl.constexpr(block_rows),
+    )
 
 
-def _sample_arguments(stand_in: torch.Tensor, sample: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-    return (stand_in, 0) if sample is None else (sample, sample.stride(0))
+def _sum_runs(
+    runs: Runs, grad: torch.Tensor, other: torch.Tensor, sample: torch.Tensor | None, *results: torch.Tensor
+) -> None:
+    """The second launch: every image's sums, into the results."""
+    images, channels = results[0].shape
+    chunk = min(128, next_power_of_2(channels))
+    sum_runs_kernel[(images * cdiv(channels, chunk),)](
+        results[0],
+        results[1] if len(results) == 2 else None,
+        runs,
+        rows_of(grad),
+        rows_of(other),
+        index_of(sample),
+        C=channels,
+        BLOCK_BOUNDS=512,
+        ROWS=8,
+        CHUNK=chunk,
+        num_warps=4,
+        maxnreg=64,  # else ptxas aims at 40 and spills a pointer to get there
+    )
 
 
 def adaln_modulate_forward(
@@ -566,33 +448,17 @@ def adaln_modulate_forward(
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    channels = x.shape[-1]
-    rows, length = _rows_and_length(x)
-    x_at, shift_at, scale_at = row_layout(x), row_layout(shift), row_layout(scale)
-    tile = row_tile(channels, x.element_size(), ELEMENTS_FORWARD)
+    tile = row_tile(x.shape[-1], x.element_size(), ELEMENTS_FORWARD)
+    rows = rows_of(x)
     with device_guard(x):
-        adaln_modulate_fwd_kernel[(cdiv(rows, tile.rows),)](
+        adaln_modulate_fwd_kernel[(cdiv(rows.rows, tile.rows),)](
             out,
-            x,
-            shift,
-            scale,
-            *_sample_arguments(x, sample),
             rows,
-            scale.shape[0],
-            length,
-            *x_at.sizes,
-            *shift_at.sizes[2:],
-            *scale_at.sizes[2:],
+            rows_of(shift),
+            rows_of(scale),
+            index_of(sample),
             eps,
-            C=channels,
-            HAS_SAMPLE=sample is not None,
-            ALIGN_X=x_at.align,
-            FLAT_X=x_at.flat,
-            ALIGN_SHIFT=shift_at.align,
-            ALIGN_SCALE=scale_at.align,
-            ROWS=tile.rows,
-            CHUNK=tile.chunk,
-            num_warps=tile.warps,
+            **tile.constants(x.shape[-1]),
             **ASSERTIONS,
         )
     return out
@@ -608,85 +474,19 @@ def gated_residual_forward(
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    channels = x.shape[-1]
-    rows, length = _rows_and_length(x)
-    x_at, branch_at, gate_at = row_layout(x), row_layout(branch), row_layout(gate)
-    tile = row_tile(channels, x.element_size(), ELEMENTS_FORWARD)
+    tile = row_tile(x.shape[-1], x.element_size(), ELEMENTS_FORWARD)
+    rows = rows_of(x)
     with device_guard(x):
-        gated_residual_fwd_kernel[(cdiv(rows, tile.rows),)](
+        gated_residual_fwd_kernel[(cdiv(rows.rows, tile.rows),)](
             out,
-            x,
-            branch,
-            gate,
-            *_sample_arguments(x, sample),
             rows,
-            gate.shape[0],
-            length,
-            *x_at.sizes,
-            *branch_at.sizes,
-            *gate_at.sizes[2:],
-            C=channels,
-            HAS_SAMPLE=sample is not None,
-            ALIGN_X=x_at.align,
-            FLAT_X=x_at.flat,
-            ALIGN_BRANCH=branch_at.align,
-            FLAT_BRANCH=branch_at.flat,
-            ALIGN_GATE=gate_at.align,
-            ROWS=tile.rows,
-            CHUNK=tile.chunk,
-            num_warps=tile.warps,
+            rows_of(branch),
+            rows_of(gate),
+            index_of(sample),
+            **tile.constants(x.shape[-1]),
             **ASSERTIONS,
         )
     return out
-
-
-class _Runs:
-    """The buffers between the two launches of a backward."""
-
-    def __init__(self, grad: torch.Tensor, images: int, sums: int, sample: torch.Tensor | None):
-        self.rows, self.length = _rows_and_length(grad)
-        self.images, self.sample = images, sample
-        self.block_rows = _block_rows(self.rows)
-        self.blocks = cdiv(self.rows, self.block_rows)
-        places = max(self.blocks + images - 1, 0)
-        self.partials = grad.new_empty((places, sums, grad.shape[-1]), dtype=torch.float32)
-        needed = sample is not None
-        self.bounds = grad.new_empty((2, self.blocks if needed else 0), dtype=torch.int32)
-        self.stats = grad.new_empty((self.rows if needed and sums == 2 else 0, 2), dtype=torch.float32)
-
-    def reduce(self, grad: torch.Tensor, other: torch.Tensor, *results: torch.Tensor) -> None:
-        """The second launch: every image's sums, into the results."""
-        channels = grad.shape[-1]
-        grad_at, other_at = row_layout(grad), row_layout(other)
-        chunk = min(128, next_power_of_2(channels))
-        sum_runs_kernel[(self.images * cdiv(channels, chunk),)](
-            results[0],
-            results[-1],
-            self.partials,
-            self.bounds,
-            self.stats,
-            grad,
-            other,
-            *_sample_arguments(grad, self.sample),
-            self.rows,
-            self.blocks,
-            self.length,
-            *grad_at.sizes,
-            *other_at.sizes,
-            C=channels,
-            HAS_SAMPLE=self.sample is not None,
-            NORM=len(results) == 2,
-            ALIGN_GRAD=grad_at.align,
-            FLAT_GRAD=grad_at.flat,
-            ALIGN_OTHER=other_at.align,
-            FLAT_OTHER=other_at.flat,
-            BLOCK_ROWS=self.block_rows,
-            BLOCK_BOUNDS=512,
-            ROWS=8,
-            CHUNK=chunk,
-            num_warps=4,
-            maxnreg=64,  # else ptxas aims at 40 and spills a pointer to get there
-        )
 
 
 def adaln_modulate_backward(
@@ -697,41 +497,21 @@ def adaln_modulate_backward(
     dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
     if scale.numel() == 0:
         return dx, dshift, dscale
-    channels = x.shape[-1]
-    runs = _Runs(grad, scale.shape[0], 2, sample)
-    grad_at, x_at, scale_at = row_layout(grad), row_layout(x), row_layout(scale)
-    tile = row_tile(channels, x.element_size(), ELEMENTS_BACKWARD)
+    runs = _runs(grad, scale.shape[0], 2, sample)
+    tile = row_tile(x.shape[-1], x.element_size(), ELEMENTS_BACKWARD)
     with device_guard(x):
         if runs.blocks:
             adaln_modulate_bwd_kernel[(runs.blocks,)](
                 dx,
-                runs.partials,
-                runs.bounds,
-                runs.stats,
-                grad,
-                x,
-                scale,
-                *_sample_arguments(x, sample),
-                runs.rows,
-                runs.blocks,
-                runs.length,
-                *grad_at.sizes,
-                *x_at.sizes,
-                *scale_at.sizes[2:],
+                runs,
+                rows_of(grad),
+                rows_of(x),
+                rows_of(scale),
+                index_of(sample),
                 eps,
-                C=channels,
-                HAS_SAMPLE=sample is not None,
-                ALIGN_GRAD=grad_at.align,
-                FLAT_GRAD=grad_at.flat,
-                ALIGN_X=x_at.align,
-                FLAT_X=x_at.flat,
-                ALIGN_SCALE=scale_at.align,
-                BLOCK_ROWS=runs.block_rows,
-                ROWS=tile.rows,
-                CHUNK=tile.chunk,
-                num_warps=tile.warps,
+                **tile.constants(x.shape[-1]),
             )
-        runs.reduce(grad, x, dshift, dscale)
+        _sum_runs(runs, grad, x, sample, dshift, dscale)
     return dx, dshift, dscale
 
 
@@ -743,38 +523,20 @@ def gated_residual_backward(
     if gate.numel() == 0:
         return dbranch, dgate
     channels = branch.shape[-1]
-    runs = _Runs(grad, gate.shape[0], 1, sample)
-    grad_at, branch_at, gate_at = row_layout(grad), row_layout(branch), row_layout(gate)
+    runs = _runs(grad, gate.shape[0], 1, sample)
     tile = _column_tile(channels, branch.element_size())
     with device_guard(branch):
         if runs.blocks:
             gated_residual_bwd_kernel[(runs.blocks * cdiv(channels, tile.chunk),)](
                 dbranch,
-                runs.partials,
-                runs.bounds,
-                grad,
-                branch,
-                gate,
-                *_sample_arguments(branch, sample),
-                runs.rows,
-                runs.blocks,
-                runs.length,
-                *grad_at.sizes,
-                *branch_at.sizes,
-                *gate_at.sizes[2:],
-                C=channels,
-                HAS_SAMPLE=sample is not None,
-                ALIGN_GRAD=grad_at.align,
-                FLAT_GRAD=grad_at.flat,
-                ALIGN_BRANCH=branch_at.align,
-                FLAT_BRANCH=branch_at.flat,
-                ALIGN_GATE=gate_at.align,
-                BLOCK_ROWS=runs.block_rows,
-                ROWS=tile.rows,
-                CHUNK=tile.chunk,
-                num_warps=tile.warps,
+                runs,
+                rows_of(grad),
+                rows_of(branch),
+                rows_of(gate),
+                index_of(sample),
+                **tile.constants(channels),
             )
-        runs.reduce(grad, branch, dgate)
+        _sum_runs(runs, grad, branch, sample, dgate)
     return dbranch, dgate
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
-from d2it.kernels.rows import row_layout, row_offsets
+from d2it.kernels.rows import index_of, row_offsets, rows_of
 
 TILE_BYTES = 8192  # of one program: 128 threads with 4 independent 16-byte loads in flight each
 MAX_ROWS = 128
@@ -24,67 +24,42 @@ MAX_ROWS = 128
 @triton.jit
 def gather_rows_kernel(
     out,
-    rows_of,
+    index,
     source,
     base,
     rows,
-    stride_rows_of,
-    length_source,
-    stride_source_batch,
-    stride_source_row,
-    stride_source_col,
-    length_base,
-    stride_base_batch,
-    stride_base_row,
-    stride_base_col,
     C: tl.constexpr,
-    HAS_SOURCE: tl.constexpr,
-    HAS_BASE: tl.constexpr,
-    ALIGN_SOURCE: tl.constexpr,
-    ALIGN_BASE: tl.constexpr,
-    FLAT_SOURCE: tl.constexpr,
-    FLAT_BASE: tl.constexpr,
     ALONG_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """out[r] = source[rows_of[r]] where rows_of[r] >= 0, else base[r] (else 0).
+    """out[r] = source[index[r]] where index[r] is a row of source, else base[r] (else 0).
 
-    One program: a tile of ROWS rows and CHUNK channels. out (rows, C) contiguous; rows_of (rows,). source and base
-    are (batch, length, C) by strides, their rows flat over (batch, length); FLAT_*: one stride serves all rows.
-    The batch and row strides come divided by ALIGN_*, a power of two that divides them, which tells the compiler
-    how wide it may load. Lanes run along the channels, or along the rows (ALONG_ROWS) where the channels of a row
-    are not adjacent in memory.
+    One program: a tile of ROWS rows and CHUNK channels. out (rows, C) contiguous; index (rows,) with its stride; source
+    and base are `Rows`, or None. Lanes run along the channels, or along the rows (ALONG_ROWS) where the channels of a
+    row are not adjacent in memory.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    ROW: tl.constexpr = 0 if ALONG_ROWS else 1
     o_row = (tl.program_id(0) // CHUNKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_col = (tl.program_id(0) % CHUNKS) * CHUNK + tl.arange(0, CHUNK)
     m_row = o_row < rows
-    m_col = o_col < C
-    b_from = tl.load(rows_of + o_row * stride_rows_of, mask=m_row, other=-1)
-    if HAS_SOURCE:
-        o_source = row_offsets(b_from, length_source, stride_source_batch, stride_source_row, ALIGN_SOURCE, FLAT_SOURCE)
-    if HAS_BASE:
-        o_base = row_offsets(o_row, length_base, stride_base_batch, stride_base_row, ALIGN_BASE, FLAT_BASE)
-    ROW: tl.constexpr = 0 if ALONG_ROWS else 1
-    m_tile = tl.expand_dims(m_row, ROW) & tl.expand_dims(m_col, 1 - ROW)
+    m_tile = tl.expand_dims(m_row, ROW) & tl.expand_dims(o_col < C, 1 - ROW)
+    b_from = tl.load(index.data + o_row * index.stride, mask=m_row, other=-1)
     m_from = tl.expand_dims(b_from >= 0, ROW)
     o_col = tl.expand_dims(o_col, 1 - ROW).to(tl.int64)
-    if HAS_SOURCE:
-        p_source = source + tl.expand_dims(o_source, ROW) + o_col * stride_source_col
+    if source is not None:
+        p_source = source.data + tl.expand_dims(row_offsets(source, b_from), ROW) + o_col * source.stride_col
         b_out = tl.load(p_source, mask=m_tile & m_from, other=0.0)
-    if HAS_BASE:
-        p_base = base + tl.expand_dims(o_base, ROW) + o_col * stride_base_col
+    if base is not None:
+        p_base = base.data + tl.expand_dims(row_offsets(base, o_row), ROW) + o_col * base.stride_col
         b_base = tl.load(p_base, mask=m_tile & (m_from == 0), other=0.0)
-        if HAS_SOURCE:
-            b_out = tl.where(m_from, b_out, b_base)
-        else:
-            b_out = b_base
+        b_out = tl.where(m_from, b_out, b_base) if source is not None else b_base
     tl.store(out + tl.expand_dims(o_row, ROW) * C + o_col, b_out, mask=m_tile)
 
 
 def _tile(channels: int, itemsize: int) -> tuple[int, int]:
-    """(ROWS, CHUNK) of a program: the chunk that pads the channels least, then the largest."""
+    """Returns (ROWS, CHUNK) of a program: the chunk that pads the channels least, then the largest."""
     chunks = [chunk for chunk in (512, 256, 128) if chunk <= next_power_of_2(channels)]
     chunk = min(chunks or [next_power_of_2(channels)], key=lambda chunk: cdiv(channels, chunk) * chunk)
     # Narrow rows spend registers on addresses: with four loads in flight a merge of 12 float32 channels spills.
@@ -93,32 +68,21 @@ def _tile(channels: int, itemsize: int) -> tuple[int, int]:
 
 
 def _gather_rows(
-    rows_of: torch.Tensor, source: torch.Tensor | None, base: torch.Tensor | None, out: torch.Tensor
+    index: torch.Tensor, source: torch.Tensor | None, base: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
-    rows, channels = rows_of.shape[0], out.shape[-1]
+    rows, channels = index.shape[0], out.shape[-1]
     if rows == 0 or channels == 0:
         return out
-    source_at = row_layout(out if source is None else source)
-    base_at = row_layout(out if base is None else base)
     block_rows, chunk = _tile(channels, out.element_size())
     with device_guard(out):
         gather_rows_kernel[(cdiv(rows, block_rows) * cdiv(channels, chunk),)](
             out,
-            rows_of,
-            out if source is None else source,
-            out if base is None else base,
+            index_of(index),
+            None if source is None else rows_of(source),
+            None if base is None else rows_of(base),
             rows,
-            rows_of.stride(0),
-            *source_at.sizes,
-            *base_at.sizes,
             C=channels,
-            HAS_SOURCE=source is not None,
-            HAS_BASE=base is not None,
-            ALIGN_SOURCE=source_at.align,
-            ALIGN_BASE=base_at.align,
-            FLAT_SOURCE=source_at.flat,
-            FLAT_BASE=base_at.flat,
-            ALONG_ROWS=channels > 1 and source_at.stride_col != 1,
+            ALONG_ROWS=channels > 1 and source is not None and source.stride(-1) != 1,
             ROWS=block_rows,
             CHUNK=chunk,
             num_warps=4,

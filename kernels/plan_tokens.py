@@ -4,93 +4,80 @@ Two launches, for any batch. Cells are numbered by position: images in order, wi
 cells row-major in the window, which is the order of the rows. The first launch counts the tokens of every chunk
 of positions, the second adds up the counts before its own chunk and writes. No program waits for another, there
 are no atomics, and every element of every output is written exactly once: the plan is the same every time, a
-CUDA graph needs nothing reset between replays, and the host learns nothing it would have to wait for.
+CUDA graph needs nothing reset between replays, and the host waits for nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
 
 BLOCK = 1024
 MAX_CHUNKS = 1024
 
 
+class Grains(NamedTuple):
+    """A grain map, and how its positions are numbered.
+
+    Attributes:
+        data: (B, h, w) int64, with its strides in elements: `stride_image`, `stride_row`, `stride_col`.
+        cells: Positions in all; `cells_image` of an image, `cells_across` in a row of its cells.
+        windows_across: Windows in a row of an image's windows.
+        min_grain: The coarsest grain that has tokens.
+        REGION: Cells of a region's side; `WINDOW` of a window's.
+    """
+
+    data: torch.Tensor
+    stride_image: int
+    stride_row: int
+    stride_col: int
+    cells: int
+    cells_image: int
+    cells_across: int
+    windows_across: int
+    min_grain: int
+    REGION: tl.constexpr
+    WINDOW: tl.constexpr
+
+
 @triton.jit
-def _grain_of(
-    grains,
-    o_position,
-    m_position,
-    width_regions,
-    cells_image,
-    windows_across,
-    stride_grains_image,
-    stride_grains_row,
-    stride_grains_col,
-    REGION: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Grain (0 outside), cell in the flat grid, and image of each position."""
+def _grain_of(grains, o_position):
+    """Grain (0 outside), whether it has a token, cell in the flat grid, and image of each position."""
+    WINDOW: tl.constexpr = grains.WINDOW
     CELLS: tl.constexpr = WINDOW * WINDOW
-    o_image = o_position // cells_image
-    o_in_image = o_position % cells_image
+    m_position = o_position < grains.cells
+    o_image = o_position // grains.cells_image
+    o_in_image = o_position % grains.cells_image
     o_window = o_in_image // CELLS
     o_in_window = o_in_image % CELLS
-    o_y = (o_window // windows_across) * WINDOW + o_in_window // WINDOW
-    o_x = (o_window % windows_across) * WINDOW + o_in_window % WINDOW
-    p_grains = grains + o_image.to(tl.int64) * stride_grains_image
-    p_grains += (o_y // REGION).to(tl.int64) * stride_grains_row
-    p_grains += (o_x // REGION).to(tl.int64) * stride_grains_col
-    b_grain = tl.load(p_grains, mask=m_position, other=0)
-    o_cell = o_image * cells_image + o_y * (width_regions * REGION) + o_x
-    return b_grain, o_cell, o_image
+    o_y = (o_window // grains.windows_across) * WINDOW + o_in_window // WINDOW
+    o_x = (o_window % grains.windows_across) * WINDOW + o_in_window % WINDOW
+    p_grain = grains.data + o_image.to(tl.int64) * grains.stride_image
+    p_grain += (o_y // grains.REGION).to(tl.int64) * grains.stride_row
+    p_grain += (o_x // grains.REGION).to(tl.int64) * grains.stride_col
+    b_grain = tl.load(p_grain, mask=m_position, other=0)
+    b_token = (m_position & (b_grain >= grains.min_grain)).to(tl.int32)
+    o_cell = o_image * grains.cells_image + o_y * grains.cells_across + o_x
+    return b_grain, b_token, o_cell, o_image
 
 
 @triton.jit
-def plan_tokens_count_kernel(
-    grains,
-    counts,
-    min_grain,
-    chunks,
-    width_regions,
-    cells_image,
-    cells,
-    windows_across,
-    stride_grains_image,
-    stride_grains_row,
-    stride_grains_col,
-    REGION: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+def plan_tokens_count_kernel(grains, counts, chunks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """One program: one chunk of BLOCKS * BLOCK positions. counts (2, chunks): tokens, and grains below 0."""
     i_chunk = tl.program_id(0)
     b_tokens = tl.zeros((BLOCK,), tl.int32)
     b_negative = tl.zeros((BLOCK,), tl.int32)
     for i_block in tl.range(0, BLOCKS):
         o_position = (i_chunk * BLOCKS + i_block) * BLOCK + tl.arange(0, BLOCK)
-        m_position = o_position < cells
-        b_grain, _, _ = _grain_of(
-            grains,
-            o_position,
-            m_position,
-            width_regions,
-            cells_image,
-            windows_across,
-            stride_grains_image,
-            stride_grains_row,
-            stride_grains_col,
-            REGION,
-            WINDOW,
-        )
-        b_tokens += (m_position & (b_grain >= min_grain)).to(tl.int32)
+        b_grain, b_token, _, _ = _grain_of(grains, o_position)
+        b_tokens += b_token
         b_negative += (b_grain < 0).to(tl.int32)
     tl.store(counts + i_chunk, tl.sum(b_tokens))
     tl.store(counts + chunks + i_chunk, tl.sum(b_negative))
@@ -105,25 +92,15 @@ def plan_tokens_write_kernel(
     slots,
     sample,
     count,
-    min_grain,
     chunks,
     capacity,
     last_image,
-    width_regions,
-    cells_image,
-    cells,
-    windows_across,
-    stride_grains_image,
-    stride_grains_row,
-    stride_grains_col,
-    REGION: tl.constexpr,
-    WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """One program: one chunk of positions (inverse, slots, and the rows that begin there) and the same range of
-    rows, of which it writes those past the count. CHUNKS is the power of two that holds ``chunks``."""
+    rows, of which it writes those past the count. CHUNKS is the power of two that holds `chunks`."""
     i_chunk = tl.program_id(0)
     o_chunk = tl.arange(0, CHUNKS)
     b_counts = tl.load(counts + o_chunk, mask=o_chunk < chunks, other=0)
@@ -137,23 +114,10 @@ def plan_tokens_write_kernel(
 
     for i_block in tl.range(0, BLOCKS):
         o_position = (i_chunk * BLOCKS + i_block) * BLOCK + tl.arange(0, BLOCK)
-        m_position = o_position < cells
-        b_grain, o_cell, o_image = _grain_of(
-            grains,
-            o_position,
-            m_position,
-            width_regions,
-            cells_image,
-            windows_across,
-            stride_grains_image,
-            stride_grains_row,
-            stride_grains_col,
-            REGION,
-            WINDOW,
-        )
-        b_token = (m_position & (b_grain >= min_grain)).to(tl.int32)
+        m_position = o_position < grains.cells
+        _, b_token, o_cell, o_image = _grain_of(grains, o_position)
         b_row = i_row + tl.cumsum(b_token, 0) - 1
-        # Past the capacity a cell has no row: what is written stays inside the buffers, and the assertion tells.
+        # Past the capacity a cell has no row: what is written stays inside the buffers, and the assertion fires.
         m_token = (b_token == 1) & (b_row < capacity)
         b_row_or_none = tl.where(m_token, b_row, -1)
         tl.store(slots + o_position, b_row_or_none, mask=m_position)
@@ -170,9 +134,9 @@ def plan_tokens_write_kernel(
 def plan_tokens_forward(
     grain_map: torch.Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int
 ) -> tuple[torch.Tensor, ...]:
-    """grain_map (B, h, w) int64, any strides -> index, inverse, slots, sample, count, as in ``TokenPlan``.
+    """grain_map (B, h, w) int64, any strides -> index, inverse, slots, sample, count, as in `TokenPlan`.
 
-    A grain below 0 and more tokens than ``capacity`` are device-side assertions.
+    A grain below 0 and more tokens than `capacity` are device-side assertions.
     """
     batch, height, width = grain_map.shape
     cells_image = height * width * cells_per_region**2
@@ -181,41 +145,27 @@ def plan_tokens_forward(
     def empty(*shape: int) -> torch.Tensor:
         return grain_map.new_empty(shape, dtype=torch.int32)
 
-    plan = (
-        empty(capacity),
-        empty(cells),
-        empty(cells // window**2, window**2),
-        empty(capacity),
-        empty(),
-    )
+    plan = (empty(capacity), empty(cells), empty(cells // window**2, window**2), empty(capacity), empty())
     blocks = max(cdiv(max(cells, capacity), BLOCK), 1)
     blocks_each = next_power_of_2(cdiv(blocks, MAX_CHUNKS))
     chunks = cdiv(blocks, blocks_each)
     counts = empty(2, chunks)
-    geometry = (
-        width,
-        max(cells_image, 1),
-        cells,
-        max(width * cells_per_region // window, 1),
+    grains = Grains(
+        grain_map,
         *grain_map.stride(),
+        cells=cells,
+        cells_image=max(cells_image, 1),
+        cells_across=width * cells_per_region,
+        windows_across=max(width * cells_per_region // window, 1),
+        min_grain=min_grain,
+        REGION=tl.constexpr(cells_per_region),
+        WINDOW=tl.constexpr(window),
     )
-    constants = {"REGION": cells_per_region, "WINDOW": window, "BLOCK": BLOCK, "BLOCKS": blocks_each}
-    # Assertions are compiled in (debug) without Triton's checks for integer overflow.
-    options = {"num_warps": 8, "debug": True, "sanitize_overflow": False}
+    options = {"BLOCK": BLOCK, "BLOCKS": blocks_each, "num_warps": 8, **ASSERTIONS}
     with device_guard(grain_map):
-        plan_tokens_count_kernel[(chunks,)](grain_map, counts, min_grain, chunks, *geometry, **constants, **options)
+        plan_tokens_count_kernel[(chunks,)](grains, counts, chunks, **options)
         plan_tokens_write_kernel[(chunks,)](
-            grain_map,
-            counts,
-            *plan,
-            min_grain,
-            chunks,
-            capacity,
-            max(batch - 1, 0),
-            *geometry,
-            **constants,
-            CHUNKS=next_power_of_2(chunks),
-            **options,
+            grains, counts, *plan, chunks, capacity, max(batch - 1, 0), CHUNKS=next_power_of_2(chunks), **options
         )
     return plan
 

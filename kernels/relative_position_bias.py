@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,16 +17,26 @@ import triton.language as tl
 from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
 
 
+class Table(NamedTuple):
+    """`data` ((2w-1)^2, H), with its strides in elements: `stride_row` from offset to offset, `stride_head`."""
+
+    data: torch.Tensor
+    stride_row: int
+    stride_head: int
+
+
+class Bias(NamedTuple):
+    """`data` (1, H, w*w, w*w), with its strides in elements: `stride_head`, `stride_query`, `stride_key`."""
+
+    data: torch.Tensor
+    stride_head: int
+    stride_query: int
+    stride_key: int
+
+
 @triton.jit
-def relative_position_bias_fwd_kernel(
-    table,
-    bias,
-    stride_table_row,
-    stride_table_head,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: BLOCK consecutive entries of one head. table ((2w-1)^2, H); bias contiguous."""
+def relative_position_bias_fwd_kernel(table, bias, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: BLOCK consecutive entries of one head. table is a `Table`; bias contiguous."""
     CELLS: tl.constexpr = WINDOW * WINDOW
     PAIRS: tl.constexpr = CELLS * CELLS
     BLOCKS: tl.constexpr = (PAIRS + BLOCK - 1) // BLOCK
@@ -37,26 +48,17 @@ def relative_position_bias_fwd_kernel(
     o_dy = o_query // WINDOW - o_key // WINDOW + (WINDOW - 1)
     o_dx = o_query % WINDOW - o_key % WINDOW + (WINDOW - 1)
     o_row = (o_dy * (2 * WINDOW - 1) + o_dx).to(tl.int64)
-    b_bias = tl.load(table + o_row * stride_table_row + i_head * stride_table_head, mask=m_pair)
+    b_bias = tl.load(table.data + o_row * table.stride_row + i_head * table.stride_head, mask=m_pair)
     tl.store(bias + i_head * PAIRS + o_pair, b_bias, mask=m_pair)
 
 
 @triton.jit
-def relative_position_bias_bwd_kernel(
-    grad,
-    dtable,
-    heads,
-    stride_grad_head,
-    stride_grad_query,
-    stride_grad_key,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def relative_position_bias_bwd_kernel(grad, dtable, heads, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
     """One program: one vertical offset of one head, that is 2w-1 rows of dtable, each written once.
 
     The w x w blocks of pairs at that vertical offset are added up in the order of the query's row, then each
     diagonal of the sum is one horizontal offset: a fixed order and no atomics, so repeats are bit-equal.
-    grad (H, w*w, w*w) by strides; dtable ((2w-1)^2, H) contiguous.
+    grad is a `Bias`; dtable ((2w-1)^2, H) contiguous.
     """
     OFFSETS: tl.constexpr = 2 * WINDOW - 1
     i_head = (tl.program_id(0) // OFFSETS).to(tl.int64)
@@ -64,13 +66,13 @@ def relative_position_bias_bwd_kernel(
     o_query = tl.arange(0, BLOCK)[:, None]
     o_key = tl.arange(0, BLOCK)[None, :]
     m_block = (o_query < WINDOW) & (o_key < WINDOW)
-    p_grad = grad + i_head * stride_grad_head
-    p_grad += o_query.to(tl.int64) * stride_grad_query + o_key.to(tl.int64) * stride_grad_key
+    p_grad = grad.data + i_head * grad.stride_head
+    p_grad += o_query.to(tl.int64) * grad.stride_query + o_key.to(tl.int64) * grad.stride_key
     b_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
     for y_query in tl.range(tl.maximum(i_dy, 0), tl.minimum(WINDOW + i_dy, WINDOW)):
         i_query = tl.cast(y_query, tl.int64) * WINDOW
         i_key = tl.cast(y_query - i_dy, tl.int64) * WINDOW
-        b_grad = tl.load(p_grad + i_query * stride_grad_query + i_key * stride_grad_key, mask=m_block, other=0.0)
+        b_grad = tl.load(p_grad + i_query * grad.stride_query + i_key * grad.stride_key, mask=m_block, other=0.0)
         b_sum += b_grad.to(tl.float32)
     i_row = tl.cast(i_dy + (WINDOW - 1), tl.int64) * OFFSETS
     for x_row in tl.range(0, OFFSETS):
@@ -86,7 +88,7 @@ def relative_position_bias_forward(table: torch.Tensor, window: int) -> torch.Te
     if heads:
         with device_guard(table):
             relative_position_bias_fwd_kernel[(heads * cdiv(cells * cells, block),)](
-                table, bias, *table.stride(), WINDOW=window, BLOCK=block, num_warps=4
+                Table(table, *table.stride()), bias, WINDOW=window, BLOCK=block, num_warps=4
             )
     return bias
 
@@ -99,10 +101,9 @@ def relative_position_bias_backward(grad: torch.Tensor, window: int) -> torch.Te
     if heads:
         with device_guard(grad):
             relative_position_bias_bwd_kernel[(heads * offsets,)](
-                grad,
+                Bias(grad, *grad.stride()[1:]),
                 dtable,
                 heads,
-                *grad.stride()[1:],
                 WINDOW=window,
                 BLOCK=block,
                 num_warps=min(8, max(1, block * block // 256)),  # 8 elements a lane at window 16

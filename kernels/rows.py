@@ -1,4 +1,4 @@
-"""Rows of (B, L, C) or (T, C) tensors by their strides: one description for every launcher that walks rows."""
+"""Rows of (B, L, C) or (T, C) tensors, and indices of rows: the named tuples that launchers build and kernels take."""
 
 from __future__ import annotations
 
@@ -10,38 +10,64 @@ import triton
 import triton.language as tl
 
 
-class RowLayout(NamedTuple):
-    """Where the rows of a tensor lie, flat over (batch, length)."""
+class Rows(NamedTuple):
+    """A tensor as rows of channels, flat over (batch, length), any strides.
 
+    Attributes:
+        data: The tensor; a pointer in the kernel.
+        rows: Number of rows.
+        length: Rows of a batch entry.
+        stride_batch: Elements from one batch entry to the next, divided by `ALIGN`; 0 where `FLAT`.
+        stride_row: Elements from one row to the next, divided by `ALIGN`.
+        stride_col: Elements from one channel to the next.
+        ALIGN: The power of two, at most 16, that divides both strides: how wide the compiler may load.
+        FLAT: Whether one stride serves all rows.
+    """
+
+    data: torch.Tensor
+    rows: int
     length: int
-    stride_batch: int  # this and stride_row divided by align
+    stride_batch: int
     stride_row: int
     stride_col: int
-    align: int  # the power of two, 16 at most, that divides both: how wide the compiler may load
-    flat: bool  # one stride serves all rows
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """The run-time arguments: length, and the strides by batch, row and channel."""
-        return self[:4]
+    ALIGN: tl.constexpr
+    FLAT: tl.constexpr
 
 
-def row_layout(tensor: torch.Tensor) -> RowLayout:
-    """The layout of (B, L, C) or (T, C), any strides."""
+def rows_of(tensor: torch.Tensor) -> Rows:
+    """Returns the rows of (B, L, C) or (T, C), any strides."""
     length = tensor.shape[-2]
     row, col = tensor.stride()[-2:]
     batch, images = (tensor.stride(0), tensor.shape[0]) if tensor.ndim == 3 else (0, 1)
     flat = images <= 1 or batch == length * row
     align = math.gcd(16, row) if flat else math.gcd(16, row, batch)
-    return RowLayout(max(length, 1), 0 if flat else batch // align, row // align, col, align, flat)
+    strides = (0 if flat else batch // align, row // align, col)
+    return Rows(tensor, images * length, max(length, 1), *strides, tl.constexpr(align), tl.constexpr(flat))
+
+
+class Index(NamedTuple):
+    """One integer a row.
+
+    Attributes:
+        data: (rows,) int32 or int64; a pointer in the kernel.
+        stride: Elements from one entry to the next.
+    """
+
+    data: torch.Tensor
+    stride: int
+
+
+def index_of(tensor: torch.Tensor | None) -> Index | None:
+    """Returns the entries of a (rows,) tensor, any stride; None for None."""
+    return None if tensor is None else Index(tensor, tensor.stride(0))
 
 
 @triton.jit
-def row_offsets(o_row, length, stride_batch, stride_row, ALIGN: tl.constexpr, FLAT: tl.constexpr):
+def row_offsets(rows, o_row):
     """int64 offsets of the first channel of rows that are flat over (batch, length)."""
-    if FLAT:
-        return o_row.to(tl.int64) * stride_row * ALIGN
+    if rows.FLAT:
+        return o_row.to(tl.int64) * rows.stride_row * rows.ALIGN
     o_row = o_row.to(tl.int32)  # a 64-bit division would cost more than the row's loads
-    o_batch = o_row // length
-    o_in_batch = o_row - o_batch * length
-    return (o_batch.to(tl.int64) * stride_batch + o_in_batch.to(tl.int64) * stride_row) * ALIGN
+    o_batch = o_row // rows.length
+    o_in_batch = o_row - o_batch * rows.length
+    return (o_batch.to(tl.int64) * rows.stride_batch + o_in_batch.to(tl.int64) * rows.stride_row) * rows.ALIGN

@@ -156,13 +156,18 @@ class Entropy(KernelSuite):
 
 
 MUTATIONS = [
-    Mutation("green alone", FILE, "b_green * weight_g + b_blue * weight_b", "b_green * (weight_g + weight_b)"),
+    Mutation(
+        "green alone",
+        FILE,
+        "b_green * gray.weight_g + b_blue * gray.weight_b",
+        "b_green * (gray.weight_g + gray.weight_b)",
+    ),
     Mutation("low halves forgotten", FILE, "return tl.dot(b_hot, b_low, b_density)", "return b_density"),
     Mutation("first row of the window", FILE, "== b_first[None, :] + i_window)", "== b_first[None, :])"),
-    Mutation("bins past the last", FILE, "tl.where(o_all < BINS, b_density, 0.0)", "b_density"),
+    Mutation("bins past the last", FILE, "tl.where(o_all < bins.COUNT, b_density, 0.0)", "b_density"),
     Mutation("pixels past the last", FILE, "tl.where(m_pixel, b_first.to(tl.int32), -ROWS)", "b_first.to(tl.int32)"),
     Mutation("column of the region", FILE, "o_x = o_pixel % REGION", "o_x = o_pixel // REGION"),
-    Mutation("window past the end", FILE, "USED_ROWS - WINDOW)", "USED_ROWS)"),
+    Mutation("window past the end", FILE, "USED_ROWS - bins.WINDOW)", "USED_ROWS)"),
 ]
 
 

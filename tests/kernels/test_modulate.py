@@ -143,7 +143,7 @@ class TestGatedResidual(Modulation):
     cpp_mutations = "modulate.cpp", GATES
     mutations = [
         Mutation("gate on the residual", FILE, "b_x + b_gate * b_branch", "b_gate * b_x + b_branch"),
-        Mutation("no gate in dbranch", FILE, "(b_grad * b_gate).to", "(b_grad).to"),
+        Mutation("no gate in dbranch", FILE, "_store(dbranch, b_grad * b_gate,", "_store(dbranch, b_grad,"),
         Mutation("branch missing in dgate", FILE, "b_sum += b_grad * b_branch", "b_sum += b_grad"),
         Mutation(
             "missing channel", FILE, "element_ty), mask=m_tile)", "element_ty), mask=m_tile & (o_col < C - 1)[None, :])"
@@ -155,7 +155,7 @@ class TestGatedResidual(Modulation):
             "o_row < i_first + i_end - 1\n            m_tile",
         ),
         Mutation("blocks of the next image", FILE, "(i_block + o_place + i_image)", "(i_block + o_place)"),
-        Mutation("last block of an image", FILE, "// BLOCK_ROWS + 1, 0)", "// BLOCK_ROWS, 0)"),
+        Mutation("last block of an image", FILE, "// runs.BLOCK_ROWS + 1, 0)", "// runs.BLOCK_ROWS, 0)"),
     ]
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:

@@ -57,10 +57,10 @@ class TestPackTokens(Packing):
     op = "pack_tokens"
     gradients = ("x",)
     mutations = [
-        Mutation("row by row number", FILE, "row_offsets(b_from,", "row_offsets(o_row,"),
+        Mutation("row by row number", FILE, "row_offsets(source, b_from)", "row_offsets(source, o_row)"),
         # A shape whose row -1 is memory of the test: what surrounds the arguments is NaN.
         Mutation("row before the first", FILE, "mask=m_tile & m_from, other", "mask=m_tile, other", (CORNERS[4],)),
-        Mutation("missing channel", FILE, "m_col = o_col < C", "m_col = o_col < C - 1"),
+        Mutation("missing channel", FILE, "tl.expand_dims(o_col < C,", "tl.expand_dims(o_col < C - 1,"),
         Mutation("missing row", FILE, "m_row = o_row < rows", "m_row = o_row < rows - 1"),
     ]
 

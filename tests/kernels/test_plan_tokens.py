@@ -50,13 +50,13 @@ class TestPlanTokens(KernelSuite):
         Mutation(
             "window across the image",
             FILE,
-            "(o_window % windows_across) * WINDOW",
-            "(o_window // windows_across) * WINDOW",
+            "(o_window % grains.windows_across) * WINDOW",
+            "(o_window // grains.windows_across) * WINDOW",
         ),
-        Mutation("columns of regions", FILE, "(o_x // REGION)", "(o_x // WINDOW)"),
+        Mutation("columns of regions", FILE, "(o_x // grains.REGION)", "(o_x // WINDOW)"),
         Mutation("missing tail", FILE, "o_position >= i_total", "o_position > i_total"),
         Mutation("image of the tail", FILE, "max(batch - 1, 0)", "max(batch - 2, 0)"),
-        Mutation("coarsest grain", FILE, "b_token = (m_position & (b_grain >=", "b_token = (m_position & (b_grain >"),
+        Mutation("coarsest grain", FILE, "m_position & (b_grain >=", "m_position & (b_grain >"),
     ]
 
     def random_shape(self, rng: random.Random) -> Shape:
