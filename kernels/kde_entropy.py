@@ -31,11 +31,11 @@ class Images(NamedTuple):
     `stride_column`. `CHANNELS` is 1 or 3."""
 
     data: torch.Tensor
+    CHANNELS: tl.constexpr
     stride_image: int
     stride_channel: int
     stride_row: int
     stride_column: int
-    CHANNELS: tl.constexpr
 
 
 class Gray(NamedTuple):
@@ -232,7 +232,7 @@ def _launch(
     block = min(256 if images.stride(3) == 1 else 64, next_power_of_2(region_size**2))
     with device_guard(images):
         kde_entropy_kernel[(entropy.numel(),)](
-            Images(images, *images.stride(), CHANNELS=tl.constexpr(channels)),
+            Images(images, tl.constexpr(channels), *images.stride()),
             Gray(*weights, offset, scale, low - slack, high + slack),
             Bins(
                 per_unit=1 / spacing,

@@ -35,9 +35,6 @@ class Grains(NamedTuple):
     """
 
     data: torch.Tensor
-    stride_image: int
-    stride_row: int
-    stride_col: int
     cells: int
     cells_image: int
     cells_across: int
@@ -45,6 +42,9 @@ class Grains(NamedTuple):
     min_grain: int
     REGION: tl.constexpr
     WINDOW: tl.constexpr
+    stride_image: int
+    stride_row: int
+    stride_col: int
 
 
 @triton.jit
@@ -152,14 +152,14 @@ def plan_tokens_forward(
     counts = empty(2, chunks)
     grains = Grains(
         grain_map,
+        cells,
+        max(cells_image, 1),
+        width * cells_per_region,
+        max(width * cells_per_region // window, 1),
+        min_grain,
+        tl.constexpr(cells_per_region),
+        tl.constexpr(window),
         *grain_map.stride(),
-        cells=cells,
-        cells_image=max(cells_image, 1),
-        cells_across=width * cells_per_region,
-        windows_across=max(width * cells_per_region // window, 1),
-        min_grain=min_grain,
-        REGION=tl.constexpr(cells_per_region),
-        WINDOW=tl.constexpr(window),
     )
     options = {"BLOCK": BLOCK, "BLOCKS": blocks_each, "num_warps": 8, **ASSERTIONS}
     with device_guard(grain_map):
