@@ -278,7 +278,9 @@ def _parse(start: bytes, size: int, where: str) -> Header:
     if dtype.hasobject:
         raise UserError(f"{where} holds pickled Python objects: refused")
     header = Header(tuple(shape), dtype, fortran, stream.tell())
-    if len(shape) > 32 or min(shape, default=0) < 0 or dtype.itemsize == 0 or header.nbytes > size - header.offset:
+    if len(shape) > 32:
+        raise UserError(f"{where} has {len(shape)} dimensions, more than 32")
+    if min(shape, default=0) < 0 or dtype.itemsize == 0 or header.nbytes > size - header.offset:
         raise UserError(f"{where} is truncated: {dtype} {shape} does not fit into its {size:,} bytes")
     return header
 

@@ -315,3 +315,117 @@ def test_labels_are_held_against_the_number_of_classes(tmp_path):
     tiles.labels, tiles.num_classes, tiles.classes = None, 0, None
     with pytest.raises(UserError, match="num_classes=5 needs labels"):
         make(tmp_path / "unlabelled", tiles).require_classes(5)
+
+
+# Other data of the same number and names
+
+
+class Others(Tiles):
+    """As many tiles of the same names, of which some differ."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        if what == "labels":
+            self.labels = (self.labels + 1) % 5
+
+    def picture(self, index):
+        picture = super().picture(index)
+        return picture.transpose(Image.Transpose.ROTATE_90) if self.what == "pixels" else picture
+
+    def name(self, index):
+        return f"{'other' if self.what == 'names' else 'tile'}{index}"
+
+
+@pytest.mark.parametrize("what", ["pixels", "labels", "names"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_cache_of_other_images_is_not_mixed_in(tmp_path, what, finished):
+    build_cache(tmp_path, Tiles(), encode, facts=FACTS, unit_size=15)
+    if finished:
+        finish_cache(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"other settings \(fingerprint: "):
+        make(tmp_path, Others(what))
+    assert contents(tmp_path) == before
+    build_cache(tmp_path, Tiles(), encode, facts=FACTS, unit_size=15)
+
+
+def test_a_cache_has_a_fingerprint_of_its_content(tmp_path):
+    one, two = make(tmp_path / "a"), make(tmp_path / "b")
+    assert one.fingerprint() == two.fingerprint() == LatentCache(tmp_path / "a").fingerprint()
+    assert one.fingerprint() != make(tmp_path / "c", Others("pixels")).fingerprint()
+
+
+def unit(**change):
+    return lambda index: index | {"units": [{**index["units"][0], **change}, *index["units"][1:]]}
+
+
+def without(*keys):
+    return lambda index: (
+        index | {"units": [{k: v for k, v in index["units"][0].items() if k not in keys}, *index["units"][1:]]}
+    )
+
+
+def plan(**change):
+    return lambda index: index | {"plan": index["plan"] | change}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        without("sha256"),
+        unit(sha256=""),
+        unit(sha256=None),
+        unit(sha256="0" * 63),
+        unit(sha256="z" * 64),
+        unit(images=15.0),
+        unit(images=-15),
+        unit(images=True),
+        unit(images=10**30),
+        unit(bytes="1"),
+        unit(file=5),
+        unit(file=["unit-00000.safetensors"]),
+        plan(image_size=[32, 32.5]),
+        plan(image_size=[32, 0]),
+        plan(image_size=32),
+        plan(num_classes="5"),
+        plan(num_classes=-1),
+        plan(classes="abcde"),
+        plan(classes=[1, 2, 3, 4, 5]),
+        plan(classes=["a"]),
+        plan(flips=1),
+        plan(facts=[1]),
+        lambda index: index | {"skipped": 3},
+        lambda index: index | {"images": 50.0},
+        lambda index: index | {"plan": None},
+        lambda index: index | {"units": [None]},
+    ],
+)
+def test_an_index_of_other_types_or_without_hashes_is_one_line(tmp_path, spoil):
+    make(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(spoil(index)))
+    with pytest.raises(UserError, match=r"index\.json is damaged") as caught:
+        LatentCache(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b'{"plan": 1}', b'{"plan": {"units": 4}, "file": "x"}', b"\xff", b"[" * 9**5]
+)
+def test_a_damaged_record_of_an_unfinished_cache_is_one_line(tmp_path, content):
+    build_cache(tmp_path, Tiles(), encode, facts=FACTS, unit_size=15)
+    (tmp_path / "unit-00000.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"unit-") as caught:
+        finish_cache(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["index.json", "unit-00001.safetensors"])
+def test_a_fifo_in_a_cache_is_one_line_and_no_wait(tmp_path, name):
+    make(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=name):
+        LatentCache(tmp_path)

@@ -211,3 +211,99 @@ def test_command_ends_with_one_line_and_exit_code_2():
         [sys.executable, "-m", "d2it.data.calibrate", "absent"], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: absent: no such file or folder\n")
+
+
+# Regions that share one entropy
+
+
+def pages(folder, white, count=8):
+    """Product photos: noise, and around it a white margin over the share `white` of the regions."""
+    folder.mkdir()
+    rows = round(8 * (1 - white))
+    for i in range(count):
+        page = np.full((128, 128, 3), 255, np.uint8)
+        page[: 16 * rows] = np.random.default_rng(i).integers(0, 255, (16 * rows, 128, 3), dtype=np.uint8)
+        Image.fromarray(page).save(folder / f"{i}.png")
+    return open_source(folder, 128)
+
+
+@pytest.mark.parametrize("white", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("asked", [0.05, 0.2, 0.3, 0.45, 0.5, 0.6, 0.7, 0.8, 0.95])
+def test_ties_go_to_the_nearer_side(tmp_path, caplog, white, asked):
+    source = pages(tmp_path / "pages", white)
+    found = run_calibration(source)
+    caplog.clear()
+    threshold = found.thresholds(asked)
+    images = torch.stack([source[i]["image"] for i in range(len(source))])
+    got = float((encode_grains(images, threshold, **found.kde)[0] == 1).double().mean())
+    nearest = asked if asked <= 1 - white else min(1 - white, 1.0, key=lambda share: abs(share - asked))
+    assert abs(got - nearest) <= 0.004
+    assert abs(found.shares(threshold)[0] - got) <= 0.004
+    assert ("is the nearest there is" in caplog.text) == (abs(nearest - asked) > 0.02)
+
+
+def test_a_threshold_lies_in_the_middle_of_a_gap_and_not_on_the_tie(tmp_path):
+    found = run_calibration(pages(tmp_path / "pages", 0.5))
+    tie, above = found.entropies[0], found.entropies[-1]
+    assert tie + 1 < found.thresholds(0.6)[0] < above - 1
+
+
+def test_without_ties_a_threshold_is_the_percentile():
+    shipped = Calibration.load()
+    for i in range(100, 1000):  # below, flat regions share one entropy
+        assert shipped.thresholds(1 - i / 1000)[0] == pytest.approx(shipped.entropies[i], abs=1e-9)
+        assert shipped.shares([shipped.entropies[i]])[0] == pytest.approx(1 - i / 1000)
+    assert shipped.shares(shipped.thresholds([1.0, 0.5, 0.0])) == pytest.approx([1, 0.5, 0])
+
+
+def test_the_command_prints_the_shares(tmp_path, capsys):
+    pages(tmp_path / "pages", 0.5)
+    calibrate.main([str(tmp_path / "pages"), "--image-size", "128", "--ratios", "0.7", "0.2", "--workers", "0"])
+    assert "shares of regions above them: 0.500, 0.200" in capsys.readouterr().out
+
+
+def test_a_calibration_for_something_else_is_refused():
+    shipped = Calibration.load()
+    shipped.require(region_size=16, image_size=(256, 256), sigma=0.01)
+    shipped.require(image_size=[256, 256])
+    for facts, message in (
+        ({"image_size": (64, 64)}, r"image_size=\(256, 256\), asked for is \(64, 64\)"),
+        ({"region_size": 8}, "region_size=16, asked for is 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            shipped.require(**facts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("region_size", "16"),
+        ("region_size", 16.0),
+        ("region_size", -16),
+        ("region_size", True),
+        ("num_bins", None),
+        ("sigma", "small"),
+        ("sigma", 0),
+        ("sigma", 10**400),
+        ("normalize", 1),
+        ("value_range", [0]),
+        ("value_range", [0, "1"]),
+        ("value_range", 1.0),
+        ("image_size", [256, 256.5]),
+        ("image_size", [256]),
+        ("images", [1]),
+        ("source", 5),
+        ("entropies", [0.0] * 1000 + ["1"]),
+        ("entropies", [0.0] * 1000 + [None]),
+        ("resolution", {}),
+        ("made_with", None),
+    ],
+)
+def test_a_field_of_another_type_is_one_line(tmp_path, key, value):
+    Calibration.load().save(tmp_path / "c.json")
+    fields = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(fields | {key: value}))
+    with pytest.raises(UserError, match=rf"c\.json is not a readable calibration: {key}") as caught:
+        Calibration.load(tmp_path / "c.json")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400

@@ -477,3 +477,79 @@ def test_reconstruction_of_a_vae_of_one_grain():
     )
     assert [(row["fine_ratio"], row["codes"]) for row in rows] == [(1, 16)]
     assert 0 < rows[0]["lpips"] < 2
+
+
+def photo_folder(path, size, count=3):
+    path.mkdir()
+    for i, photo in enumerate(pictures(count, 3, size=size)):
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(path / f"{i:03d}.png")
+    return path
+
+
+@pytest.mark.parametrize("described", ["config.yaml", "content_transformer"])
+@pytest.mark.parametrize("given", ["run", "run/vae"])
+@pytest.mark.parametrize(("size", "sides"), [(64, [64, 64]), ([32, 64], [32, 64])])
+def test_reconstruction_takes_the_image_size_of_the_run(tmp_path, described, given, size, sides, capsys):
+    from d2it.models import DynamicVAE
+
+    DynamicVAE.from_preset("tiny", channels=8).save_pretrained(tmp_path / "run" / "vae")
+    if described == "config.yaml":
+        (tmp_path / "run" / "config.yaml").write_text(f"data:\n  path: demo\n  image_size: {size}\n")
+    else:
+        (tmp_path / "run" / described).mkdir()
+        (tmp_path / "run" / described / "config.json").write_text(json.dumps({"image_size": size}))
+        (tmp_path / "run" / "config.yaml").write_text("data: {image_size: 999}")
+    photos = photo_folder(tmp_path / "photos", 64)
+    words = ["reconstruction", "--checkpoint", tmp_path / given, "--data", photos, "--ratios", "1", "--device", "cpu"]
+    assert main([*map(str, words), "--output", str(tmp_path / "r.json")]) == 0
+    settings = json.loads((tmp_path / "r.json").read_text())["settings"]
+    assert (settings["size"], settings["upsample"]) == (sides, False)
+    # Smaller photos are enlarged on purpose alone.
+    small = photo_folder(tmp_path / "small", 24)
+    words[words.index(photos)] = small
+    assert main([*map(str, words)]) == 2
+    assert "000.png is 24 x 24 pixels, smaller than the 64 x" in capsys.readouterr().err
+    assert main([*map(str, words), "--upsample"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (None, "", "is a VAE alone, which has no image size: give --image-size"),
+        ("config.yaml", "data: {}", "no image size in it"),
+        ("config.yaml", "data: [", "config.yaml is damaged"),
+        ("config.yaml", "data: {image_size: big}", "config.yaml is damaged"),
+        ("config.yaml", "data: {image_size: [1, 2, 3]}", "config.yaml is damaged"),
+        ("config.yaml", "\x00", "config.yaml is damaged"),
+        ("config.yaml", "!!python/object/apply:os.mkdir [executed]", "config.yaml is damaged"),
+        ("content_transformer/config.json", "{", "config.json is damaged"),
+        ("content_transformer/config.json", "{}", "config.json is damaged"),
+        ("content_transformer/config.json", '{"image_size": true}', "must be a multiple"),
+        ("content_transformer/config.json", '{"image_size": "64"}', "config.json is damaged"),
+    ],
+)
+def test_a_run_without_a_readable_image_size_is_one_line(tmp_path, monkeypatch, capsys, file, content, message):
+    from d2it.models import DynamicVAE
+
+    monkeypatch.chdir(tmp_path)
+    DynamicVAE.from_preset("tiny", channels=8).save_pretrained(tmp_path / "run" / "vae")
+    if file:
+        (tmp_path / "run" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / file).write_text(content)
+    assert main(["reconstruction", "--checkpoint", "run", "--data", "demo", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_samples_folder_is_what_it_was_drawn_for(tmp_path):
+    folder = save_folder(tmp_path / "samples", pictures(3, 1))
+    for i in range(3):
+        (folder / f"{i:04d}.png").rename(folder / f"{i:06d}.png")
+    Image.new("RGB", (640, 640)).save(folder / "grid.png")
+    Image.new("RGB", (640, 640)).save(folder / "grid_grain_maps.png")
+    np.save(folder / "grain_maps.npy", np.zeros((3, 2, 2), np.uint8))
+    opened = open_images(folder)
+    assert (opened.count, opened.size) == (3, (16, 16))
+    assert torch.equal(torch.cat(list(opened.batches(2))), pictures(3, 1))

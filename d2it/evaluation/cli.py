@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import d2it
@@ -21,7 +22,7 @@ from d2it.errors import UserError, run_command
 from d2it.evaluation.generation import METRICS, check_sizes, compare, open_reference, summarize
 from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import WHERE, Inception
-from d2it.files import atomic_write, prepare_file, sha256_of
+from d2it.files import atomic_write, prepare_file, read_bytes, read_json, sha256_of
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
 from d2it.npz import keep_images
@@ -88,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     reconstruction = commands.add_parser("reconstruction", help="rFID, PSNR, SSIM, LPIPS of a DynamicVAE by fine ratio")
     reconstruction.add_argument("--checkpoint", required=True, metavar="PATH", help="a trained D2iT or DynamicVAE")
     reconstruction.add_argument("--data", required=True, metavar="PATH", help="images, as train.py reads them")
-    reconstruction.add_argument("--image-size", type=int, nargs="+", default=[256], help="side, or height and width")
+    reconstruction.add_argument(
+        "--image-size", type=int, nargs="+", help="side, or height and width (those that the run was trained at)"
+    )
+    reconstruction.add_argument("--upsample", action="store_true", help="enlarge smaller images, as ADM does")
     reconstruction.add_argument("--ratios", type=float, nargs="+", default=[0, 0.25, 0.5, 0.7, 1], help="fine ratios")
     reconstruction.add_argument("--count", type=int, help="the first so many images")
     reconstruction.add_argument("--lpips", metavar="PATH", help="LPIPS weights (below); without them it is left out")
@@ -187,7 +191,7 @@ def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]
         raise UserError("reconstruction runs in one process: start it without torchrun")
     if importlib.util.find_spec("torchmetrics") is None:
         raise UserError("reconstruction needs torchmetrics, which is not installed: pip install torchmetrics")
-    if len(options.image_size) > 2:
+    if options.image_size and len(options.image_size) > 2:
         raise UserError(f"--image-size: a side, or height and width, got {options.image_size}")
     if options.count is not None and options.count < 2:
         raise UserError(f"--count must be at least 2, got {options.count}")
@@ -205,11 +209,11 @@ def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]
     except ValueError as error:
         raise UserError(str(error)) from None
     inception, settings = _inception(options, world) if options.inception else (None, _versions())
-    height, width = (options.image_size * 2)[:2]
+    height, width = (options.image_size * 2)[:2] if options.image_size else _image_size(folder)
     region = vae.config.region_size
     if height < 1 or width < 1 or height % region or width % region:
         raise UserError(f"--image-size must be a multiple of the VAE's regions of {region}, got {height} x {width}")
-    source = open_source(options.data, (height, width), upsample=True)
+    source = open_source(options.data, (height, width), upsample=options.upsample)
     count = min(options.count or len(source), len(source))
     if options.count and options.count > count:
         raise UserError(f"--count {options.count}: {options.data} has {count} images")
@@ -227,9 +231,36 @@ def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]
     rows = evaluate_reconstruction(vae, images, options.ratios, extractor=inception, lpips=lpips, device=world.device)
     settings |= {"checkpoint": options.checkpoint, "vae_sha256": sha256_of(folder / WEIGHTS_FILE)}
     settings |= {"data": options.data, "source": source.description, "crop": "center, scaled to cover the size"}
+    settings |= {"upsample": options.upsample}
     settings |= {"count": count - len(skipped), "skipped": len(skipped), "size": [height, width]}
     settings |= {"lpips_sha256": hashes} if hashes else {}
     return {"rows": rows, "settings": settings}
+
+
+def _image_size(folder: Path) -> tuple[int, int]:
+    """Returns the image size of the run whose VAE lies in a folder.
+
+    Raises:
+        UserError: it is a VAE alone, which is of no size, or the run's files are damaged.
+    """
+    run = folder.parent if folder.name == "vae" else folder
+    file, size = run / "content_transformer" / "config.json", None
+    try:
+        if file.is_file():
+            size = read_json(file)["image_size"]
+        elif (file := run / "config.yaml").is_file():
+            size = OmegaConf.to_container(OmegaConf.create(read_bytes(file, 2**20).decode()))["data"]["image_size"]  # type: ignore[call-overload,index]
+        else:
+            raise UserError(f"{folder} is a VAE alone, which has no image size: give --image-size")
+        height, width = size if isinstance(size, list) else (size, size)
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise ValueError(f"image_size is {size!r:.40}")
+        return height, width
+    except UserError:
+        raise
+    except Exception as error:  # YAML and OmegaConf have many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{file} is damaged: no image size in it ({reason}); give --image-size") from None
 
 
 def _inception(options: argparse.Namespace, world: World) -> tuple[Inception, dict[str, Any]]:

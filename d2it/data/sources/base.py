@@ -233,7 +233,7 @@ class ImageSource(ABC):
             width, height = small.args
             raise UserError(
                 f"{self.name(index)} is {width} x {height} pixels, smaller than the {self.image_size[1]} x "
-                f"{self.image_size[0]} asked for: ask for less, or set upsample=true to enlarge as ADM does"
+                f"{self.image_size[0]} asked for: ask for less, or enlarge it as ADM does (upsample)"
             ) from None
         if draws is not None and self.augment and draws.uniform() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # 95 us; 458 by a NumPy view (256 x 256)
