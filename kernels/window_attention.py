@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,12 +25,12 @@ from d2it.kernels.common import CompileCase, capability, cdiv, compile_cases, de
 from d2it.kernels.window_attention_blocks import blocks_backward, blocks_forward
 from d2it.kernels.window_attention_rows import (
     LOG2E,
-    arguments,
+    call_of,
     clear_unnamed_rows,
     dot_rows,
+    gradients_of,
     load_rows,
     reduce_sums,
-    row_offsets,
     scale_rows,
     store_rows,
     weigh_rows,
@@ -37,65 +38,80 @@ from d2it.kernels.window_attention_rows import (
 
 
 @triton.jit
-def tile_rows(
-    i_block, bias_windows, N: tl.constexpr, TILE: tl.constexpr, RESIDUES: tl.constexpr, REPEATS: tl.constexpr
-):
-    """Where the rows of a tile come from.
+def tile_rows(call, TILE: tl.constexpr, RESIDUES: tl.constexpr, REPEATS: tl.constexpr):
+    """The head, the split and the place of a program, and where the rows of its tiles come from.
 
     Windows that share a bias are those of one residue modulo bias_windows. A tile holds RESIDUES x REPEATS
     windows: neighbouring residues (block i_block of them), each in REPEATS windows that share its bias.
     """
+    N: tl.constexpr = call.N
+    blocks = tl.cdiv(call.bias_windows, RESIDUES)
+    i_head = (tl.program_id(0) % call.heads).to(tl.int64)
+    i_block = tl.program_id(0) // call.heads % blocks
+    i_split = tl.program_id(0) // call.heads // blocks
     o_tile = tl.arange(0, TILE)
     o_local = o_tile // N
     o_position = (o_tile % N).to(tl.int64)
     o_residue = i_block * RESIDUES + o_local % RESIDUES
     o_repeat = o_local // RESIDUES
-    m_tile = (o_repeat < REPEATS) & (o_residue < bias_windows)
+    m_tile = (o_repeat < REPEATS) & (o_residue < call.bias_windows)
     m_pair = (o_local[:, None] == o_local[None, :]) & m_tile[:, None]
-    return o_position, o_residue, o_repeat, m_tile, m_pair
+    tiles = tl.cdiv(tl.cdiv(call.windows, call.bias_windows), REPEATS)
+    return i_head, i_split, tiles, (i_block, o_position, o_residue, o_repeat, m_tile, m_pair)
 
 
 @triton.jit
-def tile_bias(
-    bias,
-    i_head,
-    i_block,
-    o_residue,
-    o_position,
-    m_pair,
-    stride_window,
-    stride_head,
-    stride_query,
-    stride_key,
-    RESIDUES: tl.constexpr,
-    NARROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """The bias of a tile in base-2 logarithms, minus infinity between different windows.
-
-    NARROW: the matrices of a tile span less than 2^31 elements, and half the registers address them.
-    """
-    if HAS_BIAS:
+def tile_bias(call, i_head, place, RESIDUES: tl.constexpr):
+    """The bias of a tile in base-2 logarithms, minus infinity between different windows."""
+    i_block, o_position, o_residue, o_repeat, m_tile, m_pair = place
+    if call.bias is not None:
         i_first = i_block * RESIDUES
-        bias += i_head * stride_head + i_first.to(tl.int64) * stride_window
+        p_bias = call.bias.data + (i_head * call.bias.stride_head + i_first.to(tl.int64) * call.bias.stride_window)
         o_matrix = o_residue - i_first
-        if NARROW:
+        if call.bias.NARROW:
             o_position = o_position.to(tl.int32)
         else:
             o_matrix = o_matrix.to(tl.int64)
-        o_query = o_matrix * stride_window + o_position * stride_query
-        o_bias = o_query[:, None] + (o_position * stride_key)[None, :]
-        return tl.load(bias + o_bias, mask=m_pair, other=float("-inf")).to(tl.float32) * LOG2E
+        o_query = o_matrix * call.bias.stride_window + o_position * call.bias.stride_query
+        o_bias = o_query[:, None] + (o_position * call.bias.stride_key)[None, :]
+        return tl.load(p_bias + o_bias, mask=m_pair, other=float("-inf")).to(tl.float32) * LOG2E
     else:
         return tl.where(m_pair, 0.0, float("-inf"))
 
 
 @triton.jit
-def softmax_rows(b_score, m_key, o_segment, HAS_SLOTS: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
+def load_tile(call, i_head, i_tile, place, REPEATS: tl.constexpr):
+    """The rows of a tile: (window, position, row, head), which exist, whether any does, their segments, q, k and v."""
+    i_block, o_position, o_residue, o_repeat, m_tile, m_pair = place
+    o_window = (tl.cast(i_tile, tl.int32) * REPEATS + o_repeat) * call.bias_windows + o_residue
+    m_row = m_tile & (o_window < call.windows)
+    o_wide = o_window.to(tl.int64)
+    if call.slots is not None:
+        p_slot = call.slots.data + (o_wide * call.slots.stride_window + o_position * call.slots.stride_token)
+        o_row = tl.load(p_slot, mask=m_row, other=-1).to(tl.int64)
+        m_row = (o_row >= 0) & (o_row < call.rows)
+        occupied = tl.max(o_row, 0) >= 0
+    else:
+        o_row = o_wide * call.N + o_position
+        occupied = True
+    at = (o_wide, o_position, o_row, i_head)
+    b_q = load_rows(call, call.q, at, m_row)
+    b_k = load_rows(call, call.k, at, m_row)
+    b_v = load_rows(call, call.v, at, m_row)
+    o_segment = o_window
+    if call.segments is not None:
+        o_segment = (o_window % call.segments.windows).to(tl.int64) * call.segments.stride_window
+        p_segment = call.segments.data + (o_segment + o_position * call.segments.stride_token)
+        o_segment = tl.load(p_segment, mask=m_row, other=-1)
+    return at, m_row, occupied, o_segment, b_q, b_k, b_v
+
+
+@triton.jit
+def softmax_rows(call, b_score, m_key, o_segment):
     """exp2(score - row maximum), zero where masked, and 1 / row sum; a row without any key is all zero."""
-    if HAS_SLOTS:
+    if call.slots is not None:
         b_score = tl.where(m_key[None, :], b_score, float("-inf"))
-    if HAS_SEGMENTS:
+    if call.segments is not None:
         b_score = tl.where(o_segment[:, None] == o_segment[None, :], b_score, float("-inf"))
     b_max = tl.max(b_score, 1)
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
@@ -106,175 +122,30 @@ def softmax_rows(b_score, m_key, o_segment, HAS_SLOTS: tl.constexpr, HAS_SEGMENT
 
 @triton.jit
 def window_attention_fwd_kernel(
-    q,
-    k,
-    v,
-    bias,
-    slots,
-    segment_ids,
-    out,
-    tokens,
-    windows,
-    heads,
-    bias_windows,
-    segment_windows,
-    splits,
-    scale,
-    stride_q_window,
-    stride_q_token,
-    stride_q_head,
-    stride_q_dim,
-    stride_k_window,
-    stride_k_token,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_window,
-    stride_v_token,
-    stride_v_head,
-    stride_v_dim,
-    stride_bias_window,
-    stride_bias_head,
-    stride_bias_query,
-    stride_bias_key,
-    stride_slots_window,
-    stride_slots_token,
-    stride_segment_window,
-    stride_segment_token,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIKE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NARROW: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    RESIDUES: tl.constexpr,
-    REPEATS: tl.constexpr,
-    STAGES: tl.constexpr,
+    call, out, splits, TILE: tl.constexpr, RESIDUES: tl.constexpr, REPEATS: tl.constexpr, STAGES: tl.constexpr
 ):
     """One program: one head, one block of bias residues, every splits-th tile. out (rows, heads, D)."""
-    i_head = (tl.program_id(0) % heads).to(tl.int64)
-    blocks = tl.cdiv(bias_windows, RESIDUES)
-    i_block = tl.program_id(0) // heads % blocks
-    i_split = tl.program_id(0) // heads // blocks
-    o_position, o_residue, o_repeat, m_tile, m_pair = tile_rows(i_block, bias_windows, N, TILE, RESIDUES, REPEATS)
-    if HAS_BIAS or N < TILE:
-        b_bias = tile_bias(
-            bias,
-            i_head,
-            i_block,
-            o_residue,
-            o_position,
-            m_pair,
-            stride_bias_window,
-            stride_bias_head,
-            stride_bias_query,
-            stride_bias_key,
-            RESIDUES,
-            NARROW,
-            HAS_BIAS,
-        )
-    tiles = tl.cdiv(tl.cdiv(windows, bias_windows), REPEATS)
+    BIASED: tl.constexpr = call.bias is not None or call.N < TILE
+    i_head, i_split, tiles, place = tile_rows(call, TILE, RESIDUES, REPEATS)
+    if BIASED:
+        b_bias = tile_bias(call, i_head, place, RESIDUES)
     for i_tile in tl.range(i_split, tiles, splits, num_stages=STAGES):
-        o_window = (tl.cast(i_tile, tl.int32) * REPEATS + o_repeat) * bias_windows + o_residue
-        m_row = m_tile & (o_window < windows)
-        o_wide = o_window.to(tl.int64)
-        if HAS_SLOTS:
-            p_slot = slots + (o_wide * stride_slots_window + o_position * stride_slots_token)
-            o_row = tl.load(p_slot, mask=m_row, other=-1).to(tl.int64)
-            m_row = (o_row >= 0) & (o_row < tokens)
-            occupied = tl.max(o_row, 0) >= 0
-        else:
-            o_row = o_wide * N + o_position
-            occupied = True
-        at = (o_wide, o_position, o_row, i_head)
-        o_q = row_offsets(at, stride_q_window, stride_q_token, stride_q_head, UNIT, HAS_SLOTS)
-        if ALIKE:
-            o_k = o_q
-            o_v = o_q
-        else:
-            o_k = row_offsets(at, stride_k_window, stride_k_token, stride_k_head, UNIT, HAS_SLOTS)
-            o_v = row_offsets(at, stride_v_window, stride_v_token, stride_v_head, UNIT, HAS_SLOTS)
-        b_q = load_rows(q, o_q, m_row, stride_q_dim, D, D0, D1)
-        b_k = load_rows(k, o_k, m_row, stride_k_dim, D, D0, D1)
-        b_v = load_rows(v, o_v, m_row, stride_v_dim, D, D0, D1)
-        if HAS_SEGMENTS:
-            o_segment = (o_window % segment_windows).to(tl.int64) * stride_segment_window
-            p_segment = segment_ids + (o_segment + o_position * stride_segment_token)
-            o_segment = tl.load(p_segment, mask=m_row, other=-1)
-        else:
-            o_segment = o_window
+        at, m_row, occupied, o_segment, b_q, b_k, b_v = load_tile(call, i_head, i_tile, place, REPEATS)
         if occupied:
-            b_score = dot_rows(b_q, b_k, PRECISION) * (scale * LOG2E)
-            if HAS_BIAS or N < TILE:
+            b_score = dot_rows(b_q, b_k, call.PRECISION) * (call.scale * LOG2E)
+            if BIASED:
                 b_score += b_bias
-            b_p, b_inverse = softmax_rows(b_score, m_row, o_segment, HAS_SLOTS, HAS_SEGMENTS)
-            b_out = weigh_rows(b_p.to(v.dtype.element_ty), b_v, PRECISION)
-            b_out = scale_rows(b_out, b_inverse[:, None])
-            store_rows(out, (o_row * heads + i_head) * D, m_row, b_out, D, D0, D1)
+            b_p, b_inverse = softmax_rows(call, b_score, m_row, o_segment)
+            b_out = weigh_rows(b_p.to(out.dtype.element_ty), b_v, call.PRECISION)
+            store_rows(call, out, (at[2] * call.heads + i_head) * call.D, m_row, scale_rows(b_out, b_inverse[:, None]))
 
 
 @triton.jit
 def window_attention_bwd_kernel(
-    grad,
-    q,
-    k,
-    v,
-    bias,
-    slots,
-    segment_ids,
-    dq,
-    dk,
-    dv,
+    call,
+    grads,
     sums,
-    tokens,
-    windows,
-    heads,
-    bias_windows,
-    segment_windows,
     splits,
-    scale,
-    stride_grad_window,
-    stride_grad_token,
-    stride_grad_head,
-    stride_grad_dim,
-    stride_q_window,
-    stride_q_token,
-    stride_q_head,
-    stride_q_dim,
-    stride_k_window,
-    stride_k_token,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_window,
-    stride_v_token,
-    stride_v_head,
-    stride_v_dim,
-    stride_bias_window,
-    stride_bias_head,
-    stride_bias_query,
-    stride_bias_key,
-    stride_slots_window,
-    stride_slots_token,
-    stride_segment_window,
-    stride_segment_token,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIKE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NARROW: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     RESIDUES: tl.constexpr,
     REPEATS: tl.constexpr,
@@ -282,95 +153,46 @@ def window_attention_bwd_kernel(
 ):
     """One program as in the forward. Five products; the softmax is recomputed, delta = rowsum(P * dP).
 
-    dq, dk, dv (rows, GROUPS, heads, D): GROUPS is 3 where they are slices of one tensor. sums (programs, TILE,
-    TILE) float32: the gradient of the tile of bias, over this program's tiles.
+    sums (programs, TILE, TILE) float32, or None: the gradient of the tile of bias, over this program's tiles.
 
     The bias comes from L1 for every tile: kept in registers, as the forward has it, the kernel would spill at
     D = 72. dv goes out before dP is formed, for the same reason.
     """
-    i_head = (tl.program_id(0) % heads).to(tl.int64)
-    blocks = tl.cdiv(bias_windows, RESIDUES)
-    i_block = tl.program_id(0) // heads % blocks
-    i_split = tl.program_id(0) // heads // blocks
-    o_position, o_residue, o_repeat, m_tile, m_pair = tile_rows(i_block, bias_windows, N, TILE, RESIDUES, REPEATS)
+    i_head, i_split, tiles, place = tile_rows(call, TILE, RESIDUES, REPEATS)
     b_dbias = tl.zeros((TILE, TILE), tl.float32)
-    tiles = tl.cdiv(tl.cdiv(windows, bias_windows), REPEATS)
     for i_tile in tl.range(i_split, tiles, splits, num_stages=STAGES):
-        o_window = (tl.cast(i_tile, tl.int32) * REPEATS + o_repeat) * bias_windows + o_residue
-        m_row = m_tile & (o_window < windows)
-        o_wide = o_window.to(tl.int64)
-        if HAS_SLOTS:
-            p_slot = slots + (o_wide * stride_slots_window + o_position * stride_slots_token)
-            o_row = tl.load(p_slot, mask=m_row, other=-1).to(tl.int64)
-            m_row = (o_row >= 0) & (o_row < tokens)
-            occupied = tl.max(o_row, 0) >= 0
-        else:
-            o_row = o_wide * N + o_position
-            occupied = True
-        at = (o_wide, o_position, o_row, i_head)
-        o_q = row_offsets(at, stride_q_window, stride_q_token, stride_q_head, UNIT, HAS_SLOTS)
-        if ALIKE:
-            o_k = o_q
-            o_v = o_q
-        else:
-            o_k = row_offsets(at, stride_k_window, stride_k_token, stride_k_head, UNIT, HAS_SLOTS)
-            o_v = row_offsets(at, stride_v_window, stride_v_token, stride_v_head, UNIT, HAS_SLOTS)
-        o_grad = row_offsets(at, stride_grad_window, stride_grad_token, stride_grad_head, UNIT, HAS_SLOTS)
-        b_q = load_rows(q, o_q, m_row, stride_q_dim, D, D0, D1)
-        b_k = load_rows(k, o_k, m_row, stride_k_dim, D, D0, D1)
-        b_v = load_rows(v, o_v, m_row, stride_v_dim, D, D0, D1)
-        b_grad = load_rows(grad, o_grad, m_row, stride_grad_dim, D, D0, D1)
-        if HAS_SEGMENTS:
-            o_segment = (o_window % segment_windows).to(tl.int64) * stride_segment_window
-            p_segment = segment_ids + (o_segment + o_position * stride_segment_token)
-            o_segment = tl.load(p_segment, mask=m_row, other=-1)
-        else:
-            o_segment = o_window
+        at, m_row, occupied, o_segment, b_q, b_k, b_v = load_tile(call, i_head, i_tile, place, REPEATS)
+        b_grad = load_rows(call, call.grad, at, m_row)
         if occupied:
-            b_score = dot_rows(b_q, b_k, PRECISION) * (scale * LOG2E)
-            if HAS_BIAS or N < TILE:
-                b_score += tile_bias(
-                    bias,
-                    i_head,
-                    i_block,
-                    o_residue,
-                    o_position,
-                    m_pair,
-                    stride_bias_window,
-                    stride_bias_head,
-                    stride_bias_query,
-                    stride_bias_key,
-                    RESIDUES,
-                    NARROW,
-                    HAS_BIAS,
-                )
-            b_p, b_inverse = softmax_rows(b_score, m_row, o_segment, HAS_SLOTS, HAS_SEGMENTS)
+            b_score = dot_rows(b_q, b_k, call.PRECISION) * (call.scale * LOG2E)
+            if call.bias is not None or call.N < TILE:
+                b_score += tile_bias(call, i_head, place, RESIDUES)
+            b_p, b_inverse = softmax_rows(call, b_score, m_row, o_segment)
             b_p *= b_inverse[:, None]
-            o_out = (o_row * (GROUPS * heads) + i_head) * D
-            b_dv = weigh_rows(tl.trans(b_p.to(v.dtype.element_ty)), b_grad, PRECISION)
-            store_rows(dv, o_out, m_row, b_dv, D, D0, D1)
-            b_ds = b_p * dot_rows(b_grad, b_v, PRECISION)
+            o_out = (at[2] * (grads.GROUPS * call.heads) + i_head) * call.D
+            b_dv = weigh_rows(tl.trans(b_p.to(grads.v.dtype.element_ty)), b_grad, call.PRECISION)
+            store_rows(call, grads.v, o_out, m_row, b_dv)
+            b_ds = b_p * dot_rows(b_grad, b_v, call.PRECISION)
             b_ds -= b_p * tl.sum(b_ds, 1)[:, None]
-            if NEEDS_BIAS:
+            if sums is not None:
                 b_dbias += b_ds
-            b_low = b_ds.to(q.dtype.element_ty)
-            b_dk = scale_rows(weigh_rows(tl.trans(b_low), b_q, PRECISION), scale)
-            store_rows(dk, o_out, m_row, b_dk, D, D0, D1)
-            b_dq = scale_rows(weigh_rows(b_low, b_k, PRECISION), scale)
-            store_rows(dq, o_out, m_row, b_dq, D, D0, D1)
-    if NEEDS_BIAS:
+            b_low = b_ds.to(grads.q.dtype.element_ty)
+            b_dk = weigh_rows(tl.trans(b_low), b_q, call.PRECISION)
+            store_rows(call, grads.k, o_out, m_row, scale_rows(b_dk, call.scale))
+            b_dq = weigh_rows(b_low, b_k, call.PRECISION)
+            store_rows(call, grads.q, o_out, m_row, scale_rows(b_dq, call.scale))
+    if sums is not None:
         o_tile = tl.arange(0, TILE)
         p_sums = sums + tl.program_id(0).to(tl.int64) * (TILE * TILE)
         tl.store(p_sums + (o_tile[:, None] * TILE + o_tile[None, :]), b_dbias)
 
 
-def tile_config(q: torch.Tensor, found: dict, backward: bool) -> dict[str, int]:
-    """TILE, num_warps and STAGES for windows of N tokens: pinned, so that results do not depend on a tuner."""
-    if found["N"] <= 16:
-        warps = 1 if q.dtype != torch.float32 else 4 if found["D"] <= 64 else 8
-        return {"TILE": 16, "num_warps": warps, "STAGES": 1}
-    # The backward loads the next tile while it works on one, where that leaves registers.
-    return {"TILE": 64, "num_warps": 4, "STAGES": 2 if backward and capability(q)[0] == 9 else 1}
+class Tiles(NamedTuple):
+    """How windows are laid out in tiles: pinned, so that results do not depend on a tuner."""
+
+    blocks: int  # of residues
+    splits: int
+    config: dict[str, int]  # what the kernels take
 
 
 # Warps of programs a multiprocessor, over several waves: many enough that a slow program does not hold up the
@@ -378,53 +200,45 @@ def tile_config(q: torch.Tensor, found: dict, backward: bool) -> dict[str, int]:
 WARPS_PER_SM = 64
 
 
-def _tiles(q: torch.Tensor, found: dict, config: dict) -> tuple[int, int]:
-    """Add to `found` how windows are laid out in tiles; return the blocks of residues and the splits."""
-    heads, bias_windows = found["heads"], found["bias_windows"]
-    per_tile = config["TILE"] // found["N"]
-    residues = min(bias_windows, per_tile)
-    repeats = per_tile // residues
+def tiles_of(q: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor | None, backward: bool) -> Tiles:
+    """The tiles of windows of up to 64 positions."""
+    heads, width = q.shape[-2:]
+    windows, n = q.shape[:2] if slots is None else slots.shape
+    if n <= 16:
+        tile, stages = 16, 1
+        warps = 1 if q.dtype != torch.float32 else 4 if width <= 64 else 8
+    else:
+        # The backward loads the next tile while it works on one, where that leaves registers.
+        tile, warps, stages = 64, 4, 2 if backward and capability(q)[0] == 9 else 1
+    bias_windows = 1 if bias is None else bias.shape[0]
+    residues = min(bias_windows, tile // n)
+    repeats = tile // n // residues
     blocks = cdiv(bias_windows, residues)
-    tiles = cdiv(cdiv(found["windows"], bias_windows), repeats)
-    programs = num_sms(q) * WARPS_PER_SM // config["num_warps"]
-    splits = max(1, min(tiles, programs // max(1, heads * blocks)))
-    span = (residues - 1) * found["stride_bias_window"]
-    span += (found["N"] - 1) * (found["stride_bias_query"] + found["stride_bias_key"])
-    found |= {"splits": splits, "RESIDUES": residues, "REPEATS": repeats, "NARROW": span < 2**31, **config}
-    return blocks, splits
+    programs = num_sms(q) * WARPS_PER_SM // warps
+    splits = max(1, min(cdiv(cdiv(windows, bias_windows), repeats), programs // (heads * blocks)))
+    config = {"TILE": tile, "RESIDUES": residues, "REPEATS": repeats, "STAGES": stages, "num_warps": warps}
+    return Tiles(blocks, splits, config)
 
 
 def tiles_forward(q, k, v, bias, slots, segment_ids, scale, out) -> None:
-    """Fill the rows of `out` (rows, heads, D) that exist; windows of up to 64 tokens."""
-    found = arguments(q, k, v, bias, slots, segment_ids, scale)
-    config = tile_config(q, found, backward=False)
-    blocks, splits = _tiles(q, found, config)
-    if found["heads"]:
-        with device_guard(q):
-            window_attention_fwd_kernel[(found["heads"] * blocks * splits,)](out=out, **found)
+    """Fills the rows of `out` (rows, heads, D) that exist; windows of up to 64 positions."""
+    blocks, splits, config = tiles_of(q, bias, slots, backward=False)
+    call = call_of(q, k, v, bias, slots, segment_ids, scale, matrices=config["RESIDUES"])
+    with device_guard(q):
+        window_attention_fwd_kernel[(q.shape[-2] * blocks * splits,)](call, out, splits, **config)
 
 
 def tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, dq, dk, dv):
-    """Fill the rows of dq, dk, dv that exist and return the gradient of the bias (None unless needs_bias)."""
-    found = arguments(q, k, v, bias, slots, segment_ids, scale, grad)
-    config = tile_config(q, found, backward=True)
-    blocks, splits = _tiles(q, found, config)
-    heads, tile = found["heads"], config["TILE"]
+    """Fills the rows of dq, dk, dv that exist; returns the gradient of the bias, None unless needs_bias."""
+    blocks, splits, config = tiles_of(q, bias, slots, backward=True)
+    call = call_of(q, k, v, bias, slots, segment_ids, scale, grad, matrices=config["RESIDUES"])
+    heads, tile = q.shape[-2], config["TILE"]
     sums = None
     if needs_bias:
         sums = torch.empty((splits, blocks, heads, tile, tile), dtype=torch.float32, device=q.device)
-    if heads:
-        with device_guard(q):
-            window_attention_bwd_kernel[(heads * blocks * splits,)](
-                dq=dq,
-                dk=dk,
-                dv=dv,
-                sums=sums,
-                GROUPS=dq.stride(-3) // max(1, heads * found["D"]),
-                NEEDS_BIAS=needs_bias,
-                **found,
-            )
-    return reduce_sums(sums, bias, found["RESIDUES"], found["REPEATS"]) if needs_bias else None
+    with device_guard(q):
+        window_attention_bwd_kernel[(heads * blocks * splits,)](call, gradients_of(dq, dk, dv), sums, splits, **config)
+    return None if sums is None else reduce_sums(sums, bias, config["RESIDUES"], config["REPEATS"])
 
 
 # --------------------------------------------------------------------------------------------------

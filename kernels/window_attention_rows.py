@@ -1,16 +1,20 @@
-"""What the window attention kernels share: rows of heads by position or by slot, masks, rows nobody names.
+"""What the window attention kernels share: their arguments, rows of heads, masks, and unnamed rows.
 
-A *row* is one token of one head: D elements. A dense tensor (W, N, H, D) finds the row of position p of
-window w at w * stride_window + p * stride_token; a packed one (T, H, D) at slots[w, p] * stride_token.
-Everything after the addresses is the same for both.
+Kernels take named tuples: one for each tensor, with its strides and what the compiler has to know of it, and None where
+the tensor is absent. A launcher builds each once.
 
-Widths that are no power of two are read as two blocks, D0 + D1: 72 is 64 + 16 with half of the second
-masked, and costs 80 columns of matrix product instead of 128.
+A *row* is one token of one head: D elements. A dense tensor (W, N, H, D) has the row of position p of window w at
+w * stride_window + p * stride_token; a packed one (T, H, D) at slots[w, p] * stride_token. Everything after the
+addresses is the same for both.
+
+Widths that are no power of two are read as two blocks, D0 + D1: 72 is 64 + 16 with half of the second masked, and
+costs 80 columns of matrix product instead of 128.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,45 +25,136 @@ from d2it.kernels.common import cdiv, device_guard, next_power_of_2
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
+class Strides(NamedTuple):
+    """Strides of (W, N, H, D) or (T, H, D), all but the last in units of UNIT elements.
+
+    Triton sees divisibility of an argument by 16 alone: without the unit, a head of 72 elements (144 bytes) would be
+    read 2 bytes at a time.
+    """
+
+    window: int  # 0 where rows are packed
+    token: int
+    head: int
+    dim: int
+    UNIT: tl.constexpr  # a power of two, 16 at most
+
+
+class Heads(NamedTuple):
+    """Rows of heads, (W, N, H, D) or (T, H, D)."""
+
+    data: torch.Tensor
+    strides: Strides | None  # None: those of q, so that one offset serves both
+
+
+class Bias(NamedTuple):
+    """The bias (Wb, Hb, N, N)."""
+
+    data: torch.Tensor
+    stride_window: int
+    stride_head: int  # 0 where all heads share one
+    stride_query: int
+    stride_key: int
+    NARROW: tl.constexpr  # what a program reads at a time spans less than 2^31 elements: half the registers address it
+
+
+class Table(NamedTuple):
+    """An integer for each position of a window, (windows, N): slots, or segment ids."""
+
+    data: torch.Tensor
+    windows: int
+    stride_window: int
+    stride_token: int
+
+
+class Gradients(NamedTuple):
+    """The gradients of q, k and v, (rows, GROUPS, heads, D) each."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    GROUPS: tl.constexpr  # 3 where they are slices of one tensor, else 1
+
+
+class ClosedUp(NamedTuple):
+    """The positions of packed windows that hold a token, closed up in their order: the first counts[w] of window w."""
+
+    rows: torch.Tensor  # (windows, N) int32
+    positions: torch.Tensor  # (windows, N) int32
+    counts: torch.Tensor  # (windows,) int32
+
+
+class Call(NamedTuple):
+    """What every kernel takes: the tensors that are read, and the sizes."""
+
+    q: Heads
+    k: Heads
+    v: Heads
+    grad: Heads | None  # of the result, in the backward
+    bias: Bias | None
+    slots: Table | None  # of packed rows
+    segments: Table | None
+    closed: ClosedUp | None  # slots again, where a kernel takes rows closed up
+    windows: int
+    rows: int  # of a packed tensor
+    length: int  # N again: loops over a constant number of blocks would be unrolled, and spill
+    heads: int
+    bias_windows: int
+    scale: float
+    N: tl.constexpr  # positions of a window
+    D: tl.constexpr  # width of a head
+    D0: tl.constexpr  # of its first block
+    D1: tl.constexpr  # of its second, or 0
+    PRECISION: tl.constexpr  # of float32 products
+
+
 @triton.jit
-def row_offsets(at, stride_window, stride_token, stride_head, UNIT: tl.constexpr, HAS_SLOTS: tl.constexpr):
+def row_offsets(call, strides, at):
     """Offsets of rows of one head. at: (window, position, row, head), in int64 before they multiply.
 
     Everything that is added to a pointer is added up here first: an offset that q, k and v share is then held
     once, where three pointers would be held three times.
     """
     o_window, o_position, o_row, i_head = at
-    o_head = i_head * (stride_head * UNIT)
-    if HAS_SLOTS:
-        return o_row * (stride_token * UNIT) + o_head
+    o_head = i_head * (strides.head * strides.UNIT)
+    if call.slots is not None:
+        return o_row * (strides.token * strides.UNIT) + o_head
     else:
-        return o_window * (stride_window * UNIT) + (o_position.to(tl.int64) * (stride_token * UNIT) + o_head)
+        return o_window * (strides.window * strides.UNIT) + (
+            o_position.to(tl.int64) * (strides.token * strides.UNIT) + o_head
+        )
 
 
 @triton.jit
-def load_rows(p, o_row, m_row, stride_dim, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows at p + o_row as a tuple of one or two blocks; rows outside m_row are zero and not read."""
-    o_dim = tl.arange(0, D0)
-    m_main = m_row[:, None] if D >= D0 else m_row[:, None] & (o_dim < D)[None, :]
-    b_main = tl.load(p + (o_row[:, None] + (o_dim * stride_dim)[None, :]), mask=m_main, other=0.0)
-    if D1 == 0:
+def load_strided(call, p, strides, at, m_row):
+    """Rows of one head as a tuple of one or two blocks; rows outside m_row are zero and not read."""
+    o_row = row_offsets(call, strides, at)
+    o_dim = tl.arange(0, call.D0)
+    m_main = m_row[:, None] if call.D >= call.D0 else m_row[:, None] & (o_dim < call.D)[None, :]
+    b_main = tl.load(p + (o_row[:, None] + (o_dim * strides.dim)[None, :]), mask=m_main, other=0.0)
+    if call.D1 == 0:
         return (b_main,)
     else:
-        o_rest = D0 + tl.arange(0, D1)
-        m_rest = m_row[:, None] & (o_rest < D)[None, :]
-        b_rest = tl.load(p + (o_row[:, None] + (o_rest * stride_dim)[None, :]), mask=m_rest, other=0.0)
+        o_rest = call.D0 + tl.arange(0, call.D1)
+        m_rest = m_row[:, None] & (o_rest < call.D)[None, :]
+        b_rest = tl.load(p + (o_row[:, None] + (o_rest * strides.dim)[None, :]), mask=m_rest, other=0.0)
         return (b_main, b_rest)
 
 
 @triton.jit
-def store_rows(p, o_row, m_row, b_rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def load_rows(call, heads, at, m_row):
+    """Rows of heads at (window, position, row, head), as a tuple of one or two blocks; zero outside m_row."""
+    return load_strided(call, heads.data, call.q.strides if heads.strides is None else heads.strides, at, m_row)
+
+
+@triton.jit
+def store_rows(call, p, o_row, m_row, b_rows):
     """The counterpart of load_rows, into memory whose last axis is contiguous."""
-    o_dim = tl.arange(0, D0)
-    m_main = m_row[:, None] if D >= D0 else m_row[:, None] & (o_dim < D)[None, :]
+    o_dim = tl.arange(0, call.D0)
+    m_main = m_row[:, None] if call.D >= call.D0 else m_row[:, None] & (o_dim < call.D)[None, :]
     tl.store(p + (o_row[:, None] + o_dim[None, :]), b_rows[0].to(p.dtype.element_ty), mask=m_main)
-    if D1 > 0:
-        o_rest = D0 + tl.arange(0, D1)
-        m_rest = m_row[:, None] & (o_rest < D)[None, :]
+    if call.D1 > 0:
+        o_rest = call.D0 + tl.arange(0, call.D1)
+        m_rest = m_row[:, None] & (o_rest < call.D)[None, :]
         tl.store(p + (o_row[:, None] + o_rest[None, :]), b_rows[1].to(p.dtype.element_ty), mask=m_rest)
 
 
@@ -93,15 +188,17 @@ def add_rows(acc, weights, rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    if D1 == 0:
-        return (tl.zeros((ROWS, D0), tl.float32),)
+def zero_rows(call, ROWS: tl.constexpr):
+    """Sums of rows, all zero, in float32."""
+    if call.D1 == 0:
+        return (tl.zeros((ROWS, call.D0), tl.float32),)
     else:
-        return (tl.zeros((ROWS, D0), tl.float32), tl.zeros((ROWS, D1), tl.float32))
+        return (tl.zeros((ROWS, call.D0), tl.float32), tl.zeros((ROWS, call.D1), tl.float32))
 
 
 @triton.jit
 def scale_rows(rows, factor):
+    """rows * factor, block by block."""
     if len(rows) == 1:
         return (rows[0] * factor,)
     else:
@@ -109,17 +206,15 @@ def scale_rows(rows, factor):
 
 
 @triton.jit
-def mark_named_rows_kernel(
-    slots, unnamed, positions, tokens, stride_slots_window, stride_slots_token, N: tl.constexpr, BLOCK: tl.constexpr
-):
+def mark_named_rows_kernel(slots, unnamed, tokens, N: tl.constexpr, BLOCK: tl.constexpr):
     """unnamed[row] = 0 for every row that a slot names, unnamed[T] = 0 where one names a row that is not there.
 
     slots (W, N); unnamed (T + 1,) uint8, ones before.
     """
     o_position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_position = o_position < positions
-    o_slot = (o_position // N) * stride_slots_window + (o_position % N) * stride_slots_token
-    i_row = tl.load(slots + o_slot, mask=m_position, other=-1)
+    i_window = o_position // N
+    o_slot = i_window * slots.stride_window + (o_position % N) * slots.stride_token
+    i_row = tl.load(slots.data + o_slot, mask=i_window < slots.windows, other=-1)
     tl.store(unnamed + tl.minimum(i_row, tokens), tl.zeros((BLOCK,), tl.uint8), mask=i_row >= 0)
 
 
@@ -156,7 +251,7 @@ def reduce_sums_kernel(
     """dbias from the sums of the programs, in the order of split, repeat and head; TERMS at a time in a fixed tree.
 
     sums (splits, blocks, heads, ROWS, COLUMNS) float32: residue block * RESIDUES + r of repeat p is the diagonal
-    block p * RESIDUES + r of its tile. dbias (Wb, heads or 1, N, N) contiguous; SHARED: one bias for all heads.
+    block p * RESIDUES + r of its tile. dbias (Wb, heads or 1, N, N) contiguous; SHARED: one call.bias for all heads.
     """
     PAIRS: tl.constexpr = N * N
     CHUNKS: tl.constexpr = (PAIRS + BLOCK - 1) // BLOCK
@@ -224,7 +319,7 @@ def clear_unnamed_rows(slots: torch.Tensor, *tensors: torch.Tensor) -> None:
     with device_guard(slots):
         if slots.numel():
             mark_named_rows_kernel[(cdiv(slots.numel(), 1024),)](
-                slots, unnamed, slots.numel(), tokens, *slots.stride(), N=slots.shape[1], BLOCK=1024, num_warps=4
+                table_of(slots), unnamed, tokens, N=slots.shape[1], BLOCK=1024, num_warps=4
             )
         if slots.is_cuda:
             torch._assert_async(unnamed[tokens], f"slots must name rows below {tokens}")
@@ -250,15 +345,6 @@ def head_blocks(width: int) -> tuple[int, int]:
     return (main, rest) if width > 32 and main + rest < whole else (whole, 0)
 
 
-def stride_unit(*tensors: torch.Tensor) -> int:
-    """A power of two, 16 at most, that divides every stride but the last axis's.
-
-    Kernels get strides in this unit and multiply it back: Triton sees divisibility of an argument by 16
-    alone, and a head of 72 elements (144 bytes) would be read 2 bytes at a time.
-    """
-    return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
-
-
 def precision(tensor: torch.Tensor) -> str:
     """How float32 products are taken: exactly, unless torch's own setting allows TF32."""
     if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -266,47 +352,66 @@ def precision(tensor: torch.Tensor) -> str:
     return "ieee"
 
 
-def arguments(q, k, v, bias, slots, segment_ids, scale: float, grad=None) -> dict[str, object]:
-    """What every kernel takes alike, by name: tensors, sizes, strides, and what there is of the options."""
+def heads_of(tensor: torch.Tensor, q: torch.Tensor | None = None) -> Heads:
+    """(W, N, H, D) or (T, H, D), any strides; q: the tensor whose strides are taken where they are the same."""
+    if q is not None and tensor.stride() == q.stride():
+        return Heads(tensor, None)
+    *outer, head, dim = tensor.stride()
+    window, token = outer if len(outer) == 2 else (0, *outer)
+    unit = math.gcd(16, window, token, head)
+    return Heads(tensor, Strides(window // unit, token // unit, head // unit, dim, tl.constexpr(unit)))
+
+
+def bias_of(bias: torch.Tensor | None, matrices: int) -> Bias | None:
+    """(Wb, Hb, N, N), any strides; matrices: how many a program reads at a time."""
+    if bias is None:
+        return None
+    window, head, query, key = bias.stride()
+    span = (matrices - 1) * window + (bias.shape[-1] - 1) * (query + key)
+    return Bias(bias, window, head if bias.shape[1] > 1 else 0, query, key, tl.constexpr(span < 2**31))
+
+
+def table_of(integers: torch.Tensor | None) -> Table | None:
+    """(windows, N), any strides."""
+    return None if integers is None else Table(integers, integers.shape[0], *integers.stride())
+
+
+def gradients_of(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> Gradients:
+    """Contiguous tensors, or the slices of one, (..., H, D)."""
+    heads, width = dq.shape[-2:]
+    return Gradients(dq, dk, dv, tl.constexpr(dq.stride(-3) // (heads * width)))
+
+
+def call_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    scale: float,
+    grad: torch.Tensor | None = None,
+    *,
+    matrices: int = 1,
+) -> Call:
+    """What the kernels take; matrices: of the bias, that a program reads at a time."""
     heads, width = q.shape[-2:]
     windows, n = q.shape[:2] if slots is None else slots.shape
-    main, rest = head_blocks(width)
-    inputs = {"q": q, "k": k, "v": v} | ({} if grad is None else {"grad": grad})
-    unit = stride_unit(*inputs.values())
-    found: dict[str, object] = {
-        "bias": bias,
-        "slots": slots,
-        "segment_ids": segment_ids,
-        "tokens": 0 if slots is None else q.shape[0],
-        "windows": windows,
-        "heads": heads,
-        "bias_windows": 1 if bias is None else bias.shape[0],
-        "segment_windows": 1 if segment_ids is None else segment_ids.shape[0],
-        "scale": scale,
-        "N": n,
-        "D": width,
-        "D0": main,
-        "D1": rest,
-        "UNIT": unit,
-        "ALIKE": q.stride() == k.stride() == v.stride(),
-        "HAS_BIAS": bias is not None,
-        "HAS_SLOTS": slots is not None,
-        "HAS_SEGMENTS": segment_ids is not None,
-        "PRECISION": precision(q),
-    }
-    for name, tensor in inputs.items():
-        *outer, head, dim = tensor.stride()
-        window, token = outer if slots is None else (0, *outer)
-        found[name] = tensor
-        strides = (window // unit, token // unit, head // unit, dim)
-        found |= _named(f"stride_{name}", ("window", "token", "head", "dim"), strides)
-    window, head, query, key = (0, 0, 0, 0) if bias is None else bias.stride()
-    head = head if bias is not None and bias.shape[1] > 1 else 0
-    found |= _named("stride_bias", ("window", "head", "query", "key"), (window, head, query, key))
-    for name, table in (("slots", slots), ("segment", segment_ids)):
-        found |= _named(f"stride_{name}", ("window", "token"), (0, 0) if table is None else table.stride())
-    return found
-
-
-def _named(prefix: str, axes: tuple[str, ...], values: tuple[int, ...]) -> dict[str, int]:
-    return {f"{prefix}_{axis}": value for axis, value in zip(axes, values)}
+    constants: Any = (n, width, *head_blocks(width), precision(q))
+    return Call(
+        heads_of(q),
+        heads_of(k, q),
+        heads_of(v, q),
+        None if grad is None else heads_of(grad, q),
+        bias_of(bias, matrices),
+        table_of(slots),
+        table_of(segment_ids),
+        None,
+        windows,
+        0 if slots is None else q.shape[0],
+        n,
+        heads,
+        1 if bias is None else bias.shape[0],
+        scale,
+        *(tl.constexpr(constant) for constant in constants),
+    )

@@ -141,7 +141,11 @@ class TestWindowAttentionQKVPacked(WindowSuite):
         Mutation(name, FILE, old, new, ({"W": 5, "N": 4, "H": 2, "D": 16, "fill": 1.0, "bias": (1, 2), "segments": 0},))
         for name, old, new in (
             ("broken mask", "(o_local[:, None] == o_local[None, :]) & m_tile", "(o_local[:, None] >= 0) & m_tile"),
-            ("wrong bias index", "(o_position * stride_key)[None, :]", "(o_position * stride_query)[None, :]"),
+            (
+                "wrong bias index",
+                "(o_position * call.bias.stride_key)[None, :]",
+                "(o_position * call.bias.stride_query)[None, :]",
+            ),
             ("missing row", "m_tile = (o_repeat < REPEATS)", "m_tile = (o_tile > 0) & (o_repeat < REPEATS)"),
             ("no delta", "b_ds -= b_p * tl.sum(b_ds, 1)[:, None]", "b_ds -= b_p * 0.0"),
         )
