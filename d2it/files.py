@@ -136,17 +136,23 @@ def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         partial.write_text(json.dumps({**content, "sha256": _seal(content)}, indent=2) + "\n")
 
 
-def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_sealed(path: str | os.PathLike[str], known: set[str]) -> dict[str, Any]:
     """Returns what `write_sealed` wrote. A file without "sha256", as earlier versions wrote it, causes a warning.
 
+    Args:
+        path: the file.
+        known: the keys that it may have; a damaged "sha256" is none of them.
+
     Raises:
-        ValueError: the file cannot be read, holds no JSON object, or has changed since.
+        ValueError: the file cannot be read, holds no JSON object or one with other keys, or has changed since.
     """
     try:
         content = read_json(path)
     except UserError as error:
         raise ValueError(str(error)) from None
     seal = content.pop("sha256", None)
+    if content.keys() - known:
+        raise ValueError(f"{path} is damaged, or of a later version: unknown key {min(content.keys() - known)!r}")
     if seal is None:
         warnings.warn(f"{path} has no sha256: damage would go unnoticed; saving it again adds one", stacklevel=2)
     elif seal != _seal(content):

@@ -260,7 +260,9 @@ class KnownMap(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(()))
         self.grain_map = grain_map
-        self.config = SimpleNamespace(num_classes=1, num_grains=3, grid=tuple(grain_map.shape[1:]))
+        self.config = SimpleNamespace(
+            num_classes=1, class_dropout_prob=0.1, num_grains=3, grid=tuple(grain_map.shape[1:])
+        )
         self.seen = []
 
     def forward(self, x, t, y):

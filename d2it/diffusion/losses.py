@@ -13,7 +13,13 @@ from d2it.diffusion.grains import grain_weights
 
 
 class ContentLoss(NamedTuple):
-    """Per sample, (B,) float32: `loss` = `mse` + `vlb`."""
+    """The content's loss per sample, each (B,) float32.
+
+    Args:
+        loss: `mse` + `vlb`.
+        mse: Eq. 11.
+        vlb: the variational term of a learned variance.
+    """
 
     loss: Tensor
     mse: Tensor
@@ -38,9 +44,15 @@ def content_loss(
     batch is the mean of its images' gradients however they are split over ranks or accumulation steps.
 
     Args:
+        diffusion: the schedule.
         model_out: (B, C or 2C, Hf, Wf); 2C with `diffusion.learn_sigma`.
-        x0, xt, noise: (B, C, Hf, Wf); t: (B,) int64.
+        x0: the clean latents (B, C, Hf, Wf).
+        xt: the noised latents.
+        noise: what they were noised with.
+        t: (B,) int64.
         grain_map: (B, H/S, W/S), or None: every cell counts 1 (the plain DiT, or Eq. 11 left out).
+        cells_per_region: along a region's side.
+        code_sizes: cells along a code's side by grain, coarsest first; None halves from `cells_per_region` down to 1.
     """
     channels = x0.shape[1]
     model_out = model_out.float()

@@ -60,7 +60,7 @@ def sample_content(
     """
     config: Any = model.config
     guidance = guidance or Guidance()
-    check_guidance("guidance", guidance, config.in_channels, config.num_classes)
+    check_guidance("guidance", guidance, config.in_channels, config)
     seeds = check_seeds(seeds)
     labels = check_labels(labels, len(seeds), config.num_classes)
     if grain_map is not None:
@@ -93,7 +93,7 @@ def sample_grain_maps(
     """
     config: Any = model.config
     guidance = guidance or Guidance()
-    check_guidance("guidance", guidance, config.num_grains, config.num_classes)
+    check_guidance("guidance", guidance, config.num_grains, config)
     seeds = check_seeds(seeds)
     labels = check_labels(labels, len(seeds), config.num_classes)
     solver = make_scheduler(scheduler, diffusion or GaussianDiffusion(), steps, prediction="sample")
@@ -314,12 +314,19 @@ def check_cuda_graph(device: torch.device) -> None:
         raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
 
 
-def check_guidance(name: str, guidance: Guidance, channels: int, num_classes: int) -> None:
-    """Raise ValueError where the model has fewer channels than are guided, or no classes."""
+def check_guidance(name: str, guidance: Guidance, channels: int, config: Any) -> None:
+    """Raise ValueError where the model has fewer channels than are guided, no classes, or no null label."""
     if guidance.channels is not None and guidance.channels > channels:
         raise ValueError(f"{name} channels must be at most {channels}, got {guidance.channels}")
-    if guidance.scale != 1.0 and not num_classes:
+    if guidance.scale == 1.0:
+        return
+    if not config.num_classes:
         raise ValueError(f"{name} needs a model with classes; scale must be 1, got {guidance.scale}")
+    if not config.class_dropout_prob:
+        raise ValueError(
+            f"{name} needs a model that was trained with the null label (class_dropout_prob is 0); scale must be 1, "
+            f"got {guidance.scale}"
+        )
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:

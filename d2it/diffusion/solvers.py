@@ -173,6 +173,7 @@ def make_scheduler(
     *,
     prediction: str = "epsilon",
     learned_range: bool = False,
+    of: str = "",
 ) -> Solver:
     """The steps of a sampling of `diffusion`, by name.
 
@@ -182,14 +183,15 @@ def make_scheduler(
         steps: of the chain; "heun", "dpm2", "dpm2-a" and "pndm" run the model more often than that.
         prediction: "epsilon" or "sample" (x_0).
         learned_range: the model predicts the variance; only "ddpm" uses it.
+        of: prefix of the arguments' names in messages, such as "grain_".
 
     Raises:
         ValueError: an unknown name, or a number of steps outside 1 ... T.
     """
     choices = GRAIN_SCHEDULERS if prediction == "sample" else SCHEDULERS
     if name not in choices:
-        raise ValueError(f"scheduler must be one of {', '.join(choices)}, got {name!r}")
-    steps = whole_number("steps", steps, 1, diffusion.num_timesteps)
+        raise ValueError(f"{of}scheduler must be one of {', '.join(choices)}, got {name!r}")
+    steps = whole_number(f"{of}steps", steps, 1, diffusion.num_timesteps)
     if name == "ddpm":
         return Ddpm(diffusion, steps, prediction, learned_range)
     if name == "ddim":

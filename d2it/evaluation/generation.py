@@ -32,14 +32,23 @@ class Extractor(Protocol):
 
 @dataclasses.dataclass
 class Summary:
-    """What the metrics need of one set of images."""
+    """What the metrics need of one set of images.
+
+    Args:
+        count: N images.
+        size: (height, width) in pixels.
+        pool: of the pooled features (FID).
+        spatial: of the spatial features (sFID).
+        probabilities: (N, classes), for the Inception Score.
+        features: (N, 2048), for precision and recall.
+    """
 
     count: int
     size: tuple[int, int] | None
     pool: Gaussian
     spatial: Gaussian | None
-    probabilities: Tensor | None = None  # (N, classes)
-    features: Tensor | None = None  # (N, 2048), for precision and recall
+    probabilities: Tensor | None = None
+    features: Tensor | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `mu`, `sigma`, `mu_s`, `sigma_s`, the names of ADM's reference statistics, with count and size."""

@@ -27,11 +27,17 @@ WHERE = (
 
 
 class Features(NamedTuple):
-    """What one batch of images is judged by."""
+    """The features of a batch of images.
 
-    pool: Tensor  # (B, 2048): FID, precision, recall
-    spatial: Tensor  # (B, 2023): sFID
-    probabilities: Tensor  # (B, 1008): Inception Score
+    Args:
+        pool: (B, 2048), for FID, precision and recall.
+        spatial: (B, 2023), for sFID.
+        probabilities: (B, 1008), for the Inception Score.
+    """
+
+    pool: Tensor
+    spatial: Tensor
+    probabilities: Tensor
 
 
 class _Conv(nn.Module):

@@ -58,10 +58,15 @@ def _over_ranks(x: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """The normal distribution that the Frechet distance compares."""
+    """The normal distribution that the Frechet distance compares.
 
-    mean: Tensor  # (D,) float64
-    covariance: Tensor  # (D, D) float64
+    Args:
+        mean: (D,) float64.
+        covariance: (D, D) float64.
+    """
+
+    mean: Tensor
+    covariance: Tensor
 
     def frechet_distance(self, other: Gaussian) -> float:
         """|mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al. 2017, Eq. 6).

@@ -202,7 +202,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def _describe(cls, path: str | Path) -> dict[str, Any]:
         file = Path(path) / CONFIG_FILE
-        description = read_sealed(file)
+        description = read_sealed(file, {"model", "config", "weights", "vae"})
         if not isinstance(description.get("model"), str) or not isinstance(description.get("config"), dict):
             raise ValueError(f"{file} is not the configuration of a d2it model")
         if description["model"] != cls.__name__:

@@ -243,7 +243,7 @@ class DynamicContentTransformer(ClassConditional):
             ValueError: shapes that do not fit the configuration, no grain map, or a plan for another batch.
         """
         config = self.config
-        self.check_input(x, t)
+        self.check_input(self.multi_grained, x, t, y)
         batch = x.shape[0]
         if grain_map is None or grain_map.shape != (batch, *config.region_grid):
             got = None if grain_map is None else tuple(grain_map.shape)

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,7 +129,15 @@ def load_dit(path: str | os.PathLike[str], *, heads: int | None = None, num_clas
     if num_classes is None and state is not content:
         named = getattr(content.get("args"), "num_classes", None)
         num_classes = named if isinstance(named, int) else None
-    return convert_dit(state, heads=heads, num_classes=num_classes)
+    model = convert_dit(state, heads=heads, num_classes=num_classes)
+    if num_classes is None and model.config.num_classes != 1000:
+        rows = model.config.num_classes + 1
+        warnings.warn(
+            f"{path}: its label table has {rows} rows, read as {rows - 1} classes and the null label; "
+            f"num_classes={rows} reads a table without a null label",
+            stacklevel=2,
+        )
+    return model
 
 
 if __name__ == "__main__":

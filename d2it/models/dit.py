@@ -117,13 +117,14 @@ class ClassConditional(Model):
             if isinstance(part, Trunk):
                 part.reset_buffers(device)
 
-    def check_input(self, x: Tensor, t: Tensor) -> None:
-        """Raise ValueError unless `x` is (B, in_channels, *grid) and `t` is (B,)."""
+    def check_input(self, trunk: Trunk, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        """Raise ValueError unless x is (B, in_channels, *grid) and t (B,), on the model's device and x in its dtype."""
         c, (h, w) = self.config.in_channels, self.config.grid
         if x.ndim != 4 or x.shape[1:] != (c, h, w):
             raise ValueError(f"x must be (B, {c}, {h}, {w}), got {tuple(x.shape)}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must be ({x.shape[0]},), got {tuple(t.shape)}")
+        layers.check_like(trunk.embed.proj.weight, {"x": x}, {"t": t, "y": y})
 
     def labels(self, y: Tensor | None, batch: int, drop: Tensor | None) -> Tensor | None:
         """The labels that are embedded: None without classes, the null label where `drop` (B,) is true."""
@@ -217,6 +218,6 @@ class DiT(ClassConditional):
         Raises:
             ValueError: shapes that do not fit the configuration.
         """
-        self.check_input(x, t)
+        self.check_input(self.trunk, x, t, y)
         out = self.trunk(x, t, self.labels(y, x.shape[0], force_drop_ids))  # (B, H, W, out)
         return out.permute(0, 3, 1, 2).contiguous()

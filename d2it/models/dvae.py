@@ -356,9 +356,10 @@ class DynamicVAE(Model):
         )
 
     def encode(self, images: Tensor, grain_map: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """
+        """Encode images into the moments of their posterior.
+
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: (B, 3, H, W) in [-1, 1] (`d2it.pictures.from_uint8` makes them of uint8).
             grain_map: given, it is used as it is; None takes it from the images' entropy.
 
         Returns:
@@ -366,11 +367,13 @@ class DynamicVAE(Model):
             None where the map was given.
 
         Raises:
-            ValueError: images whose sides are not multiples of S, or a grain map of another size.
+            ValueError: images whose sides are not multiples of S, of another dtype or device, or a grain map of another
+                size.
         """
         s = self.config.region_size
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % s or images.shape[3] % s:
             raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of {s}, got {tuple(images.shape)}")
+        layers.check_like(self.encoder.embed.weight, {"images": images}, {"grain_map": grain_map})
         entropy = None
         if grain_map is None:
             grain_map, entropy = self.grain_map(images)
@@ -399,6 +402,7 @@ class DynamicVAE(Model):
                 f"z must be {(batch, self.config.latent_channels, h * side, w * side)} for this grain_map, "
                 f"got {tuple(z.shape)}"
             )
+        layers.check_like(self.decoder.embed.weight, {"z": z}, {"grain_map": grain_map})
         return self.decoder(z, grain_map)
 
     def forward(self, images: Tensor, grain_map: Tensor | None = None, *, generator: Generators = None) -> VAEOutput:

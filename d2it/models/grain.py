@@ -80,6 +80,6 @@ class DynamicGrainTransformer(ClassConditional):
         Raises:
             ValueError: shapes that do not fit the configuration.
         """
-        self.check_input(x, t)
+        self.check_input(self.trunk, x, t, y)
         out = self.trunk(x, t, self.labels(y, x.shape[0], force_drop_ids))  # (B, h, w, k)
         return out.permute(0, 3, 1, 2).contiguous()

@@ -17,7 +17,11 @@ from d2it.models.base import Model
 
 @dataclass
 class KLVAEConfig:
-    """`network` is the configuration of diffusers' AutoencoderKL."""
+    """Configuration of a `KLVAE`.
+
+    Args:
+        network: the configuration of diffusers' AutoencoderKL.
+    """
 
     network: dict[str, Any] = field(default_factory=dict)
 
@@ -39,8 +43,10 @@ class KLVAEConfig:
 
 
 class KLVAE(Model):
-    """`KLVAE.from_diffusers("sd-vae-ft-ema")`, a folder with diffusers' config.json and weights; with the methods of
-    `DynamicVAE` that sampling needs."""
+    """diffusers' AutoencoderKL with the methods of `DynamicVAE` that sampling needs.
+
+    `KLVAE.from_diffusers("sd-vae-ft-ema")` reads a folder with diffusers' config.json and weights.
+    """
 
     Config = KLVAEConfig
     config: KLVAEConfig
@@ -84,5 +90,5 @@ class KLVAE(Model):
         return torch.zeros(shape, dtype=torch.int64, device=images.device), torch.zeros(shape, device=images.device)
 
     def decode(self, z: Tensor, grain_map: Tensor) -> Tensor:
-        """(B, C, H/8, W/8) latents, unscaled -> (B, 3, H, W) images, about [-1, 1]; the map says nothing."""
+        """(B, C, H/8, W/8) latents, unscaled -> (B, 3, H, W) images, about [-1, 1]; the map is not used."""
         return self.network.decode(z).sample

@@ -24,6 +24,21 @@ ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 RELATIVE_BIASES = ("matrix", "table", "none")
 
 
+def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Tensor | None]) -> None:
+    """Raise ValueError, naming the input, unless all are on the device of `weight` and the floating ones in its dtype.
+
+    Under autocast any floating dtype will do.
+    """
+    device = weight.device
+    for name, x in (*floating.items(), *whole.items()):
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on {device} as the model is, got {x.device}")
+    for name, x in floating.items():
+        cast = x.is_floating_point() and torch.is_autocast_enabled(device.type)
+        if x.dtype != weight.dtype and not cast:
+            raise ValueError(f"{name} must be {weight.dtype} as the weights are (or autocast be on), got {x.dtype}")
+
+
 def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
     """Global attention, the one place where it is computed: (B, L, 3, H, D) -> (B, L, H, D).
 

@@ -22,7 +22,8 @@ from d2it.models.lpips import LPIPS
 
 @dataclass
 class VAELossConfig:
-    """
+    """Configuration of a `VAELoss`.
+
     Args:
         perceptual_weight: of LPIPS, used where `lpips_path` is given.
         lpips_path: a file or folder for `LPIPS.from_path`; None leaves the term out.
@@ -30,7 +31,8 @@ class VAELossConfig:
         kl_weight: see the module's reduction.
         disc_weight: of the adversarial term, before the adaptive weight.
         disc_start: first step (counted from 0) with an adversarial term; None is never.
-        disc_channels, disc_layers: width and depth of the discriminator.
+        disc_channels: width of the discriminator.
+        disc_layers: its depth.
     """
 
     perceptual_weight: float = 1.0
@@ -105,8 +107,11 @@ class VAELoss(nn.Module):
         It leaves no gradient in the discriminator.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1]; output: of the VAE's forward.
-            last_layer: `DynamicVAE.last_layer`; code_sizes: `DynamicVAE.config.code_sizes`.
+            images: (B, 3, H, W) in [-1, 1].
+            output: of the VAE's forward.
+            step: from `disc_start` on there is an adversarial term.
+            last_layer: `DynamicVAE.last_layer`.
+            code_sizes: `DynamicVAE.config.code_sizes`.
         """
         config = self.config
         reconstruction = output.reconstruction.float()
@@ -133,17 +138,19 @@ class VAELoss(nn.Module):
         """The discriminator's hinge loss under "loss", and the mean scores of both sides.
 
         Args:
+            images: (B, 3, H, W) in [-1, 1].
+            reconstruction: of the VAE, of the same shape.
             discriminator: the wrapped `self.discriminator`; None is itself.
         """
-        judge = discriminator if discriminator is not None else self._own()
+        module = discriminator if discriminator is not None else self._own()
         both = torch.cat([images, reconstruction.detach().to(images.dtype)])
-        real, fake = judge(both).float().chunk(2)
+        real, fake = module(both).float().chunk(2)
         loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         return {"loss": loss, "real": real.detach().mean(), "fake": fake.detach().mean()}
 
     def _scores(self, images: Tensor) -> Tensor:
-        critic = self._own()
-        return functional_call(critic, {name: p.detach() for name, p in critic.named_parameters()}, images)
+        module = self._own()
+        return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, images)
 
     def _own(self) -> nn.Module:
         if self.discriminator is None:

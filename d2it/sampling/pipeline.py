@@ -258,9 +258,8 @@ class D2iT(PyTorchModelHubMixin):
             path = Path(local_folder(pretrained_model_name_or_path, cls.__name__, **download))
         if not (path / DESCRIPTION).is_file():
             raise ValueError(f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}")
-        description = read_sealed(path / DESCRIPTION)
-        given = {key: description.get(key) for key in ("class_names", "sampling")}
-        return cls.from_parts(path, any_vae=any_vae, **given).to(device, dtype)
+        description = read_sealed(path / DESCRIPTION, {"class_names", "sampling"})
+        return cls.from_parts(path, any_vae=any_vae, **description).to(device, dtype)
 
     @classmethod
     def from_parts(cls, path: str | Path, **settings: Any) -> D2iT:
@@ -378,7 +377,7 @@ class D2iT(PyTorchModelHubMixin):
                 raise ValueError("grain_map must be given: this model has no Grain Transformer")
             grain_map = torch.full(self.region_grid, self.num_grains - 1)
         content = self.content_transformer.config
-        check_guidance("guidance", guide, content.in_channels, self.num_classes)
+        check_guidance("guidance", guide, content.in_channels, content)
         solver = make_scheduler(scheduler, GaussianDiffusion(), steps, learned_range=content.learn_sigma)
         if batch_size is not None:
             whole_number("batch_size", batch_size, 1)
@@ -390,18 +389,19 @@ class D2iT(PyTorchModelHubMixin):
             autocast = self.dtype
         shared: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph}
         if grain_map is None:
+            network: Any = self.grain_transformer
             grain_guide = _guidance(
                 "grain_guidance", grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0)
             )
-            check_guidance("grain_guidance", grain_guide, self.num_grains, self.num_classes)
+            check_guidance("grain_guidance", grain_guide, self.num_grains, network.config)
             if grain_scheduler is None:
                 grain_scheduler = grain_scheduler_for(scheduler)
-            grain_solver = make_scheduler(grain_scheduler, GaussianDiffusion(), grain_steps, prediction="sample")
+            diffusion = GaussianDiffusion()
+            grain_solver = make_scheduler(grain_scheduler, diffusion, grain_steps, prediction="sample", of="grain_")
 
             def maps(part: slice) -> Tensor:
                 named = None if numbers is None else numbers[part]
                 own_seeds = [derived_seed(s, "grain") for s in seeds[part]]
-                network: Any = self.grain_transformer
                 return denoise_grain_maps(network, named, own_seeds, grain_solver, grain_guide, **shared)
         else:
             given = torch.as_tensor(grain_map)
@@ -518,7 +518,7 @@ def _guidance(name: str, value: float | Guidance | dict[str, Any]) -> Guidance:
     try:
         return Guidance(**value) if isinstance(value, dict) else Guidance(scale=value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(str(error).replace("guidance", name, 1)) from None
 
 
 def _side_by_side(run: Callable[[T], R], parts: Iterable[T]) -> list[R]:
