@@ -45,6 +45,7 @@ class Known(nn.Module):
         self.config = SimpleNamespace(
             in_channels=4,
             num_classes=len(means) - 1,
+            class_dropout_prob=0.1,
             learn_sigma=learn_sigma,
             grid=(8, 12),
             region_grid=(4, 6),
