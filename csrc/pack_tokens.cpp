@@ -109,20 +109,40 @@ void gather(const Tensor& rows_of, const std::optional<Tensor>& source, const st
             static_cast<T*>(const_cast<void*>(out.const_data_ptr())), rows_of.size(0), channels);
 }
 
+// Whether every row that is named exists in a source of `rows` rows.
+bool exist(const Tensor& rows_of, int64_t rows) {
+  const auto* named = static_cast<const int32_t*>(rows_of.const_data_ptr());
+  const int64_t count = rows_of.size(0), stride = rows_of.stride(0);
+  int32_t most = -1;
+  if (stride == 1) { // a loop of its own, which is vectorised
+    for (int64_t r = 0; r < count; ++r) most = std::max(most, named[r]);
+  } else {
+    for (int64_t r = 0; r < count; ++r) most = std::max(most, named[r * stride]);
+  }
+  return most < rows;
+}
+
 // out[r] = source[rows_of[r]] where rows_of[r] >= 0, else base[r]; zero where the one that is wanted is
-// absent.
-void gather_rows(Tensor rows_of, std::optional<Tensor> source, std::optional<Tensor> base, Tensor out) {
-  if (out.numel() == 0) return;
+// absent. False where a row is named that the source does not have; nothing is written then.
+bool gather_rows(Tensor rows_of, std::optional<Tensor> source, std::optional<Tensor> base, Tensor out) {
+  if (out.numel() == 0) return true;
+  if (source && !exist(rows_of, source->dim() == 2 ? source->size(0) : source->size(0) * source->size(1))) {
+    return false;
+  }
   switch (out.element_size()) {
     case 1:
-      return gather<uint8_t>(rows_of, source, base, out);
+      gather<uint8_t>(rows_of, source, base, out);
+      break;
     case 2:
-      return gather<uint16_t>(rows_of, source, base, out);
+      gather<uint16_t>(rows_of, source, base, out);
+      break;
     case 4:
-      return gather<uint32_t>(rows_of, source, base, out);
+      gather<uint32_t>(rows_of, source, base, out);
+      break;
     default:
-      return gather<uint64_t>(rows_of, source, base, out);
+      gather<uint64_t>(rows_of, source, base, out);
   }
+  return true;
 }
 
 } // namespace

@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
   m.def(
       "kde_entropy(Tensor images, Tensor? thresholds, int region_size, int num_bins, float low, float high, "
       "float sigma, bool normalize, float slack, Tensor(a!) entropy, Tensor(b!)? grains) -> bool");
-  m.def("gather_rows(Tensor rows_of, Tensor? source, Tensor? base, Tensor(a!) out) -> ()");
+  m.def("gather_rows(Tensor rows_of, Tensor? source, Tensor? base, Tensor(a!) out) -> bool");
   m.def(
       "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, Tensor(a!) index, "
       "Tensor(b!) inverse, Tensor(c!) slots, Tensor(d!) sample, Tensor(e!) count) -> bool");

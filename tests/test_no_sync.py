@@ -88,9 +88,8 @@ def test_the_host_reads_no_value() -> None:
         assert all(weight.grad.shape == weight.shape for weight in weights.values())
         with pytest.raises(DataDependentOutputException):
             loss.item()
-        # The reference judges the maps of CPU tensors at once, and that is noticed.
-        with pytest.raises(DataDependentOutputException):
-            step(weights, *arguments("cpu"), backend="reference")
+        # The reference checks the values of CPU tensors, but tensors that hold none are no reason to fail.
+        assert step(weights, *arguments("cpu"), backend="reference").shape == loss.shape
 
 
 def test_no_launcher_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ Entropy and grains (paper 3.1):
 
 Packed tokens (paper 3.2.3):
     plan_tokens                  lays out the cells of fine regions as rows, as a `TokenPlan`
+    plan_from_mask               lays out any cells as rows, as a `TokenPlan`
     pack_tokens                  gathers the cells of a plan into rows
     unpack_tokens                puts rows back into their cells
 
 Attention inside windows (paper Eq. 10):
     window_attention             attention of q, k and v inside every window, dense or packed
     window_attention_qkvpacked   the same on one tensor that holds q, k and v
+    slots_from_cu_seqlens        slots of ragged windows that lie one after the other
     relative_position_bias       Swin's table of relative positions as a bias
 
 Modulation (DiT, adaLN-Zero):
@@ -36,9 +38,9 @@ from d2it.ops.modulate import adaln_modulate, gated_residual
 from d2it.ops.neighbor_copy import neighbor_copy
 from d2it.ops.pack_tokens import pack_tokens, unpack_tokens
 from d2it.ops.plan import TokenPlan
-from d2it.ops.plan_tokens import plan_tokens
+from d2it.ops.plan_tokens import plan_from_mask, plan_tokens
 from d2it.ops.relative_position_bias import relative_position_bias
-from d2it.ops.window_attention import window_attention, window_attention_qkvpacked
+from d2it.ops.window_attention import slots_from_cu_seqlens, window_attention, window_attention_qkvpacked
 
 __all__ = [
     "TokenPlan",
@@ -50,9 +52,11 @@ __all__ = [
     "kde_entropy",
     "neighbor_copy",
     "pack_tokens",
+    "plan_from_mask",
     "plan_tokens",
     "reference",
     "relative_position_bias",
+    "slots_from_cu_seqlens",
     "unpack_tokens",
     "why_not",
     "window_attention",

@@ -1,4 +1,4 @@
-"""Judging arguments at the public edge: one clear error that names the argument and its value."""
+"""Checks of arguments at the public edge: one clear error that names the argument and its value."""
 
 from __future__ import annotations
 
@@ -8,41 +8,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+INTEGERS = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+_NAMES = {
+    FLOATS: "a floating-point tensor (float16, bfloat16, float32 or float64)",
+    INTEGERS: "an integer tensor (bool, uint8, int8, int16, int32 or int64)",
+}
+
+MOST_INTEGER = 2**31 - 1
+# The largest float32: kernels take numbers in that type.
+MOST_NUMBER = (2 - 2**-23) * 2.0**127
+
 
 def require(condition: bool, argument: str, rule: str | Callable[[], str], value: Any) -> None:
     """Raises `ValueError("<argument> must <rule>, got <value>")` unless `condition`.
 
-    A rule that tells sizes is a function, called when it is broken: a size put into a string is a constant to
+    A rule that contains sizes is a function, called when it is broken: a size put into a string is a constant to
     torch.compile, which would compile again for the next one.
     """
     if not condition:
         raise ValueError(f"{argument} must {rule if isinstance(rule, str) else rule()}, got {value}")
 
 
-def tensor(argument: str, value: Any, *, ndim: int | tuple[int, ...], floating: bool | None = None) -> None:
-    """`value` is a tensor of `ndim` dimensions; floating point where `floating`, an integer type where False."""
+def tensor(
+    argument: str, value: Any, *, ndim: int | tuple[int, ...], dtypes: frozenset[torch.dtype] | None = None
+) -> None:
+    """Raises unless `value` is a dense tensor of `ndim` dimensions and of one of `dtypes`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
-    dims = (ndim,) if isinstance(ndim, int) else ndim
-    if value.ndim not in dims:
-        wanted = " or ".join(str(d) for d in dims)
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{argument} must be a dense tensor, got one of layout {layout}")
+    if dtypes is not None and value.dtype not in dtypes:
+        names = _NAMES.get(dtypes) or " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"{argument} must be {names}, got {value.dtype}")
+    if value.ndim != ndim and (isinstance(ndim, int) or value.ndim not in ndim):
+        wanted = ndim if isinstance(ndim, int) else " or ".join(str(d) for d in ndim)
         raise ValueError(f"{argument} must have {wanted} dimensions, got shape {tuple(value.shape)}")
-    if floating is not None and value.dtype.is_floating_point != floating:
-        kind = "a floating-point" if floating else "an integer"
-        raise TypeError(f"{argument} must be {kind} tensor, got {value.dtype}")
 
 
-def integer(argument: str, value: Any, *, low: int, high: int | None = None) -> None:
-    """`value` is an int in `low..high`."""
+def integer(argument: str, value: Any, *, low: int, high: int = MOST_INTEGER) -> None:
+    """Raises unless `value` is an int in `low..high`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{argument} must be an int, got {value!r}")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise TypeError(f"{argument} must be an int, got {shown(value)}")
+    if value < low or value > high:
+        bound = f"at least {low}" if high == MOST_INTEGER and value < low else f"in {low}..{high}"
         raise ValueError(f"{argument} must be {bound}, got {value}")
 
 
+def number(
+    argument: str,
+    value: Any,
+    *,
+    low: float = -MOST_NUMBER,
+    rule: str = "be finite in float32",
+    instead: str = "pass its value",
+) -> None:
+    """Raises unless `value` is a Python number that is finite in float32 and not below `low`.
+
+    Args:
+        argument: its name.
+        value: what the caller gave.
+        low: the least value allowed.
+        rule: what a number must be, for the error.
+        instead: what to do with a tensor, which has no gradient here.
+    """
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        if isinstance(value, Tensor):
+            kind = "a tensor that requires a gradient" if value.requires_grad else "a tensor"
+            raise TypeError(f"{argument} must be a Python number, got {kind}: {instead}")
+        raise TypeError(f"{argument} must be a number, got {shown(value)}")
+    # Comparisons, not math.isfinite: under torch.compile the number may be symbolic. NaN fails them.
+    if not (low <= value <= MOST_NUMBER):
+        raise ValueError(f"{argument} must {rule}, got {value}")
+
+
+def flag(argument: str, value: Any) -> None:
+    """Raises unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be a bool, got {shown(value)}")
+
+
 def same(attribute: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
-    """Both tensors have the same `attribute`: "device" or "dtype"."""
+    """Raises unless both tensors have the same `attribute`: "device" or "dtype"."""
     if getattr(a, attribute) != getattr(b, attribute):
         error = TypeError if attribute == "dtype" else ValueError
         raise error(
@@ -50,14 +98,44 @@ def same(attribute: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
         )
 
 
-def values(ok: Tensor, rule: str, got: Callable[[], str]) -> None:
-    """A condition on values: `ok` is a 0-dim bool tensor, `got` tells what broke the rule.
+def shown(value: Any) -> str:
+    """A value in an error: short, whatever it is."""
+    text = repr(value) if isinstance(value, (str, int, float, complex, type(None))) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def values(ok: Tensor, rule: str, got: Callable[[], str], limits: Callable[[], str] = str) -> None:
+    """A condition on values: `ok` is a 0-dim bool tensor, `got` returns what broke the rule.
+
+    Numbers that end the rule are given apart, by `limits`: in the rule they were constants to torch.compile.
 
     On the CPU a violation raises `ValueError` at once. On a GPU it must not stop the host: it is a device-side
-    assertion, raised at the next synchronisation, as PyTorch does for an embedding's index out of range.
+    assertion, raised at the next synchronisation, as PyTorch does for an embedding's index out of range. Meta and
+    fake tensors have no values, and are not checked.
     """
-    if ok.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not ok:
-            raise ValueError(f"{rule}, got {got()}")
-    elif ok.device.type != "meta":
+    if ok.device.type == "meta":
+        return
+    if torch.compiler.is_compiling():
         torch._assert_async(ok, rule)
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(ok):
+        ok = _unwrapped(ok).all()
+    if getattr(ok, "fake_mode", None) is not None:
+        return
+    if ok.device.type != "cpu":
+        torch._assert_async(ok, rule)
+    elif not ok:
+        raise ValueError(f"{rule}{limits()}, got {_described(got)}")
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def _described(got: Callable[[], str]) -> str:
+    try:
+        return got()
+    except RuntimeError:  # inside torch.func.vmap a value cannot be read
+        return "a value that breaks this"

@@ -81,8 +81,21 @@ def _device_of(args: Any) -> str | None:
     return None
 
 
+def _interprets_bfloat16(args: Any) -> bool:
+    """Whether a CPU tensor that holds values is among the arguments, and is bfloat16."""
+    return any(
+        _interprets_bfloat16(arg)
+        if isinstance(arg, (list, tuple))
+        else isinstance(arg, torch.Tensor)
+        and arg.dtype == torch.bfloat16
+        and arg.device.type == "cpu"
+        and getattr(arg, "fake_mode", None) is None
+        for arg in args
+    )
+
+
 def _known(op: str) -> dict[str, Fits | None]:
-    if op not in _BACKENDS:
+    if not isinstance(op, str) or op not in _BACKENDS:
         raise ValueError(f"op must be one of {', '.join(sorted(_BACKENDS))}, got {op!r}")
     return _BACKENDS[op]
 
@@ -126,11 +139,17 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
         ["window_attention has no backend 'cuda'; it has cpu, reference, triton"]
     """
     known = _known(op)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in known:
         return [f"{op} has no backend {backend!r}; it has {', '.join(sorted(known))}"]
-    reasons = _MACHINE[op, backend] + _device_reasons(backend, _device_of(args))
+    kwargs.pop("backend", None)
+    given = (*args, *kwargs.values())
+    reasons = _MACHINE[op, backend] + _device_reasons(backend, _device_of(given))
+    if backend == "triton" and INTERPRET and not reasons and _interprets_bfloat16(given):
+        reasons.append("Triton's interpreter (TRITON_INTERPRET=1) does not compute in bfloat16")
     fits = known[backend]
-    if reasons or fits is None or not (args or kwargs):
+    if reasons or fits is None or not given:
         return reasons
     return fits(*args, **kwargs)
 

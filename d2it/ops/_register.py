@@ -1,19 +1,27 @@
-"""Operators as PyTorch sees them: `torch.ops.d2it.*` with fakes for the compiler and gradients.
+"""Operators as PyTorch sees them: `torch.ops.d2it.*` with fakes for the compiler and derivatives of any order.
 
 Registered through `define` and `impl`, the cheap path (an eager call costs a third of a `custom_op`'s), with an
-`autograd.Function` at the Autograd key and the backward as an operator of its own. The last argument of every schema is
-the backend's name; its implementation is looked up here, so that one operator serves every backend.
+`autograd.Function` each and the backward as an operator of its own. The last argument of every schema is the backend's
+name; its implementation is looked up here, so that one operator serves every backend.
+
+Derivatives. The backward of an operator calls another operator, which has a derivative too:
+
+- a linear operator (a copy) has its transpose as backward, and is its own forward-mode derivative;
+- any other one states itself in plain PyTorch (`composite`). Its forward-mode derivative, and the derivative of its
+  backward, are taken through that.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import _C
-from torch.autograd.function import once_differentiable
+from torch import _C, Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("d2it", "FRAGMENT")
 
@@ -23,10 +31,15 @@ _SELF_CHECKING: set[tuple[str, str]] = set()
 
 
 def implement(op: str, backend: str, target: str | Callable[..., Any], *, checks_values: bool = False) -> None:
-    """Names the function that runs `op` on `backend`: a callable, or "module:function", imported at the first call.
+    """Sets the function that runs `op` on `backend`.
 
-    It takes the operator's schema arguments without the backend. `checks_values`: it judges the values of CPU tensors
-    itself (range, indices), so that the separate pass over them is left out.
+    Args:
+        op: name of an operator, as in its schema.
+        backend: "cpu", "triton" or "cuda".
+        target: a callable, or "module:function", imported at the first call. It takes the arguments of the schema but
+            the backend.
+        checks_values: the function itself checks the values of CPU tensors (range, indices), so that the separate pass
+            over them is left out.
     """
     if isinstance(target, str):
         _TARGETS[op, backend] = target
@@ -40,7 +53,7 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
     function = _IMPLEMENTATIONS.get((op, backend))
     if function is None:
         if (op, backend) not in _TARGETS:
-            raise ValueError(f"torch.ops.d2it.{op}: backend must name an implementation, got {backend!r}")
+            raise ValueError(f"torch.ops.d2it.{op}: backend must be one that implements it, got {backend!r}")
         module, name = _TARGETS[op, backend].split(":")
         function = _IMPLEMENTATIONS[op, backend] = getattr(importlib.import_module(module), name)
     return function
@@ -53,6 +66,8 @@ def operator(
     setup: Callable[[Any, Sequence[Any], Any], None] | None = None,
     backward: Callable[..., Sequence[Any]] | None = None,
     check: Callable[..., None] | None = None,
+    linear: bool = False,
+    composite: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Defines `torch.ops.d2it.<schema>`; returns the function that calls it.
 
@@ -61,8 +76,12 @@ def operator(
         fake: shapes and dtypes of the result, for the compiler. It takes all arguments, backend included.
         setup: `setup(ctx, inputs, output)` saves what `backward` needs. `ctx.needs` has one bool for each leaf of the
             inputs, in order.
-        backward: `backward(ctx, *grads)` returns a gradient or None for each schema argument.
-        check: judges the values of CPU tensors at run time and raises `ValueError`; takes all but the backend.
+        backward: `backward(ctx, *grads)` returns a gradient or None for each schema argument. Without it the gradients
+            are those of `composite`; an operator without either has none (its results are integers).
+        check: checks the values of CPU tensors at run time and raises `ValueError`; takes all but the backend.
+        linear: the results are linear in the floating-point tensors among the arguments.
+        composite: the operator in plain PyTorch; takes all but the backend. Returns as many results, None for those
+            that have no derivative.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
@@ -76,68 +95,199 @@ def operator(
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"d2it::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.d2it, name).default
-    function = None
-    if backward is not None and setup is not None:
-        function = _function(op, setup, backward)
-        LIBRARY.impl(name, _caller(op, function), "Autograd")
-    call = _caller(op, function)
 
-    def enter(*args: Any) -> Any:
-        # Straight to the autograd function: the dispatcher's way to one in Python takes 14 us. What looks at the
-        # dispatcher itself (the compiler, torch.func) is not led around it.
-        if torch.compiler.is_compiling() or _C._are_functorch_transforms_active():
-            return op(*args)
-        return call(*args)
+    if backward is None and composite is not None:
+        setup, backward = _composite_setup, partial(_pull_back, composite)
+    flatten = _flatten if "[]" in schema else _as_leaves
+    function: Any = None  # the autograd function below, which calls `enter` for every transform but its own
+    apply: Any = None
 
-    return enter
-
-
-def _caller(op: Any, function: Any) -> Callable[..., Any]:
-    """What `op` is to autograd: `function` where a gradient is asked for, else the operator without it."""
-
-    def call(*args: Any) -> Any:
-        if function is not None and torch.is_grad_enabled() and _require_gradients(args):
-            return function.apply(*_flatten(args))
+    def below(*args: Any) -> Any:
         with _C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    return call
+    def call(*args: Any) -> Any:
+        if backward is not None and torch.is_grad_enabled() and _require_gradients(args):
+            return apply(*flatten(args))
+        return below(*args)
+
+    def enter(*args: Any) -> Any:
+        # Straight to the autograd function: the dispatcher's way to one in Python takes 14 us.
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return function.apply(*flatten(args))
+        return call(*args)
+
+    function = _function(name, below, enter, setup, backward, linear, composite)
+    # The C++ method itself: torch.autograd.Function's binds the arguments to a signature first, which takes longer than
+    # the call.
+    apply = super(torch.autograd.Function, function).apply
+    if backward is not None:
+        LIBRARY.impl(name, call, "Autograd")
+    return enter
 
 
 def _on_cpu(args: Sequence[Any]) -> bool:
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if isinstance(arg, Tensor):
             return arg.device.type == "cpu"
         if isinstance(arg, (list, tuple)) and arg:
             return _on_cpu(arg)
     return False
 
 
-def _function(op: Any, setup: Callable[..., None], backward: Callable[..., Sequence[Any]]) -> Any:
-    def gradients(ctx: Any, *grads: Any) -> Any:
-        leaves: list[Any] = [None]
-        for gradient in backward(ctx, *grads):
-            leaves.extend(gradient) if isinstance(gradient, (list, tuple)) else leaves.append(gradient)
-        return tuple(leaves)
+def _function(
+    name: str,
+    below: Callable[..., Any],
+    enter: Callable[..., Any],
+    setup: Callable[..., None] | None,
+    backward: Callable[..., Sequence[Any]] | None,
+    linear: bool,
+    composite: Callable[..., Any] | None,
+) -> Any:
+    """The `torch.autograd.Function` of an operator: `below` runs it without autograd, `enter` with whatever is active.
 
-    once = once_differentiable(gradients)
+    Its arguments are the lengths of the lists among the operator's arguments, then all leaves, see `_flatten`.
+    """
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, lengths: Sequence[int | None], *leaves: Any) -> Any:
+        def forward(lengths: Lengths, *leaves: Any) -> Any:
+            output = below(*_unflatten(lengths, leaves))
+            return tuple(output) if isinstance(output, list) else output
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            lengths, *leaves = inputs
             args = _unflatten(lengths, leaves)
-            with _C._AutoDispatchBelowAutograd():
-                output = op(*args)
-            ctx.needs = ctx.needs_input_grad[1:]
-            setup(ctx, args, output)
-            return output
+            ctx.lengths, ctx.needs = lengths, ctx.needs_input_grad[1:]
+            if setup is not None:
+                setup(ctx, args, output)
+            if forward_ad._current_level >= 0:
+                ctx.primals = leaves
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return once(ctx, *grads) if torch.is_grad_enabled() else gradients(ctx, *grads)
+            if backward is None:
+                return (None,) * (1 + len(ctx.needs))
+            gradients = backward(ctx, *grads)
+            if ctx.lengths is None:
+                return None, *gradients
+            leaves: list[Any] = [None]
+            for gradient, length in zip(gradients, ctx.lengths):
+                leaves.extend([gradient] if length is None else [None] * length if gradient is None else gradient)
+            return tuple(leaves)
 
-    Function.__name__ = f"{op.name().split('::')[1].split('.')[0]}_autograd"
+        @staticmethod
+        def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+            lengths, leaves = ctx.lengths, ctx.primals
+            if linear:
+                moved = [
+                    (torch.zeros_like(x) if t is None else t) if isinstance(x, Tensor) and x.is_floating_point() else x
+                    for x, t in zip(leaves, tangents)
+                ]
+                results = enter(*_unflatten(lengths, moved))
+            elif composite is not None:
+                results = _push_forward(composite, lengths, leaves, tangents)
+            else:
+                results = None
+            return tuple(results) if isinstance(results, list) else results
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], lengths: Lengths, *leaves: Any) -> Any:
+            """One call for each element of the batch; of an empty batch, one call on zeros for the shapes."""
+            batched = [isinstance(x, Tensor) and d is not None for x, d in zip(leaves, in_dims[1:])]
+            rows = [x.movedim(d, 0) if b else x for x, b, d in zip(leaves, batched, in_dims[1:])]
+            if not info.batch_size:
+                rows = [x.new_zeros((1, *x.shape[1:])) if b else x for x, b in zip(rows, batched)]
+
+            def at(i: int) -> tuple[Any, ...]:
+                results = enter(*_unflatten(lengths, [x[i] if b else x for x, b in zip(rows, batched)]))
+                return tuple(results) if isinstance(results, (list, tuple)) else (results,)
+
+            parts = [at(i) for i in range(info.batch_size or 1)]
+            stacked = tuple(torch.stack(part)[: info.batch_size] for part in zip(*parts))
+            return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
+
+    Function.__name__ = f"{name}_autograd"
     return Function
+
+
+# ---- Derivatives through plain PyTorch -------------------------------------------------------------------------------
+
+
+def _composite_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    leaves = inputs if ctx.lengths is None else _flatten(inputs)[1:]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
+    ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
+
+
+def _pull_back(composite: Callable[..., Any], ctx: Any, *grads: Any) -> list[Any]:
+    """The gradient of every argument of `composite`, saved by `_composite_setup`, from those of its results."""
+    leaves = [o if t is None else t for o, t in zip(ctx.others, unwrap_dead_wrappers(ctx.saved_tensors))]
+    if not torch.is_grad_enabled():
+        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+    which = [i for i, needed in enumerate(ctx.needs) if needed]
+    function = _of_floats(composite, ctx.lengths, leaves, which)
+    results, pull, *_ = torch.func.vjp(function, *(leaves[i] for i in which))
+    # The results that have a derivative are the floating-point ones, in order.
+    given = [g for g in grads if g is not None and g.is_floating_point()]
+    wanted = pull(tuple(g.to(r.dtype) for g, r in zip(given, results)))
+    gradients: list[Any] = [None] * len(leaves)
+    for i, gradient in zip(which, wanted):
+        gradients[i] = gradient
+    return _unflatten(ctx.lengths, gradients)
+
+
+def _push_forward(
+    composite: Callable[..., Any], lengths: Lengths, leaves: Sequence[Any], tangents: Sequence[Any]
+) -> Any:
+    """The forward-mode derivative of `composite`: the transpose of its transpose, for which reverse mode is enough."""
+    which = [i for i, t in enumerate(tangents) if t is not None and isinstance(leaves[i], Tensor)]
+    function = _of_floats(composite, lengths, leaves, which)
+    primals = tuple(leaves[i] for i in which)
+
+    def transpose(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(function, *primals)[1](cotangents)
+
+    results = composite(*_unflatten(lengths, leaves)[:-1])
+    listed = results if isinstance(results, (list, tuple)) else (results,)
+    zeros = [torch.zeros_like(r) for r in listed if _has_derivative(r)]
+    pushed = iter(torch.func.vjp(transpose, *zeros)[1](tuple(tangents[i] for i in which)))
+    outputs = tuple(next(pushed) if _has_derivative(r) else None for r in listed)
+    return outputs if isinstance(results, (list, tuple)) else outputs[0]
+
+
+def _has_derivative(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _of_floats(
+    composite: Callable[..., Any], lengths: Lengths, leaves: Sequence[Any], which: Sequence[int]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """`composite` as a function of its leaves `which`, with the results that have a derivative."""
+
+    def function(*primals: Tensor) -> tuple[Tensor, ...]:
+        all_leaves = list(leaves)
+        for i, primal in zip(which, primals):
+            all_leaves[i] = primal
+        results = composite(*_unflatten(lengths, all_leaves)[:-1])
+        listed = results if isinstance(results, (list, tuple)) else (results,)
+        return tuple(r for r in listed if _has_derivative(r))
+
+    return function
+
+
+# ---- Arguments with lists in them ------------------------------------------------------------------------------------
+
+
+Lengths = list[int | None] | None
+
+
+def _as_leaves(args: Sequence[Any]) -> list[Any]:
+    """`_flatten` of arguments none of which is a list."""
+    return [None, *args]
 
 
 def _flatten(args: Sequence[Any]) -> list[Any]:
@@ -155,7 +305,9 @@ def _flatten(args: Sequence[Any]) -> list[Any]:
     return leaves
 
 
-def _unflatten(lengths: Sequence[int | None], leaves: Sequence[Any]) -> list[Any]:
+def _unflatten(lengths: Lengths, leaves: Sequence[Any]) -> list[Any]:
+    if lengths is None:
+        return list(leaves)
     args: list[Any] = []
     at = 0
     for length in lengths:
@@ -165,9 +317,9 @@ def _unflatten(lengths: Sequence[int | None], leaves: Sequence[Any]) -> list[Any
 
 
 def _require_gradients(args: Sequence[Any]) -> bool:
-    """Whether a tensor in there, or in a list there, does."""
+    """Whether a tensor among the arguments, or in a list there, requires a gradient."""
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if isinstance(arg, Tensor):
             if arg.requires_grad:
                 return True
         elif isinstance(arg, (list, tuple)) and _require_gradients(arg):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,9 @@ from d2it.ops._register import implement, operator
 
 # Values may leave the range by this share of its width: the rounding of a resize or of a half-precision cast.
 RANGE_SLACK = 1e-5
+
+MOST_BINS = 2**16
+LEAST_SIGMA = 2.0**-63  # its square is a normal float32
 
 _FAST_DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,7 +62,7 @@ def kde_entropy(
         >>> [round(h, 2) for h in ops.kde_entropy(images, region_size=16)[0, 0].tolist()]
         [1.66, 4.38]
     """
-    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
+    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma, normalize)
     name = choose("kde_entropy", backend, images, region_size, num_bins=bins, value_range=(low, high), sigma=sigma)
     if name == "reference":
         check_values(images, low, high)
@@ -72,7 +74,7 @@ def kde_entropy(
             sigma=sigma,
             normalize=normalize,
         )
-    return _call_kde_entropy(images, region_size, bins, low, high, float(sigma), normalize, name)
+    return _call_kde_entropy(images, region_size, bins, low, high, sigma, normalize, name)
 
 
 def encode_grains(
@@ -105,7 +107,7 @@ def encode_grains(
         >>> grains.tolist()
         [[[0, 1], [0, 1]]]
     """
-    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma)
+    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma, normalize)
     limits = _thresholds(thresholds, images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
     name = choose(
         "encode_grains", backend, images, limits, region_size, num_bins=bins, value_range=(low, high), sigma=sigma
@@ -121,7 +123,7 @@ def encode_grains(
             sigma=sigma,
             normalize=normalize,
         )
-    return _call_encode_grains(images, limits, region_size, bins, low, high, float(sigma), normalize, name)
+    return _call_encode_grains(images, limits, region_size, bins, low, high, sigma, normalize, name)
 
 
 def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend: str | None = None) -> Tensor:
@@ -153,19 +155,35 @@ def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend:
 
 def _thresholds(thresholds: Tensor | Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(thresholds, Tensor):
-        _check.tensor("thresholds", thresholds, ndim=1)
+        _check.tensor("thresholds", thresholds, ndim=1, dtypes=_REALS)
+        if "meta" in (thresholds.device.type, device.type) and thresholds.device != device:
+            raise ValueError(f"thresholds must be on {device}, got {thresholds.device}")
         on_host = thresholds.device.type == "cpu" and not torch.compiler.is_compiling()
-        listed = thresholds.tolist() if on_host else []
+        listed = thresholds.tolist() if on_host and getattr(thresholds, "fake_mode", None) is None else []
     else:
-        listed = [float(t) for t in thresholds]
+        if not isinstance(thresholds, (list, tuple)):
+            raise TypeError(f"thresholds must be a sequence of numbers or a 1-d tensor, got {_check.shown(thresholds)}")
+        listed = list(thresholds)
+        for threshold in listed:
+            if isinstance(threshold, bool) or not isinstance(threshold, (float, int, torch.SymFloat, torch.SymInt)):
+                raise TypeError(f"thresholds must be numbers, got {_check.shown(threshold)}")
+    for threshold in listed:
+        _check.require(threshold == threshold, "thresholds", "be numbers", threshold)  # NaN equals nothing
     for a, b in itertools.pairwise(listed):
         _check.require(a < b, "thresholds", "ascend", listed)
-    _check.require(not any(math.isnan(t) for t in listed), "thresholds", "be numbers", listed)
     return torch.as_tensor(thresholds, dtype=dtype, device=device)
 
 
+_REALS = _check.FLOATS | _check.INTEGERS
+
+
 def _validate(
-    images: Tensor, region_size: int, num_bins: int | None, value_range: tuple[float, float], sigma: float
+    images: Tensor,
+    region_size: int,
+    num_bins: int | None,
+    value_range: tuple[float, float],
+    sigma: float,
+    normalize: bool,
 ) -> tuple[int, float, float]:
     _check.tensor("images", images, ndim=4)
     if images.dtype not in (*_FAST_DTYPES, torch.float64):
@@ -175,19 +193,26 @@ def _validate(
     _check.require(
         images.shape[2] % region_size == 0 and images.shape[3] % region_size == 0,
         "images",
-        f"have a height and width that region_size={region_size} divides",
+        lambda: f"have a height and width that region_size={region_size} divides",
         f"shape {tuple(images.shape)}",
     )
     bins = region_size * region_size if num_bins is None else num_bins
     _check.integer("num_bins", bins, low=2)
-    low, high = (float(v) for v in value_range)
-    _check.require(
-        low < high and math.isfinite(low) and math.isfinite(high),
-        "value_range",
-        "be finite and ascend",
-        value_range,
+    _check.require(bins <= MOST_BINS, "num_bins", f"be at most {MOST_BINS}", bins)
+    if not isinstance(value_range, (tuple, list)) or len(value_range) != 2:
+        raise TypeError(f"value_range must be (low, high), got {_check.shown(value_range)}")
+    low, high = value_range
+    for value in value_range:
+        _check.number("value_range", value, rule="be finite and ascend")
+    _check.require(low < high, "value_range", "be finite and ascend", value_range)
+    _check.number(
+        "sigma",
+        sigma,
+        low=LEAST_SIGMA,
+        rule="be positive and finite",
+        instead="divide the images and value_range by it, and pass sigma=1.0",
     )
-    _check.require(sigma > 0 and math.isfinite(sigma), "sigma", "be positive and finite", sigma)
+    _check.flag("normalize", normalize)
     return bins, low, high
 
 
@@ -200,8 +225,9 @@ def check_values(images: Tensor, low: float, high: float) -> None:
     ok = (least.double() >= low - slack) & (most.double() <= high + slack)
     _check.values(
         ok,
-        f"images must be finite and inside value_range=({low:g}, {high:g})",
+        "images must be finite and inside value_range",
         lambda: f"values from {float(least):g} to {float(most):g}",
+        limits=lambda: f"=({low:g}, {high:g})",
     )
 
 
@@ -229,8 +255,6 @@ def fits_fast(
             f"num_bins={bins} over value_range={value_range} lie more than {widest:g} sigma apart: between two of "
             "them the density is too small for its number format"
         )
-    if images.requires_grad and torch.is_grad_enabled():
-        reasons.append("images require a gradient, which only the reference gives")
     return reasons
 
 
@@ -275,7 +299,7 @@ def _native(
         grains,
     )
     if not in_range:
-        check_values(images, low, high)  # the same judgement, with the words
+        check_values(images, low, high)  # raises: the operator only reports that a value is outside
     return grains, entropy
 
 
@@ -303,17 +327,27 @@ def _encode_fake(images: Tensor, thresholds: Tensor, region_size: int, *rest: An
     return images.new_empty(shape, dtype=torch.int64), images.new_empty(shape, dtype=torch.float32)
 
 
+def _composite(
+    images: Tensor, region_size: int, num_bins: int, low: float, high: float, sigma: float, normalize: bool
+) -> Tensor:
+    return reference.kde_entropy(
+        images, region_size, num_bins=num_bins, value_range=(low, high), sigma=sigma, normalize=normalize
+    )
+
+
 _call_kde_entropy = operator(
-    "kde_entropy(Tensor images, int region_size, int num_bins, float low, float high, float sigma, bool normalize, "
-    "str backend) -> Tensor",
+    "kde_entropy(Tensor images, SymInt region_size, SymInt num_bins, float low, float high, float sigma, "
+    "bool normalize, str backend) -> Tensor",
     fake=_kde_fake,
     check=lambda images, s, bins, low, high, *rest: check_values(images, low, high),
+    composite=lambda images, *rest: _composite(images, *rest),
 )
 _call_encode_grains = operator(
-    "encode_grains(Tensor images, Tensor thresholds, int region_size, int num_bins, float low, float high, "
+    "encode_grains(Tensor images, Tensor thresholds, SymInt region_size, SymInt num_bins, float low, float high, "
     "float sigma, bool normalize, str backend) -> (Tensor, Tensor)",
     fake=_encode_fake,
     check=lambda images, limits, s, bins, low, high, *rest: check_values(images, low, high),
+    composite=lambda images, limits, *rest: (None, _composite(images, *rest)),
 )
 register_backend("kde_entropy", "reference")
 register_backend("encode_grains", "reference")

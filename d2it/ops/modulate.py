@@ -46,12 +46,12 @@ def adaln_modulate(
     """
     _validate(x, sample, (("shift", shift), ("scale", scale)))
     _check.same("dtype", "shift", shift, "scale", scale)
-    _check.require(eps >= 0, "eps", "not be negative", eps)
+    _check.number("eps", eps, low=0.0, rule="be finite and not negative")
     name = choose("adaln_modulate", backend, x, shift, scale, sample=sample)
     if name == "reference":
         check_sample(sample, scale.shape[0])
         return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
-    return _call_adaln_modulate(x, shift, scale, sample, float(eps), name)
+    return _call_adaln_modulate(x, shift, scale, sample, eps, name)
 
 
 def gated_residual(
@@ -81,7 +81,7 @@ def gated_residual(
                 [3., 4.]])
     """
     _validate(x, sample, (("gate", gate),))
-    _check.tensor("branch", branch, ndim=x.ndim, floating=True)
+    _check.tensor("branch", branch, ndim=x.ndim, dtypes=_check.FLOATS)
     _check.same("device", "x", x, "branch", branch)
     _check.require(
         branch.shape == x.shape, "branch", lambda: f"have the shape of x {tuple(x.shape)}", tuple(branch.shape)
@@ -94,9 +94,9 @@ def gated_residual(
 
 
 def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, Tensor]]) -> None:
-    _check.tensor("x", x, ndim=3 if sample is None else 2, floating=True)
+    _check.tensor("x", x, ndim=3 if sample is None else 2, dtypes=_check.FLOATS)
     for name, parameter in parameters:
-        _check.tensor(name, parameter, ndim=2, floating=True)
+        _check.tensor(name, parameter, ndim=2, dtypes=_check.FLOATS)
         _check.same("device", "x", x, name, parameter)
         _check.require(
             parameter.shape[1] == x.shape[-1]
@@ -107,13 +107,14 @@ def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, 
             tuple(parameter.shape),
         )
     if sample is not None:
-        _check.tensor("sample", sample, ndim=1, floating=False)
-        if sample.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"sample must be int32 or int64, got {sample.dtype}")
+        _check.tensor("sample", sample, ndim=1, dtypes=_SAMPLE)
         _check.same("device", "x", x, "sample", sample)
         _check.require(
             sample.shape[0] == x.shape[0], "sample", lambda: f"have the {x.shape[0]} rows of x", sample.shape[0]
         )
+
+
+_SAMPLE = frozenset((torch.int32, torch.int64))
 
 
 def check_sample(sample: Tensor | None, images: int) -> None:
@@ -122,8 +123,9 @@ def check_sample(sample: Tensor | None, images: int) -> None:
         return
     _check.values(
         ((sample >= 0) & (sample < images)).all(),
-        f"sample must name images 0..{images - 1}",
+        "sample must name images",
         lambda: f"{int(sample.min())}..{int(sample.max())}",
+        limits=lambda: f" 0..{images - 1}",
     )
 
 
@@ -136,6 +138,15 @@ def _modulate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     x, scale, sample = ctx.saved_tensors
     dx, dshift, dscale = _call_adaln_modulate_backward(grad, x, scale, sample, ctx.eps, ctx.backend)
     return dx, dshift, dscale, None, None, None
+
+
+def _modulate_pull_back(
+    grad: Tensor, x: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
+
+    return torch.func.vjp(modulate, x, torch.zeros_like(scale), scale)[1](grad)
 
 
 def _modulate_backward_fake(
@@ -153,6 +164,13 @@ def _gate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     branch, gate, sample = ctx.saved_tensors
     dbranch, dgate = _call_gated_residual_backward(grad, branch, gate, sample, ctx.backend)
     return grad, dbranch, dgate, None, None
+
+
+def _gate_pull_back(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> tuple[Tensor, ...]:
+    def gated(branch: Tensor, gate: Tensor) -> Tensor:
+        return reference.gated_residual(torch.zeros_like(grad), branch, gate, sample=sample)
+
+    return torch.func.vjp(gated, branch, gate)[1](grad)
 
 
 def _dtype_reasons(*tensors: Tensor) -> list[str]:
@@ -178,11 +196,13 @@ _call_adaln_modulate = operator(
     setup=_modulate_setup,
     backward=_modulate_backward,
     check=lambda x, shift, scale, sample, eps: check_sample(sample, scale.shape[0]),
+    composite=lambda x, shift, scale, sample, eps: reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps),
 )
 _call_adaln_modulate_backward = operator(
     "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, str backend) -> "
     "(Tensor dx, Tensor dshift, Tensor dscale)",
     fake=_modulate_backward_fake,
+    composite=_modulate_pull_back,
 )
 _call_gated_residual = operator(
     "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample, str backend) -> Tensor",
@@ -190,6 +210,7 @@ _call_gated_residual = operator(
     setup=_gate_setup,
     backward=_gate_backward,
     check=lambda x, branch, gate, sample: check_sample(sample, gate.shape[0]),
+    composite=lambda x, branch, gate, sample: reference.gated_residual(x, branch, gate, sample=sample),
 )
 _call_gated_residual_backward = operator(
     "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, str backend) -> "
@@ -198,13 +219,14 @@ _call_gated_residual_backward = operator(
         branch.new_empty(branch.shape),
         gate.new_empty(gate.shape),
     ),
+    composite=_gate_pull_back,
 )
 
 
 def _native_modulate(x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float) -> Tensor:
     out = x.new_empty(x.shape)
     if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out):
-        check_sample(sample, scale.shape[0])  # raises: the C++ operator only says that a sample is wrong
+        check_sample(sample, scale.shape[0])  # raises: the C++ operator only reports that a sample is wrong
     return out
 
 

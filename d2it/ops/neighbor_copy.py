@@ -45,14 +45,15 @@ def neighbor_copy(latents: Sequence[Tensor], grain_map: Tensor, *, backend: str 
 
 
 def _validate(latents: Sequence[Tensor], grain_map: Tensor) -> None:
-    _check.tensor("grain_map", grain_map, ndim=3, floating=False)
+    _check.tensor("grain_map", grain_map, ndim=3, dtypes=_check.INTEGERS)
     if not isinstance(latents, (list, tuple)) or not latents:
-        raise TypeError(f"latents must be a non-empty sequence of tensors, got {type(latents).__name__}")
+        raise TypeError(f"latents must be a non-empty sequence of tensors, got {_check.shown(latents)}")
+    for i, latent in enumerate(latents):
+        _check.tensor(f"latents[{i}]", latent, ndim=4, dtypes=_check.FLOATS)
     batch, h, w = grain_map.shape
     finest = latents[-1]
     for i, latent in enumerate(latents):
         name = f"latents[{i}]"
-        _check.tensor(name, latent, ndim=4, floating=True)
         _check.same("dtype", "latents[-1]", finest, name, latent)
         _check.same("device", "grain_map", grain_map, name, latent)
         height, width = latent.shape[2:]
@@ -64,12 +65,15 @@ def _validate(latents: Sequence[Tensor], grain_map: Tensor) -> None:
             and finest.shape[2] % max(height, 1) == 0
             and (i == 0 or height >= latents[i - 1].shape[2])
         )
-        if not fits:  # the words take longer than the judgement
-            rule = (
+        _check.require(
+            fits,
+            name,
+            lambda: (
                 f"be (B, C, h * s, w * s) with (B, h, w) = {tuple(grain_map.shape)}, C = {finest.shape[1]} "
                 "and an s that divides the finest"
-            )
-            _check.require(fits, name, rule, tuple(latent.shape))
+            ),
+            tuple(latent.shape),
+        )
 
 
 def check_grains(grain_map: Tensor, grains: int) -> None:
@@ -113,10 +117,20 @@ def _backward_fake(grad: Tensor, grain_map: Tensor, scales: list[int], backend: 
     return [_empty(grad, h * s, w * s) for s in scales]
 
 
+def _backward_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    _, grains, _, ctx.backend = inputs
+    ctx.save_for_backward(grains)
+
+
+def _backward_backward(ctx: Any, *latents: Tensor) -> Sequence[Any]:
+    (grains,) = ctx.saved_tensors
+    return _call_neighbor_copy(list(latents), grains, ctx.backend), None, None, None
+
+
 def _native(latents: list[Tensor], grain_map: Tensor) -> Tensor:
     out = _fake(latents, grain_map, "")
     if not torch.ops.d2it_C.neighbor_copy(latents, grain_map.long(), out):
-        check_grains(grain_map, len(latents))  # raises: the C++ operator only says that a grain is out of range
+        check_grains(grain_map, len(latents))  # raises: the C++ operator only reports that a grain is out of range
     return out
 
 
@@ -143,10 +157,14 @@ _call_neighbor_copy = operator(
     setup=_setup,
     backward=_backward,
     check=lambda latents, grains: check_grains(grains, len(latents)),
+    linear=True,
 )
 _call_neighbor_copy_backward = operator(
-    "neighbor_copy_backward(Tensor grad, Tensor grain_map, int[] scales, str backend) -> Tensor[]",
+    "neighbor_copy_backward(Tensor grad, Tensor grain_map, SymInt[] scales, str backend) -> Tensor[]",
     fake=_backward_fake,
+    setup=_backward_setup,
+    backward=_backward_backward,
+    linear=True,
 )
 register_backend("neighbor_copy", "reference")
 for _backend in ("cpu", "cuda"):

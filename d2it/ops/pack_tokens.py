@@ -33,7 +33,7 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
         >>> ops.pack_tokens(torch.arange(8.0).reshape(1, 8, 1), plan).flatten()
         tensor([2., 3., 6., 7.])
     """
-    _check.tensor("x", x, ndim=3, floating=True)
+    _check.tensor("x", x, ndim=3, dtypes=_check.FLOATS)
     check_plan(plan)
     _check.same("device", "plan", plan.index, "x", x)
     _check.require(
@@ -68,7 +68,7 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
         >>> ops.unpack_tokens(torch.arange(1.0, 5.0).reshape(4, 1), plan).flatten()
         tensor([0., 0., 1., 2., 0., 0., 3., 4.])
     """
-    _check.tensor("packed", packed, ndim=2, floating=True)
+    _check.tensor("packed", packed, ndim=2, dtypes=_check.FLOATS)
     check_plan(plan)
     _check.same("device", "plan", plan.index, "packed", packed)
     _check.require(
@@ -79,7 +79,7 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
     )
     if base is not None:
         shape = (plan.batch, plan.cells_per_image, packed.shape[1])
-        _check.tensor("base", base, ndim=3, floating=True)
+        _check.tensor("base", base, ndim=3, dtypes=_check.FLOATS)
         _check.same("dtype", "packed", packed, "base", base)
         _check.same("device", "packed", packed, "base", base)
         _check.require(tuple(base.shape) == shape, "base", lambda: f"have shape {shape}", tuple(base.shape))
@@ -89,14 +89,21 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
     return _call_unpack_tokens(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image, name)
 
 
+def check_range(rows_of: Tensor, rows: int, name: str) -> None:
+    """Raises unless every row that `rows_of`, the plan's `name`, contains is below `rows`."""
+    if rows_of.shape[0]:
+        most = rows_of.max()
+        _check.values(most < rows, f"plan.{name} must contain values below {rows}", lambda: str(int(most)))
+
+
 def _pack_fake(x: Tensor, index: Tensor, inverse: Tensor, backend: str) -> Tensor:
     return x.new_empty((index.shape[0], x.shape[2]))
 
 
 def _pack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    x, index, inverse, backend = inputs
+    x, index, inverse, ctx.backend = inputs
     ctx.save_for_backward(index, inverse)
-    ctx.batch, ctx.cells, ctx.backend = x.shape[0], x.shape[1], backend
+    ctx.batch, ctx.cells = x.shape[0], x.shape[1]
 
 
 def _pack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
@@ -112,10 +119,9 @@ def _unpack_fake(
 
 
 def _unpack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    _, base, index, inverse, _, _, backend = inputs
+    _, base, index, inverse, _, _, ctx.backend = inputs
     ctx.save_for_backward(index, inverse)
-    ctx.base_needs = base is not None and base.requires_grad
-    ctx.backend = backend
+    ctx.base_needs = base is not None and ctx.needs[1]
 
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
@@ -131,11 +137,26 @@ def _unpack_backward_fake(
     return grad.new_empty((index.shape[0], grad.shape[2])), grad_base
 
 
+def _unpack_backward_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    grad, index, inverse, ctx.base_needs, ctx.backend = inputs
+    ctx.save_for_backward(index, inverse)
+    ctx.batch, ctx.cells = grad.shape[0], grad.shape[1]
+
+
+def _unpack_backward_backward(ctx: Any, packed: Tensor, base: Tensor) -> Sequence[Any]:
+    index, inverse = ctx.saved_tensors
+    given = base if ctx.base_needs else None
+    grad = _call_unpack_tokens(packed, given, index, inverse, ctx.batch, ctx.cells, ctx.backend)
+    return grad, None, None, None, None
+
+
 _call_pack_tokens = operator(
     "pack_tokens(Tensor x, Tensor index, Tensor inverse, str backend) -> Tensor",
     fake=_pack_fake,
     setup=_pack_setup,
     backward=_pack_backward,
+    check=lambda x, index, inverse: check_range(index, x.shape[0] * x.shape[1], "index"),
+    linear=True,
 )
 _call_unpack_tokens = operator(
     "unpack_tokens(Tensor packed, Tensor? base, Tensor index, Tensor inverse, SymInt batch, "
@@ -143,17 +164,24 @@ _call_unpack_tokens = operator(
     fake=_unpack_fake,
     setup=_unpack_setup,
     backward=_unpack_backward,
+    check=lambda packed, base, index, inverse, *rest: check_range(inverse, packed.shape[0], "inverse"),
+    linear=True,
 )
 _call_unpack_tokens_backward = operator(
     "unpack_tokens_backward(Tensor grad, Tensor index, Tensor inverse, bool base_needs, str backend) -> "
     "(Tensor grad_packed, Tensor grad_base)",
     fake=_unpack_backward_fake,
+    setup=_unpack_backward_setup,
+    backward=_unpack_backward_backward,
+    check=lambda grad, index, *rest: check_range(index, grad.shape[0] * grad.shape[1], "index"),
+    linear=True,
 )
 
 
 def _native_pack(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     packed = _pack_fake(x, index, inverse, "")
-    torch.ops.d2it_C.gather_rows(index, x, None, packed)
+    if not torch.ops.d2it_C.gather_rows(index, x, None, packed):
+        check_range(index, x.shape[0] * x.shape[1], "index")  # raises: the C++ operator only reports that one is wrong
     return packed
 
 
@@ -161,13 +189,15 @@ def _native_unpack(
     packed: Tensor, base: Tensor | None, index: Tensor, inverse: Tensor, batch: int, cells: int
 ) -> Tensor:
     out = _unpack_fake(packed, base, index, inverse, batch, cells, "")
-    torch.ops.d2it_C.gather_rows(inverse, packed, base, out)
+    if not torch.ops.d2it_C.gather_rows(inverse, packed, base, out):
+        check_range(inverse, packed.shape[0], "inverse")
     return out
 
 
 def _native_unpack_backward(grad: Tensor, index: Tensor, inverse: Tensor, base_needs: bool) -> tuple[Tensor, Tensor]:
     grad_packed, grad_base = _unpack_backward_fake(grad, index, inverse, base_needs, "")
-    torch.ops.d2it_C.gather_rows(index, grad, None, grad_packed)
+    if not torch.ops.d2it_C.gather_rows(index, grad, None, grad_packed):
+        check_range(index, grad.shape[0] * grad.shape[1], "index")
     if base_needs:
         torch.ops.d2it_C.gather_rows(inverse, None, grad, grad_base)
     return grad_packed, grad_base
@@ -178,7 +208,7 @@ for _op in ("pack_tokens", "unpack_tokens"):
     register_backend(_op, "triton")
     register_backend(_op, "cpu", native="gather_rows")
     implement(_op, "triton", f"d2it.kernels.pack_tokens:{_op}_forward")
-implement("pack_tokens", "cpu", _native_pack)
-implement("unpack_tokens", "cpu", _native_unpack)
-implement("unpack_tokens_backward", "cpu", _native_unpack_backward)
+implement("pack_tokens", "cpu", _native_pack, checks_values=True)
+implement("unpack_tokens", "cpu", _native_unpack, checks_values=True)
+implement("unpack_tokens_backward", "cpu", _native_unpack_backward, checks_values=True)
 implement("unpack_tokens_backward", "triton", "d2it.kernels.pack_tokens:unpack_tokens_backward")

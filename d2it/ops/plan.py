@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
+
+from d2it.ops import _check
 
 MOST_CELLS = 2**31 - 2**22  # of a plan, and most rows: int32 positions, rounded up to whole blocks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenPlan:
-    """Where every packed token comes from and goes to. Made by `plan_tokens`; every tensor is int32 on one device.
+    """Where every packed token comes from and goes to; every tensor is int32 on one device.
+
+    Made by `plan_tokens` or `plan_from_mask`. One made by hand is checked at its first use. A plan is a pytree whose
+    leaves are its tensors, and `torch.load(..., weights_only=True)` reads one.
 
     Rows follow the images in order, the windows row-major in the image, the cells row-major in the window.
 
@@ -23,7 +31,7 @@ class TokenPlan:
         slots: (B * windows, w * w) the row of each position of each window, or -1.
         sample: (capacity,) the image of each row, never descending; B - 1 past the count.
         count: () rows in use.
-        capacity: rows there are, a host integer.
+        capacity: number of rows, a host integer.
         window: cells along a window's side.
         grid: (B, Hf, Wf).
     """
@@ -48,15 +56,110 @@ class TokenPlan:
         return self.grid[1] * self.grid[2]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenPlan:
-        """The same plan on another device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        """Returns the same plan on another device."""
+        tensors = (getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS)
+        return TokenPlan(*tensors, *(getattr(self, name) for name in _NUMBERS))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the mark of `trusted`: what was written can have been changed.
+        return {name: getattr(self, name) for name in (*_TENSORS, *_NUMBERS)}
+
+
+_TENSORS = ("index", "inverse", "slots", "sample", "count")
+_NUMBERS = ("capacity", "window", "grid")
+
+
+def _flatten(plan: TokenPlan) -> tuple[list[Tensor], list[Any]]:
+    return [getattr(plan, name) for name in _TENSORS], [plan.capacity, plan.window, tuple(plan.grid)]
+
+
+def _unflatten(tensors: Iterable[Any], numbers: list[Any]) -> TokenPlan:
+    return TokenPlan(*tensors, *numbers)
+
+
+_pytree.register_pytree_node(
+    TokenPlan,
+    _flatten,
+    _unflatten,
+    serialized_type_name="d2it.ops.TokenPlan",
+    to_dumpable_context=lambda numbers: [*numbers[:2], list(numbers[2])],
+    from_dumpable_context=lambda numbers: [*numbers[:2], tuple(numbers[2])],
+    flatten_with_keys_fn=lambda plan: (
+        [(_pytree.GetAttrKey(name), tensor) for name, tensor in zip(_TENSORS, _flatten(plan)[0])],
+        _flatten(plan)[1],
+    ),
+)
+torch.serialization.add_safe_globals([TokenPlan])
+
+
+def trusted(plan: TokenPlan) -> TokenPlan:
+    """Marks a plan as right, so that its use does not check it again."""
+    object.__setattr__(plan, "_versions", _versions(plan))
+    return plan
+
+
+def _versions(plan: TokenPlan) -> tuple[int, ...]:
+    """Of the tensors that packing reads: a change in place counts them up."""
+    return tuple(0 if t.is_inference() else t._version for t in (plan.index, plan.inverse))
 
 
 def check_plan(plan: Any) -> None:
+    """Raises unless `plan` is a `TokenPlan` whose parts fit each other, and whose rows and cells are those it has."""
     if not isinstance(plan, TokenPlan):
         raise TypeError(f"plan must be a TokenPlan, got {type(plan).__name__}")
+    compiling = torch.compiler.is_compiling()
+    if not compiling and getattr(plan, "_versions", None) == _versions(plan):
+        return
+    _check.integer("plan.capacity", plan.capacity, low=0, high=MOST_CELLS)
+    _check.integer("plan.window", plan.window, low=1)
+    if not isinstance(plan.grid, (tuple, list)) or len(plan.grid) != 3:
+        raise TypeError(f"plan.grid must be (B, Hf, Wf), got {_check.shown(plan.grid)}")
+    for size in plan.grid:
+        _check.integer("plan.grid", size, low=0, high=MOST_CELLS)
+    cells, n = plan.batch * plan.cells_per_image, plan.window**2
+    _check.require(
+        plan.grid[1] % plan.window == 0 and plan.grid[2] % plan.window == 0,
+        "plan.window",
+        lambda: f"divide the grid of {plan.grid[1]} x {plan.grid[2]} cells",
+        plan.window,
+    )
+    for name, shape in (
+        ("index", (plan.capacity,)),
+        ("inverse", (cells,)),
+        ("slots", (cells // n, n)),
+        ("sample", (plan.capacity,)),
+        ("count", ()),
+    ):
+        tensor = getattr(plan, name)
+        _check.tensor(f"plan.{name}", tensor, ndim=len(shape), dtypes=_INT32)
+        _check.same("device", "plan.index", plan.index, f"plan.{name}", tensor)
+        _check.require(
+            tuple(tensor.shape) == shape,
+            f"plan.{name}",
+            partial("have shape {}".format, shape),
+            tuple(tensor.shape),
+        )
+    if not compiling:
+        check_rows(plan)
+        trusted(plan)
+
+
+def check_rows(plan: TokenPlan) -> None:
+    """Raises unless `index` and `inverse` stay inside of each other and are each other's inverse."""
+    _check_way(plan.index, plan.inverse, "plan.index", "plan.inverse")
+    _check_way(plan.inverse, plan.index, "plan.inverse", "plan.index")
+
+
+def _check_way(there: Tensor, back: Tensor, name: str, other: str) -> None:
+    size = back.shape[0]
+    if not there.shape[0]:
+        return
+    _check.values((there < size).all(), f"{name} must contain values below {size}", lambda: str(int(there.max())))
+    if size:
+        start = torch.arange(there.shape[0], dtype=torch.int32, device=there.device)
+        returned = back.index_select(0, there.clamp(0, size - 1))
+        ok = ((there < 0) | (returned == start)).all()
+        _check.values(ok, f"{name} must lead to where {other} leads back", lambda: "another")
+
+
+_INT32 = frozenset((torch.int32,))

@@ -8,7 +8,7 @@ from torch import Tensor
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
-from d2it.ops.plan import MOST_CELLS, TokenPlan
+from d2it.ops.plan import MOST_CELLS, TokenPlan, trusted
 
 
 def plan_tokens(
@@ -47,7 +47,7 @@ def plan_tokens(
         >>> plan.index  # and these are its cells
         tensor([ 2,  3,  6,  7, -1, -1], dtype=torch.int32)
     """
-    _check.tensor("grain_map", grain_map, ndim=3, floating=False)
+    _check.tensor("grain_map", grain_map, ndim=3, dtypes=_check.INTEGERS)
     if grain_map.dtype != torch.int64:
         raise TypeError(f"grain_map must be int64, got {grain_map.dtype}")
     _check.integer("cells_per_region", cells_per_region, low=1)
@@ -58,7 +58,7 @@ def plan_tokens(
     _check.require(
         height % window == 0 and width % window == 0,
         "window",
-        f"divide the grid of {height} x {width} cells",
+        lambda: f"divide the grid of {height} x {width} cells",
         window,
     )
     cells = batch * height * width
@@ -68,11 +68,41 @@ def plan_tokens(
     name = choose("plan_tokens", backend, grain_map)
     if name == "reference":
         check_tokens(grain_map, cells_per_region, min_grain, rows)
-        return reference.plan_tokens(
+        plan = reference.plan_tokens(
             grain_map, cells_per_region=cells_per_region, window=window, min_grain=min_grain, capacity=rows
         )
-    index, inverse, slots, sample, count = _call_plan_tokens(grain_map, cells_per_region, window, min_grain, rows, name)
-    return TokenPlan(index, inverse, slots, sample, count, rows, window, (batch, height, width))
+    else:
+        index, inverse, slots, sample, count = _call_plan_tokens(
+            grain_map, cells_per_region, window, min_grain, rows, name
+        )
+        plan = TokenPlan(index, inverse, slots, sample, count, rows, window, (batch, height, width))
+    return plan if torch.compiler.is_compiling() else trusted(plan)
+
+
+def plan_from_mask(mask: Tensor, *, window: int, capacity: int | None = None) -> TokenPlan:
+    """Lays out any cells as rows, as `plan_tokens` lays out those of the fine regions.
+
+    Args:
+        mask: (B, Hf, Wf) bool, True where a cell has a token; at most 2^31 - 2^22 cells.
+        window: cells along a window's side; divides Hf and Wf.
+        capacity: rows to lay out, as for `plan_tokens`.
+
+    Returns:
+        A `TokenPlan`.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: a window that does not divide the grid, or more tokens than `capacity` (on a GPU the latter is a
+            device-side assertion, raised at the next synchronisation).
+
+    Example:
+        >>> mask = torch.tensor([[[True, False], [True, True]]])
+        >>> ops.plan_from_mask(mask, window=2).slots
+        tensor([[ 0, -1,  1,  2]], dtype=torch.int32)
+    """
+    _check.tensor("mask", mask, ndim=3, dtypes=_BOOL)
+    _check.require(mask.numel() <= MOST_CELLS, "mask", f"have at most {MOST_CELLS} cells", mask.numel())
+    return plan_tokens(mask.to(torch.int64), cells_per_region=1, window=window, capacity=capacity)
 
 
 def check_tokens(grain_map: Tensor, cells_per_region: int, min_grain: int, capacity: int) -> None:
@@ -98,8 +128,8 @@ def _plan_fake(
 
 
 _call_plan_tokens = operator(
-    "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, SymInt capacity, str backend) -> "
-    "(Tensor index, Tensor inverse, Tensor slots, Tensor sample, Tensor count)",
+    "plan_tokens(Tensor grain_map, SymInt cells_per_region, SymInt window, SymInt min_grain, SymInt capacity, "
+    "str backend) -> (Tensor index, Tensor inverse, Tensor slots, Tensor sample, Tensor count)",
     fake=_plan_fake,
     check=lambda grains, cells, window, min_grain, capacity: check_tokens(grains, cells, min_grain, capacity),
 )
@@ -110,10 +140,12 @@ def _native_plan(
 ) -> tuple[Tensor, ...]:
     plan = _plan_fake(grain_map, cells_per_region, window, min_grain, capacity, "")
     if not torch.ops.d2it_C.plan_tokens(grain_map, cells_per_region, window, min_grain, *plan):
-        check_tokens(grain_map, cells_per_region, min_grain, capacity)  # raises: the operator only says that it must
+        check_tokens(grain_map, cells_per_region, min_grain, capacity)  # raises: C++ only reports that it must
     return plan
 
 
+_BOOL = frozenset((torch.bool,))
+register_backend("plan_from_mask", "reference")
 register_backend("plan_tokens", "reference")
 register_backend("plan_tokens", "triton")
 register_backend("plan_tokens", "cpu", native="plan_tokens")

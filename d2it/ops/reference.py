@@ -69,7 +69,7 @@ def _density_entropy(pixels: Tensor, bins: Tensor, sigma: float, normalize: bool
     # 0 log 0 = 0 by selection, never by an epsilon: 1e-40 is subnormal and may be flushed.
     positive = density > 0
     log = torch.where(positive, density, torch.ones_like(density)).log()
-    return -(density * log).sum(dim=1)  # Eq. 3
+    return 0.0 - (density * log).sum(dim=1)  # Eq. 3; 0 - 0 and not -0 where one level has it all
 
 
 def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float]) -> Tensor:
@@ -156,6 +156,11 @@ def plan_tokens(
     )
 
 
+def plan_from_mask(mask: Tensor, *, window: int, capacity: int | None = None) -> TokenPlan:
+    """`plan_tokens` of the cells where `mask` is True."""
+    return plan_tokens(mask.to(torch.int64), cells_per_region=1, window=window, capacity=capacity)
+
+
 def to_windows(x: Tensor, window: int) -> Tensor:
     """(B, Hf, Wf, ...) -> (B * windows, w * w, ...), windows row-major in the image, cells row-major in the window."""
     b, h, w, *rest = x.shape
@@ -197,7 +202,7 @@ def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
     slots: Tensor | None = None,
     segment_ids: Tensor | None = None,
@@ -245,9 +250,15 @@ def _dense_attention(
     return out if exists is None else torch.where(exists[:, :, None, None], out, 0)
 
 
+def slots_from_cu_seqlens(cu_seqlens: Tensor, size: int) -> Tensor:
+    """(W + 1,) offsets -> (W, size): the rows of every window, then -1."""
+    rows = cu_seqlens[:-1, None] + torch.arange(size, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.where(rows < cu_seqlens[1:, None], rows, -1)
+
+
 def window_attention_qkvpacked(
     qkv: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
     slots: Tensor | None = None,
     segment_ids: Tensor | None = None,

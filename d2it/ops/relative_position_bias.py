@@ -36,12 +36,12 @@ def relative_position_bias(table: Tensor, window: int, *, backend: str | None = 
                   [7., 6., 4., 3.],
                   [8., 7., 5., 4.]]]])
     """
-    _check.tensor("table", table, ndim=2, floating=True)
+    _check.tensor("table", table, ndim=2, dtypes=_check.FLOATS)
     _check.integer("window", window, low=1)
     _check.require(
         table.shape[0] == (2 * window - 1) ** 2,
         "table",
-        f"have (2 * {window} - 1)^2 = {(2 * window - 1) ** 2} rows",
+        lambda: f"have (2 * {window} - 1)^2 = {(2 * window - 1) ** 2} rows",
         f"shape {tuple(table.shape)}",
     )
     name = choose("relative_position_bias", backend, table, window)
@@ -50,31 +50,39 @@ def relative_position_bias(table: Tensor, window: int, *, backend: str | None = 
     return _call_relative_position_bias(table, window, name)
 
 
-def _table_fake(table: Tensor, window: int, backend: str) -> Tensor:
+def _fake(table: Tensor, window: int, backend: str) -> Tensor:
     return table.new_empty((1, table.shape[1], window**2, window**2))
 
 
-def _table_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     _, ctx.window, ctx.backend = inputs
 
 
-def _table_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
+def _backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     return _call_relative_position_bias_backward(grad, ctx.window, ctx.backend), None, None
 
 
+def _backward_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
+    return _call_relative_position_bias(grad, ctx.window, ctx.backend), None, None
+
+
 _call_relative_position_bias = operator(
-    "relative_position_bias(Tensor table, int window, str backend) -> Tensor",
-    fake=_table_fake,
-    setup=_table_setup,
-    backward=_table_backward,
+    "relative_position_bias(Tensor table, SymInt window, str backend) -> Tensor",
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    linear=True,
 )
 _call_relative_position_bias_backward = operator(
-    "relative_position_bias_backward(Tensor grad, int window, str backend) -> Tensor",
+    "relative_position_bias_backward(Tensor grad, SymInt window, str backend) -> Tensor",
     fake=lambda grad, window, backend: grad.new_empty(((2 * window - 1) ** 2, grad.shape[1])),
+    setup=_setup,
+    backward=_backward_backward,
+    linear=True,
 )
 
 
-def _table_fits(table: Tensor, window: int) -> list[str]:
+def _fits(table: Tensor, window: int) -> list[str]:
     reasons = []
     if table.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         reasons.append(f"table must be float32, float16 or bfloat16, not {table.dtype}")
@@ -84,7 +92,7 @@ def _table_fits(table: Tensor, window: int) -> list[str]:
 
 
 register_backend("relative_position_bias", "reference")
-register_backend("relative_position_bias", "triton", _table_fits)
+register_backend("relative_position_bias", "triton", _fits)
 for _direction, _name in (("forward", ""), ("backward", "_backward")):
     implement(
         f"relative_position_bias{_name}",

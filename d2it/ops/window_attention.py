@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,18 +36,16 @@ class Windows(NamedTuple):
 
     def factor(self, x: Tensor) -> float:
         """The number that multiplies the scores of `x`, (..., D)."""
-        return x.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
+        return max(x.shape[-1], 1) ** -0.5 if self.scale is None else self.scale
 
     def check(self, name: str, x: Tensor) -> None:
         """Raises unless these windows describe `x` (W, N, ..., H, D) or (T, ..., H, D), the argument called `name`."""
         if self.slots is not None:
-            _check.tensor("slots", self.slots, ndim=2, floating=False)
-            if self.slots.dtype != torch.int32:
-                raise TypeError(f"slots must be int32, got {self.slots.dtype}")
+            _check.tensor("slots", self.slots, ndim=2, dtypes=_INT32)
             _check.same("device", name, x, "slots", self.slots)
         n, heads = self.shape(x)[1], x.shape[-2]
         if self.bias is not None:
-            _check.tensor("bias", self.bias, ndim=4, floating=True)
+            _check.tensor("bias", self.bias, ndim=4, dtypes=_check.FLOATS)
             _check.same("device", name, x, "bias", self.bias)
             _check.require(
                 self.bias.shape[0] >= 1 and self.bias.shape[1] in (1, heads) and self.bias.shape[2:] == (n, n),
@@ -57,7 +54,7 @@ class Windows(NamedTuple):
                 tuple(self.bias.shape),
             )
         if self.segment_ids is not None:
-            _check.tensor("segment_ids", self.segment_ids, ndim=2, floating=False)
+            _check.tensor("segment_ids", self.segment_ids, ndim=2, dtypes=_check.INTEGERS)
             _check.same("device", name, x, "segment_ids", self.segment_ids)
             _check.require(
                 self.segment_ids.shape[0] >= 1 and self.segment_ids.shape[1] == n,
@@ -66,14 +63,14 @@ class Windows(NamedTuple):
                 tuple(self.segment_ids.shape),
             )
         if self.scale is not None:
-            _check.require(math.isfinite(self.scale), "scale", "be finite", self.scale)
+            _check.number("scale", self.scale, instead="multiply q by it, and pass scale=1.0")
 
 
 def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
     slots: Tensor | None = None,
     segment_ids: Tensor | None = None,
@@ -116,10 +113,10 @@ def window_attention(
         >>> torch.equal(out[3], v[3])  # a token by itself attends to itself
         True
     """
-    q, k, v = (_autocast(x) for x in (q, k, v))
+    q, k, v, bias = _autocast(q), _autocast(k), _autocast(v), _bias_of_windows(bias)
     ndim = 4 if slots is None else 3
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check.tensor(name, x, ndim=ndim, floating=True)
+        _check.tensor(name, x, ndim=ndim, dtypes=_check.FLOATS)
         _check.same("dtype", "q", q, name, x)
         _check.same("device", "q", q, name, x)
         _check.require(x.shape == q.shape, name, lambda: f"have the shape of q {tuple(q.shape)}", tuple(x.shape))
@@ -134,7 +131,7 @@ def window_attention(
 
 def window_attention_qkvpacked(
     qkv: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
     slots: Tensor | None = None,
     segment_ids: Tensor | None = None,
@@ -158,8 +155,8 @@ def window_attention_qkvpacked(
         >>> ops.window_attention_qkvpacked(qkv(x).unflatten(-1, (3, 4, 32)), None).shape
         torch.Size([8, 49, 4, 32])
     """
-    qkv = _autocast(qkv)
-    _check.tensor("qkv", qkv, ndim=5 if slots is None else 4, floating=True)
+    qkv, bias = _autocast(qkv), _bias_of_windows(bias)
+    _check.tensor("qkv", qkv, ndim=5 if slots is None else 4, dtypes=_check.FLOATS)
     _check.require(qkv.shape[-3] == 3, "qkv", "have 3 in its third dimension from the end", tuple(qkv.shape))
     windows = Windows(bias, slots, segment_ids, scale)
     windows.check("qkv", qkv)
@@ -170,10 +167,18 @@ def window_attention_qkvpacked(
     return _call_window_attention_qkvpacked(qkv, *windows[:3], windows.factor(qkv), name)[0]
 
 
+def _bias_of_windows(bias: Tensor | None) -> Tensor | None:
+    """(N, N) and (H, N, N) as (1, 1, N, N) and (1, H, N, N); anything else as it is."""
+    if not isinstance(bias, Tensor) or bias.layout is not torch.strided or bias.is_nested:
+        return bias
+    return bias[None, None] if bias.ndim == 2 else bias[None] if bias.ndim == 3 else bias
+
+
 def _autocast(x: Tensor) -> Tensor:
-    if isinstance(x, Tensor) and x.dtype.is_floating_point and torch.is_autocast_enabled(x.device.type):
-        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if device != "meta" and torch.is_autocast_enabled(device) else x
 
 
 def check_slots(slots: Tensor | None, rows: int) -> None:
@@ -186,6 +191,48 @@ def check_slots(slots: Tensor | None, rows: int) -> None:
         named = slots.flatten().sort()[0]
         twice = (named[1:] == named[:-1]) & (named[1:] >= 0)
         _check.values(~twice.any(), "slots must name a row once", lambda: f"row {int(named[1:][twice][0])} twice")
+
+
+def slots_from_cu_seqlens(cu_seqlens: Tensor, size: int) -> Tensor:
+    """The slots of ragged windows whose rows lie one after the other, as FlashAttention's `cu_seqlens` describes them.
+
+    Args:
+        cu_seqlens: (W + 1,) int32, not descending: window i has the rows cu_seqlens[i] .. cu_seqlens[i + 1] - 1.
+        size: N, positions of a window; at least the longest window.
+
+    Returns:
+        (W, N) int32 on the device of `cu_seqlens`: the rows of window i, then -1.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: offsets that are negative or descend, or a window of more than `size` rows (on a GPU as a
+            device-side assertion, raised at the next synchronisation).
+
+    Example:
+        >>> ops.slots_from_cu_seqlens(torch.tensor([0, 2, 2, 5], dtype=torch.int32), size=3)
+        tensor([[ 0,  1, -1],
+                [-1, -1, -1],
+                [ 2,  3,  4]], dtype=torch.int32)
+    """
+    _check.tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=_INT32)
+    _check.require(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have at least one offset", tuple(cu_seqlens.shape))
+    _check.integer("size", size, low=0)
+    _check.require(
+        (cu_seqlens.shape[0] - 1) * size <= _check.MOST_INTEGER,
+        "size",
+        lambda: f"give at most 2^31 - 1 positions to {cu_seqlens.shape[0] - 1} windows",
+        size,
+    )
+    lengths = cu_seqlens.diff()
+    _check.values(
+        ((cu_seqlens >= 0).all() & (lengths >= 0).all()),
+        "cu_seqlens must not be negative and not descend",
+        lambda: str(cu_seqlens.tolist()) if cu_seqlens.shape[0] <= 16 else f"{cu_seqlens.shape[0]} offsets that do",
+    )
+    _check.values(
+        (lengths <= size).all(), "size must hold the longest window", lambda: f"{size} for {int(lengths.max())} rows"
+    )
+    return reference.slots_from_cu_seqlens(cu_seqlens, size)
 
 
 def _lse(q: Tensor, slots: Tensor | None, segment_ids: Tensor | None, backend: str) -> Tensor:
@@ -236,6 +283,27 @@ def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return *(x.new_empty(x.shape) for x in attending), dbias
 
 
+def _composite(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, None]:
+    slots, segment_ids, scale = rest
+    return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale), None
+
+
+def _qkv_composite(qkv: Tensor, *rest: Any) -> tuple[Tensor, None]:
+    return _composite(*qkv.unbind(-3), *rest)
+
+
+def _pull_back(
+    function: Callable[..., tuple[Tensor, None]], grad: Tensor, attending: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, ...]:
+    """The gradients of `attending` and of the bias through `function`, the operator in plain PyTorch."""
+    bias, slots, segment_ids, _out, _lse, scale, needs_bias = rest
+    if not needs_bias:
+        grads = torch.func.vjp(lambda *x: function(*x, bias, slots, segment_ids, scale)[0], *attending)[1](grad)
+        return *grads, grad.new_empty(0)
+    return torch.func.vjp(lambda *x: function(*x, slots, segment_ids, scale)[0], *attending, bias)[1](grad)
+
+
+_INT32 = frozenset((torch.int32,))
 _WHERE = "Tensor? bias, Tensor? slots, Tensor? segment_ids"
 _BACK = f"{_WHERE}, Tensor? out, Tensor? lse, float scale, bool needs_bias, str backend"
 
@@ -245,11 +313,13 @@ _call_window_attention = operator(
     setup=_setup,
     backward=_backward,
     check=lambda q, k, v, bias, slots, *rest: check_slots(slots, q.shape[0]),
+    composite=_composite,
 )
 _call_window_attention_backward = operator(
     f"window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_BACK}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     fake=_backward_fake,
+    composite=lambda grad, q, k, v, *rest: _pull_back(_composite, grad, (q, k, v), *rest),
 )
 _call_window_attention_qkvpacked = operator(
     f"window_attention_qkvpacked(Tensor qkv, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
@@ -257,10 +327,12 @@ _call_window_attention_qkvpacked = operator(
     setup=_setup,
     backward=_qkv_backward,
     check=lambda qkv, bias, slots, *rest: check_slots(slots, qkv.shape[0]),
+    composite=_qkv_composite,
 )
 _call_window_attention_qkvpacked_backward = operator(
     f"window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, {_BACK}) -> (Tensor dqkv, Tensor dbias)",
     fake=_backward_fake,
+    composite=lambda grad, qkv, *rest: _pull_back(_qkv_composite, grad, (qkv,), *rest),
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -324,8 +396,10 @@ def _native_inputs(windows: Windows) -> Windows:
 
 def _native(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     windows = _native_inputs(Windows(*args))
-    out = q.new_empty(q.shape)
-    if not torch.ops.d2it_C.window_attention(q, k, v, *windows, out):
+    # An empty tensor of slots has no address, which C++ cannot tell from windows without slots.
+    empty = windows.slots is not None and not windows.slots.numel()
+    out = q.new_zeros(q.shape) if empty else q.new_empty(q.shape)
+    if not empty and not torch.ops.d2it_C.window_attention(q, k, v, *windows, out):
         check_slots(windows.slots, q.shape[0])  # raises: the C++ operator only reports that a slot is wrong
     return out, q.new_empty(0, dtype=torch.float32)
 
@@ -334,8 +408,11 @@ def _native_gradients(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tenso
     """Fills grads (dq, dk, dv) and returns dbias, empty where it is not needed."""
     bias, slots, segment_ids, _out, _lse, scale, needs_bias = args
     windows = _native_inputs(Windows(bias, slots, segment_ids, scale))
-    dbias = torch.empty_like(windows.bias) if needs_bias and windows.bias is not None else None
-    if not torch.ops.d2it_C.window_attention_backward(grad, q, k, v, *windows, *grads, dbias):
+    dbias = torch.zeros_like(windows.bias) if needs_bias and windows.bias is not None else None
+    if slots is not None and not slots.numel():
+        for gradient in grads:
+            gradient.zero_()
+    elif not torch.ops.d2it_C.window_attention_backward(grad, q, k, v, *windows, *grads, dbias):
         check_slots(slots, q.shape[0])
     return q.new_empty(0) if dbias is None else dbias.to(bias.dtype)
 
@@ -363,6 +440,7 @@ for _op, _cpu, _triton in (
     register_backend(_op, "triton", _triton)
     for _direction, _name in (("forward", ""), ("backward", "_backward")):
         implement(f"{_op}{_name}", "triton", f"d2it.kernels.window_attention:{_op}_{_direction}")
+register_backend("slots_from_cu_seqlens", "reference")
 implement("window_attention", "cpu", _native, checks_values=True)
 implement("window_attention_backward", "cpu", _native_backward)
 implement("window_attention_qkvpacked", "cpu", _native_qkv, checks_values=True)
