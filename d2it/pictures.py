@@ -1,4 +1,4 @@
-"""Pictures of what a run does: tiles, grain maps drawn over them, loss curves. All (H, W, 3) uint8."""
+"""Conversion of images, and pictures of a run as (H, W, 3) uint8: tiles, grain maps laid over them, loss curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from d2it.files import atomic_write
 _COARSE, _FINE = np.array([40, 90, 255]), np.array([255, 50, 40])  # blue and red, as in the paper's Figure 3
 
 
-def draw_grains(images: np.ndarray, grain_maps: np.ndarray, num_grains: int = 2) -> np.ndarray:
+def overlay_grains(images: np.ndarray, grain_maps: np.ndarray, num_grains: int = 2) -> np.ndarray:
     """Tint every region by its grain, from blue (coarsest) to red (finest), with a border.
 
     Args:

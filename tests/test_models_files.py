@@ -22,6 +22,7 @@ import torch
 import d2it
 from d2it import models, sampling
 from d2it.models import (
+    KLVAE,
     DiT,
     DiTConfig,
     DynamicContentTransformer,
@@ -296,7 +297,25 @@ def test_nothing_in_a_checkpoint_is_executed(original, tmp_path):
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
+def test_nothing_in_a_folder_of_diffusers_is_executed(tmp_path):
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    AutoencoderKL(block_out_channels=[8], norm_num_groups=4, **blocks).save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"encoder.conv_in.bias": Touch(tmp_path / "mark")}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="is no folder with an AutoencoderKL of diffusers"):
+        KLVAE.from_diffusers(tmp_path)
+    assert not (tmp_path / "mark").exists()
+
+
 # ---- earlier versions, and models without memory
+
+
+def test_the_operators_import_nothing_else_of_the_package():
+    code = "import sys, d2it.ops; print(*(m for m in sys.modules if m.startswith('d2it.')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[1] for name in found} == {"kernels", "ops"}
 
 
 def test_names_that_have_moved_are_found():

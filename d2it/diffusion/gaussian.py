@@ -16,8 +16,9 @@ class GaussianDiffusion:
 
     Args:
         num_timesteps: T.
-        beta_start, beta_end: the first and the last beta.
-        learn_sigma: the model answers with 2C channels, the second half v interpolating the log-variance between its
+        beta_start: the first beta.
+        beta_end: the last beta.
+        learn_sigma: the model's output has 2C channels, the second half v interpolating the log-variance between its
             two bounds (LEARNED_RANGE of Nichol and Dhariwal, Eq. 15).
         device: where the tables lie; `to` moves them.
 
@@ -76,7 +77,7 @@ class GaussianDiffusion:
         return spaced
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
-        """Moves the tables to `device`, in place."""
+        """Move the tables to `device`, in place."""
         self.tables = {name: table.to(device) for name, table in self.tables.items()}
         return self
 
@@ -129,7 +130,7 @@ class GaussianDiffusion:
         return torch.where((t == 0).view(-1, 1, 1, 1), nll, kl) / math.log(2)
 
     def scheduler_arguments(self) -> dict[str, Any]:
-        """The schedule in the words of diffusers."""
+        """The schedule as arguments of diffusers' schedulers."""
         return {
             "num_train_timesteps": self.num_timesteps,
             "beta_start": self.beta_start,

@@ -206,7 +206,7 @@ class DynamicContentTransformer(ClassConditional):
 
         Args:
             grain_map: (B, H/S, W/S) int64.
-            capacity: rows to allocate; None is B*Hf*Wf, always enough. The loader knows the maps and can ask for less.
+            capacity: rows to allocate; None is B*Hf*Wf, always enough. The loader has the maps and can ask for less.
         """
         config = self.config
         return ops.plan_tokens(

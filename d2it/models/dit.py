@@ -141,7 +141,7 @@ class ClassConditional(Model):
     ) -> Tensor:
         """(B,) bool, true with probability `config.class_dropout_prob`, to pass as `force_drop_ids` in training.
 
-        The models drop no label by themselves: a step draws one mask, and both embedders of a D2iT see the same labels.
+        The models drop no label by themselves: a step draws one mask, and both embedders of a D2iT get the same labels.
         """
         return torch.rand(batch, generator=generator, device=device) < self.config.class_dropout_prob
 

@@ -333,12 +333,12 @@ class DynamicVAE(Model):
         return self.decoder.head.conv.weight
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Replaces the entropy thresholds: k-1 ascending values (ValueError otherwise)."""
+        """Replace the entropy thresholds: k-1 ascending values (ValueError otherwise)."""
         self.config.thresholds = self.config.check_thresholds(thresholds)
         self.thresholds.copy_(torch.tensor(self.config.thresholds))
 
     def set_scaling_factor(self, factor: float) -> None:
-        """Replaces the latents' scaling factor, a positive number (ValueError otherwise)."""
+        """Replace the latents' scaling factor, a positive number (ValueError otherwise)."""
         self.config.scaling_factor = self.config.check_scaling_factor(factor)
         self.scaling_factor.fill_(factor)
 

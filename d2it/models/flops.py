@@ -124,7 +124,7 @@ def _per_image(dim: int, depth: int) -> int:
     return TimestepEmbedder.FREQUENCIES * dim + dim**2 + (6 * depth + 2) * dim**2
 
 
-# torch.utils.flop_counter sees shapes alone: all positions of all windows count, filled or not.
+# torch.utils.flop_counter works on shapes alone: all positions of all windows count, filled or not.
 
 
 @register_flop_formula([torch.ops.d2it.window_attention_qkvpacked])

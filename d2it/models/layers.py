@@ -40,7 +40,7 @@ def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Ten
 
 
 def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
-    """Global attention, the one place where it is computed: (B, L, 3, H, D) -> (B, L, H, D).
+    """Global attention: (B, L, 3, H, D) -> (B, L, H, D).
 
     "sdpa" is PyTorch's own choice (flash, cuDNN, memory-efficient, or mathematics on CPU); "flash_attn" and "xformers"
     call those packages.
@@ -169,7 +169,7 @@ class Modulation(nn.Module):
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a Linear of float32 weights would answer to `x`."""
+    """The dtype that a Linear with float32 weights returns for `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -306,7 +306,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
     """(h*w, dim) float32, row-major: DiT's frozen embedding, half the width for the column, half for the row.
 
-    The frequencies are those of MAE (He et al.), so that DiT's own weights see the positions they were trained with;
+    The frequencies are those of MAE (He et al.), so that DiT's released weights get the positions of their training;
     the grid need not be square.
     """
     if dim % 4:

@@ -28,7 +28,7 @@ class VAELossConfig:
         perceptual_weight: of LPIPS, used where `lpips_path` is given.
         lpips_path: a file or folder for `LPIPS.from_path`; None leaves the term out.
         lpips_check: whether its files must have the hashes of the released ones.
-        kl_weight: see the module's reduction.
+        kl_weight: of the KL, reduced as the module's docstring states.
         disc_weight: of the adversarial term, before the adaptive weight.
         disc_start: first step (counted from 0) with an adversarial term; None is never.
         disc_channels: width of the discriminator.
@@ -78,7 +78,7 @@ class PatchDiscriminator(nn.Module):
 class VAELoss(nn.Module):
     """Generator and discriminator losses of a `DynamicVAE`.
 
-    The trainable part is `discriminator`; wrap it for DDP like the VAE and hand the wrapped module to `discriminate`.
+    The trainable part is `discriminator`; wrap it for DDP like the VAE and pass the wrapped module to `discriminate`.
     """
 
     def __init__(self, config: VAELossConfig) -> None:
@@ -90,7 +90,7 @@ class VAELoss(nn.Module):
         self.lpips = None if config.lpips_path is None else LPIPS.from_path(config.lpips_path, check=config.lpips_check)
 
     def adversarial(self, step: int) -> bool:
-        """Whether the discriminator takes part at `step`."""
+        """Whether there is an adversarial term at `step`."""
         return self.config.disc_start is not None and step >= self.config.disc_start
 
     def generator(

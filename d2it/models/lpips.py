@@ -77,7 +77,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_path(cls, path: str | os.PathLike[str], *, check: bool = True) -> LPIPS:
-        """Reads weights from `path`: a file, or every .pth, .pt and .safetensors file of a folder.
+        """Read weights from `path`: a file, or every .pth, .pt and .safetensors file of a folder.
 
         Together they hold torchvision's VGG-16 (`features.0.weight` ...) and the heads of LPIPS v0.1 for VGG
         (`lin0.model.1.weight` ...), or, where `check` is False, the whole LPIPS module of the reference implementation
@@ -144,7 +144,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a dozen kinds of broken file, one meaning
+    except Exception as error:  # a broken file raises one of a dozen kinds
         raise ValueError(f"{file} cannot be read as weights: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file} must hold a state dict, got {type(state).__name__}")

@@ -1,6 +1,6 @@
 """The command of sample.py: images and grain maps of a trained D2iT, on one process or many.
 
-Each rank writes its own images; `d2it.sampling.options` says what they follow from.
+Each rank writes its own images; `d2it.sampling.options` has what they follow from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from d2it.files import atomic_write
 from d2it.npz import keep_images
 from d2it.sampling.options import SampleRequest, add_options
 
-#: The grids show so many images at most.
+#: Most images in a grid.
 SHOWN = 64
 
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, world: World) -> None:
-    """Draw and write what the options ask for.
+    """Sample and write what the options ask for.
 
     Raises:
         UserError: anything that the user can mend, on every rank.
@@ -73,15 +73,15 @@ def run(options: argparse.Namespace, world: World) -> None:
 
     started = time.perf_counter()
     shown: dict[int, np.ndarray] = {}
-    drawn_maps: dict[int, np.ndarray] = {}
+    maps: dict[int, np.ndarray] = {}
 
-    def draw() -> Iterator[Tensor]:
+    def sampled() -> Iterator[Tensor]:
         bar = tqdm(total=options.count, unit="img", disable=not (world.first and sys.stderr.isatty()))
         with contextlib.closing(bar):
             for indices, samples in request.batches():
                 images = samples.uint8()
                 for i, image, grains in zip(indices, images, samples.grain_maps.numpy().astype(np.uint8)):
-                    drawn_maps[i] = grains
+                    maps[i] = grains
                     if i < SHOWN:
                         shown[i] = image
                     if not options.no_images:
@@ -91,21 +91,21 @@ def run(options: argparse.Namespace, world: World) -> None:
 
     if options.npz:
         numbers = None if request.labels is None else np.array(request.labels, np.int64)
-        for _ in keep_images(draw(), options.npz, options.count, options.batch_size, world, numbers):
+        for _ in keep_images(sampled(), options.npz, options.count, options.batch_size, world, numbers):
             pass
     else:
-        world.together(lambda: [None for _ in draw()])
+        world.together(lambda: [None for _ in sampled()])
     seconds = time.perf_counter() - started
-    for more_shown, more_maps in world.gather((shown, drawn_maps)):
+    for more_shown, more_maps in world.gather((shown, maps)):
         shown |= more_shown
-        drawn_maps |= more_maps
+        maps |= more_maps
     if not world.first:
         return
     images = np.stack([shown[i] for i in sorted(shown)])
-    grains = np.stack([drawn_maps[i] for i in range(options.count)])
+    grains = np.stack([maps[i] for i in range(options.count)])
     with atomic_write(output / "grain_maps.npy") as path, open(path, "wb") as file:
         np.save(file, grains)
-    overlaid = pictures.draw_grains(images, grains[: len(images)], request.model.num_grains)
+    overlaid = pictures.overlay_grains(images, grains[: len(images)], request.model.num_grains)
     pictures.save_png(output / "grid.png", pictures.enlarge(pictures.tile(images)))
     pictures.save_png(output / "grid_grain_maps.png", pictures.enlarge(pictures.tile(overlaid)))
     ratio = float((grains == request.model.num_grains - 1).mean())

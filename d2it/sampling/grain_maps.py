@@ -1,4 +1,4 @@
-"""Grain maps that a user gives: drawn, of a photo, or at random; and what chooses between them."""
+"""Grain maps from a file, from a photo or at random, and the choice between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MapsOf = Callable[[range], Tensor]
 
 
 def choose_maps(options: argparse.Namespace, model: D2iT) -> tuple[MapsOf | None, str]:
-    """What gives the images of some indices their grain maps, None for the Dynamic Grain Transformer; and its name.
+    """The function from image numbers to grain maps, None for the Dynamic Grain Transformer; and the maps' description.
 
     Raises:
         UserError: a file that is no map for this model, or no photo, or a ratio outside 0 ... 1.
@@ -48,8 +48,8 @@ def choose_maps(options: argparse.Namespace, model: D2iT) -> tuple[MapsOf | None
 
         def random(indices: range) -> Tensor:
             seeds = [derived_seed(options.seed + i, "random map") for i in indices]
-            drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
-            return random_grain_map(model.region_grid, options.fine_ratio, model.num_grains, generator=drawn)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            return random_grain_map(model.region_grid, options.fine_ratio, model.num_grains, generator=generators)
 
         return random, f"random, fine ratio {options.fine_ratio}"
     if model.grain_transformer is None:
@@ -80,7 +80,7 @@ def read_grain_maps(path: Path, grid: tuple[int, int], num_grains: int) -> Tenso
     if values.shape[-2:] != grid:
         got = f"{values.shape[-2]} x {values.shape[-1]}"
         raise UserError(f"{path}: this model's grain maps have {grid[0]} x {grid[1]} regions, got {got}")
-    if path.suffix.lower() == ".png" and values.max() >= max(num_grains, 16):  # below 16 nobody sees a level
+    if path.suffix.lower() == ".png" and values.max() >= max(num_grains, 16):  # levels below 16 all look black
         step = white / max(1, num_grains - 1)
         grains = np.rint(values / step).astype(np.int64)
         off = np.abs(values - grains * step) > step / 4
@@ -99,7 +99,7 @@ def read_grain_maps(path: Path, grid: tuple[int, int], num_grains: int) -> Tenso
 
 
 def photo_grain_map(path: Path, model: D2iT) -> Tensor:
-    """(h, w) int64: what Dynamic Grained Coding finds in the centre of an image, cut to the model's size.
+    """(h, w) int64: Dynamic Grained Coding of the centre of an image, cut to the model's size.
 
     Raises:
         UserError: no image there, or one smaller than the model's.

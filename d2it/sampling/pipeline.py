@@ -1,4 +1,4 @@
-"""D2iT as one thing: labels in, images and grain maps out (section 3.2: map first, then content, then the decoder).
+"""The whole model: labels in, images and grain maps out (section 3.2: map first, then content, then the decoder).
 
     from d2it import D2iT
 

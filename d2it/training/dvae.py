@@ -270,6 +270,6 @@ def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: to
     images = source.fetch(spread_over(len(source), count), replace=True)["image"]
     mean, _, grains, _ = vae.encode(pictures.from_uint8(images.to(device)))
     decoded = pictures.to_pictures(vae.decode(mean, grains))
-    drawn = pictures.draw_grains(decoded, grains.cpu().numpy(), vae.config.num_grains)
+    drawn = pictures.overlay_grains(decoded, grains.cpu().numpy(), vae.config.num_grains)
     originals = images.permute(0, 2, 3, 1).numpy()
     return pictures.tile(np.concatenate([originals, decoded, drawn]), columns=len(images))

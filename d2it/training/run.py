@@ -256,7 +256,7 @@ def draw_samples(config: Config, world: World) -> None:
     samples = d2it(count, labels=labels, seed=config.run.seed, batch_size=sample.batch_size)
     images, maps = samples.uint8(), samples.grain_maps.numpy()
     pictures.save_png(folder / "samples.png", pictures.enlarge(pictures.tile(images)))
-    drawn = pictures.draw_grains(images, maps, d2it.num_grains)
+    drawn = pictures.overlay_grains(images, maps, d2it.num_grains)
     pictures.save_png(folder / "samples_grains.png", pictures.enlarge(pictures.tile(drawn)))
 
 

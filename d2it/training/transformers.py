@@ -370,7 +370,7 @@ class GrainStage(LatentStage):
         both = torch.cat([true, maps.cpu()]).numpy()
         side = max(1, 96 // both.shape[1])
         gray = np.full((len(both), both.shape[1] * side, both.shape[2] * side, 3), 128, np.uint8)
-        return pictures.tile(pictures.draw_grains(gray, both, self.data.num_grains), columns=len(seeds))
+        return pictures.tile(pictures.overlay_grains(gray, both, self.data.num_grains), columns=len(seeds))
 
 
 class ContentStage(LatentStage):
@@ -416,5 +416,5 @@ class ContentStage(LatentStage):
         )
         vae = self.vae.to(self.world.device)
         images = pictures.to_pictures(vae.decode(latents / vae.scaling_factor, grains.to(self.world.device)))
-        drawn = pictures.draw_grains(images, grains.numpy(), self.data.num_grains)
+        drawn = pictures.overlay_grains(images, grains.numpy(), self.data.num_grains)
         return pictures.tile(np.concatenate([images, drawn]), columns=len(seeds))
