@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2it.diffusion.process import Diffusion, DiffusionConfig, draw_fractions
 
-class GaussianDiffusion:
+
+class GaussianDiffusion(Diffusion):
     """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) for t = 0 ... T-1, betas linear.
 
     Args:
         num_timesteps: T.
         beta_start: the first beta.
         beta_end: the last beta.
+        config: what the model predicts and how its loss is weighted; None is the paper's.
         learn_sigma: the model's output has 2C channels, the second half v interpolating the log-variance between its
             two bounds (LEARNED_RANGE of Nichol and Dhariwal, Eq. 15).
         device: where the tables lie; `to` moves them.
 
     Raises:
-        ValueError: betas that do not ascend within (0, 1), or no timestep.
+        ValueError: betas that do not ascend within (0, 1), no timestep, or settings of another path.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class GaussianDiffusion:
         beta_start: float = 1e-4,
         beta_end: float = 2e-2,
         *,
+        config: DiffusionConfig | None = None,
         learn_sigma: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -39,6 +43,9 @@ class GaussianDiffusion:
             raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"0 < beta_start <= beta_end < 1 must hold, got {beta_start} and {beta_end}")
+        self.config = config or DiffusionConfig()
+        if self.config.path != "ddpm":
+            raise ValueError(f"config must be of the ddpm path, got {self.config.path!r}")
         self.num_timesteps = num_timesteps
         self.beta_start = beta_start
         self.beta_end = beta_end
@@ -46,6 +53,11 @@ class GaussianDiffusion:
         betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         self._signal = (1 - betas).cumprod(0)  # abar
         self._tabulate(device)
+        if self.config.shift != 1.0:
+            ratio = (1 / self._signal - 1).sqrt()  # s / a, ascending
+            middles = (ratio[1:] * ratio[:-1]).sqrt()
+            self._shifted = torch.searchsorted(middles, self.config.shift * ratio)  # stays: the host draws too
+            self.tables["shifted"] = self._shifted.to(device)
 
     def _tabulate(self, device: torch.device | str) -> None:
         signal = self._signal
@@ -84,15 +96,29 @@ class GaussianDiffusion:
     def _at(self, name: str, t: Tensor) -> Tensor:
         return self.tables[name][t].view(-1, 1, 1, 1)
 
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._at("sqrt_alphas_cumprod", t), self._at("sqrt_one_minus_alphas_cumprod", t)
+
     def sample_timesteps(
         self, batch: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """(B,) int64, uniform over 0 ... T-1."""
-        return torch.randint(self.num_timesteps, (batch,), generator=generator, device=device)
+        """(B,) int64 in 0 ... T-1, as the settings draw them; a shift takes the timestep whose s / a is nearest."""
+        if self.config.timesteps == "uniform":
+            t = torch.randint(self.num_timesteps, (batch,), generator=generator, device=device)
+        else:
+            fraction = draw_fractions(self.config.timesteps, batch, generator, device)
+            t = (fraction * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+        if self.config.shift == 1.0:
+            return t
+        return (self._shifted if t.device.type == "cpu" else self.tables["shifted"])[t]
 
-    def q_sample(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t (B, C, H, W) of x_0, its noise and t (B,) int64."""
-        return self._at("sqrt_alphas_cumprod", t) * x0 + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
+    def predict(self, out: Tensor, xt: Tensor, t: Tensor, prediction: str | None = None) -> tuple[Tensor, Tensor]:
+        kind = prediction or self.config.prediction
+        if kind == "epsilon":
+            return self.predict_x0(xt, out, t), out
+        if kind == "sample":
+            return out, self.predict_noise(out, xt, t)
+        return super().predict(out, xt, t, kind)
 
     def predict_x0(self, xt: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_0 of x_t and its noise."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2it.diffusion.gaussian import GaussianDiffusion
 from d2it.diffusion.grains import grain_weights
+from d2it.diffusion.process import Diffusion
 
 
 class ContentLoss(NamedTuple):
@@ -27,7 +28,7 @@ class ContentLoss(NamedTuple):
 
 
 def content_loss(
-    diffusion: GaussianDiffusion,
+    diffusion: Diffusion,
     model_out: Tensor,
     *,
     x0: Tensor,
@@ -64,10 +65,13 @@ def content_loss(
     def mean(error: Tensor) -> Tensor:
         return (error if weight is None else error * weight).mean(dim=(1, 2, 3))
 
-    mse = mean((noise.float() - predicted).square())
-    if not diffusion.learn_sigma:
+    error = (diffusion.target(x0.float(), noise.float(), t) - predicted).square()
+    over_time = diffusion.loss_weight(t)
+    mse = mean(error if over_time is None else error * over_time)
+    if not isinstance(diffusion, GaussianDiffusion) or not diffusion.learn_sigma:
         return ContentLoss(mse, mse, mse.new_zeros(mse.shape))
-    vlb = mean(diffusion.vlb_terms(x0.float(), xt.float(), t, predicted, model_out[:, channels:]))
+    _, predicted_noise = diffusion.predict(predicted, xt.float(), t)
+    vlb = mean(diffusion.vlb_terms(x0.float(), xt.float(), t, predicted_noise, model_out[:, channels:]))
     return ContentLoss(mse + vlb, mse, vlb)
 
 

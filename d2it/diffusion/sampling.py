@@ -14,10 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2it.diffusion.gaussian import GaussianDiffusion
 from d2it.diffusion.grains import copy_codes, expected_signal, project_to_grains, randn
 from d2it.diffusion.guidance import Guidance, guide
-from d2it.diffusion.solvers import Ddpm, Diffusers, Solver, draw_noise, make_generators, make_scheduler, whole_number
+from d2it.diffusion.process import Diffusion
+from d2it.diffusion.solvers import (
+    Ddpm,
+    Diffusers,
+    Solver,
+    default_scheduler,
+    draw_noise,
+    make_diffusion,
+    make_generators,
+    make_scheduler,
+    whole_number,
+)
 
 Callback = Callable[[int, float, Tensor], None]
 
@@ -29,8 +39,8 @@ def sample_content(
     labels: Tensor | None = None,
     *,
     seeds: Sequence[int],
-    diffusion: GaussianDiffusion | None = None,
-    scheduler: str = "ddpm",
+    diffusion: Diffusion | None = None,
+    scheduler: str | None = None,
     steps: int = 250,
     guidance: Guidance | None = None,
     autocast: torch.dtype | None = None,
@@ -44,8 +54,9 @@ def sample_content(
         grain_map: (B, H/S, W/S) int64. The token plan is made from it once and serves every step.
         labels: (B,), or None for a model without classes.
         seeds: one for each sample: equal seeds give equal samples in any batch.
-        diffusion: None is the paper's schedule with the model's `learn_sigma`.
-        scheduler: one of `SCHEDULERS`. With a learned variance "ddpm" uses it, the others leave it out.
+        diffusion: None is what the model's own configuration describes.
+        scheduler: one of `SCHEDULERS`, or of `FLOW_SCHEDULERS` on the linear path; None is the path's default. With a
+            learned variance "ddpm" uses it, the others leave it out.
         steps: denoising steps.
         guidance: None is none. A guided step runs the model on both halves as one batch.
         autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32. A model that was itself
@@ -65,7 +76,8 @@ def sample_content(
     labels = check_labels(labels, len(seeds), config.num_classes)
     if grain_map is not None:
         check_grain_map(grain_map, len(seeds), config)
-    diffusion = diffusion or GaussianDiffusion(learn_sigma=config.learn_sigma)
+    diffusion = diffusion or make_diffusion(config.diffusion, learn_sigma=config.learn_sigma)
+    scheduler = scheduler or default_scheduler(diffusion.config)
     solver = make_scheduler(scheduler, diffusion, steps, learned_range=config.learn_sigma)
     options: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph, "callback": callback}
     return denoise_content(model, grain_map, labels, seeds, solver, guidance, **options)
@@ -77,8 +89,8 @@ def sample_grain_maps(
     labels: Tensor | None = None,
     *,
     seeds: Sequence[int],
-    diffusion: GaussianDiffusion | None = None,
-    scheduler: str = "ddpm",
+    diffusion: Diffusion | None = None,
+    scheduler: str | None = None,
     steps: int = 250,
     guidance: Guidance | None = None,
     autocast: torch.dtype | None = None,
@@ -96,7 +108,9 @@ def sample_grain_maps(
     check_guidance("guidance", guidance, config.num_grains, config)
     seeds = check_seeds(seeds)
     labels = check_labels(labels, len(seeds), config.num_classes)
-    solver = make_scheduler(scheduler, diffusion or GaussianDiffusion(), steps, prediction="sample")
+    diffusion = diffusion or make_diffusion(config.diffusion, learn_sigma=False)
+    scheduler = scheduler or default_scheduler(diffusion.config)
+    solver = make_scheduler(scheduler, diffusion, steps, prediction="sample")
     return denoise_grain_maps(model, labels, seeds, solver, guidance, autocast=autocast, cuda_graph=cuda_graph)
 
 
@@ -232,6 +246,7 @@ class _Chain:
             solver.to(x.device)
         x = x * solver.init_noise_sigma
         out = x
+        memory = () if isinstance(solver, Diffusers) else (x,) * solver.memory
         for i, (t, weight) in enumerate(zip(solver.timesteps, weights)):
             guided = weight != 1.0
             if isinstance(solver, Diffusers):
@@ -240,7 +255,7 @@ class _Chain:
                 x = self.grained(solver.step(prediction, i, x, generators))
             else:
                 noise = draw_noise(solver, i, x, generators)
-                x, out = self._run(self._step, guided, x, *on_device[:, i], numbers[i], noise)
+                out, x, *memory = self._run(self._step, guided, x, *on_device[:, i], numbers[i], noise, *memory)
             if callback is not None:
                 callback(i, t, x)
         return x, out
@@ -250,11 +265,12 @@ class _Chain:
         return self.predicted(out), out
 
     def _step(
-        self, guided: bool, x: Tensor, t: Tensor, weight: Tensor, number: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, guided: bool, x: Tensor, t: Tensor, weight: Tensor, number: Tensor, noise: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, ...]:
         assert not isinstance(self.solver, Diffusers)
         prediction, out = self._predict(guided, x, t, weight)
-        return self.grained(self.solver.step(prediction, number, x, noise)), out
+        x, *memory_after = self.solver.step(prediction, number, x, noise, *memory)
+        return (out, self.grained(x), *memory_after)
 
     def _run(self, part: Callable[..., Any], guided: bool, *inputs: Tensor) -> Any:
         if not self.cuda_graph or not inputs[0].shape[0]:

@@ -33,6 +33,7 @@ class ContentTransformerConfig(TransformerConfig):
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
         attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`), in the Multi-grained Net.
+        diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
         image_size: pixels, (height, width) or one side; multiples of the coarsest downsampling factor.
         downsampling: the autoencoder's factors, finest first: their number is the number of grains k.
         in_channels: latent channels C.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2it.diffusion.process import DiffusionConfig
 from d2it.models import layers
 from d2it.models.base import Model, check_share, check_whole, pair
 from d2it.models.presets import DIT_PRESETS
@@ -27,6 +28,7 @@ class TransformerConfig(abc.ABC):
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
         attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`).
+        diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
     """
 
     patch_size: int = 2
@@ -37,8 +39,11 @@ class TransformerConfig(abc.ABC):
     num_classes: int = 1000
     class_dropout_prob: float = 0.1
     attention: str = "sdpa"
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.diffusion, dict):  # as a file holds it
+            self.diffusion = DiffusionConfig(**self.diffusion)
         if self.num_classes is None:
             self.num_classes = 0
         check_whole(self, patch_size=1, dim=4, depth=1, heads=1, num_classes=0)
@@ -159,6 +164,7 @@ class DiTConfig(TransformerConfig):
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
         attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`).
+        diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
         image_size: pixels, (height, width) or one side; the latent grid is image_size / downsampling.
         downsampling: the autoencoder's factor.
         in_channels: latent channels C.

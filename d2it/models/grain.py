@@ -25,6 +25,7 @@ class GrainTransformerConfig(TransformerConfig):
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
         attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`).
+        diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
         grid: (H/S, W/S) of the grain map, or one side.
         num_grains: k.
     """

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from d2it import pictures
-from d2it.diffusion import GaussianDiffusion, Guidance, make_scheduler
+from d2it.diffusion import Guidance, default_scheduler, grain_scheduler_for, make_diffusion, make_scheduler
 from d2it.diffusion.sampling import (
     Callback,
     check_cuda_graph,
@@ -40,7 +40,7 @@ from d2it.diffusion.sampling import (
     denoise_content,
     denoise_grain_maps,
 )
-from d2it.diffusion.solvers import grain_scheduler_for, whole_number
+from d2it.diffusion.solvers import whole_number
 from d2it.files import read_sealed, write_sealed
 from d2it.models.base import Model, PyTorchModelHubMixin, local_folder, saved_kind
 from d2it.models.content import DynamicContentTransformer
@@ -346,7 +346,8 @@ class D2iT(PyTorchModelHubMixin):
                 the finest everywhere where a plain DiT has none).
             seed: of the first image; image i has seed + i.
             seeds: one for each image, in place of `seed`.
-            scheduler: see `d2it.diffusion.SCHEDULERS`; "ddpm" by default.
+            scheduler: see `d2it.diffusion.SCHEDULERS` (`FLOW_SCHEDULERS` for a model of the linear path); "ddpm"
+                ("euler") by default.
             steps: denoising steps of the content; 250 by default.
             grain_scheduler: of the maps; `scheduler` by default, "ddpm" where that one cannot sample maps.
             grain_steps: denoising steps of the maps; `steps` by default.
@@ -362,7 +363,8 @@ class D2iT(PyTorchModelHubMixin):
             ValueError: arguments that do not fit each other or the model; nothing has been computed then.
         """
         own = self.sampling
-        scheduler = scheduler if scheduler is not None else own.get("scheduler", "ddpm")
+        diffusion = self.content_transformer.config.diffusion
+        scheduler = scheduler if scheduler is not None else own.get("scheduler", default_scheduler(diffusion))
         steps = steps if steps is not None else own.get("steps", 250)
         grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
         grain_scheduler = grain_scheduler if grain_scheduler is not None else own.get("grain_scheduler")
@@ -378,7 +380,8 @@ class D2iT(PyTorchModelHubMixin):
             grain_map = torch.full(self.region_grid, self.num_grains - 1)
         content = self.content_transformer.config
         check_guidance("guidance", guide, content.in_channels, content)
-        solver = make_scheduler(scheduler, GaussianDiffusion(), steps, learned_range=content.learn_sigma)
+        process = make_diffusion(content.diffusion, learn_sigma=content.learn_sigma)
+        solver = make_scheduler(scheduler, process, steps, learned_range=content.learn_sigma)
         if batch_size is not None:
             whole_number("batch_size", batch_size, 1)
         if autocast not in (None, torch.bfloat16, torch.float16):
@@ -395,9 +398,9 @@ class D2iT(PyTorchModelHubMixin):
             )
             check_guidance("grain_guidance", grain_guide, self.num_grains, network.config)
             if grain_scheduler is None:
-                grain_scheduler = grain_scheduler_for(scheduler)
-            diffusion = GaussianDiffusion()
-            grain_solver = make_scheduler(grain_scheduler, diffusion, grain_steps, prediction="sample", of="grain_")
+                grain_scheduler = grain_scheduler_for(scheduler, network.config.diffusion)
+            process = make_diffusion(network.config.diffusion, learn_sigma=False)
+            grain_solver = make_scheduler(grain_scheduler, process, grain_steps, prediction="sample", of="grain_")
 
             def maps(part: slice) -> Tensor:
                 named = None if numbers is None else numbers[part]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2it.diffusion import SCHEDULERS, GaussianDiffusion
+from d2it.diffusion import FLOW_SCHEDULERS, SCHEDULERS, DiffusionConfig, GaussianDiffusion
 from d2it.errors import UserError, reason_of
 from d2it.files import read_bytes
 from d2it.models.losses import VAELossConfig
@@ -195,7 +195,7 @@ class SampleConfig:
         images: number of images.
         steps: denoising steps.
         grain_steps: denoising steps of the grain maps.
-        scheduler: name of the scheduler, such as ddpm or ddim.
+        scheduler: name of the scheduler; null is ddim, and euler on the linear path.
         guidance: scale of classifier-free guidance; 1 is none.
         batch_size: images at once on a GPU.
     """
@@ -203,7 +203,7 @@ class SampleConfig:
     images: int = 16
     steps: int = 50
     grain_steps: int = 50
-    scheduler: str = "ddim"
+    scheduler: str | None = None
     guidance: float = 1.0
     batch_size: int = 16
 
@@ -216,6 +216,7 @@ class Config:
         run: where the run is kept, and what all its stages share.
         data: the images.
         dvae: stage 1.
+        diffusion: how latents and grain maps are noised, and what is predicted; the defaults are the paper's.
         cache: the latents of all images.
         grain: stage 2a.
         content: stage 2b.
@@ -225,6 +226,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dvae: DvaeConfig = field(default_factory=DvaeConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     grain: GrainConfig = field(default_factory=GrainConfig)
     content: ContentConfig = field(default_factory=ContentConfig)
@@ -472,7 +474,6 @@ _RULES: dict[str, Rule] = {
     "sample.images sample.batch_size": _COUNT,
     # Checked now: samples are first drawn when a stage publishes, days later.
     "sample.steps sample.grain_steps": _between(1, GaussianDiffusion().num_timesteps, "in 1 ... 1000"),
-    "sample.scheduler": (lambda value: value in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
     "sample.guidance": _NOT_NEGATIVE,
 }
 
@@ -490,6 +491,12 @@ def _check(config: Config) -> None:
     for key, (allowed, wish) in [*rules.items(), *_each(_RULES)]:
         if not allowed(_at(config, key.split("."))):
             fail(key, wish)
+    linear = config.diffusion.path == "linear"
+    known = FLOW_SCHEDULERS if linear else SCHEDULERS
+    if config.sample.scheduler is None:
+        config.sample.scheduler = "euler" if linear else "ddim"
+    if config.sample.scheduler not in known:
+        fail("sample.scheduler", f"one of {', '.join(known)}")
     classes, names = config.data.num_classes, config.data.class_names
     if classes is None and config.sample.guidance != 1:
         fail("sample.guidance", "1 where data.num_classes is null")

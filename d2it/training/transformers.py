@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 from d2it import pictures
 from d2it.data import LatentCache
 from d2it.diffusion import (
-    GaussianDiffusion,
+    Diffusion,
     content_loss,
     grain_loss,
+    grain_scheduler_for,
     grained_noise,
     grains_to_signal,
+    make_diffusion,
     sample_content,
     sample_grain_maps,
 )
-from d2it.diffusion.solvers import grain_scheduler_for
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import (
@@ -41,7 +43,7 @@ from d2it.seeds import seed_of
 from d2it.training.config import Config, StageConfig
 from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
-from d2it.training.stage import build, loader, spread_over, to_device, uncompiled
+from d2it.training.stage import build, loader, spread_over, to_device, uncompiled, user_error
 
 Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
@@ -54,7 +56,7 @@ class GrainLosses(nn.Module):
         diffusion: the schedule.
     """
 
-    def __init__(self, network: DynamicGrainTransformer, diffusion: GaussianDiffusion) -> None:
+    def __init__(self, network: DynamicGrainTransformer, diffusion: Diffusion) -> None:
         super().__init__()
         self.network, self.diffusion = network, diffusion
 
@@ -81,7 +83,7 @@ class ContentLosses(nn.Module):
         scale: latents times this have unit variance.
     """
 
-    def __init__(self, network: DynamicContentTransformer | DiT, diffusion: GaussianDiffusion, scale: float) -> None:
+    def __init__(self, network: DynamicContentTransformer | DiT, diffusion: Diffusion, scale: float) -> None:
         super().__init__()
         self.network, self.diffusion, self.scale = network, diffusion, scale
 
@@ -239,10 +241,15 @@ class LatentStage(ABC):
             )
 
     @functools.cached_property
-    def diffusion(self) -> GaussianDiffusion:
-        """The noise schedule, on the device."""
+    def diffusion(self) -> Diffusion:
+        """The noising process, on the device.
+
+        Raises:
+            UserError: a learned variance on a path that has none.
+        """
         learns_sigma = getattr(self.network.config, "learn_sigma", False)
-        return GaussianDiffusion(learn_sigma=learns_sigma, device=self.world.device)
+        with user_error(f"configuration: {self.name}"):
+            return make_diffusion(self.config.diffusion, learn_sigma=learns_sigma, device=self.world.device)
 
     @functools.cached_property
     def learners(self) -> list[Learner]:
@@ -264,7 +271,7 @@ class LatentStage(ABC):
     def identity(self) -> dict[str, Any]:
         return {
             "stage": self.name,
-            "model": {"kind": self.kind.__name__} | self.network.config.__dict__,
+            "model": {"kind": self.kind.__name__} | dataclasses.asdict(self.network.config),
             "data": {"images": self.data.images, "latents": self.data.sha256, "seed": self.config.run.seed},
         }
 
@@ -350,7 +357,12 @@ class GrainStage(LatentStage):
     @staticmethod
     def make(config: Config, data: LatentData) -> Transformer:
         classes = config.data.num_classes
-        given: dict[str, Any] = {"grid": data.grid, "num_grains": data.num_grains, "num_classes": classes}
+        given: dict[str, Any] = {
+            "grid": data.grid,
+            "num_grains": data.num_grains,
+            "num_classes": classes,
+            "diffusion": config.diffusion,
+        }
         return build(DynamicGrainTransformer, config.grain, "grain", **given)
 
     def make_losses(self) -> nn.Module:
@@ -363,7 +375,7 @@ class GrainStage(LatentStage):
             self.network,
             labels,
             seeds=seeds,
-            scheduler=grain_scheduler_for(sample.scheduler),
+            scheduler=grain_scheduler_for(str(sample.scheduler), self.config.diffusion),
             steps=sample.grain_steps,
             autocast=self.autocast,
         )
@@ -385,6 +397,7 @@ class ContentStage(LatentStage):
             "image_size": data.image_size,
             "in_channels": data.latent_shape[0],
             "num_classes": config.data.num_classes,
+            "diffusion": config.diffusion,
         }
         if config.content.preset in DiT.presets and config.content.preset not in DynamicContentTransformer.presets:
             return build(DiT, config.content, "content", downsampling=data.downsampling[0], **given)
