@@ -264,7 +264,11 @@ class KnownMap(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(()))
         self.grain_map = grain_map
         self.config = SimpleNamespace(
-            num_classes=1, class_dropout_prob=0.1, num_grains=3, grid=tuple(grain_map.shape[1:])
+            num_classes=1,
+            class_dropout_prob=0.1,
+            num_grains=3,
+            grid=tuple(grain_map.shape[1:]),
+            diffusion=DiffusionConfig(),
         )
         self.seen = []
 

@@ -236,7 +236,7 @@ class Diffusers:
         self.timesteps = [float(t) for t in self.scheduler.timesteps]
         if flow is not None:  # some round their timesteps, but step by their sigmas
             self.timesteps = [float(s) * flow[0].num_timesteps for s in self.scheduler.sigmas[: len(self.timesteps)]]
-        self.init_noise_sigma = float(self.scheduler.init_noise_sigma)
+        self.init_noise_sigma = 1.0 if flow is not None else float(self.scheduler.init_noise_sigma)
 
     def fresh(self) -> Diffusers:
         """A solver for another chain: a copy, as a scheduler keeps earlier outputs; this one must not have stepped."""
