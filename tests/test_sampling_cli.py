@@ -507,7 +507,7 @@ def test_schedulers_do_not_wait_for_the_device(name, monkeypatch):
             if isinstance(solver, Diffusers):
                 x = solver.step(out + solver.scale_model_input(x, i), i, x, [])
             else:
-                x = solver.step(out, torch.empty((), dtype=torch.int64, device="meta"), x, x)
+                x, *_ = solver.step(out, torch.empty((), dtype=torch.int64, device="meta"), x, x)
     # In diffusers' own code a few numbers move to the device at every step.
     assert traffic.seen == ({"aten::_to_copy"} if name == "unipc" else set())
 
