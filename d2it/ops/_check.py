@@ -30,10 +30,8 @@ def require(condition: bool, argument: str, rule: str | Callable[[], str], value
         raise ValueError(f"{argument} must {rule if isinstance(rule, str) else rule()}, got {value}")
 
 
-def tensor(
-    argument: str, value: Any, *, ndim: int | tuple[int, ...], dtypes: frozenset[torch.dtype] | None = None
-) -> None:
-    """Raises unless `value` is a dense tensor of `ndim` dimensions and of one of `dtypes`."""
+def tensor(argument: str, value: Any, *, ndim: int | None, dtypes: frozenset[torch.dtype] | None = None) -> None:
+    """Raises unless `value` is a dense tensor of `ndim` dimensions and of one of `dtypes`; None allows any."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
@@ -42,9 +40,8 @@ def tensor(
     if dtypes is not None and value.dtype not in dtypes:
         names = _NAMES.get(dtypes) or " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise TypeError(f"{argument} must be {names}, got {value.dtype}")
-    if value.ndim != ndim and (isinstance(ndim, int) or value.ndim not in ndim):
-        wanted = ndim if isinstance(ndim, int) else " or ".join(str(d) for d in ndim)
-        raise ValueError(f"{argument} must have {wanted} dimensions, got shape {tuple(value.shape)}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{argument} must have {ndim} dimensions, got shape {tuple(value.shape)}")
 
 
 def integer(argument: str, value: Any, *, low: int, high: int = MOST_INTEGER) -> None:
@@ -53,7 +50,7 @@ def integer(argument: str, value: Any, *, low: int, high: int = MOST_INTEGER) ->
         raise TypeError(f"{argument} must be an int, got {shown(value)}")
     if value < low or value > high:
         bound = f"at least {low}" if high == MOST_INTEGER and value < low else f"in {low}..{high}"
-        raise ValueError(f"{argument} must be {bound}, got {value}")
+        raise ValueError(f"{argument} must be {bound}, got {shown(value)}")
 
 
 def number(
@@ -80,7 +77,7 @@ def number(
         raise TypeError(f"{argument} must be a number, got {shown(value)}")
     # Comparisons, not math.isfinite: under torch.compile the number may be symbolic. NaN fails them.
     if not (low <= value <= MOST_NUMBER):
-        raise ValueError(f"{argument} must {rule}, got {value}")
+        raise ValueError(f"{argument} must {rule}, got {shown(value)}")
 
 
 def flag(argument: str, value: Any) -> None:
@@ -100,6 +97,8 @@ def same(attribute: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 def shown(value: Any) -> str:
     """A value in an error: short, whatever it is."""
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return f"an int of {value.bit_length()} bits"
     text = repr(value) if isinstance(value, (str, int, float, complex, type(None))) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -146,8 +146,7 @@ def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend:
         >>> ops.grain_map(torch.tensor([0.5, 2.0, 3.5]), thresholds=[2.0, 3.0])
         tensor([0, 0, 2])
     """
-    if not isinstance(entropy, Tensor) or not entropy.dtype.is_floating_point:
-        raise TypeError(f"entropy must be a floating-point tensor, got {getattr(entropy, 'dtype', type(entropy))}")
+    _check.tensor("entropy", entropy, ndim=None, dtypes=_check.FLOATS)
     limits = _thresholds(thresholds, entropy.device, entropy.dtype)
     choose("grain_map", backend, entropy, limits)
     return reference.grain_map(entropy, limits)
@@ -167,6 +166,8 @@ def _thresholds(thresholds: Tensor | Sequence[float], device: torch.device, dtyp
         for threshold in listed:
             if isinstance(threshold, bool) or not isinstance(threshold, (float, int, torch.SymFloat, torch.SymInt)):
                 raise TypeError(f"thresholds must be numbers, got {_check.shown(threshold)}")
+            if isinstance(threshold, int) and abs(threshold) > _check.MOST_NUMBER:
+                raise ValueError(f"thresholds must be numbers of float32, got {_check.shown(threshold)}")
     for threshold in listed:
         _check.require(threshold == threshold, "thresholds", "be numbers", threshold)  # NaN equals nothing
     for a, b in itertools.pairwise(listed):
