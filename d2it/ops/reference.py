@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from d2it.ops.plan import TokenPlan
@@ -297,7 +296,9 @@ def adaln_modulate(
 ) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift in float32 (float64 for float64), rounded once to the dtype of x."""
     wide = _accumulate(x.dtype)
-    normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
+    # Not F.layer_norm: the reverse-mode derivative of its forward-mode derivative is wrong in PyTorch 2.13.
+    centred = x.to(wide) - x.to(wide).mean(dim=-1, keepdim=True)
+    normed = centred * (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     return (normed * (1 + _rows(scale, sample).to(wide)) + _rows(shift, sample).to(wide)).to(x.dtype)
 
 
