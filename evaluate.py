@@ -1,4 +1,4 @@
-"""Judge samples and reconstructions.
+"""Compare samples and reconstructions with real images.
 
 python evaluate.py statistics /data/imagenet256 --inception pt_inception.pth --save imagenet256.npz
 torchrun --standalone --nproc-per-node=gpu evaluate.py generation --checkpoint runs/imagenet256_xl \

@@ -273,7 +273,7 @@ def test_sets_that_cannot_be_compared_say_so(tmp_path):
     np.savez(tmp_path / "fid_only.npz", mu=small.pool.mean, sigma=small.pool.covariance)
     with pytest.raises(UserError, match="no mu_s and sigma_s"):
         open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid", "sfid"])
-    with pytest.raises(UserError, match="precision and recall need images"):
+    with pytest.raises(UserError, match="images or features are needed for precision"):
         open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid", "precision"])
     assert compare(small, open_reference(tmp_path / "fid_only.npz", extractor, metrics=["fid"]), ["fid"])["fid"] < 1e-3
     few = summarize([pictures(3, 7)], extractor)

@@ -1,4 +1,4 @@
-"""The commands of evaluate.py: judge samples, make reference statistics, judge reconstructions."""
+"""The commands of evaluate.py: compare samples, make reference statistics, compare reconstructions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,20 @@ from torch import Tensor
 import d2it
 from d2it.distributed import World, joined
 from d2it.errors import UserError, run_command
-from d2it.evaluation.generation import METRICS, check_sizes, compare, open_reference, summarize
+from d2it.evaluation.extractors import EXTRACTORS, open_extractor
+from d2it.evaluation.generation import (
+    ALL_METRICS,
+    METRICS,
+    OTHER_METRICS,
+    check_metrics,
+    check_sizes,
+    compare,
+    open_reference,
+    spread,
+    summarize,
+)
 from d2it.evaluation.images import open_images
-from d2it.evaluation.inception import WHERE, Inception
+from d2it.evaluation.inception import WHERE
 from d2it.files import atomic_write, prepare_file, read_bytes, read_json, sha256_of
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
@@ -47,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    """What is written at the end must be writable, and that is said at the beginning."""
+    """Raises UserError before the work begins where its result could not be written."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
     for name, ending in (("save", ".npz"), ("output", ".json")):
@@ -62,22 +73,36 @@ def _prepare(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
-        description="Judge samples and reconstructions.",
+        description="Compare samples and reconstructions with real images.",
         epilog=f"Inception weights: {WHERE}. LPIPS weights: {LPIPS_WHERE}.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     generation = commands.add_parser("generation", help="FID, sFID, IS, precision and recall of samples")
     source = generation.add_mutually_exclusive_group(required=True)
-    source.add_argument("--samples", metavar="PATH", help="a folder of images, or an .npz of ADM's form")
-    source.add_argument("--checkpoint", metavar="PATH", help="a trained D2iT: samples are drawn and judged in a stream")
+    source.add_argument(
+        "--samples",
+        nargs="+",
+        metavar="PATH",
+        help="a folder of images or an .npz of ADM's form; several give a spread",
+    )
+    source.add_argument(
+        "--checkpoint", metavar="PATH", help="a trained D2iT: samples are drawn and compared in a stream"
+    )
     generation.add_argument(
         "--reference", required=True, metavar="PATH", help="statistics, an .npz of images, a folder"
     )
-    generation.add_argument("--metrics", default=",".join(METRICS), help="some of %(default)s")
-    generation.add_argument("--count", type=int, help="samples to judge (50000 of a checkpoint, all of a set)")
+    generation.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        help=f"some of {','.join(ALL_METRICS)} ({','.join(METRICS)} of Inception, {','.join(OTHER_METRICS)} of others)",
+    )
+    generation.add_argument("--count", type=int, help="samples to compare (50000 of a checkpoint, all of a set)")
     generation.add_argument("--save", metavar="FILE.npz", help="keep a checkpoint's samples for ADM's own evaluator")
     generation.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has seed + i")
+    generation.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="sets of samples of a checkpoint, for a spread over seeds"
+    )
     add_options(generation)
     generation.set_defaults(run=_generation)
 
@@ -99,6 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     reconstruction.add_argument("--any-lpips", action="store_true", help="take weights of another hash")
     reconstruction.set_defaults(run=_reconstruction)
 
+    for command in (generation, statistics):
+        command.add_argument(
+            "--extractor",
+            default="inception",
+            metavar="NAME|PATH",
+            help=f"{', '.join(EXTRACTORS)}, or a model's folder",
+        )
     for command in (generation, statistics, reconstruction):
         command.add_argument("--inception", metavar="PATH", help="Inception weights (below)")
         command.add_argument("--any-inception", action="store_true", help="take weights of another hash")
@@ -110,53 +142,85 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        named = f"unknown metric {unknown[0]!r}" if unknown else "none named"
-        raise UserError(f"--metrics: {named}; known are {', '.join(METRICS)}")
-    if options.count is not None and options.count < 2:
-        raise UserError(f"--count must be at least 2, got {options.count}")
-    drawn = [*(["--save"] if options.save else []), *given_options(options)]
-    if options.samples and drawn:
-        raise UserError(f"{drawn[0]} goes with a --checkpoint; those of --samples are there already")
-    inception, settings = _inception(options, world)
-    request, images = None, None
+    _check_generation(options)
+    extractor, settings = _inception(options, world)
+    metrics = _metrics(options, extractor)
+    size = None
     if options.samples:
-        images = open_images(options.samples)
-        count = min(options.count or images.count, images.count)
-        if options.count and options.count > images.count:
-            raise UserError(f"--count {options.count}: {options.samples} has {images.count} images")
-        size = images.size
+        sets = [open_images(path) for path in options.samples]
+        for images in sets:
+            if options.count and options.count > images.count:
+                raise UserError(f"--count {options.count}: {images.path} has {images.count} images")
+            check_sizes(images.size, sets[0].size)
+        counts, size = [options.count or images.count for images in sets], sets[0].size
     else:
-        count = options.count or 50_000
-        request = SampleRequest(options, Path(options.checkpoint), count, world)
+        counts = [options.count or 50_000] * options.repeats
+        request = SampleRequest(options, Path(options.checkpoint), counts[0], world)
         size = request.model.image_size
-    # The reference before any sample is drawn or judged: what is wrong with it is said in time.
+    # The reference comes first: what is wrong with it is reported before any sample is drawn.
     common: dict[str, Any] = {"metrics": metrics, "device": world.device, "progress": world.first}
     reference = open_reference(
         options.reference,
-        inception,
+        extractor,
         batch_size=options.batch_size,
         share=lambda batches: _share(batches, world),
         **common,
     )
     check_sizes(size, reference.size)
-    if images is not None:
-        batches = _share(images.batches(options.batch_size, count), world)
-        settings |= {"samples": options.samples}
-    else:
-        assert request is not None
-        batches = _sampled(request)
-        settings = request.settings() | settings
-        if options.save:
-            batches = keep_images(batches, options.save, count, options.batch_size, world, _labels(request))
-    samples = summarize(batches, inception, total=math.ceil(count / world.size), **common)
-    found = compare(samples, reference, metrics)
-    settings |= {"count": count, "size": list(size), "reference": options.reference}
+    reports = []
+    for i, count in enumerate(counts):
+        if options.samples:
+            batches, labels = sets[i].batches(options.batch_size, count), sets[i].labels
+            batches = _share(batches, world)
+            settings |= {"samples": options.samples if len(options.samples) > 1 else options.samples[0]}
+        else:
+            if i:
+                again = argparse.Namespace(**{**vars(options), "seed": options.seed + i * count})
+                request = SampleRequest(again, Path(options.checkpoint), count, world)
+            batches, labels = _sampled(request), _labels(request)
+            settings = request.settings() | settings | {"seed": options.seed}
+            if options.save:
+                batches = keep_images(batches, options.save, count, options.batch_size, world, labels)
+        numbers = None
+        if labels is not None:
+            numbers = _share(iter(torch.from_numpy(labels[:count]).split(options.batch_size)), world)
+        total = math.ceil(count / world.size)
+        samples = summarize(batches, extractor, labels=numbers, total=total, **common)
+        reports.append(compare(samples, reference, metrics))
+    settings |= {"count": counts[0], "size": list(size), "reference": options.reference}
     if Path(options.reference).is_file():
         settings["reference_sha256"] = sha256_of(options.reference)
-    return {"metrics": found, "settings": settings | {"reference_count": reference.count or None}}
+    settings |= {"reference_count": reference.count or None}
+    if len(reports) == 1:
+        return {"metrics": reports[0], "settings": settings}
+    mean, deviation = spread(reports)
+    settings |= {"repeats": len(reports)}
+    return {"metrics": mean, "deviation": deviation, "each": reports, "settings": settings}
+
+
+def _check_generation(options: argparse.Namespace) -> None:
+    for name, value, least in (("count", options.count, 2), ("repeats", options.repeats, 1)):
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    drawn = [*(["--save"] if options.save else []), *(["--repeats"] if options.repeats > 1 else [])]
+    drawn += given_options(options)
+    if options.samples and drawn:
+        raise UserError(f"{drawn[0]} goes with a --checkpoint; those of --samples are there already")
+    if options.save and options.repeats > 1:
+        raise UserError("--save keeps one set of samples, --repeats draws several")
+    if options.metrics is not None:
+        _metrics(options, None)
+
+
+def _metrics(options: argparse.Namespace, extractor: Any) -> list[str]:
+    if options.metrics is None:
+        return list(METRICS if getattr(extractor, "name", "inception") == "inception" else OTHER_METRICS)
+    metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    try:
+        check_metrics(metrics, extractor)
+    except UserError as error:
+        raise UserError(f"--metrics: {error}") from None
+    return metrics
 
 
 def _sampled(request: SampleRequest) -> Iterator[Tensor]:
@@ -169,15 +233,23 @@ def _labels(request: SampleRequest) -> np.ndarray | None:
 
 
 def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    inception, settings = _inception(options, world)
+    extractor, settings = _inception(options, world)
     images = open_images(options.images)
-    mine = _share(images.batches(options.batch_size), world)
-    told = summarize(
-        mine, inception, device=world.device, total=math.ceil(images.count / world.size), progress=world.first
+    labels = None
+    if images.labels is not None:
+        labels = _share(iter(torch.from_numpy(images.labels).split(options.batch_size)), world)
+    found = summarize(
+        _share(images.batches(options.batch_size), world),
+        extractor,
+        metrics=METRICS if getattr(extractor, "name", "inception") == "inception" else OTHER_METRICS,
+        device=world.device,
+        labels=labels,
+        total=math.ceil(images.count / world.size),
+        progress=world.first,
     )
     if world.first:
-        told.save(options.save)
-    settings |= {"images": options.images, "count": told.count, "size": list(images.size), "saved": options.save}
+        found.save(options.save)
+    settings |= {"images": options.images, "count": found.count, "size": list(images.size), "saved": options.save}
     return {"settings": settings}
 
 
@@ -263,14 +335,11 @@ def _image_size(folder: Path) -> tuple[int, int]:
         raise UserError(f"{file} is damaged: no image size in it ({reason}); give --image-size") from None
 
 
-def _inception(options: argparse.Namespace, world: World) -> tuple[Inception, dict[str, Any]]:
-    model = (
-        Inception.from_file(options.inception, sha256=None)
-        if options.any_inception
-        else Inception.from_file(options.inception)
-    )
-    told = {"inception_sha256": sha256_of(options.inception), "resize": "bilinear 299, as TensorFlow 1"}
-    return model.to(world.device), told | _versions()
+def _inception(options: argparse.Namespace, world: World) -> tuple[Any, dict[str, Any]]:
+    """Returns the network that features come from, Inception unless another is asked for, and its settings."""
+    name = getattr(options, "extractor", "inception")
+    model, settings = open_extractor(name, inception=options.inception, any_inception=options.any_inception)
+    return model.to(world.device), settings | _versions()
 
 
 def _versions() -> dict[str, Any]:
@@ -283,7 +352,8 @@ def _share(batches: Iterator[Tensor], world: World) -> Iterator[Tensor]:
 
 def _show(report: dict[str, Any]) -> None:
     for name, value in report.get("metrics", {}).items():
-        print(f"{name:>10}  {value:.4f}")
+        deviation = f" +- {report['deviation'][name]:.4f}" if "deviation" in report else ""
+        print(f"{name:>10}  {value:.4f}{deviation}")
     rows = report.get("rows", [])
     if rows:
         print("  ".join(f"{name:>10}" for name in rows[0]))

@@ -23,11 +23,15 @@ class ImageSet(ABC):
         path: where they lie.
         count: how many.
         size: (H, W) in pixels.
+        labels: (N,) int64, or None where the images have none.
+        classes: names by label, or None.
     """
 
     path: str
     count: int
     size: tuple[int, int]
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
 
     @abstractmethod
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
@@ -36,6 +40,8 @@ class ImageSet(ABC):
 
 class ImageFolder(ImageSet):
     """Every image below a folder, in the order of their names, found as training finds them (`find_images`).
+
+    Where all lie in sub-folders, these are the classes.
 
     Args:
         path: of the folder.
@@ -52,6 +58,11 @@ class ImageFolder(ImageSet):
             raise UserError(f"{self.path}: no images ({', '.join(EXTENSIONS)}) below this folder")
         self.files = [os.path.join(found.root, file) for file in found.files]
         self.count = len(self.files)
+        if all(os.sep in file for file in found.files):
+            tops = [file.split(os.sep, 1)[0] for file in found.files]
+            self.classes = sorted(set(tops))
+            number = {name: i for i, name in enumerate(self.classes)}
+            self.labels = np.array([number[top] for top in tops], np.int64)
         self.size = self._read(self.files[0]).shape[:2]
 
     @staticmethod
@@ -72,7 +83,7 @@ class ImageFolder(ImageSet):
 
 
 class ImageArchive(ImageSet):
-    """ADM's `.npz`: `arr_0`, uint8 (N, H, W, 3), streamed whatever its size.
+    """ADM's `.npz`: `arr_0`, uint8 (N, H, W, 3), streamed whatever its size; `arr_1` integers (N,) are the labels.
 
     Args:
         path: of the file.
@@ -82,11 +93,14 @@ class ImageArchive(ImageSet):
         self.path = os.fspath(path)
         with NpzReader(path) as archive:
             header = archive.header("arr_0")
+            labels = archive.array("arr_1") if "arr_1" in archive.names else None
         shape = header.shape
         if len(shape) != 4 or shape[3] != 3 or header.dtype != np.uint8 or header.fortran or 0 in shape:
             raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3) in C order, got {header.dtype} {shape}")
         self.count = shape[0]
         self.size = (shape[1], shape[2])
+        if labels is not None and labels.dtype.kind in "iu" and labels.shape == (self.count,):
+            self.labels = labels.astype(np.int64)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
         with NpzReader(self.path) as archive:

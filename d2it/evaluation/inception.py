@@ -27,17 +27,18 @@ WHERE = (
 
 
 class Features(NamedTuple):
-    """The features of a batch of images.
+    """What a network makes of one batch of images.
 
     Args:
-        pool: (B, 2048), for FID, precision and recall.
-        spatial: (B, 2023), for sFID.
-        probabilities: (B, 1008), for the Inception Score.
+        pool: (B, D), averaged over the image; 2048 of Inception.
+        spatial: (B, 2023) of Inception, for sFID; None of other networks.
+        probabilities: (B, classes); 1008 of Inception, 1000 of ImageNet's classes in their usual order of others; None
+            of a network without a head.
     """
 
     pool: Tensor
-    spatial: Tensor
-    probabilities: Tensor
+    spatial: Tensor | None
+    probabilities: Tensor | None
 
 
 class _Conv(nn.Module):
@@ -156,7 +157,13 @@ class _BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images (B, 3, H, W) uint8 -> `Features`, float32."""
+    """Images (B, 3, H, W) uint8 -> `Features`, float32.
+
+    Attributes:
+        name: of the extractor.
+    """
+
+    name = "inception"
 
     def __init__(self) -> None:
         super().__init__()
