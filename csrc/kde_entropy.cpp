@@ -49,26 +49,32 @@ using Ints = typename d2it::VectorOf<int32_t, kLanes>::type;
 struct Bins {
   int count;
   // Nodes: `phases` of them per bin. node = round(value * nodes_per_unit + middle); e, in sigma, is what is
-  // left.
+  // left. Gray of three channels may leave the range, as their weights add up to 0.9999: the nodes begin
+  // `margin` bins before the first bin and end `reach` after the last, where a pixel's taps meet no bin.
   float nodes_per_unit, middle, step_high, step_low, per_sigma;
   int phase_bits, last_node;
   int reach, taps; // of a pixel in the interval j: bins j - reach + 1 .. j + reach, padded to whole vectors
-  int density;     // floats of one; entry i is bin i - (reach - 1)
-  float spacing;   // sigma
+  int margin;
+  int density;   // floats of one; entry i is bin i - first
+  int first;     // entry of bin 0
+  float spacing; // sigma
   std::vector<float> table;
 
   Bins(int64_t num_bins, double low, double high, double sigma) : count(static_cast<int>(num_bins)) {
     const double step = (high - low) / (count - 1), delta = step / sigma;
     spacing = static_cast<float>(delta);
-    reach = static_cast<int>(std::min<double>(count, std::ceil(d2it::kReach / delta)));
+    const double outside = std::max(0.0, d2it::kGrayLoss * std::max(low, -high) / step); // in bins, of gray
+    reach = static_cast<int>(std::min(count + std::ceil(outside), std::ceil(d2it::kReach / delta)));
     phase_bits = 0;
     while (reach > 1 && delta / (2 << phase_bits) > kLargestStep) ++phase_bits;
     const int phases = 1 << phase_bits, width = 2 * reach;
     taps = width <= 4 ? 4 : width <= 8 ? 8 : (width + kLanes - 1) / kLanes * kLanes;
-    density = (count + taps + 2 * kLanes - 1) / kLanes * kLanes;
-    last_node = (count - 1) * phases;
+    margin = taps - reach + 1;
+    first = margin + reach - 1;
+    density = (margin + count + reach + taps + 2 * kLanes - 1) / kLanes * kLanes;
+    last_node = (margin + count - 1 + reach) * phases;
     nodes_per_unit = static_cast<float>(phases / step);
-    middle = static_cast<float>(last_node / 2.0);
+    middle = static_cast<float>((margin + (count - 1) / 2.0) * phases);
     step_high = static_cast<float>(step / phases);
     step_low = static_cast<float>(step / phases - step_high);
     per_sigma = static_cast<float>(1 / sigma);
@@ -152,7 +158,8 @@ template <typename T, int kChannels, int kColumn>
 D2IT_INLINE bool read_row(const Regions& regions, const Gray& gray, const T* __restrict in,
                           float* __restrict values, int width) {
   const int64_t step = kColumn ? kColumn : regions.column, next = regions.channel;
-  const float least = gray.least, most = gray.most, offset = gray.offset, scale = gray.scale;
+  const float least = gray.least, most = gray.most;
+  const float middle = gray.middle, offset = gray.offset, scale = gray.scale;
   const float w0 = gray.weights[0], w1 = gray.weights[1], w2 = gray.weights[2];
   constexpr bool kBytes = std::is_same_v<T, uint8_t>;
   int bad = 0;
@@ -161,15 +168,15 @@ D2IT_INLINE bool read_row(const Regions& regions, const Gray& gray, const T* __r
     if constexpr (kChannels == 1) {
       const float v = to_float(pixel[0]);
       if (!kBytes) bad |= !((v >= least) & (v <= most));
-      values[x] = (w0 * v + offset) * scale;
+      values[x] = kBytes ? (w0 * v + offset) * scale : v - middle + offset;
     } else {
       const float r = to_float(pixel[0]);
       const float g = to_float(pixel[kColumn == 3 ? 1 : next]);
       const float b = to_float(pixel[kColumn == 3 ? 2 : 2 * next]);
       if (!kBytes)
         bad |= !((r >= least) & (r <= most) & (g >= least) & (g <= most) & (b >= least) & (b <= most));
-      values[x] =
-          kBytes ? (w0 * r + w1 * g + w2 * b + offset) * scale : w0 * r + (w1 * g + (w2 * b + offset));
+      values[x] = kBytes ? (w0 * r + w1 * g + w2 * b + offset) * scale
+                         : w0 * (r - middle) + (w1 * (g - middle) + (w2 * (b - middle) + offset));
     }
   }
   return !bad;
@@ -326,7 +333,7 @@ struct Sums {
 
 // Sums up the copies of the density between two entries and clears them.
 D2IT_INLINE void finish(const Job& job, Scratch& s, int first, int last, int64_t region) {
-  const int size = job.bins.density, begin = job.bins.reach - 1,
+  const int size = job.bins.density, begin = job.bins.first,
             end = begin + job.bins.count; // entries that are bins
   const float mean = 1.0f / static_cast<float>(job.pixels());
   Ints index;

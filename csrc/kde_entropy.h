@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -13,30 +14,36 @@ namespace d2it {
 
 constexpr double kReach = 6.0; // sigma; what lies beyond changes no entropy by more than 3e-7
 
+constexpr double kGrayWeights[3] = {0.2989, 0.5870, 0.1140};
+constexpr double kGrayLoss = 1 - (kGrayWeights[0] + kGrayWeights[1] + kGrayWeights[2]);
+
 // The float that bounds floats as `bound` bounds doubles.
 inline float round_up(double bound) {
   const float f = static_cast<float>(bound);
   return f < bound ? std::nextafter(f, std::numeric_limits<float>::infinity()) : f;
 }
 
-// value of a pixel, from the middle of the range = scale * (offset + sum of weight * channel)
+// value of a pixel, from the middle of the range = scale * (offset + sum of weight * (channel - middle)). The
+// difference is small where the channel is not: far from 0 it is all that float32 keeps of a value.
 struct Gray {
-  float weights[3], offset, scale;
+  float weights[3], middle, offset, scale;
   float least, most; // what a channel may hold
 
   Gray(torch::headeronly::ScalarType dtype, int64_t channels, double low, double high, double slack) {
-    const double gray[3] = {channels == 1 ? 1.0 : 0.2989, channels == 1 ? 0.0 : 0.5870,
-                            channels == 1 ? 0.0 : 0.1140};
-    const double middle = (low + high) / 2;
+    double gray[3] = {1.0, 0.0, 0.0};
+    if (channels == 3) std::copy_n(kGrayWeights, 3, gray);
+    const double sum = gray[0] + gray[1] + gray[2], center = (low + high) / 2;
     if (dtype == torch::headeronly::ScalarType::Byte) { // in 1 / 10,000: the weighted sum is exact in float
       const double unit = (high - low) / 255 / 10000;
       for (int c = 0; c < 3; ++c) weights[c] = static_cast<float>(std::round(gray[c] * 10000));
       scale = static_cast<float>(unit);
-      offset = static_cast<float>((low * (gray[0] + gray[1] + gray[2]) - middle) / unit);
+      middle = 0.0f;
+      offset = static_cast<float>((low * sum - center) / unit);
     } else {
       for (int c = 0; c < 3; ++c) weights[c] = static_cast<float>(gray[c]);
       scale = 1.0f;
-      offset = static_cast<float>(-middle);
+      middle = static_cast<float>(center);
+      offset = static_cast<float>(sum * middle - center);
     }
     least = round_up(low - slack);
     most = -round_up(-(high + slack));

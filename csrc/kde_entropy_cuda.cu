@@ -77,6 +77,11 @@ __device__ bool in_range(const Gray& gray, float x) {
   return std::is_same_v<T, uint8_t> || (x >= gray.least && x <= gray.most);
 }
 
+template <typename T>
+__device__ float weigh(const Gray& gray, int channel, float x) {
+  return gray.weights[channel] * (std::is_same_v<T, uint8_t> ? x : x - gray.middle);
+}
+
 // A value outside the range ends the kernel, as an index out of range does in PyTorch: the host does not
 // wait.
 __device__ inline void check(bool good) {
@@ -103,7 +108,7 @@ __device__ void read_vectors(const Regions& in, const Gray& gray, const T* first
     for (int c = 0; c < kChannels; ++c) {
       const float x = to_float(raw[kInterleaved ? i * kChannels + c : c * kCount + i]);
       good &= in_range<T>(gray, x);
-      sum += gray.weights[c] * x;
+      sum += weigh<T>(gray, c, x);
     }
     values[i] = (sum + gray.offset) * gray.scale;
   }
@@ -116,7 +121,7 @@ __device__ float read_pixel(const Regions& in, const Gray& gray, const T* first,
   for (int c = 0; c < in.channels; ++c) {
     const float x = to_float(from[c * in.channel]);
     good &= in_range<T>(gray, x);
-    sum += gray.weights[c] * x;
+    sum += weigh<T>(gray, c, x);
   }
   return (sum + gray.offset) * gray.scale;
 }

@@ -28,6 +28,12 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on
 ASSERTIONS = {"debug": True, "sanitize_overflow": False}
 """Launch options that compile device assertions in, without Triton's own checks for integer overflow."""
 
+GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
+"""Of red, green and blue (ITU-R 601-2 luma, as DQ-VAE and rgb2gray have it)."""
+
+RANGE_SLACK = 1e-5
+"""The share of a value range's width by which values may leave it: the rounding of a resize or a cast."""
+
 CompileCase = tuple[str, Callable[[], object]]
 COMPILE_CASES: dict[str, Callable[[], Iterator[CompileCase]]] = {}
 """Kernel file -> its cases. Filled by `compile_cases` when the file is imported."""

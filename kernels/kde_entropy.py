@@ -19,11 +19,18 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.common import (
+    ASSERTIONS,
+    GRAY_WEIGHTS,
+    RANGE_SLACK,
+    CompileCase,
+    cdiv,
+    compile_cases,
+    device_guard,
+    next_power_of_2,
+)
 
 REACH = 6.0  # sigma; what lies beyond changes no entropy by more than 3e-7
-GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R 601-2 luma, as DQ-VAE and rgb2gray have it
-RANGE_SLACK = 1e-5  # share of the range's width by which values may leave it: a resize or a cast rounds
 
 
 class Images(NamedTuple):
@@ -41,7 +48,9 @@ class Images(NamedTuple):
 class Gray(NamedTuple):
     """How pixels become values, which count from the middle of the range.
 
-    value = `scale` * (`weight_r` R + `weight_g` G + `weight_b` B + `offset`); a channel holds `least` to `most`.
+    value = `scale` * (`weight_r` (R - `middle`) + `weight_g` (G - `middle`) + `weight_b` (B - `middle`) + `offset`):
+    far from 0, differences keep the digits that a weighted sum would round away. A channel holds `least` to `most`.
+    `middle` is None for bytes, whose weighted sum is exact without it and whose values need no check.
     """
 
     weight_r: float
@@ -51,6 +60,7 @@ class Gray(NamedTuple):
     scale: float
     least: float
     most: float
+    middle: float | None
 
 
 class Bins(NamedTuple):
@@ -78,16 +88,24 @@ class Bins(NamedTuple):
 
 
 @triton.jit
+def _channel(gray, weight, p_pixel, m_pixel):
+    """One channel's part of the weighted sum, and whether it is in range."""
+    b_level = tl.load(p_pixel, mask=m_pixel, other=0).to(tl.float32)
+    b_ok = (b_level >= gray.least) & (b_level <= gray.most)
+    if gray.middle is not None:
+        b_level -= gray.middle
+    return b_level * weight, b_ok
+
+
+@triton.jit
 def _gray(images, gray, p_pixel, m_pixel):
     """Values of pixels, and whether all channels are in range."""
-    b_red = tl.load(p_pixel, mask=m_pixel, other=0)
-    b_ok = (b_red.to(tl.float32) >= gray.least) & (b_red.to(tl.float32) <= gray.most)
-    b_gray = b_red.to(tl.float32) * gray.weight_r
+    b_gray, b_ok = _channel(gray, gray.weight_r, p_pixel, m_pixel)
     if images.CHANNELS == 3:
-        b_green = tl.load(p_pixel + images.stride_channel, mask=m_pixel, other=0).to(tl.float32)
-        b_blue = tl.load(p_pixel + 2 * images.stride_channel, mask=m_pixel, other=0).to(tl.float32)
-        b_ok = b_ok & (b_green >= gray.least) & (b_green <= gray.most) & (b_blue >= gray.least) & (b_blue <= gray.most)
-        b_gray += b_green * gray.weight_g + b_blue * gray.weight_b
+        b_green, b_green_ok = _channel(gray, gray.weight_g, p_pixel + images.stride_channel, m_pixel)
+        b_blue, b_blue_ok = _channel(gray, gray.weight_b, p_pixel + 2 * images.stride_channel, m_pixel)
+        b_ok = b_ok & b_green_ok & b_blue_ok
+        b_gray += b_green + b_blue
     return (b_gray + gray.offset) * gray.scale, b_ok | ~m_pixel
 
 
@@ -148,7 +166,6 @@ def kde_entropy_kernel(
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    CHECK: tl.constexpr,
 ):
     """One program: one region. images is `Images`, gray `Gray`, bins `Bins`; entropy, grains (B, H/S, W/S) contiguous;
     thresholds (num_thresholds,), or None like grains."""
@@ -169,7 +186,7 @@ def kde_entropy_kernel(
         o_x = o_pixel % REGION
         p_pixel = p_region + o_y.to(tl.int64) * images.stride_row + o_x.to(tl.int64) * images.stride_column
         b_value, b_ok = _gray(images, gray, p_pixel, m_pixel)
-        if CHECK:
+        if gray.middle is not None:
             tl.device_assert(b_ok, "kde_entropy: images must be finite and inside value_range")
         # The first row of the window, and where the pixel lies from its first bin, in units of 1 / per_sigma.
         b_first = tl.floor((b_value * bins.per_unit + bins.middle - bins.REACH) * 0.0625)
@@ -214,15 +231,15 @@ def _launch(
     grains = None if thresholds is None else images.new_empty(shape, dtype=torch.int64)
     if not entropy.numel():
         return grains, entropy
-    middle = (low + high) / 2
+    center = (low + high) / 2
     weights = (1.0, 0.0, 0.0) if channels == 1 else GRAY_WEIGHTS
-    byte = images.dtype == torch.uint8
-    if byte:  # weights in 1 / 10,000: the weighted sum is exact in float32
+    middle = None if images.dtype == torch.uint8 else float(round(center))
+    if middle is None:  # weights in 1 / 10,000: the weighted sum is exact in float32
         scale = (high - low) / 255 / 10000
-        offset = (low * sum(weights) - middle) / scale
+        offset = (low * sum(weights) - center) / scale
         weights = tuple(float(round(10000 * w)) for w in weights)
     else:
-        offset, scale = -middle, 1.0
+        offset, scale = middle * sum(weights) - center, 1.0
     slack = RANGE_SLACK * (high - low)
     spacing = (high - low) / (num_bins - 1)
     spacing_high = torch.tensor(spacing, dtype=torch.float32).item()
@@ -233,7 +250,7 @@ def _launch(
     with device_guard(images):
         kde_entropy_kernel[(entropy.numel(),)](
             Images(images, tl.constexpr(channels), *images.stride()),
-            Gray(*weights, offset, scale, low - slack, high + slack),
+            Gray(*weights, offset, scale, low - slack, high + slack, middle),
             Bins(
                 per_unit=1 / spacing,
                 middle=(num_bins - 1) / 2,
@@ -255,7 +272,6 @@ def _launch(
             BLOCK=block,
             PART=min(block, 32),
             NORMALIZE=normalize,
-            CHECK=not byte,
             num_warps=1,
             **ASSERTIONS,
         )

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2it.kernels.common import GRAY_WEIGHTS, RANGE_SLACK
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
 
-# Values may leave the range by this share of its width: the rounding of a resize or of a half-precision cast.
-RANGE_SLACK = 1e-5
+# How far the gray of a color may leave the range: the weights do not add up to 1, which shows far from 0. Further out
+# the density is too small for the fused backends' number formats.
+_FARTHEST = 3.0  # sigma
 
 MOST_BINS = 2**16
 LEAST_SIGMA = 2.0**-63  # its square is a normal float32
@@ -255,6 +257,13 @@ def fits_fast(
         reasons.append(
             f"num_bins={bins} over value_range={value_range} lie more than {widest:g} sigma apart: between two of "
             "them the density is too small for its number format"
+        )
+    low, high = value_range
+    outside = (1 - sum(GRAY_WEIGHTS)) * max(low, -high)
+    if images.shape[1] == 3 and outside > _FARTHEST * sigma:
+        reasons.append(
+            f"value_range={value_range} lies so far from 0 that the gray of a color leaves it by {outside / sigma:.3g} "
+            f"sigma, more than {_FARTHEST:g}"
         )
     return reasons
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d2it.kernels.common import GRAY_WEIGHTS
 from d2it.ops.plan import TokenPlan
-
-GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R 601-2 luma, as DQ-VAE and rgb2gray have it
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -23,16 +22,19 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 # ---- 3.1 Dynamic Grained Coding -------------------------------------------------------------------------------------
 
 
-def to_gray(images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """(B, 1|3, H, W) -> (B, H, W) in `value_range`; uint8 0..255 spans the range. float32, or float64 as given."""
+def to_gray(images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0), *, center: float = 0.0) -> Tensor:
+    """(B, 1|3, H, W) -> (B, H, W) in `value_range` less `center`; uint8 0..255 spans the range.
+
+    float32, or float64 as given. The center is subtracted first: far from 0 the difference keeps digits that the
+    weighted sum would round away.
+    """
     low, high = value_range
     x = images.to(_accumulate(images.dtype))
-    if images.dtype == torch.uint8:
-        x = x * ((high - low) / 255) + low
+    x = x * ((high - low) / 255) + (low - center) if images.dtype == torch.uint8 else x - center
     if images.shape[1] == 1:
         return x[:, 0]
     r, g, b = GRAY_WEIGHTS
-    return r * x[:, 0] + g * x[:, 1] + b * x[:, 2]
+    return r * x[:, 0] + g * x[:, 1] + b * x[:, 2] + (r + g + b - 1) * center
 
 
 def kde_entropy(
@@ -45,13 +47,14 @@ def kde_entropy(
     normalize: bool = True,
 ) -> Tensor:
     """Eqs. 2-3: Shannon entropy (nats) of the Gaussian kernel density of every region's gray levels."""
-    gray = to_gray(images, value_range)
+    low, high = value_range
+    center = float(round((low + high) / 2))  # a whole number, which float32 has exactly
+    gray = to_gray(images, value_range, center=center)
     batch, height, width = gray.shape
     s = region_size
     bins_count = s * s if num_bins is None else num_bins
     regions = gray.reshape(batch, height // s, s, width // s, s).permute(0, 1, 3, 2, 4).reshape(-1, s * s)
-    low, high = value_range
-    bins = torch.linspace(low, high, bins_count, dtype=gray.dtype, device=gray.device)
+    bins = torch.linspace(low - center, high - center, bins_count, dtype=gray.dtype, device=gray.device)
     # Pixels x bins for a few regions at a time: 64 MiB in float32, however large the batch.
     chunk = max(1, 2**24 // (s * s * bins_count))
     entropies = [_density_entropy(part, bins, sigma, normalize) for part in regions.split(chunk) if part.shape[0]]

@@ -211,7 +211,7 @@ void put(void* to, Chunk x) {
   std::memcpy(aligned(static_cast<Chunk*>(to)), &x, sizeof(Chunk));
 }
 
-// kernel<<<grid, size, shared, stream>>>(...), as cuda_on_cpu.py rewrites it.
+// What `translate` makes of a launch in triple angle brackets.
 inline void launch(dim3 grid, dim3 size, int shared, cudaStream_t, const std::function<void()>& kernel) {
   constexpr int kMostShared = 48 * 1024, kGuard = 16;
   if (grid.x == 0 || size.x * size.y * size.z == 0 || size.x * size.y * size.z > 1024 || shared > kMostShared)

@@ -24,6 +24,7 @@ CPP_MUTATIONS = {
     "missing histogram": ("histogram[2][i] + «histogram[3][i]»", "0"),
     "taps of one side": ("(as<Floats<kLanes>>(counts + i - t) + as<Floats<kLanes>>(counts + «i + t»))", "i - t"),
     "one threshold": ("for (int i = «0»; i < out.num_thresholds; ++i) grain +=", "1"),
+    "no bins before the first": ("margin = «taps - reach + 1»", "0"),
     "mean of a region": ("const double entropy = !out.normalize ? «-sum»", "sum"),
 }
 CUDA_MUTATIONS = {
@@ -58,6 +59,8 @@ SOURCES = cuda_on_cpu.Sources({"kde_entropy.cpp": CPP_MUTATIONS, "kde_entropy_cu
 
 # Value ranges whose ends every dtype has exactly.
 CENTRED, UNIT, BYTES, ODD = (-1.0, 1.0), (0.0, 1.0), (0.0, 255.0), (-3.5, 10.25)
+# Far from 0 gray leaves the range, as its weights add up to 0.9999: by 0.01 here, below the first bin or past the last.
+ABOVE, BELOW = (100.0, 102.0), (-102.0, -100.0)
 # sigma is a share of the range's width: the paper's 0.01 on [-1, 1] is 0.005. With S * S bins it is 1.3 bins at S = 16;
 # 32 bins lie 6.5 of it apart, and a pixel counts at its two neighbours; 64 bins 3.2; 512 bins need a window of 32.
 CORNERS = [
@@ -74,6 +77,8 @@ CORNERS = [
     {"B": 1, "C": 3, "h": 1, "w": 2, "S": 5, "bins": 17, "range": ODD, "sigma": 0.05, "layout": "channels_last"},
     {"B": 1, "C": 3, "h": 1, "w": 1, "S": 32, "bins": 100, "sigma": 0.2, "normalize": False},
     {"B": 1, "C": 3, "h": 1, "w": 2, "S": 16, "layout": "channels_last", "normalize": False},
+    {"B": 2, "C": 3, "h": 1, "w": 4, "S": 8, "bins": 400, "range": ABOVE, "sigma": 0.0018},
+    {"B": 1, "C": 3, "h": 1, "w": 4, "S": 8, "bins": 100, "range": BELOW, "pixels": "uint8"},
 ]
 GPU_CORNERS = [
     {"B": 8, "C": 3, "h": 16, "w": 16, "S": 16, "pixels": pixels, "bins": bins}
@@ -123,7 +128,7 @@ class Entropy(KernelSuite):
             "w": rng.randint(1, 3),
             "S": rng.choice((4, 5, 8, 12, 16, 19)),
             "bins": rng.choice((16, 31, 64, 100, 255, 256, 257, 512)),
-            "range": rng.choice((CENTRED, UNIT, BYTES, ODD)),
+            "range": rng.choice((CENTRED, UNIT, BYTES, ODD, ABOVE, BELOW)),
             "sigma": rng.choice((0.007, 0.01, 0.03, 0.3)),
             "pixels": rng.choice(("float", "float", "uint8")),
             "layout": rng.choice(("contiguous", "channels_last")),
@@ -134,6 +139,8 @@ class Entropy(KernelSuite):
         size = shape["S"]
         low, high = shape.get("range", CENTRED)
         values = regions((shape["B"], shape["C"], shape["h"] * size, shape["w"] * size), size, rng)
+        if low * high > 0:  # the first region lies at the end nearest to 0, its gray outside of the range
+            values[..., :size, :size] = 0 if low > 0 else 1
         if shape.get("pixels") == "uint8":
             images = (values * 255).round().to(torch.uint8)
         else:
@@ -156,12 +163,7 @@ class Entropy(KernelSuite):
 
 
 MUTATIONS = [
-    Mutation(
-        "green alone",
-        FILE,
-        "b_green * gray.weight_g + b_blue * gray.weight_b",
-        "b_green * (gray.weight_g + gray.weight_b)",
-    ),
+    Mutation("no blue", FILE, "b_gray += b_green + b_blue", "b_gray += b_green"),
     Mutation("low halves forgotten", FILE, "return tl.dot(b_hot, b_low, b_density)", "return b_density"),
     Mutation("first row of the window", FILE, "== b_first[None, :] + i_window)", "== b_first[None, :])"),
     Mutation("bins past the last", FILE, "tl.where(o_all < bins.COUNT, b_density, 0.0)", "b_density"),
@@ -262,6 +264,10 @@ SETTINGS = [
     (8, 128, UNIT, 0.5),
     (33, 257, BYTES, 1.0),
     (64, 500, CENTRED, 0.002),
+    (16, 256, ABOVE, 0.004),
+    (8, 16, BELOW, 0.02),
+    (8, 32, (1000.0, 1001.0), 0.04),
+    (16, 100, (-1001.0, -1000.0), 0.05),
 ]
 
 
@@ -286,6 +292,38 @@ def test_within_a_ten_thousandth_of_a_nat(backend, size, bins, value_range, sigm
         assert error <= 1e-4, f"{error:.1e} nats"
         apart = (want[..., None] - limits).abs().amin(-1) > error
         assert torch.equal(grains.cpu()[apart], reference.grain_map(want, limits)[apart])
+
+
+@pytest.mark.parametrize("backend", fast_backends("kde_entropy") + ["cuda source"] * bool(EMULATED))
+@pytest.mark.parametrize("end", [100.0, 1000.0, -100.0, -1000.0])
+@pytest.mark.parametrize("spacing", [0.25, 1.0, 4.0, 9.5])
+def test_regions_outside_the_range(backend, end, spacing, run):
+    """Of one color at the end of the range that is nearer to 0: all of their gray lies up to 2.9 sigma outside."""
+    if backend == "cuda source":
+        run("kde_entropy_cuda.cu")
+        backend = "cpu"
+    for share in (1.0, 2.9):
+        sigma = 1e-4 * abs(end) / share
+        for bins in (16, 100):
+            width = sigma * spacing * (bins - 1)
+            low, high = (end, end + width) if end > 0 else (end - width, end)
+            images = torch.full((2, 3, 8, 8), end)
+            images[1, :, ::2] += 0.3 * sigma * (1 if end > 0 else -1)
+            images = images.clamp(low, high)
+            call = {"region_size": 8, "num_bins": bins, "value_range": (low, high), "sigma": sigma}
+            got = d2it.ops.kde_entropy(images.to(DEVICE), **call, backend=backend)
+            assert (got.cpu() - reference.kde_entropy(images.double(), **call)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("value_range", [(1000.0, 1001.0), (-1001.0, -1000.0), (10000.0, 10001.0)])
+def test_gray_far_outside_the_range_is_the_reference_s(value_range):
+    images = value_range[0] + torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    call = {"num_bins": 100, "value_range": value_range, "sigma": 0.005}
+    want = reference.kde_entropy(images.double(), **call)
+    assert (d2it.ops.kde_entropy(images.to(DEVICE), **call).cpu() - want).abs().max() <= 1e-4
+    for backend in fast_backends("kde_entropy"):
+        with pytest.raises(ValueError, match="lies so far from 0 that the gray of a color leaves it"):
+            d2it.ops.kde_entropy(images.to(DEVICE), **call, backend=backend)
 
 
 @pytest.mark.parametrize("backend", fast_backends("kde_entropy"))
