@@ -22,7 +22,7 @@ import machine
 import timing
 import torch
 from bench import Bench, run_bench, warm
-from rows import RESULTS, Row, note, ours
+from rows import RESULTS, Row, columns, note, ours
 
 
 def table(rows: list[Row]) -> str:
@@ -49,12 +49,6 @@ def table(rows: list[Row]) -> str:
             )
         )
     return columns([head, *body])
-
-
-def columns(lines: list[tuple[str, ...]]) -> str:
-    """Cells padded to columns."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
 
 
 def results_folder() -> Path:

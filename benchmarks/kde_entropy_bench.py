@@ -101,6 +101,12 @@ def cases() -> Iterator[tuple[int, int, int, int, float, torch.dtype]]:
         yield batch, 256, 1, 256, 0.0, byte
 
 
+def cost(batch: int, side: int, channels: int, dtype: torch.dtype) -> Cost:
+    """Read the pixels, write an entropy a region."""
+    pixels = batch * side**2
+    return Cost(pixels * channels * dtype.itemsize + 4 * pixels // REGION**2)
+
+
 def benches() -> Iterator[Bench]:
     for batch, side, channels, bins, low, dtype in cases():
         pixels = batch * side**2
@@ -116,7 +122,7 @@ def benches() -> Iterator[Bench]:
             dtype=torch.float32,  # of the result, whatever the pixels are
             inputs=partial(inputs, batch, side, channels, bins, low, dtype),
             contenders=contenders,
-            forward=Cost(bytes=pixels * channels * dtype.itemsize + 4 * pixels // REGION**2),
+            forward=cost(batch, side, channels, dtype),
             expected=lambda given: ops.reference.kde_entropy(**given),
         )
 

@@ -20,7 +20,7 @@ import machine
 import timing
 import torch
 from bench import Skip
-from rows import Row, note, ours
+from rows import Row, columns, note, ours
 from timing import Timing
 from torch import Tensor, nn
 
@@ -185,7 +185,7 @@ def table(rows: list[Row]) -> str:
                 note(rows, row),
             )
         )
-    return command.columns(lines)
+    return columns(lines)
 
 
 def main(operator: str, options: argparse.Namespace, cases: Callable[[argparse.Namespace], Iterator[Case]]) -> int:

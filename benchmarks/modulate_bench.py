@@ -62,6 +62,16 @@ def our_gated(given: dict[str, Any], backend: str) -> Tensor:
     return ops.gated_residual(given["x"], given["branch"], given["gate"], sample=given["sample"], backend=backend)
 
 
+def costs(op: str, batch: int, rows: int, channels: int, packed: bool, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """Forward and backward of "adaln_modulate" or "gated_residual": parameters are float32; packed rows read an image
+    number each. The gradient of gated_residual's x is the cotangent itself."""
+    data = batch * rows * channels * dtype.itemsize + (4 * batch * rows if packed else 0)
+    parameter = 4 * batch * channels
+    if op == "adaln_modulate":
+        return Cost(2 * data + 2 * parameter), Cost(3 * data + 3 * parameter)
+    return Cost(3 * data + parameter), Cost(3 * data + 2 * parameter)
+
+
 def benches() -> Iterator[Bench]:
     gpu = machine.device() == "cuda"
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -82,8 +92,9 @@ def benches() -> Iterator[Bench]:
         kind = "packed" if packed else "images"
         name = f"B{batch}-L{rows}-C{channels}-{kind}-{str(dtype)[6:]}"
         shape = {"batch": batch, "rows": rows, "channels": channels, "packed": packed}
-        data = batch * rows * channels * dtype.itemsize + (4 * batch * rows if packed else 0)
-        parameter = 4 * batch * channels  # float32, as the model has them
+        modulate_costs, gate_costs = (
+            costs(op, batch, rows, channels, packed, dtype) for op in ("adaln_modulate", "gated_residual")
+        )
         inputs = partial(modulation, batch, rows, channels, packed, dtype)
 
         yield Bench(
@@ -95,8 +106,8 @@ def benches() -> Iterator[Bench]:
                 **own("adaln_modulate", our_modulate),
                 **rivals({"layer_norm": modulate}, "x", "shift", "scale", "sample"),
             },
-            forward=Cost(bytes=2 * data + 2 * parameter),
-            backward=Cost(bytes=3 * data + 3 * parameter),
+            forward=modulate_costs[0],
+            backward=modulate_costs[1],
             gradients=("x", "shift", "scale"),
             expected=lambda given: our_modulate(given, "reference"),
             operator="adaln_modulate",
@@ -110,9 +121,8 @@ def benches() -> Iterator[Bench]:
                 **own("gated_residual", our_gated),
                 **rivals({"multiply + add": gated}, "x", "branch", "gate", "sample"),
             },
-            forward=Cost(bytes=3 * data + parameter),
-            # The gradient of x is the cotangent itself.
-            backward=Cost(bytes=3 * data + 2 * parameter),
+            forward=gate_costs[0],
+            backward=gate_costs[1],
             gradients=("x", "branch", "gate"),
             expected=lambda given: our_gated(given, "reference"),
             operator="gated_residual",

@@ -113,6 +113,15 @@ MERGE: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def costs(batch: int, channels: int, fill: float, dtype: torch.dtype) -> tuple[tuple[Cost, Cost], tuple[Cost, Cost]]:
+    """(forward, backward) of packing and of merging: rows, and the indices that name them."""
+    row, cells = channels * dtype.itemsize, batch * CELLS
+    count = round(batch * SIDE**2 * fill) * REGION**2
+    pack = Cost(2 * count * row + 4 * count), Cost((count + cells) * row + 4 * cells)
+    merge = Cost(2 * cells * row + 4 * cells), Cost((2 * cells + count) * row + 4 * (cells + count))
+    return pack, merge
+
+
 def benches() -> Iterator[Bench]:
     gpu = machine.device() == "cuda"
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -136,8 +145,7 @@ def benches() -> Iterator[Bench]:
     for batch, channels, fill, dtype in cases:
         name = f"B{batch}-C{channels}-fill{fill}-{str(dtype)[6:]}"
         shape = {"batch": batch, "cells": CELLS, "channels": channels, "fill": fill}
-        row, cells = channels * dtype.itemsize, batch * CELLS
-        count = round(batch * SIDE**2 * fill) * REGION**2
+        pack, merge = costs(batch, channels, fill, dtype)
         yield Bench(
             case=f"pack-{name}",
             shape=shape,
@@ -151,8 +159,8 @@ def benches() -> Iterator[Bench]:
                 "eager flash-attn unpad_input": partial(pack_by_unpad, False),
                 "compiled flash-attn unpad_input": partial(pack_by_unpad, True),
             },
-            forward=Cost(bytes=2 * count * row + 4 * count),
-            backward=Cost(bytes=(count + cells) * row + 4 * cells),
+            forward=pack[0],
+            backward=pack[1],
             gradients=("x",),
             expected=lambda given: ops.reference.pack_tokens(given["x"], given["plan"]),
             operator="pack_tokens",
@@ -174,8 +182,8 @@ def benches() -> Iterator[Bench]:
                 "compiled flash-attn pad_input + where": partial(merge_by_pad, True),
                 "nested tensor": no_nested_merge,
             },
-            forward=Cost(bytes=2 * cells * row + 4 * cells),
-            backward=Cost(bytes=(2 * cells + count) * row + 4 * (cells + count)),
+            forward=merge[0],
+            backward=merge[1],
             gradients=("packed", "base"),
             expected=lambda given: ops.reference.unpack_tokens(given["packed"], given["plan"], given["base"]),
             operator="unpack_tokens",

@@ -83,3 +83,9 @@ def devices(root: Path = RESULTS) -> list[Path]:
 def is_cpu(result: Result) -> bool:
     """Whether a result was measured at a CPU's small sizes."""
     return bool(result["small"])
+
+
+def columns(lines: list[tuple[str, ...]]) -> str:
+    """Cells padded to columns."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)

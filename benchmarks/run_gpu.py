@@ -33,7 +33,7 @@ import machine
 import torch
 from goals import goal_table
 from results import plot
-from rows import load
+from rows import columns, load
 
 ROOT = machine.ROOT
 LOGS = ROOT / "runs" / "gpu"
@@ -256,7 +256,7 @@ def main() -> int:
     if "goals" in parts:
         results = load(folder)
         print(f"\nGoals on {machine.device_name()}, from {os.path.relpath(folder, ROOT)}")
-        print(command.columns([("work", "goal", "measured", ""), *goal_table(results)]) if results else "no results")
+        print(columns([("work", "goal", "measured", ""), *goal_table(results)]) if results else "no results")
         print("`make results` puts the figures into docs/results.md and the README")
     bad = [outcome for outcome in outcomes if outcome.state in BAD and not outcome.part.startswith("warm")]
     return 1 if bad else 0

@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_report.gpus import occupancy
-from kernel_report.ptx import read_function, split_functions
+from bench import Cost
+from kernel_report.budget import Case, Count, excuse, judge, measured
+from kernel_report.flow import executions, natural_loops, outermost
+from kernel_report.gpus import PRODUCTS, occupancy
+from kernel_report.ptx import Traffic, read_function, split_functions, traffic_by_pointer
+from kernel_report.sass import read_sass
 
 from d2it.ops import _native
 
@@ -182,3 +186,163 @@ def test_reads_what_a_kernel_does() -> None:
 )
 def test_occupancy_on_sm_90(registers: int, threads: int, shared: int, share: float) -> None:
     assert occupancy("sm_90", registers, threads, shared) == pytest.approx(share)
+
+
+def test_finds_loops_and_how_often_their_blocks_run() -> None:
+    # 1 is a loop around the loop 2-3 and the branch 4 | 5; 7 is reached by nothing; 8 and 9 have two ways in.
+    graph = [{1}, {2, 6}, {3}, {2, 4}, {5, 1}, {1}, {8, 9}, {1}, {9}, {8}]
+    loops = natural_loops(graph)
+    assert [(loop.header, sorted(loop.blocks)) for loop in loops] == [(1, [1, 2, 3, 4, 5]), (2, [2, 3])]
+    assert outermost(loops) == loops[:1]
+    assert executions(graph, loops, [10.0, 2.5]) == [1, 10, 25, 25, 10, 10, 1, 0, 1, 1]
+
+
+SASS = """
+		Function : k
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;        /* 0x00000a00ff017b82 */
+                                                                 /* 0x000e300000000800 */
+        /*0010*/              @!P0 BRA 0x00b0 ;                  /* 0x0 */
+        /*0020*/                   LDS.128 R4, [R2] ;            /* 0x0 */
+        /*0030*/                   LDSM.16.MT88.4 R8, [R3] ;     /* 0x0 */
+        /*0040*/                   BRA.DIV UR4, 0x0e0 ;          /* 0x0 */
+        /*0050*/                   STS.U16 [R2], R4 ;            /* 0x0 */
+        /*0060*/               @P1 BRA 0x0050 ;                  /* 0x0 */
+        /*0070*/              @!P2 BRA 0x00a0 ;                  /* 0x0 */
+        /*0080*/                   MOV R20, 0x0 ;                /* 0x0 */
+        /*0090*/                   CALL.ABS.NOINC R20 ;          /* 0x0 */
+        /*00a0*/                   BRA.U UP0, 0x0020 ;           /* 0x0 */
+        /*00b0*/                   STG.E.64 desc[UR4][R2.64], R4 ; /* 0x0 */
+        /*00c0*/                   EXIT ;                        /* 0x0 */
+        /*00d0*/                   NOP ;                         /* 0x0 */
+        /*00e0*/                   WARPSYNC.COLLECTIVE R3, 0x0f0 ; /* 0x0 */
+        /*00f0*/                   BRA 0x0050 ;                  /* 0x0 */
+"""
+
+
+def test_counts_what_machine_code_issues() -> None:
+    (code,) = read_sass(SASS).values()
+    assert len(code.loops) == 2
+    # Outside: LDC, BRA, STG, EXIT. Outer loop: LDS, LDSM, BRA.DIV, BRA at 70, BRA.U. Inner: STS, BRA.
+    # Never counted: the call of a failed assertion, lanes that came apart, what follows the end.
+    assert code.issued([10.0, 3.0]) == (4 + 10 * (5 + 3 * 2), 10 * (512 + 512 + 3 * 64))
+    assert code.issued([0.0, 3.0]) == (4, 0)
+
+
+def test_addresses_are_followed_to_their_pointers() -> None:
+    ptx = """
+.visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1, .param .u64 k_param_2, .param .u64 k_param_3)
+{
+	ld.param.b64 	%rd1, [k_param_0];
+	ld.param.b64 	%rd2, [k_param_1];
+	ld.param.b64 	%rd3, [k_param_2];
+	ld.param.b64 	%rd9, [k_param_3];
+	mul.lo.s64 	%rd4, %rd9, 4;
+	add.s64 	%rd5, %rd1, %rd4;
+	selp.b64 	%rd6, %rd2, %rd3, %p1;
+$L__BB0_1:
+	ld.global.v4.b32 	{%r1, %r2, %r3, %r4}, [%rd5];
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x10, %r9;
+	st.shared.v2.b64 	[%r6], {%rd7, %rd3};
+	ld.shared.b64 	%rd8, [%r7];
+	@%p2 bra 	$L__BB0_1;
+	st.global.b16 	[%rd8], %rs1;
+	ret;
+}
+"""
+    ((_, statements),) = split_functions(ptx).items()
+    moved = traffic_by_pointer(statements, [5.0], {(0, 0), (1, 0), (2, 0)})
+    first, either, third = frozenset({(0, 0)}), frozenset({(1, 0), (2, 0)}), frozenset({(2, 0)})
+    assert moved == {first: Traffic(80, 0), either: Traffic(80, 0), third: Traffic(0, 2)}
+    with pytest.raises(ValueError, match="comes from no pointer"):
+        traffic_by_pointer(statements, [5.0], {(0, 0)})
+
+
+COPY = """
+import json
+import torch, triton, triton.language as tl
+from kernel_report.budget import count
+from kernel_report.compile import AheadOfTimeDriver, compile_instead_of_launching
+
+@triton.jit
+def copy_kernel(y, x, n, N: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * n * N + tl.arange(0, N)
+    for i in tl.range(0, n):
+        tl.store(y + i * N + o, tl.load(x + i * N + o) * 2.0)
+
+launches = compile_instead_of_launching()
+triton.runtime.driver.set_active(AheadOfTimeDriver((9, 0)))
+x, y = (torch.empty(7 * 10 * 1024, device="meta") for _ in range(2))
+copy_kernel[(7,)](y, x, 10, N=1024, num_warps=4)
+found = [count(launches[0], lambda launch: [trips], "sm_90").__dict__ for trips in (10.0, 11.0, 20.0)]
+found.append(count(launches[0], lambda launch: [10.0], "sm_90", ("copy_kernel.x",)).__dict__)
+try:
+    count(launches[0], lambda launch: [10.0, 1.0], "sm_90")
+except ValueError as error:
+    found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+def test_counts_a_known_kernel(tmp_path: Path) -> None:
+    """7 programs of 4 warps double 10 x 1,024 numbers each."""
+    (tmp_path / "copying.py").write_text(COPY)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
+    environment.pop("TRITON_INTERPRET", None)
+    made = subprocess.run(
+        [sys.executable, str(tmp_path / "copying.py")], env=environment, capture_output=True, text=True, check=True
+    )
+    ten, eleven, twenty, without_x, error = json.loads(made.stdout)
+    size = 7 * 10 * 1024 * 4
+    assert ten["bytes"] == ten["l2_bytes"] == 2 * size
+    assert twenty["l2_bytes"] == 4 * size
+    assert twenty["bytes"] == 2 * size  # no more than the tensors have
+    assert without_x["bytes"] == size
+    # 8 numbers a lane are two loads, eight products and two stores; the rest steps and ends the loop, of which the
+    # assembler makes one of four copies and one for the rest: 11 trips are 2 of the one and 3 of the other.
+    assert 13 <= (eleven["instructions"] - ten["instructions"]) / (7 * 4) <= 30
+    assert 8 * 13 <= (twenty["instructions"] - ten["instructions"]) / (7 * 4) <= 10 * 30
+    assert ten["warps"] == pytest.approx(7 * 4 / 132)
+    assert error == "copy_kernel has 1 loops, but trips are stated for 2"
+
+
+def budget_row(size: float, instructions: float, warps: float) -> dict:
+    """The verdict on a launch whose floor is 1 GB and whose goal is half of that speed."""
+    case = Case("op", "case", "forward", Cost(10**9), lambda: None, {}, share=0.5)
+    rows = judge(case, [Count("k", size, size, instructions, 0.0, warps)], PRODUCTS["H200"])
+    assert [row["kernel"] for row in rows] == ["k", "all"]
+    return rows[1]
+
+
+def test_a_budget_is_bytes_and_instructions_at_what_the_warps_can_issue() -> None:
+    goal_ms = 2 * 10**9 / 4.3e12 * 1e3
+    slots = 132 * 1.755e6 * goal_ms
+    row = budget_row(1.9e9, 2.4 * slots, 32)
+    assert row["ok"]
+    assert row["goal_ms"] == pytest.approx(goal_ms)
+    assert row["ipc_needed"] == pytest.approx(2.4)
+    assert not budget_row(2.1e9, 2.4 * slots, 32)["ok"]
+    assert not budget_row(1.9e9, 2.6 * slots, 32)["ok"]
+    assert not budget_row(1.9e9, 2.4 * slots, 11)["ok"]
+    assert budget_row(1.9e9, 1.4 * slots, 11)["ok"]
+    assert excuse({"case": "no such operator"}) is None
+
+
+def test_a_budget_finds_what_was_measured() -> None:
+    case = Case("op", "case", "forward", Cost(1), lambda: None, {}, share=0.5)
+    row = {"case": "case", "direction": "forward", "contender": "d2it triton", "ms": 2.0, "correct": True}
+    assert measured(case, {"op": {"rows": [row, {**row, "ms": 1.0, "correct": False}]}}) == 2.0
+    assert measured(case, {}) is None
+
+
+def test_every_kernel_meets_its_budget_or_is_listed(tmp_path: Path) -> None:
+    file = tmp_path / "budget.json"
+    code, output = run("--budget", "--json", str(file))
+    assert code == 0, output
+    rows = json.loads(file.read_text())
+    fields = {"kernel", "case", "arch", "bytes", "floor_bytes", "instructions", "ipc_needed", "goal_ms", "ok"}
+    assert all(fields <= row.keys() for row in rows)
+    assert {row["case"].split()[0] for row in rows} >= {"window_attention", "adaln_modulate", "plan_tokens"}
+    for row in rows:
+        # A kernel that reads and writes less than its operator's tensors leaves something out, or the count does.
+        assert row["kernel"] != "all" or row["bytes"] >= 0.99 * row["floor_bytes"], row

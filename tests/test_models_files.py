@@ -337,7 +337,6 @@ def test_the_command_that_has_moved():
 
 
 def test_models_without_memory():
-    """Shapes alone: for deferred initialisation, for counting, for torchinfo."""
     with torch.device("meta"):
         parts = [
             DynamicVAE.from_preset("f8f16"),
@@ -349,12 +348,6 @@ def test_models_without_memory():
         ]
         for part in parts:
             assert {x.device.type for x in (*part.parameters(), *part.buffers())} == {"meta"}
-        x, t, y = torch.empty(2, 4, 32, 32), torch.empty(2), torch.zeros(2, dtype=torch.long)
-        grains = torch.zeros(2, 16, 16, dtype=torch.long)
-        assert parts[0](torch.empty(2, 3, 64, 64)).reconstruction.shape == (2, 3, 64, 64)
-        assert parts[1](torch.empty(2, 1, 16, 16), t, y).shape == (2, 2, 16, 16)
-        assert parts[2](x, t, y, grains).shape == (2, 8, 32, 32)
-        assert parts[3](x, t, y).shape == (2, 8, 32, 32)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the compiler made of every kernel: no GPU needed.
 
     python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 [--json FILE]
+    python benchmarks/kernel_report.py --budget [--gpu H200] [--only 'window_attention n256*'] [--json FILE]
     python benchmarks/kernel_report.py --arch sm_90 --heaviest sm_80 sm_100 --library d2it/_C.abi3.so
 
 Exit status 1: a kernel spills, loads narrowly in its main loop, does not fit, or is compiled by no case, and is not
@@ -12,15 +13,20 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import fnmatch
+import itertools
 import json
 import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
 
+from rows import columns, devices, load
+
+from kernel_report.budget import excuse
+from kernel_report.budget import table as table_of_budget
 from kernel_report.compile import ROOT, compile_cuda, compile_triton, nvcc, read_library
-from kernel_report.exceptions import EXCEPTIONS
-from kernel_report.gpus import ARCHS, occupancy
+from kernel_report.exceptions import BUDGET_EXCEPTIONS, EXCEPTIONS
+from kernel_report.gpus import ARCHS, PRODUCTS, occupancy
 
 # Bytes in a main loop that may come through loads of 32 bits and less (row indices, per-row scalars).
 NARROW_SHARE = 0.25
@@ -143,9 +149,53 @@ def table(rows: list[dict]) -> str:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(head, *body)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
-    return "\n".join(lines)
+    return columns([head, *body])
+
+
+def report_budget(product: str, only: str, jobs: int, json_file: str | None) -> int:
+    """Counts every case of a goal, prints the table; 1 where one misses its budget and no exception excuses it."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        names = pool.submit(budget_names).result()
+        chosen = [i for i, name in enumerate(names) if fnmatch.fnmatch(name, only)]
+        rows = [row for found in pool.map(budget_rows, chosen, itertools.repeat(product)) for row in found]
+    print(columns(list(table_of_budget(rows))))
+    if json_file:
+        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+    excused = {
+        row["case"]: found for row in rows if row["kernel"] == "all" and not row["ok"] and (found := excuse(row))
+    }
+    for case, (reason, lifted) in excused.items():
+        print(f"excepted: {case}: {reason}; lifted by {lifted}")
+    missed = [row["case"] for row in rows if row["kernel"] == "all" and not row["ok"] and row["case"] not in excused]
+    for case in missed:
+        print(f"FAILED {case}")
+    if only == "*":
+        for pattern, *_ in BUDGET_EXCEPTIONS:
+            if not any(fnmatch.fnmatch(case, pattern) for case in excused):
+                print(f"not needed here: {pattern}")
+    print(f"{len(chosen)} cases on {product}, {len(missed)} over their budget, {len(excused)} excepted")
+    return 1 if missed else 0
+
+
+def budget_names() -> list[str]:
+    """The name of every case of the budget."""
+    from kernel_report.budget_cases import cases
+
+    return [f"{case.operator} {case.case} {case.direction}" for case in cases()]
+
+
+def budget_rows(number: int, product: str) -> list[dict]:
+    """The rows of one case of the budget."""
+    from kernel_report.budget import count_case, judge, measured
+    from kernel_report.budget_cases import cases
+
+    case = list(cases())[number]
+    rows = judge(case, count_case(case, PRODUCTS[product].arch), PRODUCTS[product])
+    for folder in devices():
+        if product.lower() in folder.name and (ms := measured(case, load(folder))) is not None:
+            rows[-1]["measured_ms"] = ms
+    return rows
 
 
 def main() -> int:
@@ -157,8 +207,12 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--library", type=Path, metavar="FILE", help="read csrc/'s kernels off this built library")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as a list of objects")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*'")
+    parser.add_argument(
+        "--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*', or cases of --budget"
+    )
     parser.add_argument("--kernels", type=Path, default=ROOT / "kernels", metavar="DIR", help="another folder")
+    parser.add_argument("--budget", action="store_true", help="count bytes and instructions at the goals' shapes")
+    parser.add_argument("--gpu", choices=sorted(PRODUCTS), default="H200", help="whose budget (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
     args = parser.parse_args()
 
@@ -166,6 +220,8 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster, the same code
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    if args.budget:
+        return report_budget(args.gpu, args.only, args.jobs, args.json)
     home = args.kernels == ROOT / "kernels"
     rows, missing = report(
         args.arch, args.heaviest, args.kernels.resolve(), args.only, args.jobs, cuda=home, library=args.library

@@ -9,6 +9,7 @@ memory are ptxas's own, read off the cubin.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -19,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kernel_report.gpus import ARCHS
 from kernel_report.ptx import read_function, split_functions
@@ -87,20 +90,84 @@ class AheadOfTimeDriver:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch of a Triton kernel that was compiled and not run."""
+
+    function: Any
+    kernel: Any
+    """What Triton compiled."""
+    programs: int
+    arguments: dict[str, Any]
+    """By name; the fields of a named tuple as "argument.field"."""
+    types: dict[str, str]
+    """Triton's type of each argument by the same names: "*bf16", "i32", "constexpr"."""
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.kernel.metadata.num_warps
+
+    def tensors(self) -> dict[int, tuple[str, Any]]:
+        """Number among the machine code's parameters -> name and tensor of every pointer."""
+        passed = [name for name, kind in self.types.items() if kind != "constexpr"]
+        return {i: (name, self.arguments[name]) for i, name in enumerate(passed) if self.types[name].startswith("*")}
+
+
+def _flat(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any, str]]:
+    """An argument, or the fields of one that is a tuple, with Triton's types."""
+    if isinstance(kind, (tuple, list)):
+        fields = getattr(value, "_fields", range(len(kind)))
+        for field, inner, inner_kind in zip(fields, value, kind, strict=True):
+            yield from _flat(f"{name}.{field}", inner, inner_kind)
+    else:
+        yield name, getattr(value, "value", value) if kind == "constexpr" else value, kind
+
+
+def _launch(function: Any, kernel: Any, grid: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    given = dict(zip(function.arg_names, args)) | kwargs
+    defaults = {p.name: p.default for p in function.params if p.has_default}
+    flat = [
+        each
+        for name, kind in kernel.src.signature.items()
+        for each in _flat(name, given.get(name, defaults.get(name)), kind)
+    ]
+    arguments, types = {name: value for name, value, _ in flat}, {name: kind for name, _, kind in flat}
+    size = grid(given) if callable(grid) else grid
+    return Launch(function, kernel, math.prod(size), arguments, types)
+
+
 @functools.cache
-def _compile_instead_of_launching() -> list:
-    """Make ``kernel[grid](...)`` compile and append (function, compiled kernel) to the list returned."""
+def compile_instead_of_launching() -> list[Launch]:
+    """Makes ``kernel[grid](...)`` compile and append its `Launch` to the list that is returned."""
     from triton.runtime.jit import JITFunction
 
     run, compiled = JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self, kernel))
+        compiled.append(_launch(self, kernel, grid, args, kwargs))
         return kernel
 
     JITFunction.run = compile_only
     return compiled
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code of a cubin as text."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output(cuobjdump(), "-sass", file.name)
+
+
+def read_launch(launch: Launch) -> dict:
+    """What the report has of a compiled kernel."""
+    ((_, found),) = read(launch.kernel.asm["cubin"], launch.kernel.asm["ptx"]).items()
+    return {**found, "shared_bytes": max(launch.kernel.metadata.shared, found["shared_bytes"])}
 
 
 def _import_kernels(folder: str, stem: str):
@@ -117,7 +184,7 @@ def compile_triton(
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    compiled = _compile_instead_of_launching()
+    compiled = compile_instead_of_launching()
     module = _import_kernels(folder, stem)
     from d2it.kernels.common import COMPILE_CASES, compile_target
 
@@ -133,21 +200,18 @@ def compile_triton(
             call()
             if not compiled:
                 raise SystemExit(f"{stem}: compile case {config} launched nothing")
-            for function, kernel in compiled:
-                metadata = kernel.metadata
-                ((_, found),) = read(kernel.asm["cubin"], kernel.asm["ptx"]).items()
-                threads = metadata.num_warps * 32
+            for launch in compiled:
+                metadata, found = launch.kernel.metadata, read_launch(launch)
                 row = {
-                    "kernel": function.__name__,
+                    "kernel": launch.name,
                     "config": config,
                     "arch": arch,
                     "source": f"kernels/{stem}.py",
                     "case": i,
                     **found,
-                    "threads": threads,
+                    "threads": launch.threads,
                     "num_stages": metadata.num_stages,
                 }
-                row["shared_bytes"] = max(metadata.shared, found["shared_bytes"])
                 rows.append(row)
     declared = [
         function.__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 # Per multiprocessor: shared memory, of which a block may take; streaming multiprocessors of the product.
 # 65,536 registers, 64 warps and 32 blocks on all three (CUDA C++ Programming Guide, "Compute Capabilities").
 ARCHS = {
@@ -9,6 +11,25 @@ ARCHS = {
     "sm_90": {"capability": (9, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "sms": 132},
     "sm_100": {"capability": (10, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "sms": 148},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A GPU that is sold: what its clock, memory and tensor cores reach."""
+
+    arch: str
+    ghz: float
+    tbps: float
+    """Copy bandwidth, bytes read plus bytes written."""
+    tflops: float
+    """Dense products of 16-bit numbers."""
+
+    def issue_slots(self, ms: float) -> float:
+        """Instructions that all multiprocessors issue in this time at one a cycle each."""
+        return ARCHS[self.arch]["sms"] * self.ghz * 1e6 * ms
+
+
+PRODUCTS = {"H100": Product("sm_90", 1.755, 3.0, 790), "H200": Product("sm_90", 1.755, 4.3, 790)}
 
 
 def occupancy(arch: str, registers: int, threads: int, shared: int) -> float:

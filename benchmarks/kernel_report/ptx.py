@@ -7,8 +7,12 @@ the whole kernel.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
+from collections.abc import Collection
+
+from kernel_report.flow import Graph, executions, natural_loops, outermost
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)")
 _LABEL = re.compile(r"^(\$?\w+):")
@@ -18,6 +22,8 @@ _TENSOR = re.compile(r"^(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 # A shared, local, parameter or constant access says so; one without a space may be global, and is counted as such.
 _NOT_GLOBAL = (".shared", ".local", ".param", ".const")
 
+Instruction = tuple[str, str]
+"""Opcode and operands."""
 Access = tuple[str, int]
 """("load" or "store", bits that a thread moves), or (another opcode, 0)."""
 
@@ -59,9 +65,9 @@ def _braced(text: str) -> str:
     return text[start + 1 : end]
 
 
-def basic_blocks(statements: list[str]) -> tuple[list[list[Access]], list[set[int]]]:
-    """What the instructions of each basic block do, and each block's successors."""
-    blocks: list[list[Access]] = [[]]
+def basic_blocks(statements: list[str]) -> tuple[list[list[Instruction]], Graph]:
+    """The instructions of each basic block, and each block's successors."""
+    blocks: list[list[Instruction]] = [[]]
     labels: dict[str, list[int]] = {}
     jumps: list[tuple[int, str]] = []
     falls: list[bool] = [True]
@@ -79,50 +85,17 @@ def basic_blocks(statements: list[str]) -> tuple[list[list[Access]], list[set[in
         if match is None or text.startswith("."):
             continue
         predicate, opcode, operands = match.groups()
-        blocks[-1].append(read_instruction(opcode, operands))
+        blocks[-1].append((opcode, operands))
         if opcode.partition(".")[0] in ("bra", "ret", "exit", "brx", "trap"):
             if opcode.startswith("bra"):
                 jumps.append((len(blocks) - 1, operands.strip()))
             falls[-1] = predicate is not None
             begin()
-    successors: list[set[int]] = [{i + 1} if falls[i] and i + 1 < len(blocks) else set() for i in range(len(blocks))]
+    successors: Graph = [{i + 1} if falls[i] and i + 1 < len(blocks) else set() for i in range(len(blocks))]
     for source, label in jumps:
         # Labels of inline assembly are local and may repeat: the nearest is meant.
         successors[source].add(min(labels[label], key=lambda target: abs(target - source)))
     return blocks, successors
-
-
-def loops(successors: list[set[int]]) -> list[list[int]]:
-    """Outermost loops of a flow graph: its strongly connected components that hold a cycle (Tarjan)."""
-    order: dict[int, int] = {}
-    low: dict[int, int] = {}
-    stack: list[int] = []
-    found: list[list[int]] = []
-    for root in range(len(successors)):
-        if root in order:
-            continue
-        order[root] = low[root] = len(order)
-        stack.append(root)
-        work = [(root, iter(successors[root]))]
-        while work:
-            node, children = work[-1]
-            child = next(children, None)
-            if child is None:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
-                if low[node] == order[node]:
-                    component = stack[stack.index(node) :]
-                    del stack[stack.index(node) :]
-                    if len(component) > 1 or node in successors[node]:
-                        found.append(component)
-            elif child not in order:
-                order[child] = low[child] = len(order)
-                stack.append(child)
-                work.append((child, iter(successors[child])))
-            elif child in stack:
-                low[node] = min(low[node], order[child])
-    return found
 
 
 def traffic(accesses: list[Access], kind: str) -> Counter[int]:
@@ -137,8 +110,12 @@ def traffic(accesses: list[Access], kind: str) -> Counter[int]:
 def read_function(statements: list[str]) -> dict:
     """Widths, tensor-core instructions and atomics of one kernel's PTX."""
     blocks, successors = basic_blocks(statements)
-    everything = [access for block in blocks for access in block]
-    bodies = [[access for b in component for access in blocks[b]] for component in loops(successors)]
+    accesses = [[read_instruction(*instruction) for instruction in block] for block in blocks]
+    everything = [access for block in accesses for access in block]
+    bodies = [
+        [access for block in sorted(loop.blocks) for access in accesses[block]]
+        for loop in outermost(natural_loops(successors))
+    ]
     main = max(bodies, key=lambda body: sum(traffic(body, "load").values()), default=[])
     in_loop = bool(traffic(main, "load"))
     load = traffic(main if in_loop else everything, "load")
@@ -156,3 +133,102 @@ def read_function(statements: list[str]) -> dict:
         "atomics": sum(opcode.startswith(("atom.", "red.")) and ".shared" not in opcode for opcode in opcodes),
         "instructions": len(everything),
     }
+
+
+_REGISTER = re.compile(r"%(?!p)[a-z]+\d+")
+_PARAMETER = re.compile(r"\w+_param_(\d+)(?:\s*\+\s*(\d+))?")
+_SHARED = "shared memory"
+_WRITES_NO_REGISTER = ("st", "red", "bra", "bar", "ret", "exit", "trap", "membar", "fence", "prefetch", "barrier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What the threads of a block read from and write to the memory behind one pointer argument, in bytes a thread,
+    with every lane active."""
+
+    read: float = 0.0
+    written: float = 0.0
+
+
+Pointer = tuple[int, int]
+"""A 64-bit parameter of a kernel: its number, and an offset where it lies in a structure."""
+
+
+def loop_accesses(statements: list[str]) -> list[int]:
+    """Instructions of each natural loop that read or write global memory."""
+    blocks, graph = basic_blocks(statements)
+    return [
+        sum(read_instruction(*each)[1] > 0 for block in loop.blocks for each in blocks[block])
+        for loop in natural_loops(graph)
+    ]
+
+
+def traffic_by_pointer(
+    statements: list[str], trips: list[float], pointers: Collection[Pointer] | None = None
+) -> dict[frozenset[Pointer], Traffic]:
+    """What one thread moves, by the pointer, or the pointers among which it chooses, that its addresses come from.
+
+    Args:
+        statements: of the kernel, from `split_functions`.
+        trips: of each natural loop, in their order, how often it runs each time it is entered.
+        pointers: the parameters that are pointers; every 64-bit one where None.
+
+    Raises:
+        ValueError: An address that comes from none of them.
+    """
+    blocks, graph = basic_blocks(statements)
+    origins = _origins([instruction for block in blocks for instruction in block], pointers)
+    moved: dict[frozenset[Pointer], Traffic] = {}
+    for block, times in zip(blocks, executions(graph, natural_loops(graph), trips)):
+        for opcode, operands in block:
+            kind, bits = read_instruction(opcode, operands)
+            if not bits or not times:
+                continue
+            address = _address(opcode, operands)
+            key = frozenset().union(*(origins.get(register, ()) for register in _REGISTER.findall(address)))
+            if not key:
+                raise ValueError(f"{opcode} {operands}: its address comes from no pointer among the parameters")
+            before, size = moved.get(key, Traffic()), times * bits / 8
+            read, written = (size, 0.0) if kind == "load" else (0.0, size)
+            moved[key] = Traffic(before.read + read, before.written + written)
+    return moved
+
+
+def _address(opcode: str, operands: str) -> str:
+    """The operand in brackets that is an address of global memory."""
+    addresses = re.findall(r"\[([^\]]*)\]", operands)
+    return addresses[1 if opcode.startswith("cp.async") and ".shared" in opcode.partition(".global")[0] else 0]
+
+
+def _origins(instructions: list[Instruction], pointers: Collection[Pointer] | None) -> dict[str, set[Pointer]]:
+    """Register -> the pointers that its value is made from. What is loaded from memory is made from none, but for
+    addresses that lanes hand to each other through shared memory: each may be any that is stored there."""
+    origins: dict[str, set[Pointer]] = {}
+    flows: list[tuple[list[str], list[str]]] = []
+    for opcode, operands in instructions:
+        name = opcode.partition(".")[0]
+        if ".shared" in opcode and opcode.endswith("b64"):
+            inner, outer = operands.split("]")[0].partition("[")[0], operands.partition("]")[2]
+            flows.append(
+                ([_SHARED], _REGISTER.findall(outer)) if name == "st" else (_REGISTER.findall(inner), [_SHARED])
+            )
+        elif name == "ld":
+            match = _PARAMETER.search(operands)
+            if ".param" in opcode and match and opcode.endswith("64"):
+                pointer = int(match[1]), int(match[2] or 0)
+                if pointers is None or pointer in pointers:
+                    for register in _REGISTER.findall(operands.partition("[")[0]):
+                        origins.setdefault(register, set()).add(pointer)
+        elif name not in _WRITES_NO_REGISTER:
+            target, _, sources = operands.partition("}" if operands.startswith("{") else ",")
+            flows.append((_REGISTER.findall(target), _REGISTER.findall(sources)))
+    changed = True
+    while changed:
+        changed = False
+        for targets, sources in flows:
+            found = set().union(*(origins.get(source, set()) for source in sources))
+            for target in targets:
+                if not found <= origins.get(target, set()):
+                    origins[target] = origins.get(target, set()) | found
+                    changed = True
+    return origins

@@ -8,7 +8,6 @@ modulation and the conditioning vector that it comes from are in float32.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -35,7 +34,8 @@ def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Ten
         if x is not None and x.device != device:
             raise ValueError(f"{name} must be on {device} as the model is, got {x.device}")
     for name, x in floating.items():
-        if x.dtype != weight.dtype and not (x.is_floating_point() and autocast_is_on(device)):
+        cast = x.is_floating_point() and torch.is_autocast_enabled(device.type)
+        if x.dtype != weight.dtype and not cast:
             raise ValueError(f"{name} must be {weight.dtype} as the weights are (or autocast be on), got {x.dtype}")
 
 
@@ -168,14 +168,10 @@ class Modulation(nn.Module):
         return _float32_linear(self.linear, F.silu(c)).chunk(self.count, dim=-1)
 
 
-def autocast_is_on(device: torch.device) -> bool:
-    """Whether a matrix product on `device` casts its operands; the meta device has no autocast."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a Linear with float32 weights returns for `x`."""
-    return torch.get_autocast_dtype(x.device.type) if autocast_is_on(x.device) else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -183,7 +179,7 @@ def _float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
     One row an image: its cost is nothing, its rounding would reach every token.
     """
-    with torch.autocast(x.device.type, enabled=False) if autocast_is_on(x.device) else contextlib.nullcontext():
+    with torch.autocast(x.device.type, enabled=False):
         out = linear(x.to(linear.weight.dtype))
     return out if out.dtype == torch.float64 else out.float()
 

@@ -362,30 +362,26 @@ class D2iT(PyTorchModelHubMixin):
         Raises:
             ValueError: arguments that do not fit each other or the model; nothing has been computed then.
         """
-        options = {"scheduler": scheduler, "steps": steps, "guidance": guidance}
-        options |= {"grain_scheduler": grain_scheduler, "grain_steps": grain_steps, "grain_guidance": grain_guidance}
-        own = self.sampling | {name: value for name, value in options.items() if value is not None}
-        content, network = self.content_transformer.config, self.grain_transformer
-        scheduler, steps = own.get("scheduler", default_scheduler(content.diffusion)), own.get("steps", 250)
-        guide, grain_guide = (_guidance(name, own.get(name, 1.0)) for name in ("guidance", "grain_guidance"))
-        grain_map = None if grain_map is None else _tensor(grain_map)
+        own = self.sampling
+        diffusion = self.content_transformer.config.diffusion
+        scheduler = scheduler if scheduler is not None else own.get("scheduler", default_scheduler(diffusion))
+        steps = steps if steps is not None else own.get("steps", 250)
+        grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
+        grain_scheduler = grain_scheduler if grain_scheduler is not None else own.get("grain_scheduler")
+        guide = _guidance("guidance", guidance if guidance is not None else own.get("guidance", 1.0))
+
         chosen = None if labels is None else torch.tensor(self.class_numbers(labels), dtype=torch.int64)
         count = self._count(num_images, seeds, chosen, grain_map)
         seeds = check_seeds(seeds if seeds is not None else range(whole_number("seed", seed, 0), seed + count))
         numbers = self._labels(chosen, seeds)
-        if grain_map is None and network is None:
+        if grain_map is None and self.grain_transformer is None:
             if not isinstance(self.content_transformer, DiT):
                 raise ValueError("grain_map must be given: this model has no Grain Transformer")
             grain_map = torch.full(self.region_grid, self.num_grains - 1)
+        content = self.content_transformer.config
         check_guidance("guidance", guide, content.in_channels, content)
         process = make_diffusion(content.diffusion, learn_sigma=content.learn_sigma)
         solver = make_scheduler(scheduler, process, steps, learned_range=content.learn_sigma)
-        if network is not None:
-            check_guidance("grain_guidance", grain_guide, self.num_grains, network.config)
-            grain_scheduler = own.get("grain_scheduler", grain_scheduler_for(scheduler, network.config.diffusion))
-            process = make_diffusion(network.config.diffusion, learn_sigma=False)
-            own_steps = own.get("grain_steps", steps)
-            grain_solver = make_scheduler(grain_scheduler, process, own_steps, prediction="sample", of="grain_")
         if batch_size is not None:
             whole_number("batch_size", batch_size, 1)
         if autocast not in (None, torch.bfloat16, torch.float16):
@@ -396,16 +392,25 @@ class D2iT(PyTorchModelHubMixin):
             autocast = self.dtype
         shared: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph}
         if grain_map is None:
+            network: Any = self.grain_transformer
+            grain_guide = _guidance(
+                "grain_guidance", grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0)
+            )
+            check_guidance("grain_guidance", grain_guide, self.num_grains, network.config)
+            if grain_scheduler is None:
+                grain_scheduler = grain_scheduler_for(scheduler, network.config.diffusion)
+            process = make_diffusion(network.config.diffusion, learn_sigma=False)
+            grain_solver = make_scheduler(grain_scheduler, process, grain_steps, prediction="sample", of="grain_")
 
             def maps(part: slice) -> Tensor:
-                assert network is not None
                 named = None if numbers is None else numbers[part]
                 own_seeds = [derived_seed(s, "grain") for s in seeds[part]]
                 return denoise_grain_maps(network, named, own_seeds, grain_solver, grain_guide, **shared)
         else:
-            if grain_map.ndim not in (2, 3):
-                raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(grain_map.shape)}")
-            given = grain_map.expand(count, *grain_map.shape[-2:])
+            given = torch.as_tensor(grain_map)
+            if given.ndim not in (2, 3):
+                raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(given.shape)}")
+            given = given.expand(count, *given.shape[-2:])
             check_grain_map(given, count, self)
 
             def maps(part: slice) -> Tensor:
@@ -444,7 +449,7 @@ class D2iT(PyTorchModelHubMixin):
         """
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.reshape(-1).tolist()
-        elif not isinstance(labels, (Sequence, range)) or isinstance(labels, str):
+        elif isinstance(labels, (int, str)):
             labels = [labels]
         return [self._class_number(label) for label in labels]
 
@@ -468,8 +473,6 @@ class D2iT(PyTorchModelHubMixin):
         self, num_images: int | None, seeds: Sequence[int] | None, labels: Tensor | None, grain_map: Tensor | None
     ) -> int:
         """The number of images that the arguments ask for; ValueError where they disagree."""
-        if seeds is not None and not hasattr(seeds, "__len__"):
-            raise ValueError(f"seeds must be a sequence of whole numbers, got {seeds!r}")
         counts = {"num_images": num_images, "seeds": None if seeds is None else len(seeds)}
         if labels is not None and len(labels) != 1:
             counts["labels"] = len(labels)
@@ -509,13 +512,6 @@ def _description(names: Any, sampling: Any, classes: int) -> tuple[list[str] | N
     if not isinstance(sampling, (dict, type(None))) or set(sampling or {}) - set(DEFAULTS):
         raise ValueError(f"sampling must be a dictionary with keys of {', '.join(DEFAULTS)}, got {sampling!r}")
     return None if names is None else list(names), dict(sampling or {})
-
-
-def _tensor(grain_map: Any) -> Tensor:
-    try:
-        return torch.as_tensor(grain_map)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"grain_map must be a tensor of grains, got {type(grain_map).__name__}") from error
 
 
 def _guidance(name: str, value: float | Guidance | dict[str, Any]) -> Guidance:
