@@ -5,6 +5,7 @@ The convolutional parts are those of the latent-diffusion autoencoder (Rombach e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -60,7 +61,10 @@ class DynamicVAEConfig:
 
     def __post_init__(self) -> None:
         set_whole_tuples(self, "downsampling", "encoder_mult", "decoder_mult")
-        self.value_range = (float(self.value_range[0]), float(self.value_range[1]))
+        ends = tuple(self.value_range) if isinstance(self.value_range, (list, tuple)) else ()
+        if len(ends) != 2 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in ends):
+            raise ValueError(f"value_range must be two finite numbers, got {self.value_range!r}")
+        self.value_range = (float(ends[0]), float(ends[1]))
         check_whole(self, latent_channels=1, channels=1, residual_blocks=1, attention_from=1)
         self.num_bins = self.num_bins or self.region_size**2
         check_whole(self, num_bins=2)
@@ -83,8 +87,11 @@ class DynamicVAEConfig:
 
     def check_thresholds(self, thresholds: Sequence[float]) -> tuple[float, ...]:
         """The thresholds as a tuple; ValueError unless they are k-1 ascending values."""
-        values = tuple(float(x) for x in thresholds)
-        if len(values) != self.num_grains - 1 or list(values) != sorted(values):
+        try:
+            values = tuple(float(x) for x in thresholds)
+        except (TypeError, ValueError):
+            raise ValueError(f"thresholds must be numbers, got {thresholds!r}") from None
+        if len(values) != self.num_grains - 1 or list(values) != sorted(values) or any(map(math.isnan, values)):
             raise ValueError(f"thresholds must be {self.num_grains - 1} ascending values, got {values}")
         return values
 

@@ -182,9 +182,11 @@ class Checkpoints:
 
         def read() -> None:
             try:
+                reader = _Reader(path, set(files))
+                reader.read_metadata()  # torch would log a failure with its traceback
                 dcp.load(
                     tensors,
-                    storage_reader=_Reader(path, set(files)),
+                    storage_reader=reader,
                     planner=_Planner(),
                     process_group=self.world.control,
                     no_dist=self.world.size == 1,

@@ -255,6 +255,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     texts: dict[str, Any] = {}
+    key = ""
     try:
         merged = OmegaConf.structured(Config)
         for layer, typed in [] if path is None else _files(Path(path), ()):
@@ -268,12 +269,13 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
                 texts[key] = _text(key, value, _typed(key, value))
             else:
                 merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        key = ""
         merged.data.path = ""  # given below, or reported
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        where = getattr(error, "full_key", None)
+        where = getattr(error, "full_key", None) or key
         raise UserError(f"configuration: {f'{where}: ' if where else ''}{reason_of(error)}") from None
     assert isinstance(config, Config)
     for key, text in {"data.path": MISSING, **texts}.items():
@@ -343,8 +345,8 @@ def _take_texts(values: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]
         except (KeyError, TypeError):
             continue
         if present and isinstance(section, dict):
-            value = section.pop(name)
-            found[key] = _text(key, "null" if value is None else str(raw[name]), raw[name])
+            empty = section.pop(name) is None
+            found[key] = _text(key, "null" if empty else str(raw[name]), None if empty else raw[name])
     return found
 
 

@@ -19,7 +19,7 @@ from d2it import pictures
 from d2it.data import Calibration, ImageSource, SinglePass
 from d2it.distributed import World
 from d2it.errors import UserError
-from d2it.models import DynamicVAE, VAELoss
+from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss
 from d2it.seeds import seed_of
 from d2it.training.config import Config
 from d2it.training.learner import Batch, Learner, bf16
@@ -85,21 +85,27 @@ def build_vae(config: Config) -> DynamicVAE:
         UserError: settings that do not fit each other, or a calibration of other images or another entropy.
     """
     settings = config.dvae
+    overrides = {k: v for k, v in settings.overrides.items() if k != "thresholds" or v not in (None, [], ())}
     with user_error("configuration: dvae"):
-        plan = DynamicVAE.preset_config(settings.preset, **settings.overrides)
+        known = {**DynamicVAE.presets.get(settings.preset, {}), **overrides}
+        grains = len(known.get("downsampling", DynamicVAEConfig.downsampling))
+        # Three grains have no thresholds of their own; the calibration's come below.
+        plan = DynamicVAE.preset_config(settings.preset, **{"thresholds": tuple(range(1, grains)), **overrides})
     height, width = config.data.image_size
     if height % plan.region_size or width % plan.region_size:
         raise UserError(
             f"configuration: data.image_size must be a multiple of the VAE's region of {plan.region_size} pixels, "
             f"got {height} x {width}"
         )
-    if plan.num_grains == 1:
-        return build(DynamicVAE, settings, "dvae")
-    if settings.overrides.get("thresholds") is not None:
+    if plan.num_grains == 1 or "thresholds" in overrides:
         if settings.calibration is not None:
             raise UserError(
-                f"configuration: dvae.calibration={settings.calibration} has no effect beside "
-                "dvae.overrides.thresholds: set dvae.overrides.thresholds=null to use the calibration"
+                f"configuration: dvae.calibration={settings.calibration} has no effect "
+                + (
+                    "on a VAE of one grain: leave it out"
+                    if plan.num_grains == 1
+                    else "beside dvae.overrides.thresholds: set dvae.overrides.thresholds=null to use the calibration"
+                )
             )
         return build(DynamicVAE, settings, "dvae")
     if len(settings.fine_ratios) != plan.num_grains - 1:
@@ -116,7 +122,6 @@ def build_vae(config: Config) -> DynamicVAE:
             f"--image-size {height} {width} --region-size {plan.region_size}, or set dvae.overrides.thresholds"
         ) from None
     thresholds = tuple(calibration.thresholds(settings.fine_ratios))
-    overrides = {k: v for k, v in settings.overrides.items() if k != "thresholds"}
     return build(DynamicVAE, dataclasses.replace(settings, overrides=overrides), "dvae", thresholds=thresholds)
 
 

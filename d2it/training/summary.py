@@ -39,10 +39,12 @@ class Summary:
         self.state = 20 * sum(counts.values()) / (world.size if settings.parallel == "fsdp" else 1)
         self.activations = stage.activations(batch) / few * micro
         lines = [
-            f"{name}: {type(net).__name__} {settings.preset}, {counts[name] / 1e6:.2f} M parameters"
+            f"{name}: {type(net).__name__}{f' {settings.preset}' if name == stage.name else ''}, "
+            f"{counts[name] / 1e6:.2f} M parameters"
             for name, net in stage.networks.items()
         ]
-        lines[0] += f", {work.macs / work.images / 1e9:.3g} GMAC and {work.tokens / work.images:.4g} tokens an image"
+        tokens = f" and {work.tokens / work.images:.4g} tokens" if work.tokens else ""
+        lines[0] += f", {work.macs / work.images / 1e9:.3g} GMAC{tokens} an image"
         lines.append(
             f"  batch {settings.batch_size} = {world.size} ranks x {settings.accumulate} micro-batches x {micro}, "
             f"{settings.steps:,} steps, learning rate {settings.lr:g}, EMA {settings.ema:g}"
