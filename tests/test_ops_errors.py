@@ -128,7 +128,6 @@ def wrong_tensors(right: torch.Tensor) -> dict[str, Any]:
         "no_dimension": torch.zeros((), dtype=right.dtype),
         "float8": torch.zeros(right.shape).to(torch.float8_e4m3fn),
         "unsigned": torch.zeros(right.shape, dtype=torch.uint16),
-        "quantized": torch.quantize_per_tensor(torch.zeros(right.shape), 1.0, 0, torch.quint8),
     }
     if right.is_floating_point():
         wrong["integers"] = right.long()

@@ -108,7 +108,7 @@ def check_plan(plan: Any) -> None:
     if not isinstance(plan, TokenPlan):
         raise TypeError(f"plan must be a TokenPlan, got {type(plan).__name__}")
     compiling = torch.compiler.is_compiling()
-    if not compiling and getattr(plan, "_versions", None) == _versions(plan):
+    if not compiling and "_versions" in plan.__dict__ and plan.__dict__["_versions"] == _versions(plan):
         return
     _check.integer("plan.capacity", plan.capacity, low=0, high=MOST_CELLS)
     _check.integer("plan.window", plan.window, low=1)
@@ -146,20 +146,27 @@ def check_plan(plan: Any) -> None:
 
 def check_rows(plan: TokenPlan) -> None:
     """Raises unless `index` and `inverse` stay inside of each other and are each other's inverse."""
-    _check_way(plan.index, plan.inverse, "plan.index", "plan.inverse")
-    _check_way(plan.inverse, plan.index, "plan.inverse", "plan.index")
+    ways = (("plan.index", plan.index, plan.inverse), ("plan.inverse", plan.inverse, plan.index))
+    for name, there, back in ways:
+        if there.shape[0]:
+            most = there.max()
+            _check.values(
+                most < back.shape[0], f"{name} must contain values below {back.shape[0]}", partial(_number, most)
+            )
+    for name, there, back in ways:
+        if there.shape[0] and back.shape[0]:
+            start = torch.arange(there.shape[0], dtype=torch.int32, device=there.device)
+            returned = back.index_select(0, there.clamp(0, back.shape[0] - 1))
+            ok = ((there < 0) | (returned == start)).all()
+            _check.values(ok, f"{name} must be the inverse of the other of plan.index and plan.inverse", _no)
 
 
-def _check_way(there: Tensor, back: Tensor, name: str, other: str) -> None:
-    size = back.shape[0]
-    if not there.shape[0]:
-        return
-    _check.values((there < size).all(), f"{name} must contain values below {size}", lambda: str(int(there.max())))
-    if size:
-        start = torch.arange(there.shape[0], dtype=torch.int32, device=there.device)
-        returned = back.index_select(0, there.clamp(0, size - 1))
-        ok = ((there < 0) | (returned == start)).all()
-        _check.values(ok, f"{name} must lead to where {other} leads back", lambda: "another")
+def _no() -> str:
+    return "one that is not"
+
+
+def _number(value: Tensor) -> str:
+    return str(int(value))
 
 
 _INT32 = frozenset((torch.int32,))
