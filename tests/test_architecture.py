@@ -114,20 +114,20 @@ def test_a_circle_would_be_found() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_and_modules_that_documents_name_exist(document: Path) -> None:
-    text = document.read_text()
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     for path in re.findall(r"`((?:d2it|kernels|csrc|benchmarks|tests|docs|configs)/[\w./*<>-]+)`", text):
-        if "<" not in path:
+        if "<" not in path and "softcap" not in path:  # the example of adding_a_kernel.md
             assert list(ROOT.glob(path)), f"{document.name} names {path}"
     for path in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
         assert (document.parent / path).exists(), f"{document.name} links to {path}"
     for dotted in re.findall(r"(?<![/\w])d2it(?:\.\w+)+", text):
-        if re.search(r"\.(json|yaml|png)$", dotted):
+        if "softcap" in dotted or re.search(r"\.(json|yaml|png)$", dotted):
             continue
         parts = dotted.split(".")
         for cut in range(len(parts), 0, -1):
             module = ".".join(parts[:cut])
             if module in MODULES:
-                found = importlib.import_module(module) if module != "d2it.verify_cache" else None
+                found = importlib.import_module(module)
                 for attribute in parts[cut:]:
                     found = getattr(found, attribute)
                 break
@@ -162,19 +162,18 @@ def test_an_operators_files_carry_its_name() -> None:
     assert not {s for s in sources if not s.startswith(tuple(names))} - shared
     public = {name for name in ops.__all__ if name in _dispatch._BACKENDS}
     for name in public:
-        assert f"`{name}`" in ARCHITECTURE or name in ("encode_grains", "grain_map", "window_attention_qkvpacked"), name
+        assert f"`{name.removesuffix('_qkvpacked')}`" in ARCHITECTURE, name
 
 
 BACKEND_NAMES = {"Triton": "triton", "CUDA": "cuda", "C++": "cpu"}
 
 
 def test_the_readmes_table_of_operators_is_the_registry() -> None:
-    rows = re.findall(r"^\| (`\w+`[^|]*) \| [^|]* \| ([^|]*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`[^|]*) \| [^|]* \| ([^|]*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     listed = {}
     for names, backends in rows:
         for part in re.findall(r"`(\w+)`", names):
-            if part in _dispatch._BACKENDS:
-                listed[part] = {BACKEND_NAMES[b.strip()] for b in re.sub(r"\([^)]*\)", "", backends).split(",")}
+            listed[part] = {BACKEND_NAMES[b.strip()] for b in backends.split(",") if b.strip()}
     assert listed == {op: set(backends) - {"reference"} for op, backends in _dispatch._BACKENDS.items()}
 
 

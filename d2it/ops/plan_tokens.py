@@ -29,7 +29,7 @@ def plan_tokens(
         min_grain: the coarsest grain that gets tokens.
         capacity: rows to lay out; None is B * Hf * Wf, always enough. A smaller one comes from the host, which knows
             the maps.
-        backend: "reference", "triton", or None to choose.
+        backend: "reference", "cpu", "triton", or None to choose.
 
     Returns:
         A `TokenPlan`.
