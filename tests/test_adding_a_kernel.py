@@ -62,7 +62,7 @@ def run(folder: Path, *words: str) -> str:
 
 
 def test_the_suite_of_the_new_operator_passes(copy: Path) -> None:
-    out = run(copy, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-x", "tests/kernels/test_softcap.py")
+    out = run(copy, "-m", "pytest", "-p", "no:cacheprovider", "-vv", "-x", "tests/kernels/test_softcap.py")
     assert "test_mutation_is_noticed" in out
     assert " passed" in out
 
