@@ -18,6 +18,8 @@ from d2it.data.sources import find_images
 from d2it.errors import UserError
 from d2it.evaluation.images import open_images
 from d2it.sampling.grain_maps import choose_maps, read_grain_maps
+from d2it.training.config import load
+from d2it.training.run import _source
 
 
 def picture(seed=0, width=40, height=32):
@@ -336,6 +338,14 @@ def test_the_number_of_classes_is_what_is_there_unless_said_on_purpose(tmp_path,
     else:
         with pytest.raises(UserError, match=message):
             source.require_classes(asked, allow_missing=True)
+
+
+def test_a_configuration_allows_missing_classes_on_purpose(tmp_path):
+    path = make_classes("folder", tmp_path, [0, 1, 2])
+    typed = [f"data.path={path}", "data.image_size=32", "data.num_classes=8", "data.upsample=true"]
+    with pytest.raises(UserError, match=r"num_classes is 8, but there are 3 classes: .*allow_missing_classes=true"):
+        _source(load("configs/demo.yaml", typed))
+    assert _source(load("configs/demo.yaml", [*typed, "data.allow_missing_classes=true"])).num_classes == 3
 
 
 @pytest.mark.parametrize("kind", ["pack", "shard"])

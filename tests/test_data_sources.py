@@ -507,6 +507,10 @@ def test_compressed_and_empty_shards_are_refused(tmp_path):
     ("suffix", "content"),
     [
         ("cls", b"seven"),
+        ("cls", b"1_000"),
+        ("cls", b"0x10"),
+        ("cls", b"1.0"),
+        ("cls", b""),
         ("cls", b"9" * 5000),
         ("cls", b"\xff"),
         ("cls", b"-1"),

@@ -70,6 +70,7 @@ class DataConfig:
         crops: images that the demo cuts from its photos.
         image_size: side of the images in pixels, or [height, width].
         num_classes: number of classes; null trains an unconditional model.
+        allow_missing_classes: accept images of fewer classes than num_classes.
         class_names: names of the classes; null takes those of the source, such as the names of its folders.
         augment: flip half of the images.
         crop: center (ADM's) or random.
@@ -81,6 +82,7 @@ class DataConfig:
     crops: int = 2048
     image_size: Any = 256  # (height, width) after `load`
     num_classes: int | None = None
+    allow_missing_classes: bool = False
     class_names: list[str] | None = None
     augment: bool = True
     crop: str = "center"

@@ -269,7 +269,7 @@ def _source(config: Config) -> ImageSource:
         else:
             source = open_source(data.path, data.image_size, **options)
     if data.num_classes is not None:
-        source.require_classes(data.num_classes)
+        source.require_classes(data.num_classes, allow_missing=data.allow_missing_classes)
     return source
 
 
@@ -326,7 +326,7 @@ def _stage(
         with torch.device("cpu"):
             latents = LatentCache(cache, verify=False if outline else None)
             if config.data.num_classes is not None:
-                latents.require_classes(config.data.num_classes)
+                latents.require_classes(config.data.num_classes, allow_missing=config.data.allow_missing_classes)
             vae = None if outline else _vae(config)
             latents.require(vae=sha256_of(Path(config.run.dir) / "vae" / "model.safetensors"))
         return kind(config, settings, world, LatentData.of_cache(latents), vae)

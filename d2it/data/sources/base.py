@@ -45,7 +45,7 @@ def check_classes(
     if found < num_classes and not allow_missing:
         raise UserError(
             f"{description}: num_classes is {num_classes}, but there are {found} classes: set it to {found}, or allow "
-            "missing classes on purpose"
+            "missing classes on purpose (data.allow_missing_classes=true)"
         )
     missing = np.setdiff1d(np.arange(found), labels)
     if len(missing):

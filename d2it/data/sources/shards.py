@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,12 +178,18 @@ def _scan_shard(path: str) -> tuple[dict[str, _Sample], list[str]]:
 
 def _read_label(content: bytes, suffix: str, name: str) -> int | None:
     try:
-        fields = {"label": int(content.decode("ascii"))} if suffix == ".cls" else json.loads(content)
+        if suffix == ".cls":
+            if not re.fullmatch(rb"\s*-?[0-9]+\s*", content):  # int() takes 1_000 too
+                raise ValueError(content)
+            return _checked(int(content))
+        fields = json.loads(content)
         label = fields.get("label") if isinstance(fields, dict) else None
-        if label is None:
-            return None
-        if isinstance(label, bool) or not isinstance(label, int) or abs(label) >= 2**31:
-            raise ValueError(label)
-        return label
+        return None if label is None else _checked(label)
     except (ValueError, RecursionError):
         raise UserError(f"{name} does not hold an integer label") from None
+
+
+def _checked(label: object) -> int:
+    if isinstance(label, bool) or not isinstance(label, int) or abs(label) >= 2**31:
+        raise ValueError(label)
+    return label
