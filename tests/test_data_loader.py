@@ -59,7 +59,7 @@ def test_an_epoch_holds_every_image_once_and_epochs_differ():
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(30))
     assert first.tolist() != second.tolist()
     assert first.tolist() != sorted(first.tolist())
-    assert loader.epoch == 2
+    assert loader.images_seen == 60
 
 
 def test_batches_cross_epochs_and_may_exceed_the_source():

@@ -258,6 +258,40 @@ def test_the_command_names_what_is_wrong(tmp_path, capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def test_repeats_draw_other_seeds_and_report_the_spread(tmp_path, monkeypatch):
+    from d2it.models import DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
+    from d2it.sampling import D2iT
+
+    torch.manual_seed(0)
+    small = {"dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
+    vae = DynamicVAE.from_preset("tiny", channels=8)
+    shared = {"downsampling": vae.downsampling, "in_channels": vae.config.latent_channels}
+    content = DynamicContentTransformer.from_preset("tiny", image_size=32, **shared, **small)
+    grain = DynamicGrainTransformer.from_preset("tiny", grid=(2, 2), **small)
+    D2iT(vae.eval(), grain.eval(), content.eval()).save_pretrained(tmp_path / "run")
+    images, labels = coloured(60, 0)
+    images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    reference = save_classes(tmp_path / "r", images, labels)
+    monkeypatch.setattr("d2it.evaluation.cli._inception", lambda options, world: (ByColour(), {}))
+    words = ["generation", "--checkpoint", tmp_path / "run", "--reference", reference, "--count", 24, "--device", "cpu"]
+    words += ["--steps", 1, "--scheduler", "ddim", "--batch-size", 8, "--fine-ratio", 0.5]
+    words += ["--metrics", "fd,kd,accuracy,top1", "--output", tmp_path / "report.json"]
+
+    def report(*more):
+        assert main([*map(str, words), *map(str, more)]) == 0
+        return json.loads((tmp_path / "report.json").read_text())
+
+    both = report("--seed", 5, "--repeats", 2)
+    each = [report("--seed", seed)["metrics"] for seed in (5, 29)]
+    assert each[0] != each[1]
+    assert both["each"] == each
+    for name, (mean, deviation) in {k: (both["metrics"][k], both["deviation"][k]) for k in both["metrics"]}.items():
+        assert mean == pytest.approx((each[0][name] + each[1][name]) / 2)
+        assert deviation == pytest.approx(abs(each[0][name] - each[1][name]) / 2**0.5)
+    assert (both["settings"]["seed"], both["settings"]["repeats"]) == (5, 2)
+    assert 0 <= each[0]["accuracy"] <= 1
+
+
 # ---- models of a folder -------------------------------------------------------------------------------------------
 
 

@@ -134,7 +134,8 @@ try:
 except UserError as error:  # on both ranks, though only the first one drew
     print(f"told {error}", file=sys.stderr)
 for count in (9, 5, 4):  # of 5 and of 4 the second rank has one batch, and none
-    told = summarize(noise_images(count).split(4)[world.rank :: 2], features_of)
+    numbers = torch.arange(count).split(4)[world.rank :: 2]
+    told = summarize(noise_images(count).split(4)[world.rank :: 2], features_of, labels=numbers)
     if world.first:
         told.save(f"{out}/{count}.npz")
 stop()
@@ -184,7 +185,9 @@ def test_two_ranks_draw_what_one_draws(folder, tmp_path):
             summarize([noise_images(count)], features_of),
         )
         assert both.count == count
-        assert both.features.shape == alone.features.shape
+        # Features and labels of the ranks are joined in one order.
+        assert sorted(both.labels.tolist()) == list(range(count))
+        torch.testing.assert_close(both.features, alone.features[both.labels])
         torch.testing.assert_close(both.pool.covariance, alone.pool.covariance, rtol=1e-9, atol=1e-12)
         assert compare(alone, both, ["sfid"])["sfid"] == pytest.approx(0, abs=1e-6)
     assert not list(tmp_path.glob("*rank*"))

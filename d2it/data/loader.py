@@ -290,11 +290,6 @@ class Loader(_Stream):
         """Images that all ranks together have been given: the position in the stream."""
         return self._seen
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the source so far."""
-        return self._seen / self._population
-
     def _requests(self, position: int) -> Iterator[list[tuple[int, int]]]:
         count, epoch, order = self._population, -1, np.empty(0, np.int64)
         while True:
