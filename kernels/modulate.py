@@ -106,6 +106,15 @@ def _image_of(sample, o_row, m_row, length):
 
 
 @triton.jit
+def _existing(sample, b_image, images):
+    """The images, those that do not exist replaced by one that does: no other memory is read."""
+    if sample is not None:
+        return tl.minimum(tl.maximum(b_image, 0), images - 1)
+    else:
+        return b_image
+
+
+@triton.jit
 def _normalize(b_x, m_row, eps, C: tl.constexpr, CHUNK: tl.constexpr):
     """Rows, zero mean and unit variance, as a tuple of chunks (0 past C); mean and 1 / deviation of each row."""
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
@@ -133,15 +142,16 @@ def adaln_modulate_fwd_kernel(
     """One program: ROWS rows. x, shift and scale are `Rows`, sample an `Index` or None; out (rows, C) contiguous."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < x.rows
-    o_image = _image_of(sample, o_row, m_row, x.length)
-    if sample is not None:
-        tl.device_assert((o_image >= 0) & (o_image < scale.rows), "adaln_modulate: sample must name an image")
+    b_image = _image_of(sample, o_row, m_row, x.length)
+    o_image = _existing(sample, b_image, scale.rows)
     b_x = _load_chunks(x, o_row, m_row, C, CHUNK)
     b_normed, _, _ = _normalize(b_x, m_row, eps, C, CHUNK)
     for i in tl.static_range((C + CHUNK - 1) // CHUNK):
         b_shift = _load_chunk(shift, o_image, m_row, i, C, CHUNK)
         b_scale = _load_chunk(scale, o_image, m_row, i, C, CHUNK)
         _store_chunk(out, b_normed[i] * (1.0 + b_scale) + b_shift, o_row, m_row, i, C, CHUNK)
+    if sample is not None:  # last, since loads would wait for an assertion
+        tl.device_assert(b_image == o_image, "adaln_modulate: sample must name an image")
 
 
 @triton.jit
@@ -149,14 +159,15 @@ def gated_residual_fwd_kernel(out, x, branch, gate, sample, C: tl.constexpr, ROW
     """One program: ROWS rows. x, branch and gate are `Rows`, sample an `Index` or None; out (rows, C) contiguous."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < x.rows
-    o_image = _image_of(sample, o_row, m_row, x.length)
-    if sample is not None:
-        tl.device_assert((o_image >= 0) & (o_image < gate.rows), "gated_residual: sample must name an image")
+    b_image = _image_of(sample, o_row, m_row, x.length)
+    o_image = _existing(sample, b_image, gate.rows)
     for i in tl.static_range((C + CHUNK - 1) // CHUNK):
         b_x = _load_chunk(x, o_row, m_row, i, C, CHUNK)
         b_branch = _load_chunk(branch, o_row, m_row, i, C, CHUNK)
         b_gate = _load_chunk(gate, o_image, m_row, i, C, CHUNK)
         _store_chunk(out, b_x + b_gate * b_branch, o_row, m_row, i, C, CHUNK)
+    if sample is not None:
+        tl.device_assert(b_image == o_image, "gated_residual: sample must name an image")
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
 from d2it.kernels.rows import index_of, row_offsets, rows_of
 
 TILE_BYTES = 8192  # of one program: 128 threads with 4 independent 16-byte loads in flight each
@@ -47,6 +47,9 @@ def gather_rows_kernel(
     m_tile = tl.expand_dims(m_row, ROW) & tl.expand_dims(o_col < C, 1 - ROW)
     b_from = tl.load(index.data + o_row * index.stride, mask=m_row, other=-1)
     m_from = tl.expand_dims(b_from >= 0, ROW)
+    if source is not None:
+        m_exists = tl.expand_dims(b_from < source.rows, ROW)
+        m_from = m_from & m_exists
     o_col = tl.expand_dims(o_col, 1 - ROW).to(tl.int64)
     if source is not None:
         p_source = source.data + tl.expand_dims(row_offsets(source, b_from), ROW) + o_col * source.stride_col
@@ -56,6 +59,8 @@ def gather_rows_kernel(
         b_base = tl.load(p_base, mask=m_tile & (m_from == 0), other=0.0)
         b_out = tl.where(m_from, b_out, b_base) if source is not None else b_base
     tl.store(out + tl.expand_dims(o_row, ROW) * C + o_col, b_out, mask=m_tile)
+    if source is not None:  # last, since loads would wait for an assertion
+        tl.device_assert(m_exists, "plan must contain only rows that exist")
 
 
 def _tile(channels: int, itemsize: int) -> tuple[int, int]:
@@ -86,6 +91,7 @@ def _gather_rows(
             ROWS=block_rows,
             CHUNK=chunk,
             num_warps=4,
+            **ASSERTIONS,
         )
     return out
 

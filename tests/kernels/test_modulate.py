@@ -1,4 +1,7 @@
 import random
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ import torch
 import d2it.ops
 from d2it.ops import reference
 from tests import cuda_on_cpu
-from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
+from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, Mutation, Shape, lay_out
 
 FILE = "kernels/modulate.py"
 # The last three are of cpu.h.
@@ -187,3 +190,31 @@ def test_a_sample_that_names_no_image(backend, wrong):
         d2it.ops.adaln_modulate(x, parameter, parameter, sample=sample, backend=backend)
     with pytest.raises(ValueError, match=r"sample must name images 0\.\.1"):
         d2it.ops.gated_residual(x, x, parameter, sample=sample, backend=backend)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the launcher asserts on a GPU")
+@pytest.mark.parametrize("wrong", [-1, 2, 2**31 - 1])
+def test_an_image_that_does_not_exist_is_not_read(wrong):
+    """Below the check, what a GPU leaves behind until the assertion is seen: nothing of foreign memory."""
+    from d2it.kernels import modulate
+
+    x, parameter = lay_out(torch.randn(3, 8), "plain"), lay_out(torch.randn(2, 8), "plain")  # NaN all around
+    sample = torch.tensor([0, wrong, 1], dtype=torch.int32)
+    assert modulate.adaln_modulate_forward(x, parameter, parameter, sample, 1e-6).isfinite().all()
+    assert modulate.gated_residual_forward(x, x, parameter, sample).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("call", ["adaln_modulate(x, p, p, sample=s)", "gated_residual(x, x, p, sample=s)"])
+def test_an_image_that_does_not_exist_is_asserted_on_the_device(call):
+    code = f"""
+        import torch, d2it.ops
+        x, p = torch.ones(3, 8, device="cuda"), torch.ones(2, 8, device="cuda")
+        s = torch.tensor([0, 2, 1], dtype=torch.int32, device="cuda")
+        d2it.ops.{call}
+        torch.cuda.synchronize()
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode != 0
+    assert "sample must name an image" in run.stderr + run.stdout

@@ -1,4 +1,7 @@
 import random
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ import torch
 import d2it.ops
 from d2it.ops import reference
 from tests import cuda_on_cpu
-from tests.kernels.harness import DEVICE, Call, KernelSuite, Mutation, Shape
+from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, Mutation, Shape, lay_out
 
 FILE = "kernels/pack_tokens.py"
 ROWS = {
@@ -110,6 +113,35 @@ class TestUnpackTokens(Packing):
         cotangent = torch.randn_like(out)
         (grad,) = torch.autograd.grad(out, base, cotangent)
         assert torch.equal(grad, torch.where(plan.inverse.reshape(2, 32, 1) >= 0, 0, cotangent))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the launcher asserts on a GPU")
+def test_rows_that_do_not_exist_are_not_read():
+    """Below the check, what a GPU leaves behind until the assertion is seen: nothing of foreign memory."""
+    from d2it.kernels import pack_tokens
+
+    x = lay_out(torch.ones(1, 4, 3), "plain")  # NaN all around
+    index = torch.tensor([2, 4, 5, -1, 2**31 - 1], dtype=torch.int32)
+    got = pack_tokens.pack_tokens_forward(x, index, index)
+    assert torch.equal(got, torch.tensor([1.0, 0, 0, 0, 0])[:, None].expand(5, 3))
+    base = torch.full((1, 5, 3), 2.0)
+    got = pack_tokens.unpack_tokens_forward(x[0], base, index, index, 1, 5)
+    assert torch.equal(got[0], torch.tensor([1.0, 2, 2, 2, 2])[:, None].expand(5, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+def test_rows_that_do_not_exist_are_asserted_on_the_device():
+    code = """
+        import torch, d2it.ops
+        plan = d2it.ops.plan_tokens(torch.ones(1, 2, 2, dtype=torch.int64, device="cuda"))
+        plan.index[3] = 16
+        d2it.ops.pack_tokens(torch.ones(1, 16, 8, device="cuda"), plan, backend="triton")
+        torch.cuda.synchronize()
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode != 0
+    assert "plan must contain only rows that exist" in run.stderr + run.stdout
 
 
 @pytest.mark.parametrize(
