@@ -60,10 +60,16 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "small"
     assert main([*SMALL, f"run.dir={folder}"]) == 0
     return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of the test's own, which it may go on with."""
+    return shutil.copytree(finished, tmp_path / "small")
 
 
 def test_every_stage_leaves_what_it_promises(run: Path) -> None:
