@@ -29,11 +29,29 @@ class OnDevice {
     this->stream = static_cast<cudaStream_t>(stream);
   }
 
+  int processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  // Bytes of shared memory that a block can have.
+  int most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
   cudaStream_t stream;
 
  private:
+  static int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess)
+      fail("CUDA gave no attribute ", static_cast<int>(which), " of device ", device);
+    return value;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+// Lets a kernel have more shared memory than the 48 KB that every launch may.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) fail(bytes, " bytes of shared memory: ", cudaGetErrorString(error));
+}
 
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();

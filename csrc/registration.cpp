@@ -30,4 +30,14 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, "
       "Tensor? segment_ids, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> "
       "bool");
+  m.def(
+      "window_attention_saved(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, Tensor? "
+      "segment_ids, "
+      "float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? unnamed) -> ()");
+  m.def(
+      "window_attention_saved_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? "
+      "slots, "
+      "Tensor? segment_ids, Tensor out, Tensor lse, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) "
+      "dv, "
+      "Tensor(d!)? sums, Tensor(e!)? dbias, Tensor(f!)? unnamed, int splits) -> ()");
 }

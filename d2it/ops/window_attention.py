@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from d2it.kernels.common import tiled_positions
+from d2it.kernels.common import cdiv, num_sms, tiled_positions
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
@@ -90,7 +91,7 @@ def window_attention(
         segment_ids: (Ws, N) integers; tokens attend within equal ids (Swin's shifted windows). Window i uses
             segment_ids[i % Ws].
         scale: D ** -0.5 where None.
-        backend: "reference", "cpu", "triton", or None to choose.
+        backend: "reference", "cpu", "triton", "cuda", or None to choose.
 
     Returns:
         The shape and dtype of `q`. Rows that no slot names are zero, and so are their gradients.
@@ -238,7 +239,7 @@ def slots_from_cu_seqlens(cu_seqlens: Tensor, size: int) -> Tensor:
 def _lse(q: Tensor, slots: Tensor | None, segment_ids: Tensor | None, backend: str) -> Tensor:
     # Windows that are one tile are computed again from the inputs; of larger ones the backward wants this back.
     windows, n = (q if slots is None else slots).shape[:2]
-    kept = backend == "triton" and n > tiled_positions(q, slots, segment_ids)
+    kept = backend == "cuda" or (backend == "triton" and n > tiled_positions(q, slots, segment_ids))
     return q.new_empty((windows, q.shape[-2], n) if kept else (0,), dtype=torch.float32)
 
 
@@ -431,13 +432,135 @@ def _native_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor,
     return dqkv, _native_gradients(dqkv.unbind(-3), grad, *qkv.unbind(-3), *rest)
 
 
-for _op, _cpu, _triton in (
-    ("window_attention", _native_fits, _triton_fits),
-    ("window_attention_qkvpacked", _native_qkv_fits, _triton_qkv_fits),
+# ---- CUDA C++: it takes segments in int64, and keeps every row's sum for the backward -------------------------------
+
+CUDA_WIDTHS = (32, 64, 72, 96, 128)
+"""Widths of heads that the kernels are compiled for; a head is filled up to the next."""
+_EVERY_GPU = 99 * 1024  # bytes of shared memory that a block can have, from compute capability 8.0 on
+
+
+def _cuda_shared(n: int, width: int, segmented: bool) -> int:
+    """Bytes of shared memory that the backward needs, as csrc/window_attention_cuda.cu lays it out."""
+    rows, pitch = cdiv(n, 16) * 16, (next(w for w in CUDA_WIDTHS if w >= width) // 8 | 1) * 8
+    return 32 + cdiv(n, 32) * 32 * (16 if segmented else 8) + 4 * rows * pitch + 64 * (6 * pitch + 8) + 160 * rows
+
+
+def _cuda_reasons(
+    name: str,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    slots: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> list[str]:
+    n, width = (x if slots is None else slots).shape[1], x.shape[-1]
+    reasons = []
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"{name} must be float16 or bfloat16, not {x.dtype}")
+    if bias is not None:
+        reasons += _dtype_reasons("bias", bias)
+    if n > 256:
+        reasons.append(f"windows must have at most 256 positions, not {n}")
+    if not 1 <= width <= 128:
+        reasons.append(f"heads must be at most 128 wide, not {width}")
+    if not reasons and x.is_cuda:
+        needed = _cuda_shared(n, width, segment_ids is not None)
+        if needed > _EVERY_GPU:
+            there = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+            if needed > there:
+                reasons.append(f"a block must have {needed} bytes of shared memory, not {there}")
+    return reasons
+
+
+def _cuda_fits(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
+    return _cuda_reasons("q", q, bias, **windows)
+
+
+def _cuda_qkv_fits(qkv: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
+    return _cuda_reasons("qkv", qkv, bias, **windows)
+
+
+def _cuda_chosen(fits: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """`fits`, and windows of more than 64 positions: smaller ones are single tiles of the Triton kernels."""
+
+    def reasons(x: Tensor, *args: Any, slots: Tensor | None = None, **windows: Any) -> list[str]:
+        small = (x if slots is None else slots).shape[1] <= 64
+        return ["windows are small"] if small else fits(x, *args, slots=slots, **windows)
+
+    return reasons
+
+
+def _cuda_inputs(q: Tensor, windows: Windows) -> Windows:
+    bias, segment_ids = windows.bias, windows.segment_ids
+    if bias is not None:
+        bias = (bias if bias.dtype == q.dtype else bias.float()).contiguous()
+    if segment_ids is not None:
+        segment_ids = segment_ids.to(torch.int64).contiguous()
+    return windows._replace(bias=bias, segment_ids=segment_ids)
+
+
+def _unnamed(q: Tensor, slots: Tensor | None) -> Tensor | None:
+    return None if slots is None else torch.ones(q.shape[0], dtype=torch.uint8, device=q.device)
+
+
+def _cuda(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    windows = _cuda_inputs(q, Windows(*args))
+    count, n = windows.shape(q)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((count, q.shape[-2], n), dtype=torch.float32)
+    if q.numel() == 0:
+        return out, lse.fill_(math.inf)
+    torch.ops.d2it_C.window_attention_saved(q, k, v, *windows, out, lse, _unnamed(q, windows.slots))
+    return out, lse
+
+
+def _cuda_gradients(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    """Fills grads (dq, dk, dv) and returns dbias, empty where it is not needed."""
+    bias, slots, segment_ids, out, lse, scale, needs_bias = args
+    windows = _cuda_inputs(q, Windows(bias, slots, segment_ids, scale))
+    count, n = windows.shape(q)
+    heads, bias_windows = q.shape[-2], 1 if bias is None else bias.shape[0]
+    dbias = bias.new_empty(bias.shape) if needs_bias else None
+    if q.numel() == 0 or count * n == 0:
+        for x in grads:
+            x.zero_()
+        return q.new_empty(0) if dbias is None else dbias.zero_()
+    if windows.bias is not None:
+        windows = windows._replace(bias=windows.bias.transpose(-1, -2).contiguous())
+    # A block of every head and bias on every multiprocessor, each with a run of the windows.
+    splits = max(1, min(cdiv(count, bias_windows), num_sms(q) // (heads * bias_windows)))
+    sums = None
+    if needs_bias:
+        sums = q.new_empty((splits, bias_windows, heads, n, cdiv(n, 32) * 32 + 8), dtype=torch.float32)
+    torch.ops.d2it_C.window_attention_saved_backward(
+        grad, q, k, v, *windows[:3], out, lse, scale, *grads, sums, dbias, _unnamed(q, slots), splits
+    )
+    return q.new_empty(0) if dbias is None else dbias
+
+
+def _cuda_backward(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grads = tuple(q.new_empty(q.shape) for _ in range(3))
+    return *grads, _cuda_gradients(grads, grad, q, *rest)
+
+
+def _cuda_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _cuda(*qkv.unbind(-3), *rest)
+
+
+def _cuda_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dqkv = qkv.new_empty(qkv.shape)
+    return dqkv, _cuda_gradients(dqkv.unbind(-3), grad, *qkv.unbind(-3), *rest)
+
+
+for _op, _cpu_takes, _triton_takes, _cuda_takes in (
+    ("window_attention", _native_fits, _triton_fits, _cuda_fits),
+    ("window_attention_qkvpacked", _native_qkv_fits, _triton_qkv_fits, _cuda_qkv_fits),
 ):
     register_backend(_op, "reference")
-    register_backend(_op, "cpu", _cpu, native="window_attention")
-    register_backend(_op, "triton", _triton)
+    register_backend(_op, "cpu", _cpu_takes, native="window_attention")
+    register_backend(_op, "triton", _triton_takes)
+    register_backend(_op, "cuda", _cuda_takes, native="window_attention_saved", chosen=_cuda_chosen(_cuda_takes))
     for _direction, _name in (("forward", ""), ("backward", "_backward")):
         implement(f"{_op}{_name}", "triton", f"d2it.kernels.window_attention:{_op}_{_direction}")
 register_backend("slots_from_cu_seqlens", "reference")
@@ -445,3 +568,7 @@ implement("window_attention", "cpu", _native, checks_values=True)
 implement("window_attention_backward", "cpu", _native_backward)
 implement("window_attention_qkvpacked", "cpu", _native_qkv, checks_values=True)
 implement("window_attention_qkvpacked_backward", "cpu", _native_qkv_backward)
+implement("window_attention", "cuda", _cuda)
+implement("window_attention_backward", "cuda", _cuda_backward)
+implement("window_attention_qkvpacked", "cuda", _cuda_qkv)
+implement("window_attention_qkvpacked_backward", "cuda", _cuda_qkv_backward)

@@ -34,6 +34,8 @@ Mutations = Mapping[str, tuple[str, str]]
 class Source:
     """csrc/<file>, compiled: `ops` holds its operators for CPU tensors, and `mutate` breaks them.
 
+    `most_shared.value`, of a .cu file: the bytes of shared memory that a block of the pretended GPU can have.
+
     Args:
         file: name of a .cpp or .cu file.
         mutations: by name, ("context «expression» context", "other expression"). The text occurs once, in the source
@@ -65,7 +67,9 @@ class Source:
                 compile_library(unit, library)
         torch.ops.load_library(library)
         self.ops: Any = getattr(torch.ops, namespace)
-        self._mutant = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "d2it_mutant")
+        variables = ctypes.CDLL(str(library))
+        self._mutant = ctypes.c_int.in_dll(variables, "d2it_mutant")
+        self.most_shared = ctypes.c_int.in_dll(variables, "d2it_most_shared") if file.endswith(".cu") else None
 
     def mutate(self, name: str | None) -> None:
         """Makes the mutation `name` the active one; None: none of them."""

@@ -1,5 +1,5 @@
 // Stands in for csrc/cuda.h and the CUDA headers where a .cu file is compiled for the CPU
-// (tests/cuda_on_cpu). Blocks run one after the other, the threads of a block take turns: each runs up to its
+// (tests/cuda_on_cpu). Blocks run one after the other, the lanes of a warp take turns: each runs up to its
 // next synchronisation, or to its end. So a lane that reads what another writes, and does not synchronise in
 // between, reads the wrong thing. Every access is checked to be aligned to its size, as it has to be on a
 // GPU; shared memory starts as ones and ends where the launch says.
@@ -13,6 +13,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -41,6 +42,9 @@
 struct dim3 {
   uint32_t x, y, z;
   dim3(uint32_t x = 1, uint32_t y = 1, uint32_t z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) int2 {
+  int x, y;
 };
 struct alignas(8) uint2 {
   unsigned int x, y;
@@ -88,9 +92,15 @@ using std::min;
 inline float __log2f(float x) { return std::log2(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 
+// Bytes of shared memory that a block can have: an H100's, unless a test wants another GPU's.
+extern "C" {
+inline int d2it_most_shared = 227 * 1024;
+}
+
 namespace d2it {
 
-// The threads of one block, each on a stack of its own.
+// The threads of one block, each on a stack of its own. Warps run one after the other, each up to a
+// synchronisation of the block; the lanes of a warp take turns, each up to its next synchronisation or exchange.
 class Block {
  public:
   // Runs `kernel` as every thread of a block of this size.
@@ -98,94 +108,160 @@ class Block {
     const size_t count = static_cast<size_t>(size.x) * size.y * size.z;
     while (threads_.size() < count) threads_.push_back(std::make_unique<Thread>());
     kernel_ = &kernel;
+    size_ = size;
     for (size_t i = 0; i < count; ++i) start(*threads_[i]);
-    for (size_t finished = 0; finished < count;) {
-      for (current_ = 0; current_ < count; ++current_) {
-        Thread& thread = *threads_[current_];
-        if (thread.finished) continue;
-        const auto i = static_cast<uint32_t>(current_);
-        threadIdx = {i % size.x, i / size.x % size.y, i / size.x / size.y};
-        swapcontext(&host_, &thread.context);
-        if (thread.error) std::rethrow_exception(thread.error);
-        finished += thread.finished;
-        if (thread.finished != threads_[current_ / kWarp * kWarp]->finished)
-          fail("the lanes of a warp do not synchronise alike");
+    // Warps take turns in one order and in the other: one that does not wait for another is early or late.
+    for (bool forwards = true, finished = false; !finished; forwards = !forwards) {
+      finished = true;
+      for (size_t i = 0; i < count; i += kWarp) {
+        const size_t first = forwards ? i : (count - 1) / kWarp * kWarp - i;
+        if (threads_[first]->state == State::kFinished) continue;
+        run_warp(first, std::min(first + kWarp, count));
+        finished &= threads_[first]->state == State::kFinished;
       }
     }
   }
 
-  // The current thread waits until the others of its warp are here as well.
-  void synchronise() { swapcontext(&threads_[current_]->context, &host_); }
+  // The current thread waits until the others of its warp are here as well; of its block.
+  void synchronise() { leave(State::kRunning); }
+  void synchronise_block() { leave(State::kWaiting); }
 
-  // The sum of the lanes' values where `mask` is 0, else the value of the lane whose number differs in it.
-  template <typename T>
-  T exchange(T value, unsigned mask) {
-    std::memcpy(threads_[current_]->value, &value, sizeof(T));
-    synchronise();
-    const auto of = [&](size_t thread) {
-      T other;
-      std::memcpy(&other, threads_[thread]->value, sizeof(T));
-      return other;
-    };
-    T result = of(current_ ^ mask);
-    if (mask == 0) {
-      result = 0;
-      for (size_t lane = 0; lane < kWarp; ++lane) result += of(current_ / kWarp * kWarp + lane);
+  // What every lane of a warp gave to share(), until the next call but one.
+  struct Warp {
+    Block& block;
+    size_t first, slot;
+    template <typename T>
+    const T& at(size_t lane) const {
+      return *reinterpret_cast<const T*>(block.threads_[first + lane]->shared[slot]);
     }
+  };
+  template <typename T>
+  Warp share(const T& value) {
+    static_assert(sizeof(T) <= sizeof(Thread::shared[0]));
+    Thread& thread = *threads_[current_];
+    const size_t slot = thread.slot;
+    std::memcpy(thread.shared[slot], &value, sizeof(T));
+    thread.slot = 1 - slot;
     synchronise();
-    return result;
+    return {*this, current_ / kWarp * kWarp, slot};
+  }
+
+  struct Copy {
+    void* to;
+    const void* from; // null: zeros
+    size_t bytes;
+  };
+  void copy_later(const Copy& copy) { threads_[current_]->copies.back().push_back(copy); }
+  void commit_copies() { threads_[current_]->copies.emplace_back(); }
+  void wait_for_copies(size_t groups) {
+    auto& pending = threads_[current_]->copies;
+    for (; pending.size() > groups + 1; pending.erase(pending.begin())) {
+      for (const Copy& copy : pending.front()) {
+        if (copy.from) {
+          std::memcpy(copy.to, copy.from, copy.bytes);
+        } else {
+          std::memset(copy.to, 0, copy.bytes);
+        }
+      }
+    }
   }
 
  private:
   static constexpr size_t kWarp = 32, kStack = 1 << 17;
+  enum class State { kNew, kRunning, kWaiting, kFinished };
 
   struct Thread {
     ucontext_t context;
+    jmp_buf resume;
     std::unique_ptr<char[]> stack{new char[kStack]};
-    char value[8];
-    bool finished;
+    alignas(16) char shared[2][32];
+    size_t slot;
+    std::vector<std::vector<Copy>> copies; // by group, the last of them open
+    State state;
     std::exception_ptr error;
   };
 
   void start(Thread& thread) {
-    thread.finished = false;
+    thread.state = State::kNew;
     thread.error = nullptr;
+    thread.slot = 0;
+    thread.copies.assign(1, {});
+  }
+
+  // Up to the next synchronisation of the block, or to the end.
+  void run_warp(size_t first, size_t end) {
+    do {
+      for (current_ = first; current_ < end; ++current_) {
+        const auto i = static_cast<uint32_t>(current_);
+        threadIdx = {i % size_.x, i / size_.x % size_.y, i / size_.x / size_.y};
+        enter(*threads_[current_]);
+        if (threads_[current_]->error) std::rethrow_exception(threads_[current_]->error);
+        if (threads_[current_]->state != threads_[first]->state)
+          fail("the lanes of a warp do not synchronise alike");
+      }
+    } while (threads_[first]->state == State::kRunning);
+  }
+
+  // Jumps, since a change of contexts asks the kernel for the signals.
+  void enter(Thread& thread) {
+    if (_setjmp(host_)) return;
+    if (thread.state != State::kNew) _longjmp(thread.resume, 1);
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = &host_;
-    makecontext(&thread.context, &Block::enter, 0);
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, &Block::begin, 0);
+    setcontext(&thread.context);
   }
 
-  static void enter();
+  void leave(State state) {
+    Thread& thread = *threads_[current_];
+    thread.state = state;
+    if (!_setjmp(thread.resume)) _longjmp(host_, 1);
+  }
+
+  static void begin();
 
   std::vector<std::unique_ptr<Thread>> threads_;
-  ucontext_t host_;
+  jmp_buf host_;
   const std::function<void()>* kernel_;
+  dim3 size_;
   size_t current_;
 };
 
 inline thread_local Block block;
 inline thread_local std::vector<float4> dynamic_shared;
 
-inline void Block::enter() {
-  Thread& thread = *block.threads_[block.current_];
+inline void Block::begin() {
   try {
     (*block.kernel_)();
   } catch (...) {
-    thread.error = std::current_exception();
+    block.threads_[block.current_]->error = std::current_exception();
   }
-  thread.finished = true;
+  block.leave(State::kFinished);
 }
 
 } // namespace d2it
 
 inline void __syncwarp() { d2it::block.synchronise(); }
+inline void __syncthreads() { d2it::block.synchronise_block(); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return d2it::block.exchange(value, mask);
+  return d2it::block.share(value).template at<T>(threadIdx.x % 32 ^ mask);
 }
-inline int __reduce_add_sync(unsigned, int value) { return d2it::block.exchange(value, 0); }
+inline int __reduce_add_sync(unsigned, int value) {
+  const auto warp = d2it::block.share(value);
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += warp.at<int>(lane);
+  return sum;
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const auto warp = d2it::block.share(value);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(warp.at<bool>(lane)) << lane;
+  return bits;
+}
+inline int __popc(unsigned x) { return std::popcount(x); }
 inline int atomicAdd(int* to, int value) {
   const int before = *to;
   *to += value;
@@ -196,8 +272,17 @@ namespace d2it {
 
 struct OnDevice {
   explicit OnDevice(const torch::stable::Tensor&) {}
+  int processors() const { return 2; }
+  int most_shared() const { return d2it_most_shared; }
   cudaStream_t stream = nullptr;
 };
+
+inline thread_local int allowed_shared = 0;
+template <typename Kernel>
+void allow_shared(Kernel*, int bytes) {
+  if (bytes > d2it_most_shared) fail("a block cannot have ", bytes, " bytes of shared memory");
+  allowed_shared = bytes;
+}
 
 inline void check_launch(const char*) {}
 
@@ -213,8 +298,10 @@ void put(void* to, Chunk x) {
 
 // What `translate` makes of a launch in triple angle brackets.
 inline void launch(dim3 grid, dim3 size, int shared, cudaStream_t, const std::function<void()>& kernel) {
-  constexpr int kMostShared = 48 * 1024, kGuard = 16;
-  if (grid.x == 0 || size.x * size.y * size.z == 0 || size.x * size.y * size.z > 1024 || shared > kMostShared)
+  constexpr int kGuard = 16;
+  const int most = std::max(48 * 1024, allowed_shared);
+  allowed_shared = 0;
+  if (grid.x == 0 || size.x * size.y * size.z == 0 || size.x * size.y * size.z > 1024 || shared > most)
     fail("a launch of ", grid.x, " blocks of ", size.x, " x ", size.y, " x ", size.z, " threads with ",
          shared, " bytes of shared memory");
   gridDim = grid;

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tests import cuda_on_cpu
-from tests.kernels.harness import DEVICE, INTERPRETED, LAYOUTS, SEEDS, KernelSuite, dtypes, fast_backends, shape_id
+from tests.kernels.harness import DEVICE, INTERPRETED, LAYOUTS, SEEDS, KernelSuite, fast_backends, shape_id
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 id=f"{backend}-{str(dtype)[6:]}-{shape_id(shape)}",
             )
             for backend in backends
-            for j, dtype in enumerate(dtypes(backend))
+            for j, dtype in enumerate(suite.dtypes(backend))
             for i, shape in enumerate(shapes)
         ]
         metafunc.parametrize(("backend", "dtype", "shape", "layout"), cases)
@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = [
             pytest.param(backend, dtype, seed, id=f"{backend}-{str(dtype)[6:]}-seed{seed}")
             for backend in backends
-            for dtype in dtypes(backend)
+            for dtype in suite.dtypes(backend)
             for seed in range(SEEDS)
         ]
         metafunc.parametrize(("backend", "dtype", "seed"), cases)

@@ -234,10 +234,16 @@ class KernelSuite:
     """The same in the unit of the results, for those whose rounding does not shrink with them."""
     backends: ClassVar[tuple[str, ...]] = ()
     """The backends to test; every fast one of the machine where none is named."""
+    half_alone: ClassVar[tuple[str, ...]] = ()
+    """Backends that take float16 and bfloat16, and not float32."""
 
     def __init_subclass__(cls) -> None:
         if not cls.gradients:
             cls.test_reference_gradcheck = None
+
+    @classmethod
+    def dtypes(cls, backend: str) -> tuple[torch.dtype, ...]:
+        return (torch.float16, torch.bfloat16) if backend in cls.half_alone else dtypes(backend)
 
     def random_shape(self, rng: random.Random) -> Shape:
         """A random shape; primes and odd sizes are worth more than powers of two."""
@@ -392,7 +398,7 @@ class KernelSuite:
     def test_opcheck(self, backend: str) -> None:
         """torch.library.opcheck of every registered operator that forward and backward call."""
         call = map_tensors(
-            lambda t: t.to(DEVICE), self.build(self.small, torch.float32, torch.Generator().manual_seed(0))
+            lambda t: t.to(DEVICE), self.build(self.small, self.dtypes(backend)[0], torch.Generator().manual_seed(0))
         )
         leaf_call, leaves = self._leaves(call)
         with Recorder() as recorder:
@@ -429,7 +435,7 @@ class KernelSuite:
 
     def test_compiles_fullgraph(self, backend: str) -> None:
         """torch.compile(fullgraph=True), forward and backward, gives the eager bits."""
-        made = self.build(self.small, torch.float32, torch.Generator().manual_seed(0))
+        made = self.build(self.small, self.dtypes(backend)[0], torch.Generator().manual_seed(0))
         call, leaves = self._leaves(map_tensors(lambda t: t.to(DEVICE), made))
 
         def function(call: Call) -> list[Tensor]:

@@ -71,6 +71,8 @@ def slots_of(windows: int, n: int, fill: float, rng: torch.Generator) -> torch.T
 class WindowSuite(KernelSuite):
     """Shapes: W windows of N positions, H heads of D; fill (None: dense), bias (Wb, Hb) or None, segments Ws."""
 
+    half_alone = ("cuda",)
+
     corners = [
         {"W": 0, "N": 4, "H": 2, "D": 16, "fill": None, "bias": (1, 2), "segments": 0},
         {"W": 3, "N": 4, "H": 2, "D": 16, "fill": 0.0, "bias": (1, 2), "segments": 0},

@@ -1,0 +1,170 @@
+"""The CUDA kernels of window attention run thread by thread on the CPU, through the suite of every backend."""
+
+import random
+
+import pytest
+import torch
+
+import d2it.ops
+from d2it.ops import _dispatch, reference
+from d2it.ops.window_attention import _cuda_shared
+from tests import cuda_on_cpu
+from tests.kernels.harness import DEVICE, Call, Shape, fast_backends
+from tests.kernels.test_window_attention import WindowSuite
+
+FILE = "window_attention_cuda.cu"
+MUTATIONS = {
+    "positions of rows": ("at.positions[place] = «position»;", "place"),
+    "pairs that are none": ("paired &= «((bits ^ bits >> 1) & 0x55555555u) == 0»;", "true"),
+    "columns behind a head": ("const bool there = row && «first < width»;", "true"),
+    "sums not scaled down": ("sums[0][j][i] *= «factor[i / 2]»;", "1.0f"),
+    "keys that are not there": ("«other >= count» || (at.segments", "false"),
+    "segments ignored": ("(at.segments && «at.segments[query[i / 2]] != at.segments[other]»)", "false"),
+    "segments ignored in the backward": (
+        "query >= count || «at.segments[key] != at.segments[query]») x = 0.0f;",
+        "false",
+    ),
+    "another window's bias": ("const int64_t at = («residue» * (p.bias_per_head", "0"),
+    "second of a pair": ("static_cast<uint32_t>(__ldg(bits + «y»)) << 16", "x"),
+    "row of the bias": ("position[r] = at.positions[«query[r]»];", "query[0]"),
+    "weights not normalised": ("total[r] == 0.0f ? 0.0f : «1.0f / total[r]»;", "1.0f"),
+    "queries of a warp before they are copied": (
+        "      d2it::commit_copies();\n      «d2it::wait_for_copies<0>()»;\n      __syncwarp();",
+        "void()",
+    ),
+    "no delta": ("dp[i][j][e] - «(e % 2 ? delta.y : delta.x)»;", "0.0f"),
+    "delta of two vectors": ("for (int mask = 1; mask < «kPerRow»; mask *= 2) sum", "2"),
+    "weights of a key that is not there": ("if («key >= count || query >= count») x = 0.0f;\n          ", "false"),
+    "sum of a second query": ("query < count, «key < count && query + 1 < count»,", "false"),
+    "sums in shared memory lost": (
+        "for (int i = threadIdx.x; i < «b.resident * pitch / 4»; i += kThreads)\n      reinterpret_cast<float4*>(far)",
+        "0",
+    ),
+    "sums of one block": ("for (int split = 0; split < «splits»; ++split)", "1"),
+    "sums of one head": ("last_head = «per_head ? first_head + 1 : heads»;", "first_head + 1"),
+    "sums not transposed back": ("d2it::to<T>(«tile[lane][i]»)", "tile[i][lane]"),
+    "dS of other warps before it is there": (
+        "sum_delta(block + 1);\n      «__syncthreads()»;",
+        "void()",
+    ),
+    "queries before they are copied": (
+        "      }\n      «d2it::wait_for_copies<0>()»;\n      if (kDk && block",
+        "void()",
+    ),
+    "dq of a tile of keys": ("for (int key = 0; key < «count»; key += 16)", "16"),
+    "second tile of keys": ("s, k() + first_key * kRow, «kApart * kRow», in.q", "0"),
+    "dk not scaled": ("store_columns(dk_sums[i], {«p.scale», p.scale}", "1.0f"),
+    "unnamed rows not cleared": ("if (row >= tokens || «!unnamed[row]») return;", "true"),
+}
+SOURCES = cuda_on_cpu.Sources({FILE: MUTATIONS})
+EMULATED = cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in fast_backends("window_attention")
+# Two tiles of 16 keys a warp, of the half empty windows one; the sum of the bias's gradient in both memories.
+LARGE = [
+    {"W": 1, "N": 136, "H": 1, "D": 32, "fill": None, "bias": (1, 1), "segments": 0},
+    {"W": 1, "N": 256, "H": 1, "D": 72, "fill": 0.4, "bias": (1, 1), "segments": 0},
+]
+
+
+class CudaSource(WindowSuite):
+    backends = ("cuda",)
+    # Windows that are empty, full and in between; every width of kernel, rows of whole vectors and not.
+    corners = [
+        {"W": 0, "N": 4, "H": 2, "D": 16, "fill": None, "bias": (1, 2), "segments": 0},
+        {"W": 3, "N": 4, "H": 2, "D": 16, "fill": 0.0, "bias": (1, 2), "segments": 0},
+        {"W": 3, "N": 16, "H": 2, "D": 72, "fill": 0.5, "bias": (1, 2), "segments": 0},
+        {"W": 5, "N": 9, "H": 1, "D": 20, "fill": None, "bias": (2, 1), "segments": 2},
+        {"W": 2, "N": 40, "H": 2, "D": 24, "fill": 0.9, "bias": (2, 1), "segments": 1},
+        {"W": 2, "N": 49, "H": 1, "D": 64, "fill": None, "bias": None, "segments": 0},
+        {"W": 1, "N": 34, "H": 1, "D": 96, "fill": 1.0, "bias": (1, 1), "segments": 0},
+        {"W": 2, "N": 100, "H": 1, "D": 128, "fill": 0.7, "bias": (1, 1), "segments": 0},
+    ]
+    small = {"W": 3, "N": 6, "H": 2, "D": 16, "fill": 0.6, "bias": (1, 2), "segments": 1}
+
+    @pytest.fixture(autouse=True)
+    def _run_cuda_source(self, run, monkeypatch):
+        run(FILE)
+        monkeypatch.setitem(_dispatch._MACHINE, (self.op, "cuda"), [])
+        reasons = _dispatch._device_reasons
+        monkeypatch.setattr(_dispatch, "_device_reasons", lambda name, at: [] if name == "cuda" else reasons(name, at))
+
+    def random_shape(self, rng: random.Random) -> Shape:
+        return super().random_shape(rng) | {"W": rng.randint(1, 3)}
+
+
+@pytest.mark.skipif(
+    not EMULATED, reason="needs a C++ compiler and the CPU operators; a GPU runs the kernels themselves"
+)
+class TestWindowAttentionCuda(CudaSource):
+    op = "window_attention"
+    gradients = ("q", "k", "v", "bias")
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        qkv, call = self.parts(shape, dtype, rng)
+        if call["bias"] is not None and shape["N"] % 16 == 0:
+            call["bias"] = call["bias"].float()  # as parameters are, under autocast
+        q, k, v = qkv.unbind(-3)
+        return {"q": q, "k": k, "v": v, **call}
+
+    @pytest.mark.parametrize("large", LARGE, ids=lambda large: f"N{large['N']}")
+    def test_large_windows(self, large):
+        self.check(large, "cuda", torch.bfloat16, "plain")
+
+    @pytest.mark.parametrize("rows", [0, 5, 16])
+    def test_sums_in_shared_memory(self, rows, monkeypatch):
+        """As many rows of the gradient of the bias as the GPU has room for; the others in global memory."""
+        shape = self.corners[2]
+        needed = _cuda_shared(shape["N"], shape["D"], False)
+        monkeypatch.setattr(SOURCES[FILE].most_shared, "value", needed + rows * 40 * 4)
+        self.check(shape, "cuda", torch.float16, "plain")
+        monkeypatch.setattr(SOURCES[FILE].most_shared, "value", needed - 1)
+        with pytest.raises(RuntimeError, match="shared memory"):
+            self.check(shape, "cuda", torch.float16, "plain")
+
+    def test_low_scores(self):
+        """Scores of -300: the weight that a score of zero would have is no number."""
+        one = torch.ones(1, 17, 1, 16, dtype=torch.float16)
+        q, k, v = (one * 9).requires_grad_(), (one * -9).requires_grad_(), torch.randn_like(one).requires_grad_()
+        grad = torch.randn_like(one)
+        results = []
+        for op, backend in ((d2it.ops.window_attention, {"backend": "cuda"}), (reference.window_attention, {})):
+            out = op(q, k, v, None, **backend)
+            results.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+
+    def test_queries_without_a_key_and_numbers_that_are_none(self):
+        qkv = torch.randn(3, 5, 3, 1, 16, dtype=torch.float16).requires_grad_()
+        bias = torch.zeros(3, 1, 5, 5)
+        bias[0, 0, 2] = -torch.inf
+        bias[1] = torch.nan
+        out = d2it.ops.window_attention(*qkv.unbind(2), bias.requires_grad_(), backend="cuda")
+        dqkv, dbias = torch.autograd.grad(out, (qkv, bias), torch.randn_like(out))
+        for x in (out[0, 2], dqkv[0, 2, 0], dbias[0, 0, 2]):
+            assert not x.any()
+        for x in (out, dqkv, dbias):
+            assert x[[0, 2]].isfinite().all()
+            assert x[1].isnan().any()
+
+    def check_everything(self):
+        for shape in (*self.corners, LARGE[0]):
+            self.check(shape, "cuda", torch.float16, "plain", repeats=1)
+        self.test_low_scores()
+
+    @pytest.mark.parametrize("name", MUTATIONS)
+    def test_mutation_of_the_source_is_noticed(self, name, run):
+        run(FILE, name)
+        with pytest.raises((AssertionError, RuntimeError)):
+            self.check_everything()
+
+
+@pytest.mark.skipif(
+    not EMULATED, reason="needs a C++ compiler and the CPU operators; a GPU runs the kernels themselves"
+)
+class TestWindowAttentionQKVPackedCuda(CudaSource):
+    op = "window_attention_qkvpacked"
+    gradients = ("qkv", "bias")
+    corners = CudaSource.corners[1:5]
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        qkv, call = self.parts(shape, dtype, rng)
+        return {"qkv": qkv, **call, "scale": 0.3}
