@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import signal
@@ -194,7 +195,10 @@ class _Stream:
             return (
                 f"a data worker could not send its batch: {reason}: {_FILES if 'files' in reason else _SHARED_MEMORY}"
             )
-        dead = [w for w in self._holder[0]._workers if not w.is_alive()]
+        workers = self._holder[0]._workers
+        if isinstance(error, (EOFError, ConnectionError)):  # a worker that is dying may not be dead yet
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=2)
+        dead = [worker for worker in workers if not worker.is_alive()]
         if dead:
             how = f"exit code {dead[0].exitcode}"
             if dead[0].exitcode < 0:
