@@ -29,6 +29,7 @@ from d2it.kernels.common import (
     device_guard,
     next_power_of_2,
 )
+from d2it.kernels.rows import constant
 
 REACH = 6.0  # sigma; what lies beyond changes no entropy by more than 3e-7
 
@@ -249,7 +250,7 @@ def _launch(
     block = min(256 if images.stride(3) == 1 else 64, next_power_of_2(region_size**2))
     with device_guard(images):
         kde_entropy_kernel[(entropy.numel(),)](
-            Images(images, tl.constexpr(channels), *images.stride()),
+            Images(images, constant(channels), *images.stride()),
             Gray(*weights, offset, scale, low - slack, high + slack, middle),
             Bins(
                 per_unit=1 / spacing,
@@ -257,9 +258,9 @@ def _launch(
                 spacing_high=spacing_high,
                 spacing_low=spacing - spacing_high,
                 per_sigma=math.sqrt(0.5 * math.log2(math.e)) / sigma,
-                COUNT=tl.constexpr(num_bins),
-                REACH=tl.constexpr(reach),
-                WINDOW=tl.constexpr(min(cdiv(2 * reach, 16) + 1, rows)),
+                COUNT=constant(num_bins),
+                REACH=constant(reach),
+                WINDOW=constant(min(cdiv(2 * reach, 16) + 1, rows)),
             ),
             thresholds,
             entropy,

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
-from d2it.kernels.rows import index_of, row_offsets, rows_of
+from d2it.kernels.rows import constant, index_of, row_offsets, rows_of
 
 # Elements of a row that a thread may hold. The backward also holds two sums and two staged rows: with 40 it takes
 # 241-255 registers at C = 1152, with 24 it takes 156-168 and half as many warps again are resident (sm_90).
@@ -423,7 +423,7 @@ def _runs(grad: torch.Tensor, images: int, sums: int, sample: torch.Tensor | Non
         None if sample is None else grad.new_empty((2, blocks), dtype=torch.int32),
         None if sample is None or sums == 1 else grad.new_empty((rows, 2), dtype=torch.float32),
         blocks,
-        tl.constexpr(block_rows),
+        constant(block_rows),
     )
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.rows import constant
 
 BLOCK = 1024
 MAX_CHUNKS = 1024
@@ -157,8 +158,8 @@ def plan_tokens_forward(
         width * cells_per_region,
         max(width * cells_per_region // window, 1),
         min_grain,
-        tl.constexpr(cells_per_region),
-        tl.constexpr(window),
+        constant(cells_per_region),
+        constant(window),
         *grain_map.stride(),
     )
     options = {"BLOCK": BLOCK, "BLOCKS": blocks_each, "num_warps": 8, **ASSERTIONS}
