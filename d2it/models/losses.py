@@ -1,4 +1,4 @@
-"""The losses of the DynamicVAE: L1 + LPIPS + KL + a hinge PatchGAN whose weight follows the gradients (VQGAN, LDM).
+"""The losses of the DynamicVAE: L1 + perceptual terms + KL + a hinge PatchGAN weighted by the gradients (VQGAN, LDM).
 
 Reduction, everywhere: the sum over an image divided by its 3HW values, averaged over the batch. So the KL weight 1e-6
 means what it means in the latent-diffusion code (both sides summed there), at any image size; and the KL counts every
@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from d2it.diffusion.grains import grain_weights
 from d2it.models.dvae import VAEOutput, group_norm
+from d2it.models.efficientnet import FeatureDistance
 from d2it.models.lpips import LPIPS
 
 
@@ -28,6 +29,9 @@ class VAELossConfig:
         perceptual_weight: of LPIPS, used where `lpips_path` is given.
         lpips_path: a file or folder for `LPIPS.from_path`; None leaves the term out.
         lpips_check: whether its files must have the hashes of the released ones.
+        features: network of a perceptual term that needs no download, a name of `d2it.models.efficientnet.LITE`; None
+            leaves the term out.
+        features_weight: of that term.
         kl_weight: of the KL, reduced as the module's docstring states.
         disc_weight: of the adversarial term, before the adaptive weight.
         disc_start: first step (counted from 0) with an adversarial term; None is never.
@@ -38,6 +42,8 @@ class VAELossConfig:
     perceptual_weight: float = 1.0
     lpips_path: str | None = None
     lpips_check: bool = True
+    features: str | None = None
+    features_weight: float = 0.2
     kl_weight: float = 1e-6
     disc_weight: float = 0.5
     disc_start: int | None = 50_001
@@ -87,6 +93,7 @@ class VAELoss(nn.Module):
         self.discriminator = (
             None if config.disc_start is None else PatchDiscriminator(config.disc_channels, config.disc_layers)
         )
+        self.features = None if config.features is None else FeatureDistance(config.features)
         self.lpips = None if config.lpips_path is None else LPIPS.from_path(config.lpips_path, check=config.lpips_check)
 
     def adversarial(self, step: int) -> bool:
@@ -122,6 +129,10 @@ class VAELoss(nn.Module):
             lpips = self.lpips(images, reconstruction).mean()
             parts["lpips"] = lpips.detach()
             nll = nll + config.perceptual_weight * lpips
+        if self.features is not None:
+            features = self.features(images, reconstruction).mean()
+            parts["features"] = features.detach()
+            nll = nll + config.features_weight * features
         kl = kl_per_value(output, code_sizes, values=images[0].numel())
         parts["kl"] = kl.detach()
         loss = nll + config.kl_weight * kl

@@ -23,6 +23,7 @@ from typing import Any
 from d2it.diffusion import FLOW_SCHEDULERS, SCHEDULERS, DiffusionConfig, GaussianDiffusion
 from d2it.errors import UserError, reason_of
 from d2it.files import read_bytes
+from d2it.models.efficientnet import LITE
 from d2it.models.losses import VAELossConfig
 from d2it.training.float8 import RECIPES
 
@@ -470,7 +471,8 @@ _RULES: dict[str, Rule] = {
     "dvae.float8": (lambda value: value is None, "null (its convolutions have no float8)"),
     "dvae.parallel": (lambda value: value == "ddp", "ddp (the critic's weight needs whole gradients)"),
     "dvae.fine_ratios": (lambda value: all(0 <= r <= 1 for r in value), "shares in [0, 1]"),
-    "dvae.loss.perceptual_weight dvae.loss.kl_weight dvae.loss.disc_weight": _NOT_NEGATIVE,
+    "dvae.loss.perceptual_weight dvae.loss.features_weight dvae.loss.kl_weight dvae.loss.disc_weight": _NOT_NEGATIVE,
+    "dvae.loss.features": _one_of(None, *LITE),
     "dvae.loss.disc_start": _between(0, _MOST, "at least 0", null=True),
     "dvae.loss.disc_channels dvae.loss.disc_layers": _between(1, 4096, "at least 1"),
     "content.capacity_step": (lambda value: 0 < value <= 1, "in (0, 1]"),

@@ -133,7 +133,8 @@ def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) 
         the backward pass in float32.
     """
     shadow = copy.deepcopy(vae).to("meta").requires_grad_()
-    judges = [copy.deepcopy(part).to("meta") for part in (criterion.discriminator, criterion.lpips) if part is not None]
+    parts = (criterion.discriminator, criterion.lpips, criterion.features)
+    judges = [copy.deepcopy(part).to("meta") for part in parts if part is not None]
     weights = {p.untyped_storage()._cdata for part in (shadow, *judges) for p in part.parameters()}
     rows, columns = (side // vae.config.region_size for side in image_size)
     cells = vae.config.code_sizes[0]
@@ -214,8 +215,12 @@ class DvaeStage:
         lpips = (
             f"LPIPS {loss.perceptual_weight:g}" if self.criterion.lpips is not None else "no LPIPS (no weights given)"
         )
+        features = "" if loss.features is None else f", {loss.features} {loss.features_weight:g}"
         critic = "no critic" if loss.disc_start is None else f"critic from step {loss.disc_start:,}"
-        return [f"data: {self.source.description}", f"fine above {thresholds} nats; L1, {lpips}, KL, {critic}"]
+        return [
+            f"data: {self.source.description}",
+            f"fine above {thresholds} nats; L1, {lpips}{features}, KL, {critic}",
+        ]
 
     def work(self, batch: Batch) -> Work:
         images = len(batch["image"])
