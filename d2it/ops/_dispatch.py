@@ -131,7 +131,7 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
     Args:
         op: name of an operator of `d2it.ops`.
         backend: "reference", "cpu", "triton" or "cuda".
-        *args, **kwargs: the operator's arguments. Without them the machine alone is judged.
+        *args, **kwargs: the operator's arguments. Without them only the machine is considered.
 
     Raises:
         ValueError: `op` is not an operator.

@@ -43,20 +43,21 @@ def kde_entropy(
         images: (B, 1 or 3, H, W), H and W multiples of `region_size`. Floating point inside `value_range` (by more than
             1e-5 of its width outside, or not finite, is an error), or uint8, whose 0..255 spans the range.
         region_size: S, pixels.
-        num_bins: levels; S * S where None, the paper's P.
+        num_bins: levels, at most 65536; S * S where None, the paper's P.
         value_range: (low, high) of the pixel values.
         sigma: the kernel's width, in the unit of the values.
         normalize: False gives Eqs. 2-3 to the letter, with the density not normalised over the levels.
         backend: "reference", "cpu", "triton", "cuda", or None to choose: a fused one for S in 4..64 and 16..512 levels
-            at most 24 sigma apart (`why_not` tells), else the reference, which is slower by two orders of magnitude.
+            at most 24 sigma apart (see `why_not`), else the reference, which is slower by two orders of magnitude.
 
     Returns:
-        (B, H/S, W/S) float32 (float64 for float64 images), nats. Differentiable on the reference only, which is chosen
-        where `images` requires a gradient.
+        (B, H/S, W/S) float32 (float64 for float64 images), nats. The gradient of `images` is computed in plain
+        PyTorch on every backend.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, or a value leaves the range. On a GPU values are judged
-            by an assertion inside the kernel, raised at the next synchronisation (CUDA_LAUNCH_BLOCKING=1: at the call).
+        TypeError, ValueError: an argument is of the wrong kind, or a value leaves the range. On a GPU an assertion
+            inside the kernel checks the values, raised at the next synchronisation (CUDA_LAUNCH_BLOCKING=1: at the
+            call).
 
     Example:
         >>> images = torch.zeros(1, 3, 32, 32)  # black on the left ...
@@ -141,8 +142,8 @@ def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend:
 
     Raises:
         TypeError: `entropy` is not a floating-point tensor.
-        ValueError: `thresholds` is not 1-d, or not strictly ascending (judged on the host: a CUDA tensor of thresholds
-            is trusted, since to look at it would synchronise).
+        ValueError: `thresholds` is not 1-d, or not strictly ascending (a CUDA tensor of thresholds is not checked: to
+            read it would synchronise).
 
     Example:
         >>> ops.grain_map(torch.tensor([0.5, 2.0, 3.5]), thresholds=[2.0, 3.0])

@@ -80,26 +80,27 @@ def window_attention(
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v inside every window (paper Eq. 10).
 
-    Dense windows come as (W, N, H, D). Packed windows come as rows (T, H, D) with `slots`, which says where each
-    position of each window lies: windows may hold any number of tokens, and only those cost anything.
+    Dense windows are (W, N, H, D). Packed windows are rows (T, H, D) with `slots`, the row of each position of each
+    window: windows may have any number of tokens, and only those cost anything.
 
     Args:
         q, k, v: (W, N, H, D), or (T, H, D) with `slots`; one dtype and device, any strides.
-        bias: (Wb, Hb, N, N) floating point, added to the scaled scores: window i uses bias[i % Wb], Hb is 1 or H. Its
-            gradient is summed in a fixed order, the same bits every time. Or None.
+        bias: (Wb, Hb, N, N) floating point, added to the scaled scores: window i uses bias[i % Wb], Hb is 1 or H;
+            (N, N) and (H, N, N) are (1, 1, N, N) and (1, H, N, N). Or None. Its gradient has the shape given, and is
+            summed in a fixed order, the same bits every time.
         slots: (W, N) int32, the row of each position, or -1 (any negative). No row stands in it twice.
         segment_ids: (Ws, N) integers; tokens attend within equal ids (Swin's shifted windows). Window i uses
             segment_ids[i % Ws].
-        scale: D ** -0.5 where None.
+        scale: a Python number, D ** -0.5 where None. For a learnable one, multiply q by it and pass 1.0.
         backend: "reference", "cpu", "triton", "cuda", or None to choose.
 
     Returns:
-        The shape and dtype of `q`. Rows that no slot names are zero, and so are their gradients.
+        The shape and dtype of `q`. Rows that are in no slot are zero, and so are their gradients.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not go together; on CPU, slots that name a row that is
-            not there, or one twice. On a GPU the first is a device-side assertion, raised at the next
-            synchronisation, and the row is taken for absent; of a row named twice either result may remain.
+        TypeError, ValueError: shapes, dtypes or devices that do not go together; on CPU, slots with a row that does
+            not exist, or with one twice. On a GPU the first is a device-side assertion, raised at the next
+            synchronisation, and the row is left out; of a row that occurs twice either result may remain.
 
     Under autocast q, k and v are cast to its dtype, as PyTorch's own attention does.
 
