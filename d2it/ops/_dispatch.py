@@ -137,9 +137,8 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
         ValueError: `op` is not an operator.
 
     Example:
-        >>> q = torch.zeros(4, 16, 2, 8)
-        >>> ops.why_not("window_attention", "cuda", q, q, q)
-        ["window_attention has no backend 'cuda'; it has cpu, reference, triton"]
+        >>> ops.why_not("gated_residual", "cuda", torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), torch.zeros(1, 8))
+        ["gated_residual has no backend 'cuda'; it has cpu, reference, triton"]
     """
     known = _known(op)
     if not isinstance(backend, str):
