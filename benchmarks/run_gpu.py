@@ -434,7 +434,7 @@ def run_parts(parts: list[str], folder: Path, seconds: float) -> int:
     for outcome in side_by_side(tasks, max(2, cores)):
         note(outcome)
     if "smoke" in parts:
-        note(smoke(until("smoke"), cores))
+        note(smoke(max(until("smoke"), 45.0), cores))
     measure([name for name in chosen if name not in MODELS], "operators")
     if "goals" in parts and len(parts) > 1:
         print_goals(folder)
