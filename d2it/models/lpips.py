@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2it.files import sha256_of
+from d2it.models.layers import without_autocast
 
 #: VGG-16 up to relu5_3: convolutions by width, "pool" between the five stages.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -68,7 +69,7 @@ class LPIPS(nn.Module):
         return out
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device):
             distance = torch.zeros(first.shape[0], device=first.device)
             for a, b, head in zip(self.features(first), self.features(second), self.heads):
                 difference = (_unit(a) - _unit(b)).square()
