@@ -197,7 +197,10 @@ class _Stream:
             )
         workers = self._holder[0]._workers
         if isinstance(error, (EOFError, ConnectionError)):  # a worker that is dying may not be dead yet
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=2)
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=2)
+            for worker in workers:
+                if worker.sentinel in ended:
+                    worker.join()
         dead = [worker for worker in workers if not worker.is_alive()]
         if dead:
             how = f"exit code {dead[0].exitcode}"
