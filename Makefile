@@ -3,6 +3,7 @@
 # Both start from a bare machine with Python 3.10 or newer: they make .venv, install the pinned versions and build
 # the C++ operators (and the CUDA ones where nvcc is). PYTHON names another interpreter, D2IT_BUILD another build.
 #
+# make fuzz    random damage and nonsense against everything that reads from outside, and a table of what got through
 # make test-order   the tests in three random orders, then every file alone: a quarter of an hour
 #
 # make build   the environment alone, rebuilt where csrc or the requirements changed
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export D2IT_BUILD ?= $(if $(shell which nvcc 2>/dev/null),cuda,auto)
 
-.PHONY: demo test test-order lint format build wheel gpu results report clean
+.PHONY: demo test test-order fuzz lint format build wheel gpu results report clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -41,6 +42,10 @@ test-order: build
 	    OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --random-order --random-order-seed=$$seed; done
 	@set -e; for file in $$(find tests -name 'test_*.py' | sort); do echo "$$file alone"; \
 	    OMP_NUM_THREADS=1 $(BIN)/pytest $$file || [ $$? = 5 ]; done
+
+# SEED repeats a run, SECONDS is its time.
+fuzz: build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),120) $(if $(SEED),--seed $(SEED))
 
 lint: build
 	$(BIN)/ruff check .

@@ -155,6 +155,7 @@ def test_a_value_out_of_range_is_one_line_with_its_name(override: str, said: str
         "5\n",
         "a: [\n",
         "run: 5\n",
+        "dvae: text\n",
         "run: {dir: [a]}\n",
         "run: {dir: {a: b}}\n",
         "data: {path: null}\n",

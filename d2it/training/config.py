@@ -345,7 +345,7 @@ def _take_texts(values: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]
         try:
             section, raw = _at(values, sections), _at(typed, sections)
             present = name in section
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             continue
         if present and isinstance(section, dict):
             empty = section.pop(name) is None
