@@ -432,6 +432,7 @@ def test_reconstruction_spends_the_codes_of_the_ratio():
     rows = evaluate_reconstruction(vae, lambda: photos.split(4), [0, 0.5, 1], extractor=SmallExtractor())
     fine, coarse = 16 * (vae.config.code_sizes[0] // vae.config.code_sizes[-1]) ** 2, 16
     assert [row["codes"] for row in rows] == pytest.approx([coarse, (coarse + fine) / 2, fine], rel=0.02)
+    assert [row["fine_share"] for row in rows] == pytest.approx([0, 0.5, 1], abs=0.02)
     for row in rows:
         assert 0 < row["psnr"] < 60
         assert -1 <= row["ssim"] <= 1
@@ -475,7 +476,7 @@ def test_reconstruction_of_a_vae_of_one_grain():
     rows = evaluate_reconstruction(
         vae, lambda: photos.split(2), [0, 0.5], lpips=lambda a, b: (a - b).abs().mean((1, 2, 3))
     )
-    assert [(row["fine_ratio"], row["codes"]) for row in rows] == [(1, 16)]
+    assert [(row["fine_ratio"], row["fine_share"], row["codes"]) for row in rows] == [(1, 1, 16)]
     assert 0 < rows[0]["lpips"] < 2
 
 
@@ -553,3 +554,20 @@ def test_a_samples_folder_is_what_it_was_drawn_for(tmp_path):
     opened = open_images(folder)
     assert (opened.count, opened.size) == (3, (16, 16))
     assert torch.equal(torch.cat(list(opened.batches(2))), pictures(3, 1))
+
+
+@pytest.mark.parametrize("grains", [2, 3])
+@pytest.mark.parametrize("flat", [0, 0.3, 0.6, 1])
+@pytest.mark.parametrize("ratio", [0, 0.1, 0.25, 0.5, 0.7, 0.95, 1])
+def test_limits_of_a_ratio_give_the_nearest_share_there_is(grains, flat, ratio):
+    from d2it.evaluation.reconstruction import _limits
+
+    draw = np.random.default_rng(0)
+    entropies = np.where(np.arange(200) < 200 * flat, 1.1257, draw.uniform(2, 5, 200)).astype(np.float32)
+    limits = _limits(draw.permutation(entropies), ratio, grains)
+    assert limits == sorted(limits)
+    reachable = {float((entropies > limit).mean()) for limit in (-np.inf, *np.unique(entropies))}
+    for i, limit in enumerate(limits):
+        share = ratio * (grains - 1 - i) / (grains - 1)
+        got = float((entropies > limit).mean())
+        assert abs(got - share) == pytest.approx(min(abs(r - share) for r in reachable))

@@ -12,7 +12,7 @@ F is 2, the image and its mirror image (each encoded: a VAE is not symmetric), o
 number, so that names never collide and an interrupted run is taken up by any number of ranks; each is written
 atomically, and counted only once its own record, which holds its hash, lies beside it.
 
-`python -m d2it.data.verify_cache FOLDER` says what is inside and whether every byte is as it was written.
+`python -m d2it.data.verify_cache FOLDER` prints what is inside and checks every byte against its hash.
 """
 
 from __future__ import annotations
@@ -392,7 +392,7 @@ class LatentCache:
         return int(self._starts[-1])
 
     def fine_share(self) -> float:
-        """Return the share of all regions that are finer than the coarsest grain."""
+        """Returns the share of all regions that are finer than the coarsest grain."""
         counts = [((unit["grain_map"] > 0).sum().item(), unit["grain_map"].numel()) for unit in self._tensors]
         return sum(fine for fine, _ in counts) / sum(total for _, total in counts)
 

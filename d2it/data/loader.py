@@ -187,7 +187,7 @@ class _Stream:
         return batch
 
     def _worker_failure(self, error: Exception) -> str | None:
-        """Return the line for an error that a worker, or the lack of something workers need, has caused."""
+        """Returns the line for an error that a worker, or the lack of something workers need, has caused."""
         if not self._options["num_workers"]:
             return None
         if self._reasons.poll():

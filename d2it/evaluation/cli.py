@@ -41,7 +41,7 @@ from d2it.sampling.options import SampleRequest, add_options, given_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command of evaluate.py; return the exit code of `run_command`."""
+    """Runs a command of evaluate.py. Returns the exit code of `run_command`."""
 
     def act() -> None:
         options = _parser().parse_args(arguments)

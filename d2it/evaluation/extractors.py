@@ -22,7 +22,7 @@ EXTRACTORS = ("inception", *LITE)
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite with its ImageNet head: images (B, 3, H, W) uint8 -> `Features`, float32.
+    """EfficientNet-Lite with its ImageNet head, from images (B, 3, H, W) uint8 to `Features`, float32.
 
     Images are resized to the network's own side, bicubic with antialiasing, and scaled as (x - 127) / 128, as the
     TensorFlow graphs were trained. The features are the 1280 channels of the last layer, averaged over the image.
@@ -56,7 +56,7 @@ class EfficientNetLite(nn.Module):
 
 
 class LocalModel(nn.Module):
-    """A vision model of transformers from a folder, DINOv2 for one: images (B, 3, H, W) uint8 -> `Features`, float32.
+    """A vision model of transformers, DINOv2 for one, from images (B, 3, H, W) uint8 to `Features`, float32.
 
     The features are the model's pooled output, or the class token of the last layer where it has none. Size, mean and
     deviation of the images come from the folder's `preprocessor_config.json`. Only safetensors are loaded, and no code.

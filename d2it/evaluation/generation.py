@@ -39,7 +39,7 @@ _ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "labels", "count", "siz
 
 
 class Extractor(Protocol):
-    """Images (B, 3, H, W) uint8 -> `Features`. Its `name`, where it has one, keeps networks apart."""
+    """A network from images (B, 3, H, W) uint8 to `Features`; its `name`, where it has one, keeps networks apart."""
 
     def __call__(self, images: Tensor) -> Features:
         """Returns the features of one batch."""

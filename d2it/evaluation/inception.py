@@ -157,7 +157,7 @@ class _BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images (B, 3, H, W) uint8 -> `Features`, float32.
+    """The network, from images (B, 3, H, W) uint8 to `Features`, float32.
 
     Attributes:
         name: of the extractor.
@@ -191,7 +191,7 @@ class Inception(nn.Module):
         """Loads the weights.
 
         Args:
-            path: the weight file; None says where to get it.
+            path: the weight file; None is an error that names where to get it.
             sha256: the first digits of the hash that the file must have; None takes any file.
 
         Raises:
