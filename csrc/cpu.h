@@ -86,7 +86,7 @@ D2IT_INLINE float to_float(BFloat16 v) {
 
 D2IT_INLINE float to_float(Half v) {
   // The exponent's bias goes from 15 to 127 by a multiplication, which serves subnormals as well; infinities
-  // and NaNs get the exponent that says so.
+  // and NaNs get the largest exponent.
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fff) << 13;
   const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
   const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;

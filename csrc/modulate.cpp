@@ -120,7 +120,7 @@ class Parameter {
   int64_t image_ = -1;
 };
 
-// The image of every row: row / length, or as `sample` says.
+// The image of every row: row / length, or the one that `sample` names.
 class Images {
  public:
   Images(const Tensor& x, const std::optional<Tensor>& sample, int64_t count) : length_(x.size(x.dim() - 2)) {

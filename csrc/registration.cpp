@@ -1,6 +1,6 @@
 // The schemas of every C++ operator. Each operator's own file holds its implementation and registers it for
 // its device. Python (d2it/ops) allocates the results and defines what autograd and torch.compile see, so the
-// operators here fill tensors they are given. One that judges values returns whether it found them in order.
+// operators here fill tensors they are given. One that checks values returns whether they are valid.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(d2it_C, m) {

@@ -586,7 +586,7 @@ void add_runs(const Backward& work, float* dbias) {
   });
 }
 
-// dbias: float32, or absent where nobody wants it. False as in the forward.
+// dbias: float32, or absent where it is not needed. Returns false as the forward does.
 bool window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
                                std::optional<Tensor> slots, std::optional<Tensor> segment_ids, double scale,
                                Tensor dq, Tensor dk, Tensor dv, std::optional<Tensor> dbias) {

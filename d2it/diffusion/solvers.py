@@ -282,7 +282,7 @@ def make_scheduler(
         name: one of `SCHEDULERS`, or on the linear path one of `FLOW_SCHEDULERS`.
         diffusion: the schedule.
         steps: of the chain; "heun", "flow-heun", "dpm2", "dpm2-a" and "pndm" run the model more often than that.
-        prediction: what the model predicts, in the words of `DiffusionConfig`; None is what the diffusion's settings
+        prediction: what the model predicts, a name as in `DiffusionConfig`; None is what the diffusion's settings
             name.
         learned_range: the model predicts the variance; only "ddpm" uses it.
         of: prefix of the arguments' names in messages, such as "grain_".

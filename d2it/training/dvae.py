@@ -134,8 +134,8 @@ def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) 
     """
     shadow = copy.deepcopy(vae).to("meta").requires_grad_()
     parts = (criterion.discriminator, criterion.lpips, criterion.features)
-    judges = [copy.deepcopy(part).to("meta") for part in parts if part is not None]
-    weights = {p.untyped_storage()._cdata for part in (shadow, *judges) for p in part.parameters()}
+    critics = [copy.deepcopy(part).to("meta") for part in parts if part is not None]
+    weights = {p.untyped_storage()._cdata for part in (shadow, *critics) for p in part.parameters()}
     rows, columns = (side // vae.config.region_size for side in image_size)
     cells = vae.config.code_sizes[0]
     kept: dict[int, torch.UntypedStorage] = {}
@@ -151,8 +151,8 @@ def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) 
             shadow.encoder(torch.empty(1, 3, *image_size, device="meta"))
             latents = torch.empty(1, vae.config.latent_channels, rows * cells, columns * cells, device="meta")
             image = shadow.decoder(latents, torch.empty(1, rows, columns, dtype=torch.int64, device="meta"))
-        for judge in judges:
-            judge(*(image,) if judge is judges[0] and criterion.discriminator is not None else (image, image))
+        for critic in critics:
+            critic(*(image,) if critic is critics[0] and criterion.discriminator is not None else (image, image))
     return counter.get_total_flops() // 2, sum(storage.nbytes() for storage in kept.values())
 
 
