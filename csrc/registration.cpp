@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "float sigma, bool normalize, float slack, Tensor(a!) entropy, Tensor(b!)? grains) -> bool");
   m.def("gather_rows(Tensor rows_of, Tensor? source, Tensor? base, Tensor(a!) out) -> bool");
   m.def(
-      "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, Tensor(a!) index, "
-      "Tensor(b!) inverse, Tensor(c!) slots, Tensor(d!) sample, Tensor(e!) count) -> bool");
+      "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, int[] code_sizes, "
+      "Tensor(a!) index, Tensor(b!) inverse, Tensor(c!) slots, Tensor(d!) sample, Tensor(e!) count) -> bool");
   m.def(
       "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, "
       "Tensor(a!) out) -> bool");

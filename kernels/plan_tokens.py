@@ -9,7 +9,7 @@ CUDA graph needs nothing reset between replays, and the host waits for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ class Grains(NamedTuple):
         windows_across: Windows in a row of an image's windows.
         min_grain: The coarsest grain that has tokens.
         REGION: Cells of a region's side; `WINDOW` of a window's.
+        CODE_SIZES: Cells of a code's side by grain, coarsest first: a code has one token, at its first cell. None: a
+            token for every cell.
     """
 
     data: torch.Tensor
@@ -43,6 +45,7 @@ class Grains(NamedTuple):
     min_grain: int
     REGION: tl.constexpr
     WINDOW: tl.constexpr
+    CODE_SIZES: tuple[tl.constexpr, ...] | None
     stride_image: int
     stride_row: int
     stride_col: int
@@ -50,7 +53,7 @@ class Grains(NamedTuple):
 
 @triton.jit
 def _grain_of(grains, o_position):
-    """Grain (0 outside), whether it has a token, cell in the flat grid, and image of each position."""
+    """Whether each position has a token, its cell in the flat grid, its image, and whether its grain is none."""
     WINDOW: tl.constexpr = grains.WINDOW
     CELLS: tl.constexpr = WINDOW * WINDOW
     m_position = o_position < grains.cells
@@ -64,24 +67,32 @@ def _grain_of(grains, o_position):
     p_grain += (o_y // grains.REGION).to(tl.int64) * grains.stride_row
     p_grain += (o_x // grains.REGION).to(tl.int64) * grains.stride_col
     b_grain = tl.load(p_grain, mask=m_position, other=0)
-    b_token = (m_position & (b_grain >= grains.min_grain)).to(tl.int32)
+    b_token = m_position & (b_grain >= grains.min_grain)
+    b_wrong = b_grain < 0
+    if grains.CODE_SIZES is not None:
+        m_first = b_wrong & False
+        for i_grain in tl.static_range(len(grains.CODE_SIZES)):
+            m_starts = (o_y % grains.CODE_SIZES[i_grain] == 0) & (o_x % grains.CODE_SIZES[i_grain] == 0)
+            m_first |= (b_grain == i_grain) & m_starts
+        b_token &= m_first
+        b_wrong |= b_grain >= len(grains.CODE_SIZES)
     o_cell = o_image * grains.cells_image + o_y * grains.cells_across + o_x
-    return b_grain, b_token, o_cell, o_image
+    return b_token.to(tl.int32), o_cell, o_image, b_wrong.to(tl.int32)
 
 
 @triton.jit
 def plan_tokens_count_kernel(grains, counts, chunks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """One program: one chunk of BLOCKS * BLOCK positions. counts (2, chunks): tokens, and grains below 0."""
+    """One program: one chunk of BLOCKS * BLOCK positions. counts (2, chunks): tokens, and wrong grains."""
     i_chunk = tl.program_id(0)
     b_tokens = tl.zeros((BLOCK,), tl.int32)
-    b_negative = tl.zeros((BLOCK,), tl.int32)
+    b_wrong = tl.zeros((BLOCK,), tl.int32)
     for i_block in tl.range(0, BLOCKS):
         o_position = (i_chunk * BLOCKS + i_block) * BLOCK + tl.arange(0, BLOCK)
-        b_grain, b_token, _, _ = _grain_of(grains, o_position)
+        b_token, _, _, b_wrong_here = _grain_of(grains, o_position)
         b_tokens += b_token
-        b_negative += (b_grain < 0).to(tl.int32)
+        b_wrong += b_wrong_here
     tl.store(counts + i_chunk, tl.sum(b_tokens))
-    tl.store(counts + chunks + i_chunk, tl.sum(b_negative))
+    tl.store(counts + chunks + i_chunk, tl.sum(b_wrong))
 
 
 @triton.jit
@@ -108,15 +119,17 @@ def plan_tokens_write_kernel(
     i_total = tl.sum(b_counts)
     i_row = tl.sum(tl.where(o_chunk < i_chunk, b_counts, 0))
     if i_chunk == 0:
-        b_negative = tl.load(counts + chunks + o_chunk, mask=o_chunk < chunks, other=0)
-        tl.device_assert(tl.sum(b_negative) == 0, "plan_tokens: grain_map must have no value below 0")
+        b_wrong = tl.load(counts + chunks + o_chunk, mask=o_chunk < chunks, other=0)
+        tl.device_assert(
+            tl.sum(b_wrong) == 0, "plan_tokens: grain_map must have no value below 0, nor one without a code size"
+        )
         tl.device_assert(i_total <= capacity, "plan_tokens: capacity must hold the plan's tokens")
         tl.store(count, i_total)
 
     for i_block in tl.range(0, BLOCKS):
         o_position = (i_chunk * BLOCKS + i_block) * BLOCK + tl.arange(0, BLOCK)
         m_position = o_position < grains.cells
-        _, b_token, o_cell, o_image = _grain_of(grains, o_position)
+        b_token, o_cell, o_image, _ = _grain_of(grains, o_position)
         b_row = i_row + tl.cumsum(b_token, 0) - 1
         # Past the capacity a cell has no row: what is written stays inside the buffers, and the assertion fires.
         m_token = (b_token == 1) & (b_row < capacity)
@@ -133,11 +146,17 @@ def plan_tokens_write_kernel(
 
 
 def plan_tokens_forward(
-    grain_map: torch.Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int
+    grain_map: torch.Tensor,
+    cells_per_region: int,
+    window: int,
+    min_grain: int,
+    capacity: int,
+    code_sizes: Sequence[int] = (),
 ) -> tuple[torch.Tensor, ...]:
     """grain_map (B, h, w) int64, any strides -> index, inverse, slots, sample, count, as in `TokenPlan`.
 
-    A grain below 0 and more tokens than `capacity` are device-side assertions.
+    A grain below 0, one without a code size where sizes are given, and more tokens than `capacity` are device-side
+    assertions.
     """
     batch, height, width = grain_map.shape
     cells_image = height * width * cells_per_region**2
@@ -160,6 +179,7 @@ def plan_tokens_forward(
         min_grain,
         constant(cells_per_region),
         constant(window),
+        tuple(constant(size) for size in code_sizes) or None,
         *grain_map.stride(),
     )
     options = {"BLOCK": BLOCK, "BLOCKS": blocks_each, "num_warps": 8, **ASSERTIONS}
@@ -173,10 +193,15 @@ def plan_tokens_forward(
 
 @compile_cases
 def _compile_cases() -> Iterator[CompileCase]:
-    for batch, regions, region, window in ((256, 16, 2, 16), (32, 16, 2, 4), (2048, 16, 4, 8)):
+    for batch, regions, region, window, sizes in (
+        (256, 16, 2, 16, ()),
+        (32, 16, 2, 4, ()),
+        (2048, 16, 4, 8, ()),
+        (256, 8, 4, 16, (4, 2, 1)),
+    ):
         grain_map = torch.empty((batch, regions, regions), dtype=torch.int64, device="meta")
         capacity = batch * regions**2 * region**2 // 2
         yield (
-            f"B{batch}-{regions}x{regions}-s{region}-w{window}",
-            partial(plan_tokens_forward, grain_map, region, window, 1, capacity),
+            f"B{batch}-{regions}x{regions}-s{region}-w{window}" + ("-codes" if sizes else ""),
+            partial(plan_tokens_forward, grain_map, region, window, 1, capacity, sizes),
         )

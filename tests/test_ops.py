@@ -144,7 +144,7 @@ def test_bad_input_to_neighbor_copy_names_the_argument(latents, grains, error, m
 # ---- planning and packing -----------------------------------------------------------------------------------------
 
 
-def slow_plan(grains, cells, window, min_grain):
+def slow_plan(grains, cells, window, min_grain, sizes=None):
     """The contract of the row order, as loops."""
     batch, h, w = grains.shape
     height, width = h * cells, w * cells
@@ -156,7 +156,9 @@ def slow_plan(grains, cells, window, min_grain):
                 for y in range(wy, wy + window):
                     for x in range(wx, wx + window):
                         row.append(-1)
-                        if grains[b, y // cells, x // cells] >= min_grain:
+                        grain = grains[b, y // cells, x // cells]
+                        size = sizes[grain] if sizes else 1
+                        if grain >= min_grain and y % size == 0 and x % size == 0:
                             row[-1] = len(index)
                             index.append((b * height + y) * width + x)
                 slots.append(row)
@@ -164,21 +166,31 @@ def slow_plan(grains, cells, window, min_grain):
 
 
 @pytest.mark.parametrize(
-    ("shape", "cells", "window", "grains", "min_grain"),
+    ("shape", "cells", "window", "grains", "min_grain", "sizes"),
     [
-        ((2, 2, 2), 2, 4, 2, 1),
-        ((3, 4, 6), 2, 4, 3, 2),
-        ((1, 3, 5), 4, 2, 3, 1),
-        ((2, 5, 3), 1, 1, 2, 1),
-        ((2, 3, 3), 3, 9, 2, 0),
+        ((2, 2, 2), 2, 4, 2, 1, None),
+        ((2, 2, 2), 2, 4, 2, 1, (2, 1)),
+        ((3, 4, 6), 2, 4, 3, 2, None),
+        ((1, 3, 5), 4, 2, 3, 1, None),
+        ((1, 3, 5), 4, 2, 3, 1, (4, 2, 1)),
+        ((2, 3, 4), 8, 4, 4, 0, (8, 4, 2, 1)),
+        ((2, 1, 2), 8, 8, 3, 1, (8, 2, 1)),
+        ((2, 5, 3), 1, 1, 2, 1, None),
+        ((2, 3, 3), 3, 9, 2, 0, None),
+        ((2, 3, 3), 3, 9, 2, 0, (3, 1)),
     ],
 )
 @pytest.mark.parametrize("spare", [0, 7])
-def test_plan_lays_out_rows_as_the_contract_says(shape, cells, window, grains, min_grain, spare):
+def test_plan_lays_out_rows_as_the_contract_says(shape, cells, window, grains, min_grain, sizes, spare):
     grain_map = maps(*shape, grains=grains, seed=sum(shape))
-    index, slots = slow_plan(grain_map, cells, window, min_grain)
+    index, slots = slow_plan(grain_map, cells, window, min_grain, sizes)
     plan = ops.plan_tokens(
-        grain_map, cells_per_region=cells, window=window, min_grain=min_grain, capacity=len(index) + spare
+        grain_map,
+        cells_per_region=cells,
+        window=window,
+        min_grain=min_grain,
+        capacity=len(index) + spare,
+        code_sizes=sizes,
     )
     assert plan.count.item() == len(index)
     assert plan.index.tolist() == index + [-1] * spare
@@ -233,6 +245,12 @@ def test_no_fine_token(batch):
         ({"window": 3}, ValueError, "window must divide the grid of 4 x 4 cells, got 3"),
         ({"window": 2.0}, TypeError, "window must be an int"),
         ({"grain_map": torch.full((1, 2, 2), -1)}, ValueError, "grain_map must have no value below 0"),
+        ({"code_sizes": (1, 2)}, ValueError, r"code_sizes must be descending divisors of the 2 .* got \(1, 2\)"),
+        ({"code_sizes": (3, 1)}, ValueError, "code_sizes must be descending divisors"),
+        ({"code_sizes": ()}, ValueError, "code_sizes must be descending divisors"),
+        ({"code_sizes": (2, 0)}, ValueError, "code_sizes must be at least 1, got 0"),
+        ({"code_sizes": 2}, TypeError, "code_sizes must be a tuple of ints or None, got int"),
+        ({"code_sizes": (2,)}, ValueError, "grain_map must have no value above 0, got 1"),
         ({"grain_map": torch.ones(1, 2, 2)}, TypeError, "grain_map must be an integer"),
         ({"grain_map": torch.ones(2, 2).long()}, ValueError, "grain_map must have 3 dimensions"),
     ],

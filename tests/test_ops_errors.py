@@ -30,6 +30,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "window": 2,
         "min_grain": 1,
         "capacity": 16,
+        "code_sizes": (2, 1),
     },
     "plan_from_mask": {"mask": torch.ones(1, 4, 4, dtype=torch.bool), "window": 2, "capacity": 16},
     "slots_from_cu_seqlens": {"cu_seqlens": torch.tensor([0, 2], dtype=torch.int32), "size": 3},
@@ -61,7 +62,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "gated_residual": {"x": torch.zeros(2, 3, 8), "branch": torch.zeros(2, 3, 8), "gate": torch.zeros(2, 8)},
 }
 CALLS["encode_grains"] = CALLS["kde_entropy"] | {"thresholds": [0.5]}
-OPTIONAL = {"num_bins", "capacity", "base", "bias", "segment_ids", "scale", "sample", "slots"}
+OPTIONAL = {"num_bins", "capacity", "code_sizes", "base", "bias", "segment_ids", "scale", "sample", "slots"}
 TENSORS = (torch.Tensor, list, ops.TokenPlan)
 NO_BACKEND = {"plan_from_mask", "slots_from_cu_seqlens"}
 
@@ -160,6 +161,15 @@ def wrong_values(op: str, name: str, right: Any) -> dict[str, Any]:
     elif name == "thresholds":
         wrong = {**NOT_SEQUENCES, "descending": [2.0, 1.0], "2d": torch.zeros(2, 2), "meta": torch.zeros(1).to("meta")}
         wrong["complex_tensor"] = torch.zeros(1, dtype=torch.complex64)
+    elif name == "code_sizes":
+        wrong = {
+            **NOT_SEQUENCES,
+            "empty": (),
+            "ascending": (1, 2),
+            "no_divisor": (3, 1),
+            "zero": (2, 0),
+            "tensor": PLAN.index,
+        }
     else:
         assert name == "latents"
         wrong = {**NOT_SEQUENCES, "empty": [], "one_missing": [right[0], None], "meta": [right[0], right[1].to("meta")]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,12 @@ def plan_tokens(
     window: int = 4,
     min_grain: int = 1,
     capacity: int | None = None,
+    code_sizes: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> TokenPlan:
     """Lays out the cells of every region with grain >= `min_grain` as rows, without a host synchronisation.
+
+    With `code_sizes` these are the first cells of the regions' latent codes, one a code.
 
     Args:
         grain_map: (B, h, w) int64, no value below 0; at most 2^31 - 2^22 cells.
@@ -29,15 +34,17 @@ def plan_tokens(
         min_grain: the coarsest grain that gets tokens.
         capacity: rows to lay out; None is B * Hf * Wf, always enough. A smaller one comes from the host, which knows
             the maps.
+        code_sizes: cells along a latent code's side by grain, coarsest first, such as (4, 2, 1): descending divisors
+            of `cells_per_region`, one for every grain of the map. None lays out every cell.
         backend: "reference", "cpu", "triton", or None to choose.
 
     Returns:
         A `TokenPlan`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, a window that does not divide the grid, a grain below 0,
-            or more tokens than `capacity` (the last two on a GPU as device-side assertions, raised at the next
-            synchronisation).
+        TypeError, ValueError: an argument of the wrong kind, a window that does not divide the grid, a grain below 0 or
+            without a code size, or more tokens than `capacity` (the last two on a GPU as device-side assertions,
+            raised at the next synchronisation).
 
     Example:
         >>> plan = ops.plan_tokens(torch.tensor([[[0, 1]]]), cells_per_region=2, window=2, capacity=6)
@@ -65,15 +72,21 @@ def plan_tokens(
     _check.require(cells <= MOST_CELLS, "grain_map", f"have at most {MOST_CELLS} cells", cells)
     rows = cells if capacity is None else capacity
     _check.integer("capacity", rows, low=0, high=MOST_CELLS)
+    sizes = [] if code_sizes is None else _checked_sizes(code_sizes, cells_per_region)
     name = choose("plan_tokens", backend, grain_map)
     if name == "reference":
-        check_tokens(grain_map, cells_per_region, min_grain, rows)
+        check_tokens(grain_map, cells_per_region, min_grain, rows, sizes)
         plan = reference.plan_tokens(
-            grain_map, cells_per_region=cells_per_region, window=window, min_grain=min_grain, capacity=rows
+            grain_map,
+            cells_per_region=cells_per_region,
+            window=window,
+            min_grain=min_grain,
+            capacity=rows,
+            code_sizes=sizes,
         )
     else:
         index, inverse, slots, sample, count = _call_plan_tokens(
-            grain_map, cells_per_region, window, min_grain, rows, name
+            grain_map, cells_per_region, window, min_grain, rows, sizes, name
         )
         plan = TokenPlan(index, inverse, slots, sample, count, rows, window, (batch, height, width))
     return plan if torch.compiler.is_compiling() else trusted(plan)
@@ -105,17 +118,48 @@ def plan_from_mask(mask: Tensor, *, window: int, capacity: int | None = None) ->
     return plan_tokens(mask.to(torch.int64), cells_per_region=1, window=window, capacity=capacity)
 
 
-def check_tokens(grain_map: Tensor, cells_per_region: int, min_grain: int, capacity: int) -> None:
-    """Raises unless no grain is below 0 and the tokens fit `capacity`."""
-    count = (grain_map >= min_grain).sum() * cells_per_region**2
+def _checked_sizes(code_sizes: Sequence[int], cells_per_region: int) -> list[int]:
+    """The sizes as a list; raises unless they are descending divisors of `cells_per_region`."""
+    if not isinstance(code_sizes, (list, tuple)):
+        raise TypeError(f"code_sizes must be a tuple of ints or None, got {type(code_sizes).__name__}")
+    for size in code_sizes:
+        _check.integer("code_sizes", size, low=1)
+    descending = list(code_sizes) == sorted(set(code_sizes), reverse=True)
+    _check.require(
+        len(code_sizes) > 0 and descending and not any(cells_per_region % size for size in code_sizes),
+        "code_sizes",
+        lambda: f"be descending divisors of the {cells_per_region} cells of a region's side",
+        tuple(code_sizes),
+    )
+    return list(code_sizes)
+
+
+def check_tokens(
+    grain_map: Tensor, cells_per_region: int, min_grain: int, capacity: int, code_sizes: Sequence[int] = ()
+) -> None:
+    """Raises unless every grain is one and the tokens fit `capacity`."""
     _check.values((grain_map >= 0).all(), "grain_map must have no value below 0", lambda: str(int(grain_map.min())))
+    if code_sizes:
+        most = len(code_sizes) - 1
+        fits = (grain_map <= most).all()
+        _check.values(fits, f"grain_map must have no value above {most}", lambda: str(int(grain_map.max())))
+        codes = [(cells_per_region // size) ** 2 if g >= min_grain else 0 for g, size in enumerate(code_sizes)]
+        count = torch.stack([(grain_map == grain).sum() * n for grain, n in enumerate(codes)]).sum()
+    else:
+        count = (grain_map >= min_grain).sum() * cells_per_region**2
     _check.values(
         count <= capacity, "capacity must hold the tokens of the plan", lambda: f"{capacity} for {int(count)}"
     )
 
 
 def _plan_fake(
-    grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int, backend: str
+    grain_map: Tensor,
+    cells_per_region: int,
+    window: int,
+    min_grain: int,
+    capacity: int,
+    code_sizes: Sequence[int],
+    backend: str,
 ) -> tuple[Tensor, ...]:
     batch, h, w = grain_map.shape
     cells = batch * h * w * cells_per_region**2
@@ -129,18 +173,20 @@ def _plan_fake(
 
 _call_plan_tokens = operator(
     "plan_tokens(Tensor grain_map, SymInt cells_per_region, SymInt window, SymInt min_grain, SymInt capacity, "
-    "str backend) -> (Tensor index, Tensor inverse, Tensor slots, Tensor sample, Tensor count)",
+    "SymInt[] code_sizes, str backend) -> (Tensor index, Tensor inverse, Tensor slots, Tensor sample, Tensor count)",
     fake=_plan_fake,
-    check=lambda grains, cells, window, min_grain, capacity: check_tokens(grains, cells, min_grain, capacity),
+    check=lambda grains, cells, window, *rest: check_tokens(grains, cells, *rest),
 )
 
 
 def _native_plan(
-    grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int
+    grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int, code_sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    plan = _plan_fake(grain_map, cells_per_region, window, min_grain, capacity, "")
-    if not torch.ops.d2it_C.plan_tokens(grain_map, cells_per_region, window, min_grain, *plan):
-        check_tokens(grain_map, cells_per_region, min_grain, capacity)  # raises: C++ only reports that it must
+    plan = _plan_fake(grain_map, cells_per_region, window, min_grain, capacity, code_sizes, "")
+    if not torch.ops.d2it_C.plan_tokens(grain_map, cells_per_region, window, min_grain, code_sizes, *plan):
+        check_tokens(
+            grain_map, cells_per_region, min_grain, capacity, code_sizes
+        )  # raises: C++ only reports that it must
     return plan
 
 

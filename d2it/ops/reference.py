@@ -126,10 +126,11 @@ def plan_tokens(
     window: int = 4,
     min_grain: int = 1,
     capacity: int | None = None,
+    code_sizes: Sequence[int] | None = None,
 ) -> TokenPlan:
     """Rows of the packed tokens: images in order, windows row-major in the image, cells row-major in the window."""
     batch = grain_map.shape[0]
-    fine = _expand(grain_map >= min_grain, cells_per_region)
+    fine = _expand(grain_map >= min_grain, cells_per_region) & first_cells(grain_map, cells_per_region, code_sizes)
     height, width = fine.shape[1:]
     cells = batch * height * width
     rows_available = cells if capacity is None else capacity
@@ -156,6 +157,18 @@ def plan_tokens(
         window=window,
         grid=(batch, height, width),
     )
+
+
+def first_cells(grain_map: Tensor, cells_per_region: int, code_sizes: Sequence[int] | None) -> Tensor:
+    """(B, h, w) -> (B, Hf, Wf) bool: True at the first cell of every latent code, or everywhere without code sizes."""
+    grains = _expand(grain_map, cells_per_region)
+    if not code_sizes:
+        return torch.ones_like(grains, dtype=torch.bool)
+    size = torch.zeros_like(grains)
+    for grain, cells in enumerate(code_sizes):
+        size = torch.where(grains == grain, cells, size)
+    y, x = (torch.arange(n, device=grains.device) for n in grains.shape[1:])
+    return (y[:, None] % size == 0) & (x % size == 0)
 
 
 def plan_from_mask(mask: Tensor, *, window: int, capacity: int | None = None) -> TokenPlan:
