@@ -174,6 +174,16 @@ def test_a_damaged_configuration_file_is_one_line(text: str, tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["imagenet256_b", "imagenet256_l"])
+def test_the_command_of_a_configuration_that_shares_latents_loads(name: str) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    command = path.read_text().split("train.py ")[1].split("extends:")[0].replace("\\\n#", " ").split()
+    assert command[:2] == ["--config", f"configs/{name}.yaml"]
+    config = load(path, command[2:])
+    assert config.run.stages == ["content"]
+    assert config.cache.path == "runs/imagenet256_xl/cache"
+
+
 def test_every_setting_is_listed_with_its_default_and_a_line() -> None:
     lines = describe().splitlines()[1:]
     keys = [key for key, _, _ in configuration._settings(Config)]

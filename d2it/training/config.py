@@ -67,7 +67,8 @@ class DataConfig:
     """The images.
 
     Args:
-        path: a folder of images, an .npz pack or WebDataset shards (see docs/data.md), or demo.
+        path: a folder of images, an .npz pack or WebDataset shards (see docs/data.md), or demo; grain and content do
+            without, given a cache.
         crops: images that the demo cuts from its photos.
         image_size: side of the images in pixels, or [height, width].
         num_classes: number of classes; null trains an unconditional model.
@@ -284,7 +285,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     for key, text in {"data.path": MISSING, **texts}.items():
         *sections, name = key.split(".")
         setattr(_at(config, sections), name, os.path.expanduser(text) if key in _PATHS and text else text)
-    if config.data.path == MISSING:
+    if config.data.path == MISSING and {"dvae", "cache"} & set(config.run.stages):
         raise UserError("configuration: data.path must be given: add data.path=...")
     _check(config)
     size = config.data.image_size

@@ -32,7 +32,7 @@ from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_co
 from d2it.files import atomic_write, only_writer, sha256_of
 from d2it.models import DynamicVAE
 from d2it.sampling.pipeline import D2iT, has_parts
-from d2it.training.config import STAGES, Config, describe, load, to_yaml
+from d2it.training.config import MISSING, STAGES, Config, describe, load, to_yaml
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
@@ -150,7 +150,7 @@ def rehearse_all(config: Config, world: World) -> None:
     Raises:
         UserError: what the configuration or the images' path makes impossible, memory included.
     """
-    source = _source(config)
+    source = None if config.data.path == MISSING else _source(config)
     check_models(config)
     for name in STAGES:
         if name == "cache" or name not in config.run.stages:
@@ -318,8 +318,7 @@ def _stage(
         kind = {"grain": GrainStage, "content": ContentStage}[name]
         settings = getattr(config, name)
         cache = _cache_folder(config)
-        if dry and not (cache / "index.json").exists():
-            assert source is not None
+        if dry and source is not None and not (cache / "index.json").exists():
             with torch.device("meta"):
                 planned = build_vae(config).config
             return kind(config, settings, world, LatentData.of_vae(planned, source.image_size, len(source)), None)
