@@ -1,4 +1,4 @@
-// adaLN on CPU (DiT, section 3.2): normalise and modulate, gate and add, and their gradients.
+// adaLN on CPU (DiT, section 3.2): normalise and modulate, gate and add, both in one, and their gradients.
 //
 // Rows are worked on in float32, one after the other. A row that lies so in memory is read where it is,
 // others are converted into a line that stays in the L1 cache. The gradients of the parameters are sums over
@@ -263,6 +263,10 @@ D2IT_CLONES void modulate_backward(const float* __restrict grad, const float* __
   for (int64_t i = 0; i < n; ++i) dx[i] = (g[i] - mean_g - dx[i] * mean_gy) * m.per_deviation;
 }
 
+D2IT_CLONES void add(const float* __restrict in, float* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] += in[i];
+}
+
 D2IT_CLONES void gate_and_add(const float* __restrict x, const float* __restrict branch,
                               const float* __restrict gate, float* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] + gate[i] * branch[i];
@@ -373,6 +377,64 @@ void gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, std::optio
   runs.add_up(0, dgate);
 }
 
+bool gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale,
+                             std::optional<Tensor> sample, double eps, Tensor total, Tensor out) {
+  const Images images(x, sample, scale.size(0));
+  if (!images.good()) return false;
+  if (out.numel() == 0) return true;
+  const int64_t channels = x.size(x.dim() - 1);
+  const Rows from(x), branches(branch), totals(total), to(out), gates(gate), shifts(shift), scales(scale);
+  for_blocks(rows_of(x), channels, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(3 * channels);
+    Parameter gate_of(gates, channels), shift_of(shifts, channels), scale_of(scales, channels);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t image = images.of(r);
+      float* line = totals.begin(r, room.data() + 2 * channels);
+      gate_and_add(from.read(r, room.data()), branches.read(r, room.data() + channels), gate_of.of(image),
+                   line, channels);
+      totals.store(r, line);
+      const float* stored = totals.read(r, room.data()); // as it was rounded
+      line = to.begin(r, room.data() + 2 * channels);
+      modulate(stored, shift_of.of(image), scale_of.of(image), static_cast<float>(eps), line, channels);
+      to.store(r, line);
+    }
+  });
+  return true;
+}
+
+void gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor branch,
+                                      Tensor gate, Tensor scale, std::optional<Tensor> sample, double eps,
+                                      Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale) {
+  const Images images(total, sample, scale.size(0));
+  if (!images.good()) d2it::fail("sample must name images 0..", scale.size(0) - 1);
+  if (scale.numel() == 0) return;
+  const int64_t channels = total.size(total.dim() - 1), rows = rows_of(total);
+  const Rows grads(grad), grads_total(grad_total), from(total), branches(branch), gates(gate), scales(scale);
+  const Rows to(dx), to_branch(dbranch);
+  Runs runs(rows, channels, 3);
+  for_blocks(rows, channels, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(5 * channels);
+    float *first = room.data(), *second = first + channels, *third = second + channels;
+    Parameter gate_of(gates, channels), scale_of(scales, channels);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t image = images.of(r);
+      float* sums = runs.of(r, image);
+      float* line = to.begin(r, third + channels);
+      modulate_backward(grads.read(r, first), from.read(r, second), scale_of.of(image),
+                        static_cast<float>(eps), third, line, sums, sums + channels, channels);
+      add(grads_total.read(r, first), line, channels);
+      float* line_branch = to_branch.begin(r, third);
+      gate_backward(line, branches.read(r, second), gate_of.of(image), line_branch, sums + 2 * channels,
+                    channels);
+      to_branch.store(r, line_branch);
+      to.store(r, line);
+    }
+  });
+  runs.add_up(0, dshift);
+  runs.add_up(1, dscale);
+  runs.add_up(2, dgate);
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(d2it_C, CPU, m) {
@@ -380,4 +442,6 @@ STABLE_TORCH_LIBRARY_IMPL(d2it_C, CPU, m) {
   m.impl("adaln_modulate_backward", TORCH_BOX(&adaln_modulate_backward));
   m.impl("gated_residual", TORCH_BOX(&gated_residual));
   m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward));
+  m.impl("gated_residual_modulate", TORCH_BOX(&gated_residual_modulate));
+  m.impl("gated_residual_modulate_backward", TORCH_BOX(&gated_residual_modulate_backward));
 }

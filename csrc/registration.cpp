@@ -24,6 +24,15 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, Tensor(a!) dbranch, "
       "Tensor(b!) dgate) -> ()");
   m.def(
+      "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? "
+      "sample, "
+      "float eps, Tensor(a!) total, Tensor(b!) out) -> bool");
+  m.def(
+      "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor branch, Tensor "
+      "gate, "
+      "Tensor scale, Tensor? sample, float eps, Tensor(a!) dx, Tensor(b!) dbranch, Tensor(c!) dgate, "
+      "Tensor(d!) dshift, Tensor(e!) dscale) -> ()");
+  m.def(
       "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, Tensor? segment_ids, "
       "float scale, Tensor(a!) out) -> bool");
   m.def(

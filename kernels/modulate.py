@@ -1,4 +1,4 @@
-"""adaLN for images and for packed rows (DiT, section 3.2): modulate a LayerNorm without affine; gate and add.
+"""adaLN for images and for packed rows (DiT, section 3.2): modulate a LayerNorm without affine; gate and add; both.
 
 Rows are tokens; a row's parameters are those of its image. For (B, L, C) the image of row r is r // L, for
 packed rows (T, C) it is sample[r]. All arithmetic is float32, rounded once, when it is stored.
@@ -33,17 +33,20 @@ from d2it.kernels.rows import constant, index_of, row_offsets, rows_of
 # 241-255 registers at C = 1152, with 24 it takes 156-168 and half as many warps again are resident (sm_90).
 ELEMENTS_FORWARD = 40
 ELEMENTS_BACKWARD = 24
+ELEMENTS_FUSED = 16  # a third sum: with 24 it takes 254 registers in bfloat16 and spills in float32, with 16 up to 168
 
 
 class Runs(NamedTuple):
     """The buffers between the two launches of a backward.
 
     Attributes:
-        partials: (places, sums, C) float32, the sums of each run.
+        partials: (places, SUMS, C) float32, the sums of each run; a launch may begin at another sum than the first.
         bounds: (2, blocks) int32, the first image of each block (-1 where the order descends) and the last; with
             `sample` only.
-        stats: (rows, 2) float32, mean and 1 / deviation of each row; with `sample` only, of adaln_modulate only.
+        stats: (rows, 2) float32, mean and 1 / deviation of each row: what gated_residual_modulate's forward stored, or
+            written by adaln_modulate's backward with `sample` only.
         blocks: Number of blocks.
+        SUMS: Sums of a run.
         BLOCK_ROWS: Rows of a block.
     """
 
@@ -51,6 +54,7 @@ class Runs(NamedTuple):
     bounds: torch.Tensor | None
     stats: torch.Tensor | None
     blocks: int
+    SUMS: tl.constexpr
     BLOCK_ROWS: tl.constexpr
 
 
@@ -136,17 +140,56 @@ def _normalize(b_x, m_row, eps, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _store_stats(stats, b_mean, b_rstd, o_row, m_row):
+    tl.store(stats + o_row.to(tl.int64) * 2, b_mean, mask=m_row)
+    tl.store(stats + o_row.to(tl.int64) * 2 + 1, b_rstd, mask=m_row)
+
+
+@triton.jit
+def _load_stats(stats, o_row, m_row):
+    b_mean = tl.load(stats + o_row.to(tl.int64) * 2, mask=m_row, other=0.0)
+    return b_mean, tl.load(stats + o_row.to(tl.int64) * 2 + 1, mask=m_row, other=0.0)
+
+
+@triton.jit
 def adaln_modulate_fwd_kernel(
-    out, x, shift, scale, sample, eps, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+    out,
+    total,
+    stats,
+    x,
+    branch,
+    gate,
+    shift,
+    scale,
+    sample,
+    eps,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """One program: ROWS rows. x, shift and scale are `Rows`, sample an `Index` or None; out (rows, C) contiguous."""
+    """One program: ROWS rows. x, branch, gate, shift and scale are `Rows`, sample an `Index` or None.
+
+    out and total (rows, C) contiguous, stats (rows, 2). With branch, what is modulated is x + gate * branch as total
+    stores it; without, gate, total and stats are None too.
+    """
+    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < x.rows
     b_image = _image_of(sample, o_row, m_row, x.length)
     o_image = _existing(sample, b_image, scale.rows)
     b_x = _load_chunks(x, o_row, m_row, C, CHUNK)
-    b_normed, _, _ = _normalize(b_x, m_row, eps, C, CHUNK)
-    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+    if branch is not None:
+        b_total = ()
+        for i in tl.static_range(CHUNKS):
+            b_branch = _load_chunk(branch, o_row, m_row, i, C, CHUNK)
+            b_sum = b_x[i] + _load_chunk(gate, o_image, m_row, i, C, CHUNK) * b_branch
+            _store_chunk(total, b_sum, o_row, m_row, i, C, CHUNK)
+            b_total = b_total + (b_sum.to(total.dtype.element_ty).to(tl.float32),)
+        b_x = b_total
+    b_normed, b_mean, b_rstd = _normalize(b_x, m_row, eps, C, CHUNK)
+    if stats is not None:
+        _store_stats(stats, b_mean, b_rstd, o_row, m_row)
+    for i in tl.static_range(CHUNKS):
         b_shift = _load_chunk(shift, o_image, m_row, i, C, CHUNK)
         b_scale = _load_chunk(scale, o_image, m_row, i, C, CHUNK)
         _store_chunk(out, b_normed[i] * (1.0 + b_scale) + b_shift, o_row, m_row, i, C, CHUNK)
@@ -208,12 +251,26 @@ def _run(i_image, b_image, m_row, ordered):
 
 @triton.jit
 def adaln_modulate_bwd_kernel(
-    dx, runs, grad, x, scale, sample, eps, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+    dx,
+    dbranch,
+    runs,
+    grad,
+    grad_total,
+    x,
+    branch,
+    gate,
+    scale,
+    sample,
+    eps,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One program: a block of rows, run by run, ROWS rows at a time.
 
-    grad, x and scale are `Rows`, sample an `Index` or None, runs `Runs`, with the sums for shift and for scale; dx
-    (rows, C) contiguous.
+    grad, grad_total, x, branch, gate and scale are `Rows`, sample an `Index` or None, runs `Runs`, with the sums for
+    shift and for scale; dx and dbranch (rows, C) contiguous. With branch, x is the total that the forward stored, like
+    its statistics, and the runs have the sums for gate too; without, gate, grad_total and dbranch are None too.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     i_block = tl.program_id(0)
@@ -226,13 +283,22 @@ def adaln_modulate_bwd_kernel(
         for _ in tl.static_range(CHUNKS):
             b_shift_sum = b_shift_sum + (tl.zeros((ROWS, CHUNK), tl.float32),)
             b_scale_sum = b_scale_sum + (tl.zeros((ROWS, CHUNK), tl.float32),)
+        b_gate_sum = b_shift_sum  # carried along unused without branch
         for i_row in tl.range(i_first + i_begin, i_first + i_end, ROWS, num_stages=2):
             o_row = i_row + tl.arange(0, ROWS)
             m_row = o_row < i_first + i_end
             o_image = _image_of(sample, o_row, m_row, x.length)
             b_x = _load_chunks(x, o_row, m_row, C, CHUNK)
             b_grad_rows = _load_chunks(grad, o_row, m_row, C, CHUNK)
-            b_normed, b_mean, b_rstd = _normalize(b_x, m_row, eps, C, CHUNK)
+            if branch is None:
+                b_normed, b_mean, b_rstd = _normalize(b_x, m_row, eps, C, CHUNK)
+                if runs.stats is not None:
+                    _store_stats(runs.stats, b_mean, b_rstd, o_row, m_row)
+            else:
+                b_mean, b_rstd = _load_stats(runs.stats, o_row, m_row)
+                b_normed = ()
+                for i in tl.static_range(CHUNKS):
+                    b_normed = b_normed + ((b_x[i] - b_mean[:, None]) * b_rstd[:, None],)
             b_sum = tl.zeros((ROWS, CHUNK), tl.float32)
             b_dot = tl.zeros((ROWS, CHUNK), tl.float32)
             b_dnormed = ()
@@ -250,18 +316,25 @@ def adaln_modulate_bwd_kernel(
             b_scale_sum = b_scale_next
             b_mean_grad = tl.sum(b_sum, 1) / C
             b_mean_dot = tl.sum(b_dot, 1) / C
-            if runs.stats is not None:
-                p_stats = runs.stats + o_row.to(tl.int64) * 2
-                tl.store(p_stats, b_mean, mask=m_row)
-                tl.store(p_stats + 1, b_rstd, mask=m_row)
+            b_gate_next = ()
             for i in tl.static_range(CHUNKS):
                 b_dx = b_dnormed[i] - b_mean_grad[:, None] - b_normed[i] * b_mean_dot[:, None]
-                _store_chunk(dx, b_dx * b_rstd[:, None], o_row, m_row, i, C, CHUNK)
-        p_run = runs.partials + (i_block + i_image).to(tl.int64) * (2 * C)
+                b_dx = b_dx * b_rstd[:, None]
+                if branch is not None:
+                    b_dx += _load_chunk(grad_total, o_row, m_row, i, C, CHUNK)
+                    b_gate_next = b_gate_next + (b_gate_sum[i] + b_dx * _load_chunk(branch, o_row, m_row, i, C, CHUNK),)
+                    b_dbranch = b_dx * _load_chunk(gate, o_image, m_row, i, C, CHUNK)
+                    _store_chunk(dbranch, b_dbranch, o_row, m_row, i, C, CHUNK)
+                _store_chunk(dx, b_dx, o_row, m_row, i, C, CHUNK)
+            if branch is not None:
+                b_gate_sum = b_gate_next
+        p_run = runs.partials + (i_block + i_image).to(tl.int64) * (C * runs.SUMS)
         for i in tl.static_range(CHUNKS):
             o_col = i * CHUNK + tl.arange(0, CHUNK)
             tl.store(p_run + o_col, tl.sum(b_shift_sum[i], 0), mask=o_col < C)
             tl.store(p_run + C + o_col, tl.sum(b_scale_sum[i], 0), mask=o_col < C)
+            if branch is not None:
+                tl.store(p_run + 2 * C + o_col, tl.sum(b_gate_sum[i], 0), mask=o_col < C)
 
 
 @triton.jit
@@ -344,7 +417,7 @@ def sum_runs_kernel(
     i_stop = tl.where(ordered, i_end, i_begin)
     for i_block in tl.range(i_begin, i_stop, ROWS):
         m_tile = (i_block + o_place < i_stop)[:, None] & m_col[None, :]
-        o_run = (i_block + o_place + i_image).to(tl.int64) * (C if dsecond is None else 2 * C)
+        o_run = (i_block + o_place + i_image).to(tl.int64) * (C * runs.SUMS)
         p_first = runs.partials + o_run[:, None] + o_col[None, :]
         b_first += tl.load(p_first, mask=m_tile, other=0.0)
         if dsecond is not None:
@@ -360,9 +433,7 @@ def sum_runs_kernel(
             b_grad = _load(grad, o_row, o_col, m_tile)
             b_other = _load(other, o_row, o_col, m_tile)
             if dsecond is not None:
-                p_stats = runs.stats + o_row.to(tl.int64) * 2
-                b_mean = tl.load(p_stats, mask=m_row, other=0.0)
-                b_rstd = tl.load(p_stats + 1, mask=m_row, other=0.0)
+                b_mean, b_rstd = _load_stats(runs.stats, o_row, m_row)
                 b_first += b_grad
                 b_second += b_grad * ((b_other - b_mean[:, None]) * b_rstd[:, None])
             else:
@@ -421,8 +492,9 @@ def _runs(grad: torch.Tensor, images: int, sums: int, sample: torch.Tensor | Non
     return Runs(
         grad.new_empty((max(blocks + images - 1, 0), sums, grad.shape[-1]), dtype=torch.float32),
         None if sample is None else grad.new_empty((2, blocks), dtype=torch.int32),
-        None if sample is None or sums == 1 else grad.new_empty((rows, 2), dtype=torch.float32),
+        None if sample is None or sums != 2 else grad.new_empty((rows, 2), dtype=torch.float32),
         blocks,
+        constant(sums),
         constant(block_rows),
     )
 
@@ -457,14 +529,54 @@ def adaln_modulate_forward(
     A sample outside 0..B-1 is a device-side assertion.
     """
     out = x.new_empty(x.shape)
+    _modulate(out, None, None, x, None, None, shift, scale, sample, eps)
+    return out
+
+
+def gated_residual_modulate_forward(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    sample: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, branch (B, L, C), or (T, C) with sample; gate, shift, scale (B, C); any strides.
+
+    Returns x + gate * branch and its modulation, of the shape and dtype of x, and mean and 1 / deviation of the rows,
+    (rows, 2) float32. A sample outside 0..B-1 is a device-side assertion.
+    """
+    total, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    stats = x.new_empty((x.shape[:-1].numel(), 2), dtype=torch.float32)
+    _modulate(out, total, stats, x, branch, gate, shift, scale, sample, eps)
+    return total, out, stats
+
+
+def _modulate(
+    out: torch.Tensor,
+    total: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    sample: torch.Tensor | None,
+    eps: float,
+) -> None:
     if out.numel() == 0:
-        return out
+        return
     tile = row_tile(x.shape[-1], x.element_size(), ELEMENTS_FORWARD)
     rows = rows_of(x)
     with device_guard(x):
         adaln_modulate_fwd_kernel[(cdiv(rows.rows, tile.rows),)](
             out,
+            total,
+            stats,
             rows,
+            None if branch is None else rows_of(branch),
+            None if gate is None else rows_of(gate),
             rows_of(shift),
             rows_of(scale),
             index_of(sample),
@@ -472,7 +584,6 @@ def adaln_modulate_forward(
             **tile.constants(x.shape[-1]),
             **ASSERTIONS,
         )
-    return out
 
 
 def gated_residual_forward(
@@ -506,24 +617,67 @@ def adaln_modulate_backward(
     """Gradients of x (its dtype), shift and scale (that of scale). The statistics are computed again from x."""
     dx = x.new_empty(x.shape)
     dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-    if scale.numel() == 0:
-        return dx, dshift, dscale
-    runs = _runs(grad, scale.shape[0], 2, sample)
-    tile = row_tile(x.shape[-1], x.element_size(), ELEMENTS_BACKWARD)
-    with device_guard(x):
-        if runs.blocks:
-            adaln_modulate_bwd_kernel[(runs.blocks,)](
-                dx,
-                runs,
-                rows_of(grad),
-                rows_of(x),
-                rows_of(scale),
-                index_of(sample),
-                eps,
-                **tile.constants(x.shape[-1]),
-            )
-        _sum_runs(runs, grad, x, sample, dshift, dscale)
+    if scale.numel():
+        runs = _runs(grad, scale.shape[0], 2, sample)
+        with device_guard(x):
+            _modulate_backward(dx, None, runs, grad, None, x, None, None, scale, sample, eps)
+            _sum_runs(runs, grad, x, sample, dshift, dscale)
     return dx, dshift, dscale
+
+
+def gated_residual_modulate_backward(
+    grad_total: torch.Tensor,
+    grad: torch.Tensor,
+    total: torch.Tensor,
+    stats: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    sample: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, branch, gate, shift and scale from those of the total and of its modulation."""
+    dx, dbranch, dgate = total.new_empty(total.shape), branch.new_empty(branch.shape), gate.new_empty(gate.shape)
+    dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    if scale.numel():
+        runs = _runs(grad, scale.shape[0], 3, sample)._replace(stats=stats)
+        with device_guard(total):
+            _modulate_backward(dx, dbranch, runs, grad, grad_total, total, branch, gate, scale, sample, eps)
+            _sum_runs(runs, grad, total, sample, dshift, dscale)
+            _sum_runs(runs._replace(partials=runs.partials[:, 2], stats=None), dx, branch, sample, dgate)
+    return dx, dbranch, dgate, dshift, dscale
+
+
+def _modulate_backward(
+    dx: torch.Tensor,
+    dbranch: torch.Tensor | None,
+    runs: Runs,
+    grad: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    sample: torch.Tensor | None,
+    eps: float,
+) -> None:
+    channels = x.shape[-1]
+    tile = row_tile(channels, x.element_size(), ELEMENTS_BACKWARD if branch is None else ELEMENTS_FUSED)
+    if runs.blocks:
+        adaln_modulate_bwd_kernel[(runs.blocks,)](
+            dx,
+            dbranch,
+            runs,
+            rows_of(grad),
+            None if grad_total is None else rows_of(grad_total),
+            rows_of(x),
+            None if branch is None else rows_of(branch),
+            None if gate is None else rows_of(gate),
+            rows_of(scale),
+            index_of(sample),
+            eps,
+            **tile.constants(channels),
+        )
 
 
 def gated_residual_backward(
@@ -569,3 +723,14 @@ def _compile_cases() -> Iterator[CompileCase]:
                 )
                 yield f"{name}-gate", partial(gated_residual_forward, rows, rows, scale, which)
                 yield f"{name}-gate", partial(gated_residual_backward, rows, rows, scale, which)
+                if channels > 4096:
+                    continue  # three sums of such a row spill
+                yield (
+                    f"{name}-gate-modulate",
+                    partial(gated_residual_modulate_forward, rows, rows, scale, shift, scale, which, 1e-6),
+                )
+                stats = torch.empty((batch * length, 2), device="meta")
+                yield (
+                    f"{name}-gate-modulate",
+                    partial(gated_residual_modulate_backward, rows, rows, rows, stats, rows, scale, scale, which, 1e-6),
+                )

@@ -60,6 +60,15 @@ CALLS: dict[str, dict[str, Any]] = {
         "eps": 1e-6,
     },
     "gated_residual": {"x": torch.zeros(2, 3, 8), "branch": torch.zeros(2, 3, 8), "gate": torch.zeros(2, 8)},
+    "gated_residual_modulate": {
+        "x": torch.zeros(4, 8),
+        "branch": torch.zeros(4, 8),
+        "gate": torch.zeros(2, 8),
+        "shift": torch.zeros(2, 8),
+        "scale": torch.zeros(2, 8),
+        "sample": torch.tensor([0, 0, 1, 1]),
+        "eps": 1e-6,
+    },
 }
 CALLS["encode_grains"] = CALLS["kde_entropy"] | {"thresholds": [0.5]}
 OPTIONAL = {"num_bins", "capacity", "code_sizes", "base", "bias", "segment_ids", "scale", "sample", "slots"}

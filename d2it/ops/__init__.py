@@ -21,6 +21,7 @@ Attention inside windows (paper Eq. 10):
 Modulation (DiT, adaLN-Zero):
     adaln_modulate               LayerNorm(x) * (1 + scale) + shift
     gated_residual               x + gate * branch
+    gated_residual_modulate      both, one after the other, in one pass
 
 Backends:
     available_backends           the backends of an operator that this machine can run
@@ -34,7 +35,7 @@ PyTorch, one function of the same name and signature for each operator.
 from d2it.ops import reference
 from d2it.ops._dispatch import available_backends, why_not
 from d2it.ops.kde_entropy import encode_grains, grain_map, kde_entropy
-from d2it.ops.modulate import adaln_modulate, gated_residual
+from d2it.ops.modulate import adaln_modulate, gated_residual, gated_residual_modulate
 from d2it.ops.neighbor_copy import neighbor_copy
 from d2it.ops.pack_tokens import pack_tokens, unpack_tokens
 from d2it.ops.plan import TokenPlan
@@ -48,6 +49,7 @@ __all__ = [
     "available_backends",
     "encode_grains",
     "gated_residual",
+    "gated_residual_modulate",
     "grain_map",
     "kde_entropy",
     "neighbor_copy",

@@ -81,16 +81,67 @@ def gated_residual(
                 [3., 4.]])
     """
     _validate(x, sample, (("gate", gate),))
-    _check.tensor("branch", branch, ndim=x.ndim, dtypes=_check.FLOATS)
-    _check.same("device", "x", x, "branch", branch)
-    _check.require(
-        branch.shape == x.shape, "branch", lambda: f"have the shape of x {tuple(x.shape)}", tuple(branch.shape)
-    )
+    _check_branch(x, branch)
     name = choose("gated_residual", backend, x, branch, gate, sample=sample)
     if name == "reference":
         check_sample(sample, gate.shape[0])
         return reference.gated_residual(x, branch, gate, sample=sample)
     return _call_gated_residual(x, branch, gate, sample, name)
+
+
+def gated_residual_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    sample: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual`, and `adaln_modulate` of its result, in one pass over the rows.
+
+    Args:
+        x, branch: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides, dtypes may differ.
+        gate: (B, C) floating point.
+        shift, scale: (B, C) floating point, of one dtype.
+        sample: (T,) int32 or int64, the image of each row, in 0..B-1.
+        eps: added to the variance.
+        backend: "reference", "cpu", "triton", or None to choose.
+
+    Returns:
+        (total, LayerNorm(total) * (1 + scale) + shift) with total = x + gate * branch, each of the shape and dtype of
+        `x`, computed in float32. Gradients of the parameters are summed in a fixed order.
+
+    Raises:
+        TypeError, ValueError: shapes or devices that do not go together, or a sample that names no image (on a GPU as
+            a device-side assertion, raised at the next synchronisation).
+
+    Example:
+        >>> x, branch, zeros = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0, 2.0]]]), torch.zeros(1, 2)
+        >>> total, modulated = ops.gated_residual_modulate(x, branch, zeros + 3, zeros, zeros)
+        >>> total, modulated.round(decimals=3)
+        (tensor([[[4., 8.]]]), tensor([[[-1.,  1.]]]))
+    """
+    _validate(x, sample, (("gate", gate), ("shift", shift), ("scale", scale)))
+    _check.same("dtype", "shift", shift, "scale", scale)
+    _check_branch(x, branch)
+    _check.number("eps", eps, low=0.0, rule="be finite and not negative")
+    name = choose("gated_residual_modulate", backend, x, branch, gate, shift, scale, sample=sample)
+    if name == "reference":
+        check_sample(sample, scale.shape[0])
+        return reference.gated_residual_modulate(x, branch, gate, shift, scale, sample=sample, eps=eps)
+    total, modulated, _ = _call_fused(x, branch, gate, shift, scale, sample, eps, name)
+    return total, modulated
+
+
+def _check_branch(x: Tensor, branch: Tensor) -> None:
+    _check.tensor("branch", branch, ndim=x.ndim, dtypes=_check.FLOATS)
+    _check.same("device", "x", x, "branch", branch)
+    _check.require(
+        branch.shape == x.shape, "branch", lambda: f"have the shape of x {tuple(x.shape)}", tuple(branch.shape)
+    )
 
 
 def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, Tensor]]) -> None:
@@ -173,6 +224,56 @@ def _gate_pull_back(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor |
     return torch.func.vjp(gated, branch, gate)[1](grad)
 
 
+def _fused_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    _, branch, gate, _, scale, sample, ctx.eps, ctx.backend = inputs
+    total, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(total, stats, branch, gate, scale, sample)
+
+
+def _fused_backward(ctx: Any, grad_total: Tensor, grad: Tensor, _: Tensor | None) -> Sequence[Any]:
+    total, stats, branch, gate, scale, sample = ctx.saved_tensors
+    gradients = _call_fused_backward(grad_total, grad, total, stats, branch, gate, scale, sample, ctx.eps, ctx.backend)
+    return *gradients, None, None, None
+
+
+def _fused_composite(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+) -> tuple[Tensor | None, ...]:
+    return *reference.gated_residual_modulate(x, branch, gate, shift, scale, sample=sample, eps=eps), None
+
+
+def _fused_pull_back(
+    grad_total: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    sample: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    of_total, dshift, dscale = _modulate_pull_back(grad, total, scale, sample, eps)
+    dx = grad_total + of_total
+    return dx, *_gate_pull_back(dx, branch, gate, sample), dshift, dscale
+
+
+def _stats(x: Tensor, backend: str) -> Tensor:
+    """Mean and 1 / deviation of the rows, for a backward that does not compute them again."""
+    return x.new_empty((x.shape[:-1].numel() if backend == "triton" else 0, 2), dtype=torch.float32)
+
+
+def _fused_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _stats(x, rest[-1])
+
+
+def _fused_backward_fake(
+    grad_total: Tensor, grad: Tensor, total: Tensor, stats: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (total, branch, gate, scale, scale))
+
+
 def _dtype_reasons(*tensors: Tensor) -> list[str]:
     return [
         f"it computes in float32 and takes no {tensor.dtype}"
@@ -223,6 +324,24 @@ _call_gated_residual_backward = operator(
 )
 
 
+_call_fused = operator(
+    "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? sample, "
+    "float eps, str backend) -> (Tensor total, Tensor out, Tensor stats)",
+    fake=_fused_fake,
+    setup=_fused_setup,
+    backward=_fused_backward,
+    check=lambda x, branch, gate, shift, scale, sample, eps: check_sample(sample, scale.shape[0]),
+    composite=_fused_composite,
+)
+_call_fused_backward = operator(
+    "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor branch, "
+    "Tensor gate, Tensor scale, Tensor? sample, float eps, str backend) -> "
+    "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale)",
+    fake=_fused_backward_fake,
+    composite=_fused_pull_back,
+)
+
+
 def _native_modulate(x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float) -> Tensor:
     out = x.new_empty(x.shape)
     if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out):
@@ -252,6 +371,35 @@ def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Te
     return dbranch, dgate.to(gate.dtype)
 
 
+def _native_fused(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total, out, stats = _fused_fake(x, "cpu")
+    if not torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps, total, out):
+        check_sample(sample, scale.shape[0])
+    return total, out, stats
+
+
+def _native_fused_backward(
+    grad_total: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    sample: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    dx, dbranch = total.new_empty(total.shape), branch.new_empty(branch.shape)
+    sums = [t.new_empty(t.shape, dtype=torch.float32) for t in (gate, scale, scale)]
+    torch.ops.d2it_C.gated_residual_modulate_backward(
+        grad_total, grad, total, branch, gate, scale, sample, eps, dx, dbranch, *sums
+    )
+    dgate, dshift, dscale = (t.to(like.dtype) for t, like in zip(sums, (gate, scale, scale)))
+    return dx, dbranch, dgate, dshift, dscale
+
+
 def _of_modulate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
     return lambda x, shift, scale, *, sample=None, eps=1e-6: reasons(x, shift, scale)
 
@@ -260,7 +408,15 @@ def _of_gate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
     return lambda x, branch, gate, *, sample=None: reasons(x, branch, gate)
 
 
-for _op, _of in (("adaln_modulate", _of_modulate), ("gated_residual", _of_gate)):
+def _of_fused(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda x, branch, gate, shift, scale, *, sample=None, eps=1e-6: reasons(x, branch, gate, shift, scale)
+
+
+for _op, _of in (
+    ("adaln_modulate", _of_modulate),
+    ("gated_residual", _of_gate),
+    ("gated_residual_modulate", _of_fused),
+):
     register_backend(_op, "reference")
     register_backend(_op, "cpu", _of(_dtype_reasons), native=_op)
     register_backend(_op, "triton", _of(_triton_reasons))
@@ -270,3 +426,5 @@ implement("adaln_modulate", "cpu", _native_modulate, checks_values=True)
 implement("adaln_modulate_backward", "cpu", _native_modulate_backward)
 implement("gated_residual", "cpu", _native_gate, checks_values=True)
 implement("gated_residual_backward", "cpu", _native_gate_backward)
+implement("gated_residual_modulate", "cpu", _native_fused, checks_values=True)
+implement("gated_residual_modulate_backward", "cpu", _native_fused_backward)

@@ -322,3 +322,18 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, sample: Tensor | 
     """x + gate * branch in float32 (float64 for float64), rounded once to the dtype of x."""
     wide = _accumulate(x.dtype)
     return (x.to(wide) + _rows(gate, sample).to(wide) * branch.to(wide)).to(x.dtype)
+
+
+def gated_residual_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    sample: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """(total, adaln_modulate(total, shift, scale)) with total = gated_residual(x, branch, gate)."""
+    total = gated_residual(x, branch, gate, sample=sample)
+    return total, adaln_modulate(total, shift, scale, sample=sample, eps=eps)

@@ -36,7 +36,13 @@ GATES = {
     "no gate in dbranch": ("dbranch[i] = «grad[i] * gate[i]»", "grad[i]"),
     "branch missing in dgate": ("dgate[i] += «grad[i] * branch[i]»", "grad[i]"),
 }
-SOURCES = cuda_on_cpu.Sources({"modulate.cpp": {**NORMS, **GATES}})
+FUSED = {
+    "total not rounded": ("«totals.read(r, room.data())»; // as it was rounded", "line"),
+    "gradient of the total": ("«add(grads_total.read(r, first), line, channels)»;", "void()"),
+    "gate of another image": ("branches.read(r, second), gate_of.of(«image»), line_branch", "0"),
+    "sum of the scale": ("runs.add_up(«2», dgate)", "1"),
+}
+SOURCES = cuda_on_cpu.Sources({"modulate.cpp": {**NORMS, **GATES, **FUSED}})
 # order: images by (B, L); rows in order of their images, as a plan's; rows in any order; most images without rows.
 # C: 1 and 5 are narrower than a vector, 72 pads half a warp, 257 three chunks and one. Blocks are 16 rows: L = 17 puts
 # a run across two blocks, L = 3 five images into one.
@@ -108,14 +114,14 @@ class TestAdalnModulate(Modulation):
     mutations = [
         Mutation("plain scale", FILE, "b_normed[i] * (1.0 + b_scale) + b_shift", "b_normed[i] * b_scale + b_shift"),
         Mutation("biased variance", FILE, "tl.sum(b_sum, 1) / C + eps", "tl.sum(b_sum, 1) / (C + 1) + eps"),
-        Mutation("mean over padding", FILE, "tl.where(_mask(m_row, i, C, CHUNK),", "tl.where(m_row[:, None],"),
+        Mutation("mean over padding", FILE, "tl.where(_mask(m_row, i, C, CHUNK), b_x", "tl.where(m_row[:, None], b_x"),
         Mutation("scale in dshift", FILE, "(b_shift_sum[i] + b_grad,)", "(b_shift_sum[i] + b_grad * b_normed[i],)"),
         Mutation("no dot in dx", FILE, "- b_normed[i] * b_mean_dot[:, None]", ""),
         Mutation("run of the image before", FILE, "& ((b_image <= i_image) |", "& ((b_image < i_image) |"),
         Mutation("last run", FILE, "i_image_last = i_last // length", "i_image_last = i_first // length"),
         Mutation("order unnoticed", FILE, "tl.where(ordered, i_image, -1)", "i_image", (ANY,)),
         Mutation("order across blocks", FILE, "mask=o_row + 1 < rows", "mask=o_row < i_last", (HALVES,)),
-        Mutation("statistics of another row", FILE, "tl.load(p_stats + 1, mask", "tl.load(p_stats, mask", (ANY,)),
+        Mutation("statistics of another row", FILE, "2 + 1, mask=m_row, other", "2, mask=m_row, other", (ANY,)),
         Mutation(
             "last block", FILE, "i_end += tl.sum((b_from <= i_image)", "i_end += tl.sum((b_from < i_image)", (PLAN,)
         ),
@@ -180,6 +186,60 @@ class TestGatedResidual(Modulation):
             torch.testing.assert_close(a, b)
 
 
+class TestGatedResidualModulate(Modulation):
+    op = "gated_residual_modulate"
+    gradients = ("x", "branch", "gate", "shift", "scale")
+    cpp_mutations = "modulate.cpp", [name for name in FUSED if name != "total not rounded"]
+    mutations = [
+        Mutation(
+            "no gate", FILE, "b_x[i] + _load_chunk(gate, o_image, m_row, i, C, CHUNK) * b_branch", "b_x[i] + b_branch"
+        ),
+        Mutation("x modulated", FILE, "        b_x = b_total\n", ""),
+        Mutation("gradient of the total", FILE, "b_dx += _load_chunk(grad_total,", "b_dx -= _load_chunk(grad_total,"),
+        Mutation("x for the branch", FILE, "b_dx * _load_chunk(branch,", "b_dx * _load_chunk(x,"),
+        Mutation(
+            "no gate in dbranch",
+            FILE,
+            "b_dbranch = b_dx * _load_chunk(gate,",
+            "b_dbranch = b_dx + 0 * _load_chunk(gate,",
+        ),
+        Mutation("sum of the scale", FILE, "partials=runs.partials[:, 2]", "partials=runs.partials[:, 1]"),
+        Mutation("sums side by side", FILE, "p_run + 2 * C + o_col", "p_run + C + o_col"),
+        Mutation("gate out of order", FILE, "dx, branch, sample, dgate)", "grad, branch, sample, dgate)", (ANY,)),
+    ]
+
+    def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
+        (x, branch), (gate, shift, scale), sample = self.parts(shape, dtype, rng, 2, 3)
+        return {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale, "sample": sample}
+
+    def test_the_two_operators_one_after_the_other(self, backend):
+        """The same total to the bit, in half precision too: what is modulated is the total as it was rounded."""
+        for dtype in (torch.float32, torch.float16):
+            x, branch = torch.randn(2, 2, 7, 72, device=DEVICE).to(dtype)
+            gate, shift, scale = torch.randn(3, 2, 72, device=DEVICE)
+            total, out = d2it.ops.gated_residual_modulate(x, branch, gate, shift, scale, eps=0.1, backend=backend)
+            want = d2it.ops.gated_residual(x, branch, gate, backend=backend)
+            assert torch.equal(total, want)
+            torch.testing.assert_close(
+                out, d2it.ops.adaln_modulate(want, shift, scale, eps=0.1, backend=backend), rtol=1e-6, atol=1e-6
+            )
+
+    def test_one_of_the_two_gradients(self, backend):
+        given = [torch.randn(2, 5, 24, device=DEVICE) for _ in range(2)]
+        given = [t.requires_grad_() for t in (*given, *torch.randn(3, 2, 24, device=DEVICE))]
+        for i in range(2):
+            cotangent = torch.randn(2, 5, 24, device=DEVICE)
+            got, want = (
+                torch.autograd.grad(f(*given)[i], given, cotangent, allow_unused=True, materialize_grads=True)
+                for f in (
+                    lambda *a: d2it.ops.gated_residual_modulate(*a, backend=backend),
+                    reference.gated_residual_modulate,
+                )
+            )
+            for a, b in zip(got, want):
+                torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a device-side assertion")
 @pytest.mark.parametrize("backend", d2it.ops.available_backends("adaln_modulate"))
 @pytest.mark.parametrize("wrong", [-1, 2])
@@ -190,6 +250,8 @@ def test_a_sample_that_names_no_image(backend, wrong):
         d2it.ops.adaln_modulate(x, parameter, parameter, sample=sample, backend=backend)
     with pytest.raises(ValueError, match=r"sample must name images 0\.\.1"):
         d2it.ops.gated_residual(x, x, parameter, sample=sample, backend=backend)
+    with pytest.raises(ValueError, match=r"sample must name images 0\.\.1"):
+        d2it.ops.gated_residual_modulate(x, x, *(parameter,) * 3, sample=sample, backend=backend)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the launcher asserts on a GPU")
