@@ -116,7 +116,9 @@ __device__ inline void copy_async(void* to, const void* from, bool there) {
                "r"(there ? 16 : 0)
                : "memory");
 }
-__device__ inline void copy_async(float* to, const float* from) {
+template <typename T>
+__device__ inline void copy_async(T* to, const T* from) {
+  static_assert(sizeof(T) == 4);
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 // The copies since the last of these calls are a group; waits until at most kGroups of the thread's own are

@@ -82,17 +82,16 @@ struct Problem {
   const int32_t* slots; // or null: all windows are full
   int64_t slots_window, slots_position, tokens;
   const int64_t* segments; // (segment_windows, n), or null
-  int64_t segment_windows;
+  int segment_windows;
   const void* bias; // (bias_windows, bias_heads, n, n), or null; of the backward: keys before queries
-  int64_t bias_windows;
+  int bias_windows;
   bool bias_per_head, bias_single; // bias_single: float32, not the dtype of q
-  bool pairs;                      // rows of the bias start at an aligned pair
-  int64_t windows;
-  int n, heads, width, splits;
+  int run;                         // entries that rows of the bias are aligned to: 1, 2 or 4
+  int windows, n, heads, width, splits;
   float scale;
 
   // The window that rows are counted from: packed windows have theirs in one.
-  __device__ int64_t base(int64_t window) const { return slots ? 0 : window; }
+  __device__ int64_t base(int window) const { return slots ? 0 : window; }
 };
 
 // What a block keeps of the current window: its rows, closed up.
@@ -101,40 +100,58 @@ struct Window {
   int32_t* positions; // in the window; 0 behind the last row
   int64_t* segments;  // or null
   unsigned* named;    // a bit for each position
+  int32_t* next;      // the slots of the window after this one, each for its thread alone
 };
 
 // The row of a position of a window, negative where there is none.
-__device__ inline int slot_of(const Problem& p, int64_t window, int position) {
+__device__ inline int slot_of(const Problem& p, int window, int position) {
   if (position >= p.n || window >= p.windows) return -1;
   if (!p.slots) return position;
   return __ldg(p.slots + window * p.slots_window + position * p.slots_position);
 }
 
+// The same for the position threadIdx.x, to be read from at.next once the thread's copies have arrived.
+__device__ inline void fetch_slot(const Problem& p, const Window& at, int window) {
+  const int position = threadIdx.x;
+  if (p.slots && position < p.n && window < p.windows)
+    d2it::copy_async(at.next + position, p.slots + window * p.slots_window + position * p.slots_position);
+  else
+    at.next[position] = window < p.windows && position < p.n ? position : -1;
+}
+
 // Closes up a window, of which the thread has `slot`, that of the position threadIdx.x. Returns its rows;
-// `paired`: rows 2 i and 2 i + 1 are positions 2 j and 2 j + 1.
-__device__ inline int close_up(const Problem& p, const Window& at, int64_t window, int slot, bool& paired) {
+// `run`: so many of them at a time, 1, 2 or 4, are as many positions in a row, aligned to their number.
+__device__ inline int close_up(const Problem& p, const Window& at, int window, int slot, int& run) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, position = threadIdx.x;
   const bool named = slot >= 0 && slot < p.tokens;
   const unsigned own = __ballot_sync(kAll, named);
   if (lane == 0) at.named[warp] = own;
   __syncthreads();
   int place = __popc(own & ((1u << lane) - 1)), count = 0;
-  paired = p.pairs;
+  unsigned apart = 0; // bits that differ from the next
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     const unsigned bits = at.named[i];
     if (i < warp) place += __popc(bits);
     count += __popc(bits);
-    paired &= ((bits ^ bits >> 1) & 0x55555555u) == 0;
+    apart |= bits ^ bits >> 1;
   }
+  run = min(p.run, (apart & 0x77777777u) == 0 ? 4 : (apart & 0x55555555u) == 0 ? 2 : 1);
   if (named) {
     at.rows[place] = slot;
     at.positions[place] = position;
-    if (at.segments) at.segments[place] = p.segments[window % p.segment_windows * p.n + position];
+    if (at.segments)
+      at.segments[place] = p.segments[static_cast<int64_t>(window % p.segment_windows) * p.n + position];
   }
   if (position >= count && position < round_up(p.n, kBlock)) at.positions[position] = 0;
   __syncthreads();
   return count;
+}
+
+// A warp's products leave a lane with columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16. Rows of heads that become
+// columns of pairs lie in shared memory in such an order that these are four in a row, 4t .. 4t + 3.
+__device__ inline int row_in_place(int place) {
+  return place / 16 * 16 + place % 8 / 2 * 4 + place % 16 / 8 * 2 + place % 2;
 }
 
 // ------------------------------------------------------------------------------------------------ rows
@@ -153,16 +170,18 @@ __device__ inline void copy_vector(T* to, const Heads<const T>& from, const T* r
   }
 }
 
-// Rows 0 .. rows of the current window, zeros behind the `count` that it has.
-template <typename T, int kWidth>
+// Rows 0 .. rows of the current window, zeros behind the `count` that it has. kColumns: they become columns
+// of pairs.
+template <typename T, int kWidth, bool kColumns>
+
 __device__ inline void copy_rows(T* to, const Heads<const T>& from, const Problem& p, const Window& at,
                                  int64_t window, int head, int count, int rows) {
   constexpr int kVectors = kWidth / kPerVector;
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
-    const int row = i / kVectors;
+    const int place = i / kVectors, row = kColumns ? row_in_place(place) : place;
     const T* own = row < count ? from.at(window, at.rows[row], head) : nullptr;
-    copy_vector(to + row * kPitch<kWidth>, from, own, i % kVectors, p.width);
+    copy_vector(to + place * kPitch<kWidth>, from, own, i % kVectors, p.width);
   }
 }
 
@@ -216,31 +235,38 @@ __device__ inline void store_columns(const float (&c)[kCount][4], const float (&
 
 // Lanes' addresses of 16 x 16 elements of a row-major matrix for load_matrices: as an a, or transposed as two
 // b whose depth runs down the rows...
-__device__ inline int down_first(int pitch) {
-  const int lane = threadIdx.x % kWarp;
-  return lane % 16 * pitch + lane / 16 * 8;
-}
+__device__ inline int down_first(int pitch, unsigned lane) { return lane % 16 * pitch + lane / 16 * 8; }
 // ... and as two b whose depth runs along the rows, or transposed as an a.
-__device__ inline int across_first(int pitch) {
-  const int lane = threadIdx.x % kWarp;
+__device__ inline int across_first(int pitch, unsigned lane) {
   return (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
+}
+
+// A lane's own elements of 16 x 16 in rows of heads, by the two ways to give them.
+struct Lane {
+  int down, across;
+};
+
+template <int kWidth>
+__device__ inline Lane lane_in(unsigned lane) {
+  return {down_first(kPitch<kWidth>, lane), across_first(kPitch<kWidth>, lane)};
 }
 
 // c (kTiles times 16 rows, kSpans times 16 columns) += a b^T for rows of heads a and b. Tiles of a lie a_step
 // elements apart.
 template <typename T, int kWidth, int kTiles, int kSpans>
-__device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T* a, int a_step, const T* b) {
+__device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T* a, int a_step, const T* b,
+                                     const Lane& lane) {
   constexpr int kRow = kPitch<kWidth>;
-  const int a_lane = down_first(kRow), b_lane = across_first(kRow);
+  const T *own_a = a + lane.down, *own_b = b + lane.across;
 #pragma unroll
   for (int k = 0; k + 16 <= kWidth; k += 16) {
     uint32_t x[kTiles][4];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], a + i * a_step + a_lane + k);
+    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], own_a + i * a_step + k);
 #pragma unroll
     for (int j = 0; j < kSpans; ++j) {
       uint32_t y[4];
-      d2it::load_matrices(y, b + j * (16 * kRow) + b_lane + k);
+      d2it::load_matrices(y, own_b + j * (16 * kRow) + k);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         d2it::multiply_add<T>(c[i][2 * j], x[i], y[0], y[1]);
@@ -249,15 +275,15 @@ __device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T*
     }
   }
   if constexpr (kWidth % 16 != 0) { // 8 columns more
-    const int lane = down_first(kRow);
     constexpr int kFirst = kWidth / 16 * 16;
+    const T* tail_b = b + lane.down;
     uint32_t x[kTiles][2];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], a + i * a_step + lane + kFirst);
+    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], own_a + i * a_step + kFirst);
 #pragma unroll
     for (int j = 0; j < kSpans; ++j) {
       uint32_t y[2];
-      d2it::load_matrices(y, b + j * (16 * kRow) + lane + kFirst);
+      d2it::load_matrices(y, tail_b + j * (16 * kRow) + kFirst);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         d2it::multiply_add<T>(c[i][2 * j], x[i], y[0]);
@@ -271,12 +297,12 @@ __device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T*
 // heads.
 template <typename T, int kWidth, int kTiles, int kSpans, int kSums>
 __device__ inline void add_weighted(float (&c)[kSums][kWidth / 8][4],
-                                    const uint32_t (&weights)[kTiles][kSpans][4], const T* rows) {
+                                    const uint32_t (&weights)[kTiles][kSpans][4], const T* rows,
+                                    const Lane& lane) {
   constexpr int kRow = kPitch<kWidth>;
-  const int lane = down_first(kRow);
 #pragma unroll
   for (int s = 0; s < kSpans; ++s) {
-    const T* from = rows + s * (16 * kRow) + lane;
+    const T* from = rows + lane.down + s * (16 * kRow);
 #pragma unroll
     for (int k = 0; k + 16 <= kWidth; k += 16) {
       uint32_t y[4];
@@ -298,37 +324,54 @@ __device__ inline void add_weighted(float (&c)[kSums][kWidth / 8][4],
 
 // ------------------------------------------------------------------------------------------------ bias
 
-// One head's bias of the current window, and positions that lie two by two.
+// One head's bias of the current window, where positions lie `run` in a row.
 template <typename T>
 struct Bias {
   const void* matrix;
-  int n;
-  bool single, paired;
+  int n, run;
+  bool single;
 
-  __device__ Bias(const Problem& p, int64_t residue, int head, bool paired)
-      : matrix(nullptr), n(p.n), single(p.bias_single), paired(paired) {
+  __device__ Bias(const Problem& p, int residue, int head, int run)
+      : matrix(nullptr), n(p.n), run(run), single(p.bias_single) {
     if (!p.bias) return;
-    const int64_t at = (residue * (p.bias_per_head ? p.heads : 1) + (p.bias_per_head ? head : 0)) * n * n;
+    const int64_t at =
+        (static_cast<int64_t>(residue) * (p.bias_per_head ? p.heads : 1) + (p.bias_per_head ? head : 0)) * n *
+        n;
     matrix = static_cast<const char*>(p.bias) + at * (single ? sizeof(float) : sizeof(T));
   }
 
-  // Two entries of a row in base-2 logarithms, at columns x and y.
-  __device__ float2 pair(int row, int x, int y) const {
-    float2 found;
+  // Entries of type E from an offset of less than 2^32 bytes.
+  template <typename E>
+  __device__ E at(unsigned offset) const {
+    return __ldg(reinterpret_cast<const E*>(static_cast<const char*>(matrix) + offset));
+  }
+
+  // Four entries of a row.
+  __device__ float4 four(int row, int4 column) const {
+    const unsigned first = row * n;
     if (single) {
-      const float* line = static_cast<const float*>(matrix) + row * n;
-      found = paired ? __ldg(reinterpret_cast<const float2*>(line + x))
-                     : float2{__ldg(line + x), __ldg(line + y)};
-    } else {
-      const T* line = static_cast<const T*>(matrix) + row * n;
-      if (paired) {
-        found = d2it::unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(line + x)));
-      } else {
-        const auto* bits = reinterpret_cast<const uint16_t*>(line);
-        found = d2it::unpack<T>(__ldg(bits + x) | static_cast<uint32_t>(__ldg(bits + y)) << 16);
+      const unsigned x = (first + column.x) * 4u, y = (first + column.y) * 4u;
+      const unsigned z = (first + column.z) * 4u, w = (first + column.w) * 4u;
+      if (run == 4) return at<float4>(x);
+      if (run == 2) {
+        const float2 a = at<float2>(x), b = at<float2>(z);
+        return make_float4(a.x, a.y, b.x, b.y);
       }
+      return make_float4(at<float>(x), at<float>(y), at<float>(z), at<float>(w));
     }
-    return found;
+    const unsigned x = (first + column.x) * 2u, y = (first + column.y) * 2u;
+    const unsigned z = (first + column.z) * 2u, w = (first + column.w) * 2u;
+    uint2 bits;
+    if (run == 4) {
+      bits = at<uint2>(x);
+    } else if (run == 2) {
+      bits = {at<uint32_t>(x), at<uint32_t>(z)};
+    } else {
+      bits = {at<uint16_t>(x) | static_cast<uint32_t>(at<uint16_t>(y)) << 16,
+              at<uint16_t>(z) | static_cast<uint32_t>(at<uint16_t>(w)) << 16};
+    }
+    const float2 a = d2it::unpack<T>(bits.x), b = d2it::unpack<T>(bits.y);
+    return make_float4(a.x, a.y, b.x, b.y);
   }
 };
 
@@ -345,14 +388,15 @@ struct Forward {
 // The first bytes of shared memory: what close_up fills.
 C10_HOST_DEVICE constexpr int window_bytes(int n, bool segments) {
   const int rows = round_up(n, kBlock);
-  return kWarps * 4 + rows * 4 + rows * 4 + (segments ? rows * 8 : 0);
+  return kWarps * 4 + kThreads * 4 + rows * 4 + rows * 4 + (segments ? rows * 8 : 0);
 }
 
 __device__ inline Window window_in(char* shared, int n, bool segments) {
   const int rows = round_up(n, kBlock);
   auto* ids = reinterpret_cast<int64_t*>(shared);
-  auto* next = reinterpret_cast<int32_t*>(segments ? ids + rows : ids);
-  return {next, next + rows, segments ? ids : nullptr, reinterpret_cast<unsigned*>(next + 2 * rows)};
+  auto* rest = reinterpret_cast<int32_t*>(segments ? ids + rows : ids);
+  auto* named = reinterpret_cast<unsigned*>(rest + 2 * rows);
+  return {rest, rest + rows, segments ? ids : nullptr, named, rest + 2 * rows + kWarps};
 }
 
 template <int kWidth>
@@ -363,12 +407,13 @@ constexpr int forward_bytes(int n, bool segments) {
 
 // 16 queries of a warp, from `first` on, against all keys.
 template <typename T, int kWidth>
-__device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<T>& bias, int64_t window,
+__device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<T>& bias, int window,
                               int head, int first, int count, const T* q, const T* k, const T* v) {
   const Problem& p = f.p;
   const int64_t base_window = p.base(window);
   const int lane = threadIdx.x % kWarp, quad = lane % 4;
   const int query[2] = {first + lane / 4, first + lane / 4 + 8};
+  const Lane own = lane_in<kWidth>(lane);
   int position[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) position[r] = at.positions[query[r]];
@@ -381,36 +426,38 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
     for (int j = 0; j < kKeys / 16; ++j) {
       if (start + j * 16 >= count) break;
       auto& part = reinterpret_cast<float (&)[1][2][4]>(s[0][2 * j]);
-      multiply_rows<T, kWidth, 1, 1>(part, q, 0, k + (start + j * 16) * kPitch<kWidth>);
+      multiply_rows<T, kWidth, 1, 1>(part, q, 0, k + (start + j * 16) * kPitch<kWidth>, own);
     }
     float largest[2] = {most[0], most[1]};
 #pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-      const int key = start + j * 8 + quad * 2;
-      if (start + j * 8 < count) {
-        const int2 where = *reinterpret_cast<const int2*>(at.positions + key);
+    for (int j = 0; j < kKeys / 16; ++j) {
+      const int key = start + j * 16 + quad * 4;
+      if (start + j * 16 < count) {
+        const int4 where = *reinterpret_cast<const int4*>(at.positions + key);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float& x = s[0][j][2 * r];
-          float& y = s[0][j][2 * r + 1];
-          x *= scale, y *= scale;
-          if (p.bias) {
-            const float2 b = bias.pair(position[r], where.x, where.y);
-            x = fmaf(b.x, kLog2e, x), y = fmaf(b.y, kLog2e, y);
+          const float4 b = p.bias ? bias.four(position[r], where) : make_float4(0, 0, 0, 0);
+          const float added[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& x = s[0][2 * j + e / 2][2 * r + e % 2];
+            x = fmaf(x, scale, added[e] * kLog2e);
           }
         }
       }
-      if (start + j * 8 + 8 > count || at.segments) {
+      if (start + j * 16 + 16 > count || at.segments) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int other = key + i % 2;
-          const bool apart =
-              other >= count || (at.segments && at.segments[query[i / 2]] != at.segments[other]);
-          if (apart) s[0][j][i] = -kInfinity;
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int other = key + e;
+            const bool alike = !at.segments || at.segments[query[r]] == at.segments[other];
+            if (other >= count || !alike) s[0][2 * j + e / 2][2 * r + e % 2] = -kInfinity;
+          }
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[0][j][i]);
+      for (int e = 0; e < 8; ++e) largest[e / 2 % 2] = fmaxf(largest[e / 2 % 2], s[0][2 * j + e / 4][e % 4]);
     }
     float factor[2];
 #pragma unroll
@@ -444,7 +491,7 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
     for (int j = 0; j < kKeys / 16; ++j) {
       if (start + j * 16 >= count) break;
       const auto& part = reinterpret_cast<const uint32_t (&)[1][1][4]>(weights[0][j]);
-      add_weighted<T, kWidth>(sums, part, v + (start + j * 16) * kPitch<kWidth>);
+      add_weighted<T, kWidth>(sums, part, v + (start + j * 16) * kPitch<kWidth>, own);
     }
   }
   T* row[2];
@@ -454,7 +501,7 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
     for (int mask = 1; mask < 4; mask *= 2) total[r] += __shfl_xor_sync(kAll, total[r], mask);
     row[r] = query[r] < count ? f.out.at(base_window, at.rows[query[r]], head) : nullptr;
     if (row[r] && quad == 0)
-      f.lse[(window * p.heads + head) * p.n + position[r]] =
+      f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + position[r]] =
           total[r] == 0.0f ? kInfinity : most[r] + log2f(total[r]);
     total[r] = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
   }
@@ -475,11 +522,15 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
   char* rest = reinterpret_cast<char*>(v + (rows + kWarps * kTile) * kRow);
   const Window at = window_in(rest, p.n, p.segments);
 
-  int64_t window = blockIdx.x / p.heads;
-  int slot = slot_of(p, window, threadIdx.x);
+  int window = blockIdx.x / p.heads;
+  fetch_slot(p, at, window);
+  d2it::commit_copies();
   for (; window < p.windows; window += p.splits) {
-    bool paired;
-    const int count = close_up(p, at, window, slot, paired);
+    d2it::wait_for_copies<0>();
+    const int slot = at.next[threadIdx.x];
+
+    int run;
+    const int count = close_up(p, at, window, slot, run);
     const int64_t base = p.base(window);
     const auto copy_queries = [&](int first) {
 #pragma unroll 1
@@ -489,16 +540,17 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
         copy_vector(q + i / (kWidth / kPerVector) * kRow, f.q, own, i % (kWidth / kPerVector), p.width);
       }
     };
-    copy_rows<T, kWidth>(k, f.k, p, at, base, head, count, round_up(count, kTile));
-    copy_rows<T, kWidth>(v, f.v, p, at, base, head, count, round_up(count, kTile));
+    fetch_slot(p, at, window + p.splits);
+    copy_rows<T, kWidth, true>(k, f.k, p, at, base, head, count, round_up(count, kTile));
+    copy_rows<T, kWidth, true>(v, f.v, p, at, base, head, count, round_up(count, kTile));
     copy_queries(warp * kTile);
     d2it::commit_copies();
     if (p.slots && threadIdx.x < p.n && (slot < 0 || slot >= p.tokens))
-      f.lse[(window * p.heads + head) * p.n + threadIdx.x] = kInfinity;
-    slot = slot_of(p, window + p.splits, threadIdx.x);
+      f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + threadIdx.x] = kInfinity;
+
     d2it::wait_for_copies<0>();
     __syncthreads();
-    const Bias<T> bias(p, window % p.bias_windows, head, paired);
+    const Bias<T> bias(p, window % p.bias_windows, head, run);
     for (int first = warp * kTile; first < count; first += kWarps * kTile) {
       attend<T, kWidth>(f, at, bias, window, head, first, count, q, k, v);
       if (first + kWarps * kTile >= count) break;
@@ -520,8 +572,15 @@ struct Backward {
   Heads<const T> q, k, v, grad, out;
   const float* lse;
   Heads<T> dq, dk, dv;
-  float* sums;  // (splits, bias_windows, heads, n, sums_pitch): dS, keys before queries, or null
+  float* sums;         // (splits, bias_windows, heads, n, sums_pitch): dS, keys before queries, or null
+  unsigned block, row; // bytes of a block's part of them, and of a row
+
   int resident; // rows of them in shared memory
+
+  // Of this block; computed where it is used, since registers are full.
+  __device__ char* sums_of_block() const {
+    return reinterpret_cast<char*>(sums) + static_cast<uint64_t>(d2it::opaque(blockIdx.x)) * block;
+  }
 };
 
 template <int kWidth>
@@ -562,11 +621,9 @@ struct Work {
   const Backward<T>& b;
   const Window& at;
   char* shared;
-  float* sums; // (resident, sums_pitch) in shared memory
-  float* far;  // (n, sums_pitch) in global memory
-  int64_t window;
-  int head, count, rows;
-  bool paired;
+  float* near; // the sum's (resident, sums_pitch) in shared memory
+
+  int window, head, count, rows, run;
 
   static constexpr int kRow = kPitch<kWidth>;
   // A row of a block of queries is copied by kThreads / kBlock threads, each of which reads what it copied
@@ -581,7 +638,7 @@ struct Work {
   __device__ void fetch(int block) const {
     const Problem& p = b.p;
     const Stage<T, kWidth> to = stage(block);
-    const int own = threadIdx.x / kPerRow, query = block * kBlock + own;
+    const int own = threadIdx.x / kPerRow, mine = row_in_place(own), query = block * kBlock + mine;
     const bool there = query < count;
     const int64_t base = p.base(window), row = there ? at.rows[query] : 0;
 #pragma unroll
@@ -593,9 +650,10 @@ struct Work {
     if (threadIdx.x % kPerRow == 0) {
       // The weights of a query that is not there are zero.
       if (there)
-        d2it::copy_async(to.lse + own, b.lse + (window * p.heads + head) * p.n + at.positions[query]);
+        d2it::copy_async(to.lse + mine,
+                         b.lse + (static_cast<int64_t>(window) * p.heads + head) * p.n + at.positions[query]);
       else
-        to.lse[own] = kInfinity;
+        to.lse[mine] = kInfinity;
     }
     d2it::commit_copies();
   }
@@ -618,19 +676,35 @@ struct Work {
     }
 #pragma unroll
     for (int mask = 1; mask < kPerRow; mask *= 2) sum += __shfl_xor_sync(kAll, sum, mask);
-    if (threadIdx.x % kPerRow == 0) from.delta[own] = sum;
+    if (threadIdx.x % kPerRow == 0) from.delta[row_in_place(own)] = sum;
   }
 
-  // Adds dS of the lane's two queries at one key to the sum.
-  __device__ void add_pair(float* row, int x, int y, bool first, bool second, float2 ds) const {
-    if (paired) {
-      if (!first) return; // nor is the second there
-      float2* to = reinterpret_cast<float2*>(row + x);
-      const float2 before = *to;
-      *to = {before.x + ds.x, before.y + ds.y};
+  // Four queries' part of a row of the sum. Queries that are not there have one as well, which is not stored.
+  __device__ float4 load_four(const char* row, int4 column) const {
+    const auto at = [&](int i) { return reinterpret_cast<const float*>(row + i * 4u); };
+    if (run == 4) return *reinterpret_cast<const float4*>(at(column.x));
+    if (run == 2) {
+      const auto x = *reinterpret_cast<const float2*>(at(column.x)),
+                 y = *reinterpret_cast<const float2*>(at(column.z));
+      return make_float4(x.x, x.y, y.x, y.y);
+    }
+    return make_float4(*at(column.x), *at(column.y), *at(column.z), *at(column.w));
+  }
+
+  // The first `there` of them.
+  __device__ void store_four(char* row, int4 column, int there, float4 x) const {
+    if (there <= 0) return;
+    const auto at = [&](int i) { return reinterpret_cast<float*>(row + i * 4u); };
+    if (run == 4) {
+      *reinterpret_cast<float4*>(at(column.x)) = x;
+    } else if (run == 2) {
+      *reinterpret_cast<float2*>(at(column.x)) = {x.x, x.y};
+      if (there > 2) *reinterpret_cast<float2*>(at(column.z)) = {x.z, x.w};
     } else {
-      if (first) row[x] += ds.x;
-      if (second) row[y] += ds.y;
+      *at(column.x) = x.x;
+      if (there > 1) *at(column.y) = x.y;
+      if (there > 2) *at(column.z) = x.z;
+      if (there > 3) *at(column.w) = x.w;
     }
   }
 
@@ -642,39 +716,36 @@ struct Work {
                        float (&dk)[kSums][kWidth / 8][4], float (&dv)[kSums][kWidth / 8][4]) const {
     const Problem& p = b.p;
     const Stage<T, kWidth> in = stage(block);
-    const int lane = threadIdx.x % kWarp, quad = lane % 4;
+    // What follows from the lane is cheaper to compute again than to keep.
+    const unsigned lane = d2it::opaque(threadIdx.x) % kWarp, quad = lane % 4;
+    const Lane own = lane_in<kWidth>(lane);
     constexpr int kApart = kWarps * kTile; // keys between the tiles of a warp
     const float scale = p.scale * kLog2e;
     const int first_query = block * kBlock + from;
 
     float s[kTiles][2 * kSpans][4] = {};
-    multiply_rows<T, kWidth, kTiles, kSpans>(s, k() + first_key * kRow, kApart * kRow, in.q + from * kRow);
+    multiply_rows<T, kWidth, kTiles, kSpans>(s, k() + first_key * kRow, kApart * kRow, in.q + from * kRow,
+                                             own);
     const bool edge = first_query + 16 * kSpans > count || first_key + (kTiles - 1) * kApart + kTile > count;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+    for (int j = 0; j < kSpans; ++j) {
+      const int query = first_query + j * 16 + static_cast<int>(quad * 4);
+      const float4 found = *reinterpret_cast<const float4*>(in.lse + from + j * 16 + quad * 4);
+      const float lse[4] = {found.x, found.y, found.z, found.w};
+      const int4 where = *reinterpret_cast<const int4*>(at.positions + query);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int key = first_key + i * kApart + lane / 4 + 8 * r, position = at.positions[key];
+      for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-        for (int j = 0; j < 2 * kSpans; ++j) {
-          const int query = first_query + j * 8 + quad * 2;
-          float& x = s[i][j][2 * r];
-          float& y = s[i][j][2 * r + 1];
-          const float2 lse = *reinterpret_cast<const float2*>(in.lse + from + j * 8 + quad * 2);
-          x = fmaf(x, scale, -lse.x), y = fmaf(y, scale, -lse.y);
-          if (p.bias) {
-            const int2 where = *reinterpret_cast<const int2*>(at.positions + query);
-            const float2 own = bias.pair(position, where.x, where.y);
-            x = fmaf(own.x, kLog2e, x), y = fmaf(own.y, kLog2e, y);
-          }
-          x = d2it::exp2_fast(x), y = d2it::exp2_fast(y);
-          if (edge) {
-            if (key >= count || query >= count) x = 0.0f;
-            if (key >= count || query + 1 >= count) y = 0.0f;
-          }
-          if (at.segments) {
-            if (key >= count || query >= count || at.segments[key] != at.segments[query]) x = 0.0f;
-            if (key >= count || query + 1 >= count || at.segments[key] != at.segments[query + 1]) y = 0.0f;
+        for (int r = 0; r < 2; ++r) {
+          const int key = first_key + i * kApart + static_cast<int>(lane / 4) + 8 * r;
+          const float4 b = p.bias ? bias.four(at.positions[key], where) : make_float4(0, 0, 0, 0);
+          const float added[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& x = s[i][2 * j + e / 2][2 * r + e % 2];
+            x = d2it::exp2_fast(fmaf(added[e], kLog2e, fmaf(x, scale, -lse[e])));
+            if (edge && (key >= count || query + e >= count)) x = 0.0f;
+            if (at.segments && x != 0.0f && at.segments[key] != at.segments[query + e]) x = 0.0f;
           }
         }
       }
@@ -682,52 +753,58 @@ struct Work {
     if constexpr (kDv) {
       uint32_t weights[kTiles][kSpans][4];
       pack_pairs(weights, s);
-      add_weighted<T, kWidth>(dv, weights, in.grad + from * kRow);
+      add_weighted<T, kWidth>(dv, weights, in.grad + from * kRow, own);
     }
     if constexpr (kDk) {
-      float dp[kTiles][2 * kSpans][4] = {};
-      multiply_rows<T, kWidth, kTiles, kSpans>(dp, v() + first_key * kRow, kApart * kRow,
-                                               in.grad + from * kRow);
+      // A tile at a time, since registers are full: the parts of the sum come, from L2 perhaps, while dP is
+      // formed.
+      uint32_t weights[kTiles][kSpans][4];
+      char* far = b.sums_of_block();
+
 #pragma unroll
-      for (int j = 0; j < 2 * kSpans; ++j) {
-        const float2 delta = *reinterpret_cast<const float2*>(in.delta + from + j * 8 + quad * 2);
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[i][j][e] *= dp[i][j][e] - (e % 2 ? delta.y : delta.x);
-        }
-      }
-      if (b.sums) {
+      for (int j = 0; j < kSpans; ++j) {
+        const int column = from + j * 16 + static_cast<int>(quad * 4),
+                  there = count - (block * kBlock + column);
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
+          const int tile = first_key + i * kApart, key = tile + static_cast<int>(lane / 4);
+          const int4 where = *reinterpret_cast<const int4*>(at.positions + block * kBlock + column);
+          float4 before[2];
+          char* row[2];
+          if (b.sums) {
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int key = first_key + i * kApart + lane / 4 + 8 * r, position = at.positions[key];
-            float* row = (position < b.resident ? sums : far) + position * sums_pitch(p.n);
-#pragma unroll
-            for (int j = 0; j < 2 * kSpans; ++j) {
-              const int query = first_query + j * 8 + quad * 2;
-              const int2 where = *reinterpret_cast<const int2*>(at.positions + query);
-              add_pair(row, where.x, where.y, key < count && query < count, key < count && query + 1 < count,
-                       {s[i][j][2 * r], s[i][j][2 * r + 1]});
+            for (int r = 0; r < 2; ++r) {
+              const int position = at.positions[key + 8 * r];
+              // In one memory or the other.
+              row[r] = (position < b.resident ? reinterpret_cast<char*>(near) : far) + position * b.row;
+
+              before[r] = load_four(row[r], where);
             }
           }
-        }
-      }
-      uint32_t weights[kTiles][kSpans][4];
-      pack_pairs(weights, s);
+          float dp[1][2][4] = {};
+          multiply_rows<T, kWidth, 1, 1>(dp, v() + tile * kRow, 0, in.grad + (from + j * 16) * kRow, own);
+          const float4 delta = *reinterpret_cast<const float4*>(in.delta + column);
+          T* to = in.ds + key * kPairsPitch + column;
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < kSpans; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            T* to = in.ds + (first_key + i * kApart + lane / 4 + e % 2 * 8) * kPairsPitch;
-            *reinterpret_cast<uint32_t*>(to + from + j * 16 + e / 2 * 8 + quad * 2) = weights[i][j][e];
+          for (int r = 0; r < 2; ++r) {
+            const float x = s[i][2 * j][2 * r] * (dp[0][0][2 * r] - delta.x);
+            const float y = s[i][2 * j][2 * r + 1] * (dp[0][0][2 * r + 1] - delta.y);
+            const float z = s[i][2 * j + 1][2 * r] * (dp[0][1][2 * r] - delta.z);
+            const float w = s[i][2 * j + 1][2 * r + 1] * (dp[0][1][2 * r + 1] - delta.w);
+            if (b.sums) {
+              const float4 old = before[r];
+              store_four(row[r], where, key + 8 * r < count ? there : 0,
+                         make_float4(old.x + x, old.y + y, old.z + z, old.w + w));
+            }
+            weights[i][j][r] = d2it::pack<T>(x, y);
+            weights[i][j][2 + r] = d2it::pack<T>(z, w);
+            // One by one, so that the registers of the fragment stay what they are.
+            auto* words = reinterpret_cast<volatile uint32_t*>(to + 8 * r * kPairsPitch);
+            words[0] = weights[i][j][r], words[1] = weights[i][j][2 + r];
           }
         }
       }
-      add_weighted<T, kWidth>(dk, weights, in.q + from * kRow);
+      add_weighted<T, kWidth>(dk, weights, in.q + from * kRow, own);
     }
   }
 
@@ -760,35 +837,43 @@ struct Work {
       row[r] = query < count ? b.dq.at(p.base(window), at.rows[query], head) : nullptr;
     }
     const float factor[2] = {p.scale, p.scale};
-    const int a_lane = across_first(kPairsPitch), b_lane = down_first(kRow);
+    const T* ds = in.ds + own + across_first(kPairsPitch, lane);
+    const T* keys = k() + group * 16 + down_first(kRow, lane);
     constexpr bool kTail = kWidth % 16 != 0;
     constexpr int kMost = (kUnits + kGroups - 1) / kGroups;
+    const bool tailed = kTail && group == kUnits % kGroups;
     float c[kMost][2][4] = {}, tail[1][4] = {};
-#pragma unroll 2
-    for (int key = 0; key < count; key += 16) {
-      uint32_t x[4];
-      d2it::load_matrices_transposed(x, in.ds + key * kPairsPitch + own + a_lane);
+    const auto sum = [&](auto with_tail) {
+#pragma unroll 4
+      for (int key = 0; key < count; key += 16, ds += 16 * kPairsPitch, keys += 16 * kRow) {
+        uint32_t x[4];
+        d2it::load_matrices_transposed(x, ds);
 #pragma unroll
-      for (int u = 0; u < kMost; ++u) {
-        if (group + u * kGroups >= kUnits) break;
-        uint32_t y[4];
-        d2it::load_matrices_transposed(y, k() + key * kRow + (group + u * kGroups) * 16 + b_lane);
-        d2it::multiply_add<T>(c[u][0], x, y[0], y[1]);
-        d2it::multiply_add<T>(c[u][1], x, y[2], y[3]);
+        for (int u = 0; u < kMost; ++u) {
+          if (kUnits % kGroups != 0 && group + u * kGroups >= kUnits) break;
+          uint32_t y[4];
+          d2it::load_matrices_transposed(y, keys + u * kGroups * 16);
+          d2it::multiply_add<T>(c[u][0], x, y[0], y[1]);
+          d2it::multiply_add<T>(c[u][1], x, y[2], y[3]);
+        }
+        if constexpr (with_tail.value) {
+          uint32_t y[2];
+          d2it::load_matrices_transposed(y, keys + (kUnits - kUnits % kGroups) * 16);
+          d2it::multiply_add<T>(tail[0], x, y[0], y[1]);
+        }
       }
-      if (kTail && group == kUnits % kGroups) {
-        uint32_t y[2];
-        d2it::load_matrices_transposed(y, k() + key * kRow + kUnits * 16 + b_lane);
-        d2it::multiply_add<T>(tail[0], x, y[0], y[1]);
-      }
+    };
+    if (tailed) {
+      sum(std::integral_constant<bool, kTail>());
+    } else {
+      sum(std::false_type());
     }
 #pragma unroll
     for (int u = 0; u < kMost; ++u) {
       const int unit = group + u * kGroups;
       if (unit < kUnits) store_columns(c[u], factor, row, unit * 16, p.width, b.dq.vectors);
     }
-    if (kTail && group == kUnits % kGroups)
-      store_columns(tail, factor, row, kUnits * 16, p.width, b.dq.vectors);
+    if (tailed) store_columns(tail, factor, row, kUnits * 16, p.width, b.dq.vectors);
   }
 
   // All queries; block 0 is on its way. The sums of kTiles tiles of keys are written at the end.
@@ -843,34 +928,37 @@ __global__ void __launch_bounds__(kThreads, 1) attention_backward(const __grid_c
   constexpr int kRow = kPitch<kWidth>;
   extern __shared__ float4 shared[];
   const Problem& p = b.p;
-  const int rows = round_up(p.n, kTile), pitch = sums_pitch(p.n);
-  const int head = blockIdx.x % p.heads;
-  const int64_t residue = blockIdx.x / p.heads % p.bias_windows,
-                split = blockIdx.x / p.heads / p.bias_windows;
+  const int rows = round_up(p.n, kTile);
   char* first = reinterpret_cast<char*>(shared);
   char* rest = behind_stages<T, kWidth>(first, rows);
   const Window at = window_in(rest, p.n, p.segments);
-  float* sums = reinterpret_cast<float*>(rest + window_bytes(p.n, p.segments));
-  float* far = b.sums ? b.sums + static_cast<int64_t>(blockIdx.x) * p.n * pitch : nullptr;
-  if (far) {
-    for (int i = threadIdx.x; i < p.n * pitch / 4; i += kThreads)
-      reinterpret_cast<float4*>(i < b.resident * pitch / 4 ? sums : far)[i] = make_float4(0, 0, 0, 0);
+  float* near = reinterpret_cast<float*>(rest + window_bytes(p.n, p.segments));
+  if (b.sums) {
+    auto* far = reinterpret_cast<float4*>(b.sums_of_block());
+    for (int i = threadIdx.x; i < static_cast<int>(b.block / 16); i += kThreads)
+      (i < static_cast<int>(b.resident * b.row / 16) ? reinterpret_cast<float4*>(near) : far)[i] =
+          make_float4(0, 0, 0, 0);
   }
 
-  const int64_t step = p.splits * p.bias_windows;
-  int64_t window = split * p.bias_windows + residue;
-  int slot = slot_of(p, window, threadIdx.x);
+  const int step = p.splits * p.bias_windows;
+  int window = blockIdx.x / p.heads; // of residue window % bias_windows
+  fetch_slot(p, at, window);
+  d2it::commit_copies();
   for (; window < p.windows; window += step) {
-    bool paired;
-    const int count = close_up(p, at, window, slot, paired);
-    slot = slot_of(p, window + step, threadIdx.x);
+    d2it::wait_for_copies<0>();
+    int run;
+    const int count = close_up(p, at, window, at.next[threadIdx.x], run);
+    fetch_slot(p, at, window + step);
+    d2it::commit_copies();
     if (count == 0) continue;
-    const Work<T, kWidth> work{b, at, first, sums, far, window, head, count, rows, paired};
+    const int head = d2it::opaque(blockIdx.x) % p.heads;
+    const Work<T, kWidth> work{b, at, first, near, window, head, count, rows, run};
     T* k = reinterpret_cast<T*>(first);
-    copy_rows<T, kWidth>(k, b.k, p, at, p.base(window), head, count, round_up(count, kTile));
-    copy_rows<T, kWidth>(k + rows * kRow, b.v, p, at, p.base(window), head, count, round_up(count, kTile));
+    copy_rows<T, kWidth, false>(k, b.k, p, at, p.base(window), head, count, round_up(count, kTile));
+    copy_rows<T, kWidth, false>(k + rows * kRow, b.v, p, at, p.base(window), head, count,
+                                round_up(count, kTile));
     work.fetch(0);
-    const Bias<T> bias(p, residue, head, paired);
+    const Bias<T> bias(p, window % p.bias_windows, head, run);
     if constexpr (kWidth <= 72) {
       work.template walk<true, true>(bias);
     } else { // dk and dv of wide heads do not fit into registers together
@@ -882,9 +970,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_backward(const __grid_c
     __syncthreads();
   }
   __syncthreads();
-  if (far) {
-    for (int i = threadIdx.x; i < b.resident * pitch / 4; i += kThreads)
-      reinterpret_cast<float4*>(far)[i] = reinterpret_cast<const float4*>(sums)[i];
+  if (b.sums) {
+    auto* far = reinterpret_cast<float4*>(b.sums_of_block());
+    for (int i = threadIdx.x; i < static_cast<int>(b.resident * b.row / 16); i += kThreads)
+      far[i] = reinterpret_cast<const float4*>(near)[i];
   }
 }
 
@@ -925,8 +1014,8 @@ __global__ void __launch_bounds__(kThreads, 1) sum_blocks(const float* sums, T* 
 
 __global__ void __launch_bounds__(kThreads) mark_named(const Problem p, uint8_t* unnamed) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.windows * p.n) return;
-  const int row = slot_of(p, i / p.n, static_cast<int>(i % p.n));
+  if (i >= static_cast<int64_t>(p.windows) * p.n) return;
+  const int row = slot_of(p, static_cast<int>(i / p.n), static_cast<int>(i % p.n));
   CUDA_KERNEL_ASSERT(row < p.tokens && "slots must name rows that are there");
   if (row >= 0 && row < p.tokens) unnamed[row] = 0;
 }
@@ -976,7 +1065,10 @@ Problem problem_of(const Tensor& q, const std::optional<Tensor>& bias, const std
   const int dims = slots ? 3 : 4;
   p.heads = static_cast<int>(q.size(dims - 2));
   p.width = static_cast<int>(q.size(dims - 1));
-  p.windows = slots ? slots->size(0) : q.size(0);
+  const int64_t windows = slots ? slots->size(0) : q.size(0);
+  if (windows > std::numeric_limits<int>::max() / 2)
+    d2it::fail("window attention: too many windows, ", windows);
+  p.windows = static_cast<int>(windows);
   p.n = static_cast<int>(slots ? slots->size(1) : q.size(1));
   p.tokens = slots ? q.size(0) : p.n;
   if (slots) {
@@ -986,15 +1078,15 @@ Problem problem_of(const Tensor& q, const std::optional<Tensor>& bias, const std
   p.segment_windows = p.bias_windows = 1;
   if (segments) {
     p.segments = static_cast<const int64_t*>(segments->const_data_ptr());
-    p.segment_windows = segments->size(0);
+    p.segment_windows = static_cast<int>(segments->size(0));
   }
-  p.pairs = p.n % 2 == 0;
+  p.run = p.n % 4 == 0 ? 4 : p.n % 2 == 0 ? 2 : 1;
   if (bias) {
     p.bias = bias->const_data_ptr();
-    p.bias_windows = bias->size(0);
+    p.bias_windows = static_cast<int>(bias->size(0));
     p.bias_per_head = bias->size(1) > 1;
     p.bias_single = bias->scalar_type() == ScalarType::Float;
-    p.pairs = p.pairs && reinterpret_cast<uintptr_t>(p.bias) % (2 * bias->element_size()) == 0;
+    while (reinterpret_cast<uintptr_t>(p.bias) % (p.run * bias->element_size()) != 0) p.run /= 2;
   }
   p.scale = static_cast<float>(scale);
   return p;
@@ -1029,8 +1121,9 @@ void clear(const Problem& p, const std::vector<Tensor>& tensors, const std::opti
            cudaStream_t stream) {
   if (!p.slots || p.tokens == 0 || p.heads * p.width == 0) return;
   auto* flags = static_cast<uint8_t*>(const_cast<void*>(unnamed->const_data_ptr()));
-  if (p.windows * p.n > 0) {
-    const unsigned blocks = blocks_of((p.windows * p.n + kThreads - 1) / kThreads, "window attention");
+  if (p.windows > 0 && p.n > 0) {
+    const unsigned blocks =
+        blocks_of((static_cast<int64_t>(p.windows) * p.n + kThreads - 1) / kThreads, "window attention");
     mark_named<<<blocks, kThreads, 0, stream>>>(p, flags);
   }
   Cleared<T> to = {};
@@ -1049,12 +1142,12 @@ void window_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, 
   const bool packed = slots.has_value();
   with_dtype(q.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    if (p.windows * p.n * p.heads * p.width > 0 && q.numel() > 0) {
+    if (p.windows > 0 && q.numel() > 0) {
       with_width(p.width, [&](auto width) {
         constexpr int kWidth = width.value;
         const int bytes = forward_bytes<kWidth>(p.n, p.segments);
         // A block starts with little: many of them, which windows of any length keep busy.
-        p.splits = static_cast<int>(std::clamp<int64_t>(16 * device.processors() / p.heads, 1, p.windows));
+        p.splits = static_cast<int>(std::clamp(16 * device.processors() / p.heads, 1, p.windows));
         const Forward<T> f{p,
                            heads_of<const T>(q, packed),
                            heads_of<const T>(k, packed),
@@ -1084,7 +1177,7 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
   const bool packed = slots.has_value();
   with_dtype(q.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    if (p.windows * p.n * p.heads * p.width > 0 && q.numel() > 0) {
+    if (p.windows > 0 && q.numel() > 0) {
       with_width(p.width, [&](auto width) {
         constexpr int kWidth = width.value;
         p.splits = static_cast<int>(splits);
@@ -1099,10 +1192,13 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
                       heads_of<T>(dk, packed),
                       heads_of<T>(dv, packed),
                       nullptr,
+                      0,
+                      0,
                       0};
         int bytes = backward_bytes<kWidth>(p.n, p.segments);
         if (sums) {
           const int row = sums_pitch(p.n) * static_cast<int>(sizeof(float));
+          b.row = row, b.block = p.n * row;
           b.sums = static_cast<float*>(const_cast<void*>(sums->const_data_ptr()));
           b.resident = std::clamp((device.most_shared() - bytes) / row, 0, p.n);
           bytes += b.resident * row;

@@ -46,6 +46,9 @@ struct dim3 {
 struct alignas(8) int2 {
   int x, y;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 struct alignas(8) uint2 {
   unsigned int x, y;
 };
@@ -290,6 +293,8 @@ inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;
 }
+
+inline unsigned opaque(unsigned x) { return x; }
 
 template <typename Chunk>
 void put(void* to, Chunk x) {

@@ -84,7 +84,8 @@ float2 unpack(uint32_t x) {
 inline void copy_async(void* to, const void* from, bool there) {
   block.copy_later({aligned(static_cast<uint4*>(to)), there ? aligned(static_cast<const uint4*>(from)) : nullptr, 16});
 }
-inline void copy_async(float* to, const float* from) { block.copy_later({aligned(to), aligned(from), 4}); }
+template <typename T>
+void copy_async(T* to, const T* from) { block.copy_later({aligned(to), aligned(from), 4}); }
 inline void commit_copies() { block.commit_copies(); }
 template <int kGroups>
 void wait_for_copies() {

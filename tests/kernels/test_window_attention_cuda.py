@@ -15,29 +15,32 @@ from tests.kernels.test_window_attention import WindowSuite
 FILE = "window_attention_cuda.cu"
 MUTATIONS = {
     "positions of rows": ("at.positions[place] = «position»;", "place"),
-    "pairs that are none": ("paired &= «((bits ^ bits >> 1) & 0x55555555u) == 0»;", "true"),
+    "fours that are none": ("run = min(p.run, «(apart & 0x77777777u) == 0» ? 4", "true"),
+    "pairs that are none": ("? 4 : «(apart & 0x55555555u) == 0» ? 2 : 1", "true"),
+    "order of columns": ("row = kColumns ? «row_in_place(place)» : place;", "place"),
+    "order of queries": ("delta[«row_in_place(own)»] = sum;", "own"),
     "columns behind a head": ("const bool there = row && «first < width»;", "true"),
     "sums not scaled down": ("sums[0][j][i] *= «factor[i / 2]»;", "1.0f"),
-    "keys that are not there": ("«other >= count» || (at.segments", "false"),
-    "segments ignored": ("(at.segments && «at.segments[query[i / 2]] != at.segments[other]»)", "false"),
-    "segments ignored in the backward": (
-        "query >= count || «at.segments[key] != at.segments[query]») x = 0.0f;",
-        "false",
-    ),
-    "another window's bias": ("const int64_t at = («residue» * (p.bias_per_head", "0"),
-    "second of a pair": ("static_cast<uint32_t>(__ldg(bits + «y»)) << 16", "x"),
+    "keys that are not there": ("if («other >= count» || !alike)", "false"),
+    "segments ignored": ("alike = !at.segments || «at.segments[query[r]] == at.segments[other]»;", "true"),
+    "segments ignored in the backward": ("&& «at.segments[key] != at.segments[query + e]») x", "false"),
+    "another window's bias": ("(«static_cast<int64_t>(residue)» * (p.bias_per_head", "int64_t{0}"),
+    "second entry": ("static_cast<uint32_t>(at<uint16_t>(«y»)) << 16", "x"),
+    "third entry": ("bits = {at<uint32_t>(x), at<uint32_t>(«z»)};", "x"),
     "row of the bias": ("position[r] = at.positions[«query[r]»];", "query[0]"),
     "weights not normalised": ("total[r] == 0.0f ? 0.0f : «1.0f / total[r]»;", "1.0f"),
     "queries of a warp before they are copied": (
         "      d2it::commit_copies();\n      «d2it::wait_for_copies<0>()»;\n      __syncwarp();",
         "void()",
     ),
-    "no delta": ("dp[i][j][e] - «(e % 2 ? delta.y : delta.x)»;", "0.0f"),
+    "no delta": ("(dp[0][0][2 * r + 1] - «delta.y»)", "0.0f"),
     "delta of two vectors": ("for (int mask = 1; mask < «kPerRow»; mask *= 2) sum", "2"),
-    "weights of a key that is not there": ("if («key >= count || query >= count») x = 0.0f;\n          ", "false"),
-    "sum of a second query": ("query < count, «key < count && query + 1 < count»,", "false"),
+    "weights of a key that is not there": ("if (edge && («key >= count || query + e >= count»)) x", "false"),
+    "sum of a second query": ("if (there > «1») *at(column.y) = x.y;", "1 << 20"),
+    "sum of a third query": ("if (there > «2») *reinterpret_cast<float2*>", "1 << 20"),
+    "sum in the other memory": ("(«position < b.resident» ? reinterpret_cast<char*>(near)", "false"),
     "sums in shared memory lost": (
-        "for (int i = threadIdx.x; i < «b.resident * pitch / 4»; i += kThreads)\n      reinterpret_cast<float4*>(far)",
+        "i < «static_cast<int>(b.resident * b.row / 16)»; i += kThreads)\n      far[i]",
         "0",
     ),
     "sums of one block": ("for (int split = 0; split < «splits»; ++split)", "1"),
@@ -51,8 +54,8 @@ MUTATIONS = {
         "      }\n      «d2it::wait_for_copies<0>()»;\n      if (kDk && block",
         "void()",
     ),
-    "dq of a tile of keys": ("for (int key = 0; key < «count»; key += 16)", "16"),
-    "second tile of keys": ("s, k() + first_key * kRow, «kApart * kRow», in.q", "0"),
+    "dq of a tile of keys": ("for (int key = 0; key < «count»; key += 16,", "16"),
+    "second tile of keys": ("(s, k() + first_key * kRow, «kApart * kRow»,", "0"),
     "dk not scaled": ("store_columns(dk_sums[i], {«p.scale», p.scale}", "1.0f"),
     "unnamed rows not cleared": ("if (row >= tokens || «!unnamed[row]») return;", "true"),
 }
@@ -72,6 +75,7 @@ class CudaSource(WindowSuite):
         {"W": 0, "N": 4, "H": 2, "D": 16, "fill": None, "bias": (1, 2), "segments": 0},
         {"W": 3, "N": 4, "H": 2, "D": 16, "fill": 0.0, "bias": (1, 2), "segments": 0},
         {"W": 3, "N": 16, "H": 2, "D": 72, "fill": 0.5, "bias": (1, 2), "segments": 0},
+        {"W": 3, "N": 20, "H": 2, "D": 32, "fill": None, "bias": (1, 1), "segments": 0},
         {"W": 5, "N": 9, "H": 1, "D": 20, "fill": None, "bias": (2, 1), "segments": 2},
         {"W": 2, "N": 40, "H": 2, "D": 24, "fill": 0.9, "bias": (2, 1), "segments": 1},
         {"W": 2, "N": 49, "H": 1, "D": 64, "fill": None, "bias": None, "segments": 0},
@@ -163,7 +167,7 @@ class TestWindowAttentionCuda(CudaSource):
 class TestWindowAttentionQKVPackedCuda(CudaSource):
     op = "window_attention_qkvpacked"
     gradients = ("qkv", "bias")
-    corners = CudaSource.corners[1:5]
+    corners = CudaSource.corners[1:6]
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
         qkv, call = self.parts(shape, dtype, rng)
