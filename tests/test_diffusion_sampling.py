@@ -53,7 +53,7 @@ class Known(nn.Module):
             num_grains=2,
             code_sizes=(2, 1),
             cells_per_region=2,
-            min_grain=1,
+            region_tokens=lambda grain_map: 4 * grain_map,
             masked=False,
             diffusion=DiffusionConfig(),
         )

@@ -38,6 +38,10 @@ CONTENT = {
     "three-grains": {"image_size": (64, 128), "downsampling": (8, 16, 32)},
     "three-grains-patch2": {"image_size": 64, "downsampling": (4, 8, 16), "patch_size": 2, "relative_bias": "none"},
     "finest-only": {"image_size": 64, "downsampling": (8, 16, 32), "min_grain": 2},
+    "codes-of-two-grains": {"image_size": 64, "min_grain": 0},
+    "unequal-factors": {"image_size": (32, 64), "downsampling": (4, 8, 32), "window": 8},
+    "four-grains": {"image_size": (64, 128), "downsampling": (4, 8, 16, 32), "relative_bias": "matrix"},
+    "windows-across-codes": {"image_size": 96, "downsampling": (8, 16, 32), "window": 3},
 }
 
 
@@ -110,6 +114,55 @@ def test_packed_equals_masked(settings):
     assert silent <= {"refine.grain.weight"}
 
 
+def test_two_grains_are_one_token_a_cell_bit_for_bit():
+    """The first cells of codes of one cell are all cells: the general way gives what two grains do without it."""
+    model = make_content(image_size=64)
+    inputs = content_inputs(model)
+    assert not model.config.refines_codes
+    grains, plan = inputs[3], model.make_plan(inputs[3], capacity=100)
+    of_codes = ops.plan_tokens(grains, window=4, capacity=100, code_sizes=(2, 1))
+    for name in ("index", "inverse", "slots", "sample", "count"):
+        assert torch.equal(getattr(plan, name), getattr(of_codes, name))
+    with torch.no_grad():
+        expected = model(*inputs)
+        type(model.config).refines_codes, kept = True, type(model.config).refines_codes
+        try:
+            general = model(*inputs)
+        finally:
+            type(model.config).refines_codes = kept
+    assert torch.equal(general, expected)
+
+
+def test_a_code_is_one_token():
+    """Its features are the state's value and the mean of the rough noise; its correction goes to all of its cells."""
+    model = make_content(image_size=64, downsampling=(8, 16, 32), depth=1)
+    x, t, y, _ = content_inputs(model)
+    grains = torch.tensor([[[0, 1], [2, 1]], [[2, 0], [1, 2]]])
+    x = x.repeat_interleave(4, 2)[:, :, :8].repeat_interleave(4, 3)[..., :8]  # one value a region
+    seen = []
+    model.refine.register_forward_hook(lambda module, args, out: seen.append((args[0], args[1], out)))
+    rough = []
+    model.multi_grained.register_forward_hook(lambda module, args, out: rough.append(out))
+    with torch.no_grad():
+        out = model(x, t, y, grains, capacity=4 * 4 + 3 * 16 - 4)
+    (features, positions, correction), rough = seen[0], rough[0]
+    assert model.config.region_tokens(grains).tolist() == [[[0, 4], [16, 4]], [[16, 0], [4, 16]]]
+    plan = model.make_plan(grains, capacity=len(features))
+    assert plan.count == len(features) == 60
+    out = out.permute(0, 2, 3, 1)
+    for row, cell in enumerate(plan.index.tolist()):
+        b, i, j = cell // 64, cell // 8 % 8, cell % 8
+        size = (4, 2, 1)[grains[b, i // 4, j // 4]]
+        code = (b, slice(i, i + size), slice(j, j + size))
+        torch.testing.assert_close(features[row, :8], rough[code].mean(dim=(0, 1)))
+        assert torch.equal(features[row, 8:12], x[b, :, i, j])
+        assert features[row, 12:].tolist() == [float(g == grains[b, i // 4, j // 4]) for g in range(3)]
+        assert torch.equal(positions[row], model.refine.positions[i * 8 + j])
+        assert torch.equal(out[code], rough[code] + correction[row])
+    coarse = (grains == 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert torch.equal(out[coarse], rough[coarse])
+
+
 def test_refinenet_changes_fine_cells_only():
     model = make_content(image_size=64)
     x, t, y, grains = content_inputs(model)
@@ -131,9 +184,9 @@ def test_windows_do_not_see_each_other():
     features = torch.cat([noise, x.permute(0, 2, 3, 1), noise.new_ones(2, *model.config.grid, 2)], dim=-1)
     plan = model.make_plan(grains)
     with torch.no_grad():
-        before = model._refine_packed(features, noise, t, y, plan)
+        before = model._refine_packed(features, noise, t, y, grains, plan)
         features[:, :4, :4, 8:12] += 1.0
-        after = model._refine_packed(features, noise, t, y, plan)
+        after = model._refine_packed(features, noise, t, y, grains, plan)
     changed = (before != after).any(dim=-1)
     assert changed[:, :4, :4].all()
     assert not changed[:, 4:].any()

@@ -160,6 +160,16 @@ def test_macs_against_torchs_counter():
     content = DynamicContentTransformer.from_preset("tiny", image_size=(64, 96))
     x, grains = torch.randn(3, 4, 8, 12), torch.ones(3, 4, 6, dtype=torch.long)
     assert measured(content, x, t, y, grains) == count_macs(content.config, 3).total
+    three = DynamicContentTransformer.from_preset("tiny", image_size=(64, 128), downsampling=(8, 16, 32))
+    x, grains = torch.randn(3, 4, 8, 16), torch.randint(0, 3, (3, 2, 4), generator=torch.Generator().manual_seed(0))
+    fine = fine_tokens(grains, three.config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        three(x, t, y, grains, capacity=fine.rows)
+    # PyTorch's counter sees the shapes of the windows: all of their positions, not the tokens in them.
+    positions = 3 * 8 * 16 * three.config.window**2 - fine.pairs
+    unfilled = positions * three.config.refine_depth * 2 * three.config.dim
+    assert counter.get_total_flops() / 2 - unfilled == count_macs(three.config, 3, fine).total
+    x, grains = torch.randn(3, 4, 8, 12), torch.ones(3, 4, 6, dtype=torch.long)
     content.config.masked = True
     assert measured(content, x, t, y, 0 * grains) == count_macs(content.config, 3, FineTokens(0, 0)).total
 
@@ -182,6 +192,28 @@ def test_flop_formulas_of_window_attention(packed):
             out, _ = call()
             out.backward(cotangent)
         assert counter.get_total_flops() == (2 + 5) * 2 * windows * heads * n * n * width
+
+
+@pytest.mark.parametrize("window", [8, 4, 2])
+def test_tokens_of_codes_and_their_pairs(window):
+    config = DynamicContentTransformer.preset_config(
+        "tiny", image_size=(64, 128), downsampling=(4, 8, 32), window=window
+    )
+    grains = torch.randint(0, 3, (3, 2, 4), generator=torch.Generator().manual_seed(0))
+    rows = pairs = 0
+    for image in grains:
+        for i in range(0, 16, window):
+            for j in range(0, 32, window):
+                tokens = 0
+                for y in range(i, i + window):
+                    for x in range(j, j + window):
+                        grain = int(image[y // 8, x // 8])
+                        size = (8, 2, 1)[grain]
+                        tokens += grain > 0 and y % size == 0 and x % size == 0
+                rows, pairs = rows + tokens, pairs + tokens**2
+    assert fine_tokens(grains, config) == (rows, pairs)
+    assert config.region_tokens(grains).sum() == rows
+    assert fine_tokens(torch.full_like(grains, 2), config) == all_fine(config, 3)
 
 
 def test_fine_tokens_and_their_pairs():

@@ -312,7 +312,7 @@ def _model_plans(model: Any, grain_map: Tensor, *, guided: bool) -> dict[bool, d
     """Arguments of the model for one pass over the maps, and for two (guidance): maps and their plan, made once."""
     config = model.config
     # The maps stay for the whole sampling: one look at them, and no row is computed in vain.
-    capacity = int((grain_map >= config.min_grain).sum()) * config.cells_per_region**2
+    capacity = int(config.region_tokens(grain_map).sum())
     arguments = {}
     for twice in (False, True) if guided else (False,):
         maps = torch.cat([grain_map, grain_map]) if twice else grain_map

@@ -3,6 +3,10 @@
 Multi-grained Net (Eq. 6) -> router (Eq. 7) -> RefineNet on the fine cells (Eqs. 8 and 10) -> merge (Eq. 9). Fine tokens
 are packed: the latents of the fine cells are gathered before the patch-1 embedding and merged after the final layer, so
 that RefineNet's cost follows their number and what is moved has a dozen channels.
+
+With more than two grains RefineNet also corrects codes of several cells. A code is one token, which stands at the
+code's first cell: in the windows, in the relative bias and in the learned positions. It takes the state's value and the
+mean of the rough noise over the code, and its correction goes to all of the code's cells.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2it import ops
-from d2it.diffusion.grains import expand_map
+from d2it.diffusion.grains import copy_codes, expand_map, project_to_grains
 from d2it.models import layers
 from d2it.models.base import check_whole, pair, set_whole_tuples
 from d2it.models.dit import ClassConditional, TransformerConfig, Trunk
@@ -99,6 +103,18 @@ class ContentTransformerConfig(TransformerConfig):
         return tuple(f // self.downsampling[0] for f in reversed(self.downsampling))
 
     @property
+    def refines_codes(self) -> bool:
+        """Whether RefineNet corrects codes of several cells; otherwise each of its tokens is a cell."""
+        return self.code_sizes[self.min_grain] > 1
+
+    def region_tokens(self, grain_map: Tensor) -> Tensor:
+        """RefineNet's tokens in each region of the maps (B, h, w), int64 of the same shape."""
+        tokens = torch.zeros_like(grain_map)
+        for grain in range(self.min_grain, self.num_grains):
+            tokens += (grain_map == grain) * (self.cells_per_region // self.code_sizes[grain]) ** 2
+        return tokens
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(Hf, Wf), the finest latent's cells."""
         return (self.image_size[0] // self.downsampling[0], self.image_size[1] // self.downsampling[0])
@@ -114,10 +130,11 @@ class ContentTransformerConfig(TransformerConfig):
 
 
 class RefineNet(nn.Module):
-    """Fine-grained noise correction (Eq. 8) on rows of cells: packed, or all of them in window order.
+    """Fine-grained noise correction (Eq. 8) on rows of codes: packed, or all cells in window order.
 
-    Per cell: concat(eps_2, z_noised) -> Linear (patch 1), + learnable position, + grain embedding; adaLN-Zero blocks
-    with window attention; a zero-initialised final layer, so that training starts from the rough prediction.
+    Per code (of the finest grain a cell): concat(eps_2, z_noised) -> Linear (patch 1), + learnable position, + grain
+    embedding; adaLN-Zero blocks with window attention; a zero-initialised final layer, so that training starts from the
+    rough prediction.
     """
 
     def __init__(self, config: ContentTransformerConfig) -> None:
@@ -158,7 +175,7 @@ class RefineNet(nn.Module):
 
         Args:
             features: (T, F + k) or (B, L, F + k): eps_2, z_noised and the grain as k indicators.
-            positions: (T, dim) or (B, L, dim), the rows of `self.positions` that belong to the cells.
+            positions: (T, dim) or (B, L, dim), the rows of `self.positions` that belong to the codes' first cells.
             t: timesteps (B,).
             y: labels (B,), or None without classes.
             sample: the plan's, for packed rows.
@@ -203,7 +220,7 @@ class DynamicContentTransformer(ClassConditional):
         return [*self.multi_grained.blocks, *self.refine.blocks]
 
     def make_plan(self, grain_map: Tensor, capacity: int | None = None) -> ops.TokenPlan:
-        """The packed layout of the cells that RefineNet corrects; without a host synchronisation.
+        """The packed layout of the codes that RefineNet corrects; without a host synchronisation.
 
         Args:
             grain_map: (B, H/S, W/S) int64.
@@ -216,6 +233,7 @@ class DynamicContentTransformer(ClassConditional):
             window=config.window,
             min_grain=config.min_grain,
             capacity=capacity,
+            code_sizes=config.code_sizes if config.refines_codes else None,
         )
 
     def forward(
@@ -255,8 +273,12 @@ class DynamicContentTransformer(ClassConditional):
         indicators = (grain_map[..., None] == grains).to(x.dtype)  # (B, h, w, k)
         noise = self.multi_grained(x, t, y, self._grain_tokens(indicators))  # (B, Hf, Wf, out)
         noise = noise.to(x.dtype)
+        rough = noise
+        if config.refines_codes:
+            rough = project_to_grains(noise.permute(0, 3, 1, 2), grain_map, code_sizes=config.code_sizes)
+            rough = rough.permute(0, 2, 3, 1)
         cells = expand_map(indicators, config.cells_per_region)
-        features = torch.cat([noise, x.permute(0, 2, 3, 1), cells], dim=-1)  # (B, Hf, Wf, out + C + k)
+        features = torch.cat([rough, x.permute(0, 2, 3, 1), cells], dim=-1)  # (B, Hf, Wf, out + C + k)
         if config.masked:
             merged = self._refine_masked(features, noise, t, y, grain_map)
         else:
@@ -267,7 +289,7 @@ class DynamicContentTransformer(ClassConditional):
                     f"plan must be for cells {(batch, *config.grid)} in windows of {config.window}, "
                     f"got {plan.grid} in windows of {plan.window}"
                 )
-            merged = self._refine_packed(features, noise, t, y, plan)
+            merged = self._refine_packed(features, noise, t, y, grain_map, plan)
         return merged.permute(0, 3, 1, 2).contiguous()
 
     def _grain_tokens(self, indicators: Tensor) -> Tensor:
@@ -276,7 +298,7 @@ class DynamicContentTransformer(ClassConditional):
         return tokens @ self.grain.weight.to(tokens.dtype)
 
     def _refine_packed(
-        self, features: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, plan: ops.TokenPlan
+        self, features: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, grain_map: Tensor, plan: ops.TokenPlan
     ) -> Tensor:
         batch, height, width, out = noise.shape
         rows = ops.pack_tokens(features.flatten(1, 2), plan)  # (T, out + C + k)
@@ -289,6 +311,9 @@ class DynamicContentTransformer(ClassConditional):
             sample=plan.sample,
             slots=plan.slots,
         )
+        if self.config.refines_codes:
+            correction = ops.unpack_tokens(correction.to(rows.dtype), plan).unflatten(1, (height, width))
+            return noise + self._on_codes(correction, grain_map)
         corrected = rows[:, :out] + correction.to(rows.dtype)  # eps_2* = eps_2 + correction
         merged = ops.unpack_tokens(corrected, plan, base=noise.flatten(1, 2))  # Eq. 9
         return merged.unflatten(1, (height, width))
@@ -297,6 +322,8 @@ class DynamicContentTransformer(ClassConditional):
         batch, height, width, _ = noise.shape
         window, to_windows = self.config.window, ops.reference.to_windows
         fine = expand_map(grain_map >= self.config.min_grain, self.config.cells_per_region)  # (B, Hf, Wf)
+        if self.config.refines_codes:
+            fine &= ops.reference.first_cells(grain_map, self.config.cells_per_region, self.config.code_sizes)
         positions = to_windows(self.refine.positions.unflatten(0, (height, width))[None], window).flatten(0, 1)
         correction = self.refine(
             to_windows(features, window).reshape(batch, height * width, -1),
@@ -306,7 +333,14 @@ class DynamicContentTransformer(ClassConditional):
             segments=to_windows(fine, window).to(torch.int32),
         )
         correction = ops.reference.from_windows(correction, window, (batch, height, width))
+        if self.config.refines_codes:
+            correction = torch.where(fine[..., None], correction.to(noise.dtype), 0)
+            return noise + self._on_codes(correction, grain_map)
         return torch.where(fine[..., None], noise + correction.to(noise.dtype), noise)
+
+    def _on_codes(self, correction: Tensor, grain_map: Tensor) -> Tensor:
+        """(B, Hf, Wf, out), every cell with the correction of its code's first cell."""
+        return copy_codes(correction.permute(0, 3, 1, 2), grain_map, self.config.code_sizes).permute(0, 2, 3, 1)
 
     def _positions(self, positions: Tensor, batch: int) -> Tensor:
         """(L, dim) -> (B, L, dim) without a copy, in the dtype of the residual stream."""

@@ -23,7 +23,7 @@ class FineTokens(NamedTuple):
     """What RefineNet works on.
 
     Args:
-        rows: its tokens.
+        rows: its tokens, one a latent code.
         pairs: the sum over windows of their tokens squared.
     """
 
@@ -49,20 +49,20 @@ class Macs(NamedTuple):
 
 def fine_tokens(grain_map: Tensor, config: ContentTransformerConfig) -> FineTokens:
     """Counts the fine tokens of the maps (B, H/S, W/S), on the host if the maps are there (a GPU synchronises)."""
-    fine = (grain_map >= config.min_grain).to(torch.int64)
     side, window = config.cells_per_region, config.window
-    if window % side == 0:
-        # Whole regions in a window: each brings side^2 tokens.
+    if window % side == 0:  # whole regions in a window
         n = window // side
-        b, h, w = fine.shape
-        counts = fine.reshape(b, h // n, n, w // n, n).sum(dim=(2, 4)) * side**2
+        b, h, w = grain_map.shape
+        counts = config.region_tokens(grain_map).reshape(b, h // n, n, w // n, n).sum(dim=(2, 4))
     else:
-        counts = ops.reference.to_windows(expand_map(fine, side), window).sum(dim=1)
+        sizes = config.code_sizes if config.refines_codes else None
+        fine = expand_map(grain_map >= config.min_grain, side) & ops.reference.first_cells(grain_map, side, sizes)
+        counts = ops.reference.to_windows(fine, window).sum(dim=1)
     return FineTokens(int(counts.sum()), int(counts.square().sum()))
 
 
 def all_fine(config: ContentTransformerConfig, batch: int = 1) -> FineTokens:
-    """The tokens of `batch` maps without a coarse region; a masked RefineNet always works on these."""
+    """The tokens of `batch` maps that are the finest everywhere; a masked RefineNet always works on these."""
     cells = batch * config.grid[0] * config.grid[1]
     return FineTokens(cells, cells * config.window**2)
 
