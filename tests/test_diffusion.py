@@ -19,6 +19,7 @@ from d2it.diffusion import (
     project_to_grains,
 )
 from d2it.diffusion.gaussian import discretized_log_likelihood, normal_kl
+from d2it.diffusion.grains import random_grain_map
 from d2it.diffusion.guidance import guide
 
 
@@ -254,3 +255,23 @@ def test_guided_channels():
 def test_guidance_that_is_none(settings):
     with pytest.raises(ValueError, match=f"guidance {next(iter(settings))}"):
         Guidance(**settings)
+
+
+def test_random_maps_have_the_shares_asked_for():
+    def maps(ratio, grains):
+        return random_grain_map((4, 5), ratio, grains, generator=[torch.Generator().manual_seed(i) for i in range(3)])
+
+    for ratio, grains, counts in (
+        (0.3, 2, [14, 6]),
+        ((0.3,), 2, [14, 6]),
+        (0.3, 3, [14, 0, 6]),
+        ((0.5, 0.25), 3, [10, 5, 5]),
+        ((1.0, 0.5, 0.0), 4, [0, 10, 10, 0]),
+    ):
+        drawn = maps(ratio, grains)
+        assert drawn.dtype == torch.int64
+        assert [m.flatten().bincount(minlength=grains).tolist() for m in drawn] == [counts] * 3
+        assert len({m.numpy().tobytes() for m in drawn}) == 3
+    for wrong in ((0.5,), (0.2, 0.5), (1.5, 0.5), (0.5, 0.2, 0.1)):
+        with pytest.raises(ValueError, match="fine_ratio must be 2 descending shares"):
+            maps(wrong, 3)

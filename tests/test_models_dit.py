@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2it.diffusion import random_grain_map
 from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, convert
 from d2it.models.flops import FineTokens, all_fine, count_macs, fine_tokens
 
@@ -172,6 +173,18 @@ def test_macs_against_torchs_counter():
     x, grains = torch.randn(3, 4, 8, 12), torch.ones(3, 4, 6, dtype=torch.long)
     content.config.masked = True
     assert measured(content, x, t, y, 0 * grains) == count_macs(content.config, 3, FineTokens(0, 0)).total
+
+
+def test_three_grains_cost_less_than_dit():
+    """At the shares of its configuration: half of the regions at 16 pixels or finer, a quarter at 8."""
+    config = DynamicContentTransformer.preset_config("D2iT-XL-3")
+    generators = [torch.Generator().manual_seed(i) for i in range(64)]
+    maps = random_grain_map(config.region_grid, (0.5, 0.25), 3, generator=generators)
+    fine = fine_tokens(maps, config)
+    assert fine.rows == 64 * (16 * 4 + 16 * 16)
+    gmac = count_macs(config, 64, fine).total / 64e9
+    assert gmac == pytest.approx(50.0, abs=0.5)
+    assert gmac < 0.43 * count_macs(DiT.preset_config("DiT-XL/2")).total / 1e9
 
 
 @pytest.mark.parametrize("packed", [True, False])

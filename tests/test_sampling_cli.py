@@ -296,6 +296,60 @@ def test_random_maps(folder, tmp_path):
     assert np.array_equal(sample(folder, tmp_path, "--count", 4, "--fine-ratio", 0.3)["maps"], told["maps"])
 
 
+@pytest.fixture(scope="module")
+def three_grains(tmp_path_factory) -> Path:
+    settings = {"dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
+    factors = {"downsampling": (4, 8, 16)}
+    parts = (
+        DynamicVAE.from_preset(
+            "tiny", encoder_mult=(1, 1, 2, 2, 4), decoder_mult=(1, 1, 2), thresholds=(3.0, 4.5), **factors
+        ),
+        DynamicGrainTransformer.from_preset("tiny", grid=(4, 4), num_grains=3, **settings),
+        DynamicContentTransformer.from_preset("tiny", image_size=64, **factors, **settings),
+    )
+    randomize(*parts)
+    path = tmp_path_factory.mktemp("three")
+    D2iT(*parts, sampling={"scheduler": "ddim", "steps": 2, "guidance": 1.5}).save_pretrained(path)
+    return path
+
+
+def test_three_grains_are_sampled_drawn_and_photographed(three_grains, tmp_path):
+    out = tmp_path / "s"
+    told = sample(three_grains, out, "--count", 2)
+    assert told["maps"].shape == (2, 4, 4)
+    assert set(np.unique(told["maps"])) <= {0, 1, 2}
+    levels = np.arange(16).reshape(4, 4) % 3
+    drawn = written(tmp_path / "black-gray-white.png", levels * 127.5)
+    told = sample(three_grains, out, "--count", 2, "--grain-map", drawn)
+    assert np.array_equal(told["maps"], np.stack([levels, levels]))
+    coarse, middle, fine = pictures.overlay_grains(np.zeros((1, 8, 24, 3)), np.array([[[0, 1, 2]]]), 3)[0, 4, 4::8]
+    np.testing.assert_allclose(middle, (coarse.astype(float) + fine) / 2, atol=1)
+    assert (coarse != fine).any()
+    pixels = np.full((64, 64, 3), 128, np.uint8)
+    pixels[:32, :32] += 3 * np.arange(32, dtype=np.uint8)[:, None]  # an entropy between the thresholds
+    pixels[:, 32:] = np.random.default_rng(0).integers(0, 256, (64, 32, 3))
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    told = sample(three_grains, out, "--count", 2, "--photo", tmp_path / "photo.png")
+    assert told["maps"].tolist() == [[[1, 1, 2, 2], [1, 1, 2, 2], [0, 0, 2, 2], [0, 0, 2, 2]]] * 2
+    told = sample(three_grains, out, "--count", 2, "--fine-ratio", 0.5, 0.25)
+    assert [np.bincount(m.flat, minlength=3).tolist() for m in told["maps"]] == [[8, 4, 4]] * 2
+    assert told["grain_maps"] == "random, fine ratio 0.5 0.25"
+    told = sample(three_grains, out, "--count", 2, "--fine-ratio", 0.5)
+    assert [np.bincount(m.flat, minlength=3).tolist() for m in told["maps"]] == [[8, 0, 8]] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--fine-ratio", 0.5, 0.25, 0.1], "--fine-ratio must be 1 or 2 shares for 3 grains, got 3"),
+        (["--fine-ratio", 0.25, 0.5], "--fine-ratio must descend"),
+    ],
+)
+def test_shares_that_do_not_fit_three_grains(three_grains, tmp_path, capsys, words, line):
+    assert main([str(three_grains), "--output", str(tmp_path), *map(str, words)]) == 2
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -353,3 +353,23 @@ def test_torchrun_with_two_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "checkpoints" / "content" / "step-00000004").glob("__*_0.distcp"))) == 2
     assert D2iT.from_pretrained(tmp_path)(1).images.isfinite().all()
+
+
+def test_three_grains_by_the_override_that_the_demo_names(tmp_path: Path) -> None:
+    """The command in the head of configs/demo.yaml, in small: every stage, then samples of three grains."""
+    lines = (ROOT / "configs" / "demo.yaml").read_text().splitlines()
+    (override,) = [line.split("'")[1] for line in lines if line.startswith("#   python train.py '")]
+    assert load(ROOT / "configs" / "demo.yaml", [override]).dvae.overrides["channels"] == 16
+    small = ["dvae.steps=2", "grain.steps=2", "content.steps=2", "content.overrides.window=2"]
+    folder = tmp_path / "three"
+    assert (
+        main(
+            ["data.image_size=32", *SMALL, override, "dvae.overrides.decoder_mult=[1,1,2]", *small, f"run.dir={folder}"]
+        )
+        == 0
+    )
+    d2it = D2iT.from_pretrained(folder)
+    assert d2it.vae.downsampling == (4, 8, 16)
+    assert d2it.content_transformer.config.refines_codes
+    assert d2it(2, grain_map=torch.tensor([[0, 1], [2, 1]]), labels=[0]).images.shape == (2, 3, 32, 32)
+    assert all(np.isfinite(row["content/loss"]) for row in rows_of(folder, "content"))

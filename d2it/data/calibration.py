@@ -219,13 +219,18 @@ class Calibration:
             raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None) -> Calibration:
-        """Reads a calibration; without a path, the one that is shipped (1,000 ImageNet photos at 256 x 256).
+    def load(cls, path: str | os.PathLike[str] | None = None, *, region_size: int = 16) -> Calibration:
+        """Reads a calibration; without a path, one of those shipped (1,000 ImageNet photos at 256 x 256).
+
+        Args:
+            path: of the file.
+            region_size: which of those shipped: that of regions of 32 pixels, or for any other size that of 16.
 
         Raises:
             UserError: not there, or not a calibration.
         """
-        path = Path(__file__).with_name("calibration_256.json") if path is None else Path(path)
+        shipped = "calibration_256_32.json" if region_size == 32 else "calibration_256.json"
+        path = Path(__file__).with_name(shipped) if path is None else Path(path)
         fields = read_json(path)
         if fields.pop("format", None) != FORMAT or fields.pop("version", None) != VERSION:
             raise UserError(f"{path} is not a {FORMAT} of version {VERSION}")

@@ -101,17 +101,32 @@ def expand_map(grain_map: Tensor, cells_per_region: int) -> Tensor:
 
 
 def random_grain_map(
-    region_grid: Sequence[int], fine_ratio: float, num_grains: int = 2, *, generator: Sequence[torch.Generator]
+    region_grid: Sequence[int],
+    fine_ratio: float | Sequence[float],
+    num_grains: int = 2,
+    *,
+    generator: Sequence[torch.Generator],
 ) -> Tensor:
-    """(B, h, w) int64: a share `fine_ratio` of the regions, rounded, is finest and the rest coarsest, at random places.
+    """(B, h, w) int64: maps with given shares of every grain, at random places.
 
     Args:
+        fine_ratio: k - 1 shares of the regions, rounded to whole ones: entry i is the share of grain i + 1 or finer, so
+            they descend. One number is the share of the finest grain, beside which all is coarsest.
         generator: one for each map, on the CPU.
+
+    Raises:
+        ValueError: shares outside 0 ... 1, that ascend, or of another number.
     """
     height, width = region_grid
-    fine = round(fine_ratio * height * width)
-    ranks = [torch.randperm(height * width, generator=g) for g in generator]
-    return torch.stack(ranks).less(fine).long().mul(num_grains - 1).unflatten(1, (height, width))
+    shares = list(fine_ratio) if isinstance(fine_ratio, Sequence) else [fine_ratio] * (num_grains - 1)
+    descend = all(0 <= share <= 1 for share in shares) and shares == sorted(shares, reverse=True)
+    if len(shares) != num_grains - 1 or not descend:
+        raise ValueError(f"fine_ratio must be {num_grains - 1} descending shares in 0 ... 1, got {fine_ratio}")
+    ranks = torch.stack([torch.randperm(height * width, generator=g) for g in generator])
+    grains = torch.zeros_like(ranks)
+    for share in shares:
+        grains += ranks < round(share * height * width)
+    return grains.unflatten(1, (height, width))
 
 
 def grains_to_signal(grain_map: Tensor, num_grains: int) -> Tensor:

@@ -43,15 +43,23 @@ def choose_maps(options: argparse.Namespace, model: D2iT) -> tuple[MapsOf | None
         found = photo_grain_map(options.photo, model)
         return lambda indices: found.expand(len(indices), -1, -1), str(options.photo)
     if options.fine_ratio is not None:
-        if not 0 <= options.fine_ratio <= 1:
-            raise UserError(f"--fine-ratio must be in 0 ... 1, got {options.fine_ratio}")
+        ratios = options.fine_ratio
+        if len(ratios) not in (1, model.num_grains - 1):
+            several = f" or {model.num_grains - 1}" if model.num_grains > 2 else ""
+            raise UserError(f"--fine-ratio must be 1{several} shares for {model.num_grains} grains, got {len(ratios)}")
+        for ratio in ratios:
+            if not 0 <= ratio <= 1:
+                raise UserError(f"--fine-ratio must be in 0 ... 1, got {ratio}")
+        if ratios != sorted(ratios, reverse=True):
+            raise UserError(f"--fine-ratio must descend: shares of each grain or finer, got {ratios}")
+        ratio = ratios[0] if len(ratios) == 1 else ratios
 
         def random(indices: range) -> Tensor:
             seeds = [derived_seed(options.seed + i, "random map") for i in indices]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            return random_grain_map(model.region_grid, options.fine_ratio, model.num_grains, generator=generators)
+            return random_grain_map(model.region_grid, ratio, model.num_grains, generator=generators)
 
-        return random, f"random, fine ratio {options.fine_ratio}"
+        return random, f"random, fine ratio {' '.join(map(str, ratios))}"
     if model.grain_transformer is None:
         return None, "finest everywhere"
     return None, "Dynamic Grain Transformer"

@@ -54,7 +54,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the map that the VAE gives this image, for all; or those of the images in a folder, in turn",
     )
-    maps.add_argument("--fine-ratio", type=float, metavar="R", help="random maps with this share of finest regions")
+    maps.add_argument(
+        "--fine-ratio",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="random maps with this share of finest regions, the rest coarsest; or a share for each grain but the "
+        "coarsest, of it or finer (0.5 0.25)",
+    )
 
     group = parser.add_argument_group("sampler", "the model's own settings unless given")
     group.add_argument("--scheduler", metavar="NAME", help=", ".join(SCHEDULERS))

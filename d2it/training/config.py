@@ -141,7 +141,8 @@ class DvaeConfig(StageConfig):
 
     Args:
         fine_ratios: shares of regions above each of the k - 1 thresholds; the calibration turns them into thresholds.
-        calibration: JSON file of `python -m d2it.data.calibrate`; null is the one shipped, for 256 x 256 images.
+        calibration: JSON file of `python -m d2it.data.calibrate`; null is one of those shipped, for 256 x 256
+            images in regions of 16 or 32 pixels.
         loss: weights of the loss terms and the critic.
         disc_lr: learning rate of the critic; null is lr.
     """

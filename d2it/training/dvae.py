@@ -112,7 +112,7 @@ def build_vae(config: Config) -> DynamicVAE:
         raise UserError(
             f"configuration: dvae.fine_ratios must have {plan.num_grains - 1} values for {plan.num_grains} grains"
         )
-    calibration = Calibration.load(settings.calibration)
+    calibration = Calibration.load(settings.calibration, region_size=plan.region_size)
     entropy = {key: getattr(plan, key) for key in ("region_size", "num_bins", "value_range", "sigma", "normalize")}
     try:
         calibration.require(image_size=(height, width), **entropy)
