@@ -14,20 +14,22 @@
 // from registers. dS^T also goes to shared memory, where dq of the 32 queries is summed over all keys.
 //
 // The gradient of the bias is a float32 sum of dS at (position of the key, position of the query) over the
-// windows of a block, N x N, which is 256 KB at N = 256 and more than a multiprocessor has. Ways to hold it,
-// with the bytes between a multiprocessor and L2 for a window and head of n = 256 rows of D = 72 (a row-unit
-// is 2 n D = 37 KB; what has to move is 7 or 8 units):
-//   a block for every 64 or 128 positions, sums in shared memory: q and grad are read, or k and v, by every
-//   one of the blocks, and one output is a sum over blocks: float32 partial sums through L2, 2 or 4 units
-//   each way, and blocks that wait for each other (clusters do that on sm_90 alone); a second kernel for the
-//   sum alone: 4 more units from HBM, and two of five products again, which takes the tensor cores from 60 %
-//   to 86 % of the goal's time at full windows; the block's own sums in global memory, which stays in L2: 4
-//   n^2 bytes each way, 14 units.
-// This is the last one, with as many rows of the sum in shared memory as fit beside the rest: 79 of 256 on an
-// H100, which leaves 10 units, and all of them for N <= 160. HBM sees none of it but the end, when every
-// block writes its sum; 8 blocks a head write 34 MB, 1 % of what a batch of 1,024 full windows moves. A pair
-// of a window is added by the one thread that has it, windows come in order, and blocks are summed in order:
-// no atomics, the same bits every time.
+// windows of a block, N x N: 256 KB at N = 256, more than a multiprocessor has. What the ways to hold it move
+// between a multiprocessor and L2, by count, for a window and head of n = 256 rows of D = 72, in row-units of
+// 2 n D = 37 KB; 8 of them have to move in any case:
+//
+// - A block for every 64 or 128 positions, its part of the sum in shared memory: every such block reads q and
+//   grad, or k and v, and one result is a sum over blocks, 2 to 4 units each way in float32, for which blocks
+//   wait for each other. (A cluster does so without L2, on sm_90 alone.)
+//
+// - A second kernel for the sum: 4 more units, from HBM, and two of the five products once more.
+//
+// - A sum of the block's own in global memory, which stays in L2: 4 n^2 bytes each way, 14 units.
+//
+// This is the last, with as many rows of the sum in shared memory as fit beside the rest: 101 of 256 on an
+// H100, which leaves 9 units; all of them for N <= 160. HBM sees the sum at the end alone: 34 MB for 16 heads
+// of 8 blocks, 1 % of what 1,024 full windows move. A pair of a window is added by the one thread that has
+// it, windows come in order, and blocks are added in order: no atomics, the same bits every time.
 #include "cuda.h"
 #include "mma.h"
 
@@ -170,18 +172,23 @@ __device__ inline void copy_vector(T* to, const Heads<const T>& from, const T* r
   }
 }
 
-// Rows 0 .. rows of the current window, zeros behind the `count` that it has. kColumns: they become columns
-// of pairs.
-template <typename T, int kWidth, bool kColumns>
+constexpr int kPerRow = 4; // threads that copy a row: a warp's vectors of one row lie side by side
 
+// Rows first .. first + rows of the current window, zeros behind the `count` that it has, copied by `threads`
+// of which this is `thread`. kColumns: they become columns of pairs.
+template <typename T, int kWidth, bool kColumns>
 __device__ inline void copy_rows(T* to, const Heads<const T>& from, const Problem& p, const Window& at,
-                                 int64_t window, int head, int count, int rows) {
-  constexpr int kVectors = kWidth / kPerVector;
+                                 int window, int head, int first, int count, int rows, int thread,
+                                 int threads) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
-    const int place = i / kVectors, row = kColumns ? row_in_place(place) : place;
-    const T* own = row < count ? from.at(window, at.rows[row], head) : nullptr;
-    copy_vector(to + place * kPitch<kWidth>, from, own, i % kVectors, p.width);
+  for (int place = thread / kPerRow; place < rows; place += threads / kPerRow) {
+    const int row = first + (kColumns ? row_in_place(place) : place);
+    const T* own = row < count ? from.at(p.base(window), at.rows[row], head) : nullptr;
+#pragma unroll
+    for (int i = 0; i < kWidth / kPerVector; i += kPerRow) {
+      const int vector = i + thread % kPerRow;
+      if (vector < kWidth / kPerVector) copy_vector(to + place * kPitch<kWidth>, from, own, vector, p.width);
+    }
   }
 }
 
@@ -531,18 +538,14 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
 
     int run;
     const int count = close_up(p, at, window, slot, run);
-    const int64_t base = p.base(window);
     const auto copy_queries = [&](int first) {
-#pragma unroll 1
-      for (int i = lane; i < kTile * (kWidth / kPerVector); i += kWarp) {
-        const int row = first + i / (kWidth / kPerVector);
-        const T* own = row < count ? f.q.at(base, at.rows[row], head) : nullptr;
-        copy_vector(q + i / (kWidth / kPerVector) * kRow, f.q, own, i % (kWidth / kPerVector), p.width);
-      }
+      copy_rows<T, kWidth, false>(q, f.q, p, at, window, head, first, count, kTile, lane, kWarp);
     };
     fetch_slot(p, at, window + p.splits);
-    copy_rows<T, kWidth, true>(k, f.k, p, at, base, head, count, round_up(count, kTile));
-    copy_rows<T, kWidth, true>(v, f.v, p, at, base, head, count, round_up(count, kTile));
+    copy_rows<T, kWidth, true>(k, f.k, p, at, window, head, 0, count, round_up(count, kTile), threadIdx.x,
+                               kThreads);
+    copy_rows<T, kWidth, true>(v, f.v, p, at, window, head, 0, count, round_up(count, kTile), threadIdx.x,
+                               kThreads);
     copy_queries(warp * kTile);
     d2it::commit_copies();
     if (p.slots && threadIdx.x < p.n && (slot < 0 || slot >= p.tokens))
@@ -587,7 +590,7 @@ template <int kWidth>
 constexpr int backward_bytes(int n, bool segments) {
   const int rows = round_up(n, kTile);
   return window_bytes(n, segments) + 2 * rows * kPitch<kWidth> * 2 +
-         kStages * kBlock * (3 * kPitch<kWidth> * 2 + 2 * 4) + kStages * rows * kPairsPitch * 2;
+         kStages * kBlock * (3 * kPitch<kWidth> * 2 + 2 * 4) + rows * kPairsPitch * 2;
 }
 
 // Where things lie in shared memory, beside the rows of the sums at its end.
@@ -603,9 +606,9 @@ struct Stage {
     q = stages + number * (3 * kBlock * kRow);
     grad = q + kBlock * kRow;
     out = grad + kBlock * kRow;
-    T* pairs = stages + kStages * (3 * kBlock * kRow);
-    ds = pairs + number * (rows * kPairsPitch);
-    lse = reinterpret_cast<float*>(pairs + kStages * (rows * kPairsPitch)) + number * (2 * kBlock);
+    ds = stages + kStages * (3 * kBlock * kRow);
+
+    lse = reinterpret_cast<float*>(ds + rows * kPairsPitch) + number * (2 * kBlock);
     delta = lse + kBlock;
   }
 };
@@ -626,10 +629,6 @@ struct Work {
   int window, head, count, rows, run;
 
   static constexpr int kRow = kPitch<kWidth>;
-  // A row of a block of queries is copied by kThreads / kBlock threads, each of which reads what it copied
-  // for delta without waiting for others.
-  static constexpr int kPerRow = kThreads / kBlock;
-
   __device__ Stage<T, kWidth> stage(int block) const { return {shared, block % kStages, rows}; }
   __device__ const T* k() const { return reinterpret_cast<const T*>(shared); }
   __device__ const T* v() const { return k() + rows * kRow; }
@@ -638,45 +637,51 @@ struct Work {
   __device__ void fetch(int block) const {
     const Problem& p = b.p;
     const Stage<T, kWidth> to = stage(block);
-    const int own = threadIdx.x / kPerRow, mine = row_in_place(own), query = block * kBlock + mine;
+    constexpr int kHalf = kThreads / 2;
+    static_assert(kHalf == kBlock * kPerRow);
+    const int place = threadIdx.x % kHalf / kPerRow, mine = row_in_place(place);
+    const int query = block * kBlock + mine;
     const bool there = query < count;
-    const int64_t base = p.base(window), row = there ? at.rows[query] : 0;
+    const int64_t base = p.base(window);
+    const int row = there ? at.rows[query] : 0;
+    const auto copy = [&](T* rows, const Heads<const T>& from) {
+      const T* own = there ? from.at(base, row, head) : nullptr;
 #pragma unroll
-    for (int i = threadIdx.x % kPerRow; i < kWidth / kPerVector; i += kPerRow) {
-      copy_vector(to.q + own * kRow, b.q, there ? b.q.at(base, row, head) : nullptr, i, p.width);
-      copy_vector(to.grad + own * kRow, b.grad, there ? b.grad.at(base, row, head) : nullptr, i, p.width);
-      copy_vector(to.out + own * kRow, b.out, there ? b.out.at(base, row, head) : nullptr, i, p.width);
-    }
-    if (threadIdx.x % kPerRow == 0) {
-      // The weights of a query that is not there are zero.
-      if (there)
-        d2it::copy_async(to.lse + mine,
-                         b.lse + (static_cast<int64_t>(window) * p.heads + head) * p.n + at.positions[query]);
-      else
-        to.lse[mine] = kInfinity;
+      for (int i = 0; i < kWidth / kPerVector; i += kPerRow) {
+        const int vector = i + threadIdx.x % kPerRow;
+        if (vector < kWidth / kPerVector) copy_vector(rows + place * kRow, from, own, vector, p.width);
+      }
+    };
+    if (threadIdx.x < kHalf) {
+      copy(to.q, b.q);
+      if (threadIdx.x % kPerRow == 0) {
+        // The weights of a query that is not there are zero.
+        if (there)
+          d2it::copy_async(to.lse + mine, b.lse + (static_cast<int64_t>(window) * p.heads + head) * p.n +
+                                              at.positions[query]);
+        else
+          to.lse[mine] = kInfinity;
+      }
+    } else {
+      copy(to.grad, b.grad);
+      copy(to.out, b.out);
     }
     d2it::commit_copies();
   }
 
-  // delta = rowsum(out * grad) of a block whose copies have arrived.
+  // delta = rowsum(out * grad) of a block whose copies have arrived: the diagonal of their product, 16 rows
+  // by each of the last two warps, which have the least of dq.
   __device__ void sum_delta(int block) const {
+    const int own = static_cast<int>(threadIdx.x / kWarp) - (kWarps - kBlock / 16);
+    if (own < 0) return;
     const Stage<T, kWidth> from = stage(block);
-    const int own = threadIdx.x / kPerRow;
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = threadIdx.x % kPerRow; i < kWidth / kPerVector; i += kPerRow) {
-      const uint4 x = *reinterpret_cast<const uint4*>(from.grad + own * kRow + i * kPerVector);
-      const uint4 y = *reinterpret_cast<const uint4*>(from.out + own * kRow + i * kPerVector);
-      const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 u = d2it::unpack<T>(xs[j]), w = d2it::unpack<T>(ys[j]);
-        sum = fmaf(u.x, w.x, fmaf(u.y, w.y, sum));
-      }
-    }
-#pragma unroll
-    for (int mask = 1; mask < kPerRow; mask *= 2) sum += __shfl_xor_sync(kAll, sum, mask);
-    if (threadIdx.x % kPerRow == 0) from.delta[row_in_place(own)] = sum;
+    const unsigned lane = threadIdx.x % kWarp, row = lane / 4;
+    float c[1][2][4] = {};
+    const int first = own * 16 * kRow;
+    multiply_rows<T, kWidth, 1, 1>(c, from.grad + first, 0, from.out + first, lane_in<kWidth>(lane));
+    if (lane % 4 != row / 2) return;
+    from.delta[own * 16 + row_in_place(row)] = row % 2 ? c[0][0][1] : c[0][0][0];
+    from.delta[own * 16 + row_in_place(row + 8)] = row % 2 ? c[0][1][3] : c[0][1][2];
   }
 
   // Four queries' part of a row of the sum. Queries that are not there have one as well, which is not stored.
@@ -888,9 +893,13 @@ struct Work {
     auto& dk_sums = reinterpret_cast<float (&)[2][kWidth / 8][4]>(dk);
     auto& dv_sums = reinterpret_cast<float (&)[2][kWidth / 8][4]>(dv);
     d2it::wait_for_copies<0>();
-    if (kDk) sum_delta(0);
     __syncthreads();
     if (blocks > 1) fetch(1);
+    if constexpr (kDk) {
+      sum_delta(0);
+      __syncthreads();
+    }
+
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
       if (tiles == 1) {
@@ -901,10 +910,13 @@ struct Work {
           step<2, 1, kDk, kDv>(bias, block, from, first_key, dk_sums, dv_sums);
       }
       d2it::wait_for_copies<0>();
-      if (kDk && block + 1 < blocks) sum_delta(block + 1);
       __syncthreads();
       if (block + 2 < blocks) fetch(block + 2);
-      if (kDk) store_queries(block);
+      if constexpr (kDk) {
+        store_queries(block);
+        if (block + 1 < blocks) sum_delta(block + 1);
+        __syncthreads();
+      }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -954,9 +966,9 @@ __global__ void __launch_bounds__(kThreads, 1) attention_backward(const __grid_c
     const int head = d2it::opaque(blockIdx.x) % p.heads;
     const Work<T, kWidth> work{b, at, first, near, window, head, count, rows, run};
     T* k = reinterpret_cast<T*>(first);
-    copy_rows<T, kWidth, false>(k, b.k, p, at, p.base(window), head, count, round_up(count, kTile));
-    copy_rows<T, kWidth, false>(k + rows * kRow, b.v, p, at, p.base(window), head, count,
-                                round_up(count, kTile));
+    const int tiles = round_up(count, kTile), thread = d2it::opaque(threadIdx.x);
+    copy_rows<T, kWidth, false>(k, b.k, p, at, window, head, 0, count, tiles, thread, kThreads);
+    copy_rows<T, kWidth, false>(k + rows * kRow, b.v, p, at, window, head, 0, count, tiles, thread, kThreads);
     work.fetch(0);
     const Bias<T> bias(p, window % p.bias_windows, head, run);
     if constexpr (kWidth <= 72) {
