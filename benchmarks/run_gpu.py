@@ -6,8 +6,9 @@
 
 Parts, in order:
 
-- build: the CUDA extension, in place, for this GPU; warm: what the benchmarks compile, beside it
+- build: the CUDA extension, in place, for this GPU
 - smoke: every operator at its smallest and at one real shape, forward and backward, against float64, each in a process
+- warm: what the benchmarks compile, beside the two before
 - the benchmarks of the operators, alone on the device, the shapes of the goals first; goals: the table of them
 - the benchmarks of whole models
 - tests: tests/kernels in shards and every test marked gpu; a shard goes on after a test that takes the device with it,
@@ -380,7 +381,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     checks = ["tests", "assertions", "profile", "memcheck", "racecheck"]
     operators = [name for name in benchmarks() if name not in MODELS]
-    default = ["build", "warm", "smoke", *operators, "goals", *MODELS, *checks, "plots"]
+    default = ["build", "smoke", "warm", *operators, "goals", *MODELS, *checks, "plots"]
     known = [*default, "quality"]
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; all but quality by default")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
@@ -428,19 +429,23 @@ def run_parts(parts: list[str], folder: Path, seconds: float) -> int:
 
     print(machine.title(), flush=True)
     chosen = [name for name in benchmarks() if name in parts]
-    tasks: list[Task] = [lambda: build(until("build"))] if "build" in parts else []
-    if "warm" in parts:
-        tasks += warm_tasks(chosen or benchmarks(), lambda: until("build"))
-    for outcome in side_by_side(tasks, max(2, cores)):
-        note(outcome)
-    if "smoke" in parts:
-        note(smoke(max(until("smoke"), 45.0), cores))
+    warm = warm_tasks(chosen or benchmarks(), lambda: until("build")) if "warm" in parts else []
+    with concurrent.futures.ThreadPoolExecutor(max(2, cores)) as pool:
+        # Compiling goes on beside the build and the smoke, and is over before anything is measured.
+        built = pool.submit(build, until("build")) if "build" in parts else None
+        compiling = [pool.submit(task) for task in warm]
+        if built:
+            note(built.result())
+        if "smoke" in parts:
+            note(smoke(max(until("smoke"), 45.0), cores))
+        for future in concurrent.futures.as_completed(compiling):
+            note(future.result())
     measure([name for name in chosen if name not in MODELS], "operators")
     if "goals" in parts and len(parts) > 1:
         print_goals(folder)
     measure([name for name in chosen if name in MODELS], "models")
     # Processes wait for the GPU and for files, too.
-    tasks = suite_tasks(lambda: until("tests")) if "tests" in parts else []
+    tasks: list[Task] = suite_tasks(lambda: until("tests")) if "tests" in parts else []
     for outcome in side_by_side(tasks, max(2, 3 * cores // 2)):
         note(outcome)
     if "assertions" in parts:
