@@ -331,7 +331,7 @@ class Bundle:
         if self._target is None:
             return
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        part = self._target.with_name(f".{self._target.name}.{os.getpid()}")
+        part = self._target.with_name(f".{self._target.name}.{threading.get_ident()}")
         with tarfile.open(part, "w:gz") as bundle:
             for name, source in self._sources.items():
                 for path in sorted(source.rglob("*")) if source.is_dir() else ():
@@ -340,6 +340,11 @@ class Bundle:
                     except FileNotFoundError:  # a file that was replaced meanwhile
                         continue
         part.replace(self._target)
+
+    def tidy(self) -> None:
+        """Removes a bundle that was being written."""
+        for part in self._target.parent.glob(f".{self._target.name}.*") if self._target else ():
+            part.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self._over.wait(self.EVERY):
@@ -398,8 +403,16 @@ def main() -> int:
         print(f"no GPU: torch {torch.__version__} sees no CUDA device (--without-gpu rehearses on the CPU)")
         return 1
     folder = (args.out or command.results_folder()).resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with Bundle(folder):
+    with Bundle(folder) as bundle:
+
+        def stop(number: int, _: object) -> None:
+            # At once: what runs in threads would be waited for. The children end with this process.
+            bundle.write()
+            bundle.tidy()
+            os._exit(128 + number)
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         return run_parts(args.parts or default, folder, 60 * args.minutes)
 
 

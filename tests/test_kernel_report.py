@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bench import Cost
-from kernel_report.budget import Case, Count, excuse, judge, measured
+from kernel_report.budget import Case, Count, excuse, judge, measured, unrolled
 from kernel_report.flow import executions, natural_loops, outermost
 from kernel_report.gpus import PRODUCTS, occupancy
 from kernel_report.ptx import Traffic, read_function, split_functions, traffic_by_pointer
@@ -220,6 +220,19 @@ SASS = """
 """
 
 
+UNROLLED = """
+		Function : k
+        /*0000*/                   LDG.E R4, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0010*/                   LDG.E R5, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0020*/                   LDG.E R6, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0030*/                   LDG.E R7, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0040*/               @P1 BRA 0x0000 ;                  /* 0x0 */
+        /*0050*/                   LDG.E R4, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0060*/               @P1 BRA 0x0050 ;                  /* 0x0 */
+        /*0070*/                   EXIT ;                        /* 0x0 */
+"""
+
+
 def test_counts_what_machine_code_issues() -> None:
     (code,) = read_sass(SASS).values()
     assert len(code.loops) == 2
@@ -227,6 +240,15 @@ def test_counts_what_machine_code_issues() -> None:
     # Never counted: the call of a failed assertion, lanes that came apart, what follows the end.
     assert code.issued([10.0, 3.0]) == (4 + 10 * (5 + 3 * 2), 10 * (512 + 512 + 3 * 64))
     assert code.issued([0.0, 3.0]) == (4, 0)
+
+
+def test_a_loop_that_the_assembler_unrolled_is_found() -> None:
+    (code,) = read_sass(UNROLLED).values()
+    assert code.accesses() == [4, 1]
+    assert unrolled("k", [11.0], [1], code) == [2, 3]  # two of four copies, and three that are left
+    assert unrolled("k", [2.0, 3.0], [4, 1], code) == [2, 3]
+    with pytest.raises(ValueError, match="k: 2 loops of machine code do not match the 1 of its PTX"):
+        unrolled("k", [10.0], [3], code)
 
 
 def test_addresses_are_followed_to_their_pointers() -> None:
