@@ -61,7 +61,8 @@ def keep(parent: int, command: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
         until = time.monotonic() + GRACE
-        while time.monotonic() < until and child.poll() is None:
+        # Not child.poll(): this interrupts child.wait(), which holds its lock.
+        while time.monotonic() < until and not os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             time.sleep(0.05)
         os.killpg(0, signal.SIGKILL)
 
