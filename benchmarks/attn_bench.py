@@ -1,10 +1,10 @@
-"""Window attention with a learnable bias, on packed windows, beside what one would use instead.
+"""Window attention with a learnable bias, on packed windows, beside its alternatives.
 
 python benchmarks/attn_bench.py [--only 'n64-*'] [--model D2iT-XL]
 
-Everybody gets packed rows and slots and gives packed rows: a rival first puts the rows into whole windows and takes
-them out again, but where the fill is 1 and the rows already are the windows. A model that keeps all cells and masks
-them pays what the rivals' rows at fill 1 say, whatever its fill.
+Every contender takes packed rows and slots and returns packed rows: a rival first copies the rows into whole windows
+and afterwards out of them, except at fill 1, where the rows already are the windows. A model that keeps all cells and
+masks them takes the rivals' times at fill 1, whatever its fill.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A script declares its measurements as :class:`bench.Bench` objects and ends in ``command.main(...)``; run alone it
 prints a table and writes ``benchmarks/results/<device>/<operator>.json``. On a CPU the same scripts run at small
-sizes, and the table says so.
+sizes, and print that they do.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def begin(args: argparse.Namespace) -> None:
     if machine.device() == "cuda":
         torch.cuda.set_per_process_memory_fraction(args.memory)
     elif not args.warm:
-        print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures say nothing about a GPU")
+        print(f"no GPU: small sizes on {torch.get_num_threads()} threads; these figures do not carry over to a GPU")
     if not args.warm:
         rates = timing.machine_rates()
         print(f"copy {rates['copy_gbps']} GB/s; matrix product {rates['matmul_tflops']} TFLOP/s", flush=True)

@@ -90,7 +90,7 @@ def document(folders: list[Path]) -> str:
         first = next(iter(results.values()))
         lines += [f"## {first['device']}", ""]
         if is_cpu(first):
-            lines += ["Small sizes; these figures say nothing about a GPU.", ""]
+            lines += ["Small sizes; these figures do not carry over to a GPU.", ""]
         goals = goal_table(results)
         if goals:
             lines += ["| work | goal | measured | |", "|---|---|---|---|"]
@@ -161,7 +161,7 @@ def plot(result: Result, path: Path) -> None:
     names = list(dict.fromkeys(row["contender"] for row in rows))
     every = cases(rows)
     height = 1.5 + 0.16 * len(every) * (len(names) + 1) + 0.2 * len(names)
-    size = (max(10, 6 * len(directions)), height)  # the title says much
+    size = (max(10, 6 * len(directions)), height)  # the title is long
     figure, axes = plt.subplots(1, len(directions), figsize=size, squeeze=False, sharey=True, layout="constrained")
     colours = plt.get_cmap("tab20").colors
     for axis, direction in zip(axes[0], directions):

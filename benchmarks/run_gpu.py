@@ -1,4 +1,4 @@
-"""Everything that a GPU has to say about d2it in one command and ten minutes; `make gpu` runs it.
+"""Everything about d2it that needs a GPU, in one command and ten minutes; `make gpu` runs it.
 
     python benchmarks/run_gpu.py                        # all parts
     python benchmarks/run_gpu.py smoke attn_bench       # these parts alone

@@ -2,8 +2,8 @@
 
 python benchmarks/sample_bench.py [--model XL] [--batch-size 32] [--fill 0.5] [--only '*guided*']
 
-Timed is `sample_content` over a few DDIM steps (the case says how many): latents of given maps, without and with
-guidance (two passes a step), packed and with masks over all cells, eager, compiled, and as a CUDA graph. images/s
+Timed is `sample_content` over a few DDIM steps (the case names their number): latents of given maps, without and
+with guidance (two passes a step), packed and with masks over all cells, eager, compiled, and as a CUDA graph. images/s
 counts these steps; for 250 steps divide by 250 / steps. Grain maps and decoding are not in it: both are small beside
 hundreds of steps. The error is that of the model's answer on one noised batch, against the masked one in float32.
 """

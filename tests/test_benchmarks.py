@@ -135,7 +135,7 @@ def test_a_benchmark_keeps_each_case_and_stops_in_time(
     assert cases(written["rows"]) == ["n1000", "n1000-again"]
     for key in ("device", "torch", "python", "commit", "source", "date", "rates", "small"):
         assert key in written
-    assert "say nothing about a GPU" in capsys.readouterr().out
+    assert "do not carry over to a GPU" in capsys.readouterr().out
 
     assert run_main(benches, "--out", str(tmp_path), "--minutes", "0") == 0
     assert "out of time: 1 of 2 cases left out" in capsys.readouterr().out
@@ -336,7 +336,7 @@ def test_speed_ups_are_against_the_best_right_rival() -> None:
     assert speedup(rows, rows[0]) == (3.0, "compiled")
     assert speedup(rows, rows[5]) is None
     assert speedup(rows, rows[3]) is None
-    assert total_speedup(rows, "a") is None  # nobody measured a backward
+    assert total_speedup(rows, "a") is None  # no backward was measured
     rows += [row("a", "d2it triton", 1.0, "backward"), row("a", "eager", 7.0, "backward")]
     assert total_speedup(rows, "a") == (6.0, "eager")
     section = "\n".join(results.operator_section(result("kde_entropy", rows)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bench import Cost
-from kernel_report.budget import Case, Count, excuse, judge, measured, unrolled
+from kernel_report.budget import Case, Count, excuse, measured, unrolled, verdicts
 from kernel_report.flow import executions, natural_loops, outermost
 from kernel_report.gpus import PRODUCTS, occupancy
 from kernel_report.ptx import Traffic, read_function, split_functions, traffic_by_pointer
@@ -109,7 +109,7 @@ def test_notices_spills_narrow_loads_and_kernels_without_a_case(tmp_path: Path) 
     rows = {row["config"]: row for row in json.loads(file.read_text())}
     assert rows["spills"]["spill_bytes"] > 0
     assert rows["spills"]["problems"][0].startswith("spill")
-    # The launcher's address and stride say what the compiler may assume.
+    # The compiler may assume what the launcher's address and stride allow.
     for config in ("misaligned", "odd-stride"):
         assert rows[config]["load_bits"] == 32
         assert rows[config]["problems"][0].startswith("narrow load")
@@ -331,7 +331,7 @@ def test_counts_a_known_kernel(tmp_path: Path) -> None:
 def budget_row(size: float, instructions: float, warps: float) -> dict:
     """The verdict on a launch whose floor is 1 GB and whose goal is half of that speed."""
     case = Case("op", "case", "forward", Cost(10**9), lambda: None, {}, share=0.5)
-    rows = judge(case, [Count("k", size, size, instructions, 0.0, warps)], PRODUCTS["H200"])
+    rows = verdicts(case, [Count("k", size, size, instructions, 0.0, warps)], PRODUCTS["H200"])
     assert [row["kernel"] for row in rows] == ["k", "all"]
     return rows[1]
 

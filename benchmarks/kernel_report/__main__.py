@@ -187,11 +187,11 @@ def budget_names() -> list[str]:
 
 def budget_rows(number: int, product: str) -> list[dict]:
     """The rows of one case of the budget."""
-    from kernel_report.budget import count_case, judge, measured
+    from kernel_report.budget import count_case, measured, verdicts
     from kernel_report.budget_cases import cases
 
     case = list(cases())[number]
-    rows = judge(case, count_case(case, PRODUCTS[product].arch), PRODUCTS[product])
+    rows = verdicts(case, count_case(case, PRODUCTS[product].arch), PRODUCTS[product])
     for folder in devices():
         if product.lower() in folder.name and (ms := measured(case, load(folder))) is not None:
             rows[-1]["measured_ms"] = ms

@@ -146,7 +146,7 @@ def count_case(case: Case, arch: str) -> list[Count]:
     return [count(launch, case.trips.get(launch.name), arch, case.unused) for launch in launches]
 
 
-def judge(case: Case, counts: list[Count], product: Product) -> list[dict[str, Any]]:
+def verdicts(case: Case, counts: list[Count], product: Product) -> list[dict[str, Any]]:
     """Rows of the report: one for each launch, then one for the operator, whose kernel is "all"."""
     goal = case.goal_ms(product)
     slots = product.issue_slots(goal)

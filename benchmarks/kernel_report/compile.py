@@ -48,7 +48,7 @@ def _output(*command: str) -> str:
 
 
 def read(cubin: bytes, ptx: str) -> dict[str, dict]:
-    """Kernel name -> what the report says of it, but for what the launch adds."""
+    """Kernel name -> its row of the report, without what the launch adds."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -56,7 +56,7 @@ def read(cubin: bytes, ptx: str) -> dict[str, dict]:
 
 
 def read_usage(usage: str, ptx: str) -> dict[str, dict]:
-    """The same from what cuobjdump says of registers and memory."""
+    """The same from the registers and memory that cuobjdump prints."""
     bodies = split_functions(ptx)
     found = {}
     for name, numbers in re.findall(r"Function (\S+):\n\s*(REG:.*)", usage):

@@ -1,4 +1,4 @@
-"""What the report knows of GPUs: sizes, and how many warps of a kernel one of their multiprocessors holds."""
+"""Sizes and rates of GPUs, and how many warps of a kernel one of their multiprocessors holds."""
 
 from __future__ import annotations
 

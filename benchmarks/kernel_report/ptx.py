@@ -19,7 +19,7 @@ _LABEL = re.compile(r"^(\$?\w+):")
 _INSTRUCTION = re.compile(r"(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _WIDTH = re.compile(r"(?:\.v(\d))?\.[bfus](\d+)$")
 _TENSOR = re.compile(r"^(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
-# A shared, local, parameter or constant access says so; one without a space may be global, and is counted as such.
+# A shared, local, parameter or constant access names its space; one without may be global, and counts as such.
 _NOT_GLOBAL = (".shared", ".local", ".param", ".const")
 
 Instruction = tuple[str, str]

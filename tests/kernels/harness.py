@@ -48,7 +48,7 @@ Call = dict[str, Any]
 
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    # In the interpreter a bfloat16 dot multiplies raw bits and a store truncates: judged on a GPU only.
+    # In the interpreter a bfloat16 dot multiplies raw bits and a store truncates: tested on a GPU only.
     if backend == "triton" and INTERPRETED:
         return torch.float32, torch.float16
     return torch.float32, torch.float16, torch.bfloat16
@@ -251,15 +251,15 @@ class KernelSuite:
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
         """Arguments of the public operator by name, as CPU tensors: the floating-point ones in `dtype`, but
-        for those that people give in float32 whatever the dtype is (a bias, say)."""
+        for those that people give in float32 whatever the dtype is, such as a bias."""
         raise TypeError(f"{type(self).__name__} declares no build")
 
     def compare_integers(self, got: Tensor, want: Tensor, call: Call) -> None:
-        """Integer results are equal; an operator whose integers depend on a rounding says here where they may
+        """Integer results are equal; an operator whose integers depend on a rounding states here where they may
         differ."""
         assert torch.equal(got, want), f"{(got != want).sum().item()} of {want.numel()} integers differ"
 
-    # -- one call, judged ---------------------------------------------------------------------------
+    # -- one call, checked --------------------------------------------------------------------------
 
     def check(
         self,
@@ -481,7 +481,7 @@ class KernelSuite:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 step()
-                torch.cuda.set_sync_debug_mode("error")  # a synchronisation is told here, not by a broken capture
+                torch.cuda.set_sync_debug_mode("error")  # a synchronisation fails here, not by a broken capture
                 try:
                     step()
                 finally:
