@@ -31,6 +31,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -335,10 +336,15 @@ class Bundle:
         with tarfile.open(part, "w:gz") as bundle:
             for name, source in self._sources.items():
                 for path in sorted(source.rglob("*")) if source.is_dir() else ():
-                    try:
-                        bundle.add(path, f"{name}/{path.relative_to(source)}", recursive=False)
-                    except FileNotFoundError:  # a file that was replaced meanwhile
+                    if not path.is_file():
                         continue
+                    try:
+                        content = path.read_bytes()  # whole, before its size is written: it may change meanwhile
+                    except FileNotFoundError:  # it was replaced
+                        continue
+                    entry = tarfile.TarInfo(f"{name}/{path.relative_to(source)}")
+                    entry.size, entry.mtime = len(content), int(time.time())
+                    bundle.addfile(entry, io.BytesIO(content))
         part.replace(self._target)
 
     def tidy(self) -> None:
