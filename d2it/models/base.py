@@ -200,6 +200,12 @@ class Model(nn.Module, PyTorchModelHubMixin):
         return cls._config(path, cls._describe(path), overrides)
 
     @classmethod
+    def saved_hashes(cls, path: str | Path) -> tuple[str | None, str | None]:
+        """Return the SHA-256 of the weights and of their VAE's, as the configuration in `path` has them, or None."""
+        description = cls._describe(path)
+        return description.get("weights"), description.get("vae")
+
+    @classmethod
     def _describe(cls, path: str | Path) -> dict[str, Any]:
         file = Path(path) / CONFIG_FILE
         description = read_sealed(file, {"model", "config", "weights", "vae"})

@@ -99,6 +99,7 @@ class StageConfig:
     Args:
         preset: name of the model's preset.
         overrides: settings of the model itself, as overrides.depth=12; see the Config class of the model.
+        init: folder of weights to start from (a model's, a run's, or a converted release's); null starts from nothing.
         steps: optimiser steps of the stage.
         batch_size: images of a step, over all ranks and micro-batches.
         accumulate: micro-batches of a step.
@@ -118,6 +119,7 @@ class StageConfig:
 
     preset: str = MISSING
     overrides: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
     steps: int = 400_000
     batch_size: int = 256
     accumulate: int = 1
@@ -174,14 +176,25 @@ class CacheConfig:
 
 
 @dataclass
-class GrainConfig(StageConfig):
+class LatentStageConfig(StageConfig):
+    """What both stages on latents have.
+
+    Args:
+        any_vae: accept weights of init that were trained on the latents of another VAE.
+    """
+
+    any_vae: bool = False
+
+
+@dataclass
+class GrainConfig(LatentStageConfig):
     """Stage 2a (section 3.2.2): the Dynamic Grain Transformer."""
 
     preset: str = "DiT-S"
 
 
 @dataclass
-class ContentConfig(StageConfig):
+class ContentConfig(LatentStageConfig):
     """Stage 2b (section 3.2.3): the Dynamic Content Transformer.
 
     Args:
@@ -238,7 +251,16 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-_PATHS = ("run.dir", "data.path", "dvae.calibration", "dvae.loss.lpips_path", "cache.path")
+_PATHS = (
+    "run.dir",
+    "data.path",
+    "dvae.calibration",
+    "dvae.loss.lpips_path",
+    "cache.path",
+    "dvae.init",
+    "grain.init",
+    "content.init",
+)
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

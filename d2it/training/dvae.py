@@ -24,7 +24,7 @@ from d2it.seeds import seed_of
 from d2it.training.config import Config
 from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
-from d2it.training.stage import build, extreme_share, loader, spread_over, to_device, uncompiled, user_error
+from d2it.training.stage import build, extreme_share, initialize, loader, spread_over, to_device, uncompiled, user_error
 
 
 class VaeLosses(nn.Module):
@@ -171,7 +171,9 @@ class DvaeStage:
         self.config, self.settings, self.world, self.source = config, config.dvae, world, source
         self.bf16 = bf16(self.settings, world.device)
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
-        self.vae = channels_last(build_vae(config))
+        vae = build_vae(config)
+        self.start = initialize(vae, self.settings, self.name, config.run, world)
+        self.vae = channels_last(vae)
         with user_error("configuration: dvae.loss"):
             self.criterion = VAELoss(self.settings.loss)
         self.networks: dict[str, nn.Module] = {"dvae": self.vae}
@@ -220,6 +222,7 @@ class DvaeStage:
         return [
             f"data: {self.source.description}",
             f"fine above {thresholds} nats; L1, {lpips}{features}, KL, {critic}",
+            *self.start,
         ]
 
     def work(self, batch: Batch) -> Work:

@@ -36,7 +36,7 @@ from d2it.training.config import MISSING, STAGES, Config, describe, load, to_yam
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
-from d2it.training.stage import check_batch, extreme_share, user_error
+from d2it.training.stage import check_batch, extreme_share, initialize, user_error
 from d2it.training.summary import Summary, rehearse
 from d2it.training.transformers import ContentStage, GrainStage, LatentData
 
@@ -90,7 +90,7 @@ def run(config: Config, world: World) -> None:
     """
     folder = Path(config.run.dir)
     source = _source(config) if {"dvae", "cache"} & set(config.run.stages) else None
-    check_models(config)
+    check_models(config, world)
     for name in config.run.stages:
         if name != "cache":
             check_batch(getattr(config, name), name, world)
@@ -122,26 +122,29 @@ def run(config: Config, world: World) -> None:
         world.together(lambda: finish(config, world, source) if world.first else None)
 
 
-def check_models(config: Config) -> None:
+def check_models(config: Config, world: World) -> None:
     """Build the network of every stage without memory for its weights, so that what does not fit fails now.
 
     Raises:
-        UserError: a preset or setting that does not exist, or one that does not fit the others.
+        UserError: a preset or setting that does not exist, one that does not fit the others, or weights to start from
+            that do not fit.
     """
-    stages, folder = set(config.run.stages), Path(config.run.dir) / "vae"
+    stages, folder, sha256 = set(config.run.stages), Path(config.run.dir) / "vae", None
     with torch.device("meta"):
         if "dvae" in stages:
-            vae = build_vae(config).config
+            network = build_vae(config)
+            initialize(network, config.dvae, "dvae", config.run, world)
+            vae = network.config
         elif folder.is_dir():
             with user_error(str(folder)):
-                vae = DynamicVAE.read_config(folder)
+                vae, sha256 = DynamicVAE.read_config(folder), DynamicVAE.saved_hashes(folder)[0]
         else:
             return  # the first stage raises
         with user_error("configuration: data.image_size"):
-            data = LatentData.of_vae(vae, config.data.image_size, 0)
+            data = LatentData.of_vae(vae, config.data.image_size, 0, sha256)
         for kind in (GrainStage, ContentStage):
             if kind.name in stages:
-                kind.make(config, data)
+                kind.initialize(kind.make(config, data), config, world, data)
 
 
 def rehearse_all(config: Config, world: World) -> None:
@@ -151,7 +154,7 @@ def rehearse_all(config: Config, world: World) -> None:
         UserError: what the configuration or the images' path makes impossible, memory included.
     """
     source = None if config.data.path == MISSING else _source(config)
-    check_models(config)
+    check_models(config, world)
     for name in STAGES:
         if name == "cache" or name not in config.run.stages:
             continue

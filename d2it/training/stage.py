@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,9 @@ from d2it.data import Loader, default_workers
 from d2it.distributed import World
 from d2it.errors import UserError, reason_of
 from d2it.models.base import Model
-from d2it.training.config import Config, StageConfig
+from d2it.models.finetune import start_from
+from d2it.training.checkpoint import Checkpoints
+from d2it.training.config import Config, RunConfig, StageConfig
 from d2it.training.learner import Batch
 
 M = TypeVar("M", bound=Model)
@@ -44,6 +47,42 @@ def build(kind: type[M], settings: StageConfig, key: str, **given: Any) -> M:
         raise UserError(f"configuration: {key}.overrides.{clash[0]} follows from the data and the VAE: leave it out")
     with user_error(f"configuration: {key}"):
         return kind.from_preset(settings.preset, **given, **settings.overrides)
+
+
+def initialize(
+    network: Model,
+    settings: StageConfig,
+    key: str,
+    run: RunConfig,
+    world: World,
+    *,
+    vae_sha256: str | None = None,
+    any_vae: bool = False,
+) -> tuple[str, ...]:
+    """Give a new network the weights of `<stage>.init`; a stage that has a checkpoint resumes from that instead.
+
+    Args:
+        network: new; on the meta device the configurations alone are compared.
+        settings: of the stage.
+        key: name of the stage.
+        run: where its checkpoints are.
+        world: the ranks.
+        vae_sha256: of the VAE whose latents the network is trained on.
+        any_vae: accept weights trained on the latents of another one.
+
+    Returns:
+        Lines for the start-up summary; none where the stage does not start from weights.
+
+    Raises:
+        UserError: no such folder, damaged weights, or ones of a model that does not fit.
+    """
+    if settings.init is None:
+        return ()
+    saved = Checkpoints(Path(run.dir) / "checkpoints" / key, world, {}).latest()
+    if any(step is not None for step in world.gather(saved)):
+        return ()
+    with user_error(f"configuration: {key}.init"):
+        return start_from(network, settings.init, vae_sha256=vae_sha256, any_vae=any_vae)
 
 
 def loader(

@@ -40,10 +40,10 @@ from d2it.models import (
 )
 from d2it.models.flops import FineTokens, count_macs, fine_tokens, kept_values
 from d2it.seeds import seed_of
-from d2it.training.config import Config, StageConfig
+from d2it.training.config import Config, LatentStageConfig
 from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
-from d2it.training.stage import build, loader, spread_over, to_device, uncompiled, user_error
+from d2it.training.stage import build, initialize, loader, spread_over, to_device, uncompiled, user_error
 
 Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
@@ -152,7 +152,7 @@ class LatentData:
 
     Args:
         cache: None in a dry run without one.
-        vae_sha256: of the weights of the VAE that made the latents; None in a dry run.
+        vae_sha256: of the weights of the VAE that made the latents; None where it is yet to be trained.
         images: number of images.
         sha256: of the cache's index, and so of its content.
         image_size: (H, W) in pixels.
@@ -193,13 +193,15 @@ class LatentData:
         )
 
     @classmethod
-    def of_vae(cls, vae: DynamicVAEConfig, image_size: tuple[int, int], images: int) -> LatentData:
+    def of_vae(
+        cls, vae: DynamicVAEConfig, image_size: tuple[int, int], images: int, vae_sha256: str | None = None
+    ) -> LatentData:
         """Return the data that a VAE of this configuration will make of images of this size."""
         height, width = image_size
         fine, coarse = vae.downsampling[0], vae.downsampling[-1]
         return cls(
             cache=None,
-            vae_sha256=None,
+            vae_sha256=vae_sha256,
             images=images,
             sha256="",
             image_size=image_size,
@@ -225,12 +227,13 @@ class LatentStage(ABC):
     folder: str  # under run.dir, for the weights to share
 
     def __init__(
-        self, config: Config, settings: StageConfig, world: World, data: LatentData, vae: DynamicVAE | None
+        self, config: Config, settings: LatentStageConfig, world: World, data: LatentData, vae: DynamicVAE | None
     ) -> None:
         self.config, self.settings, self.world, self.data, self.vae = config, settings, world, data, vae
         self.bf16 = bf16(settings, world.device)
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
         self.network: Any = self.make(config, data)
+        self.start = self.initialize(self.network, config, world, data)
         self.network.vae_sha256 = data.vae_sha256
         self.kind = type(self.network)  # FSDP2 changes the class
         self.networks: dict[str, nn.Module] = {self.name: self.network}
@@ -263,6 +266,13 @@ class LatentStage(ABC):
         Raises:
             UserError: settings that do not fit the latents.
         """
+
+    @classmethod
+    def initialize(cls, network: Transformer, config: Config, world: World, data: LatentData) -> tuple[str, ...]:
+        """Give the network the weights of `<stage>.init`, as `d2it.training.stage.initialize` does."""
+        settings: LatentStageConfig = getattr(config, cls.name)
+        given: dict[str, Any] = {"vae_sha256": data.vae_sha256, "any_vae": settings.any_vae}
+        return initialize(network, settings, cls.name, config.run, world, **given)
 
     @abstractmethod
     def make_losses(self) -> nn.Module:
@@ -302,7 +312,8 @@ class LatentStage(ABC):
 
     def notes(self) -> list[str]:
         data = self.data
-        return [f"data: {data.cache.description if data.cache else 'latents yet to be made'}, {data.images:,} images"]
+        cache = data.cache.description if data.cache else "latents yet to be made"
+        return [f"data: {cache}, {data.images:,} images", *self.start]
 
     def work(self, batch: Batch) -> Work:
         images, fine = len(batch["grain_map"]), batch.get("fine", FineTokens(0, 0))
