@@ -54,6 +54,8 @@ class Known(nn.Module):
             code_sizes=(2, 1),
             cells_per_region=2,
             region_tokens=lambda grain_map: 4 * grain_map,
+            min_grain=1,
+            window=4,
             masked=False,
             diffusion=DiffusionConfig(),
         )
@@ -160,6 +162,79 @@ def test_guidance_and_its_plans():
     torch.testing.assert_close(some[3], plain[3])
     never, _ = run(Guidance(2.0, "interval", interval=(0.0, 0.0)))
     assert (never - plain).abs().max() < 0.05
+
+
+def test_a_weaker_model_guides_with_the_plans_of_the_model():
+    """Between two normals of one deviation a guided step is that of the normal at mean_0 + w (mean_1 - mean_0)."""
+    batch = 32
+    grains, labels = torch.ones(batch, 4, 6, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
+
+    def run(model, weaker, **options):
+        options = {"guide": weaker, "guidance": Guidance(3.0), "scheduler": "ddim", "steps": 50, **options}
+        return sample_content(model, grains, labels, seeds=range(batch), **options)
+
+    model, weaker = Known(means=(0.6, 0.0)), Known(means=(0.4, 0.0))
+    out = run(model, weaker)
+    torch.testing.assert_close(out, run(Known(means=(1.0, 0.0)), None, guidance=None), rtol=0, atol=2e-3)
+    assert (model.plans, weaker.plans) == (1, 0)
+    first = run(model, weaker, guidance=Guidance(3.0, channels=1))
+    torch.testing.assert_close(first[:, :1], out[:, :1])
+    torch.testing.assert_close(first[:, 1:], run(model, None, guidance=None)[:, 1:])
+    model, weaker = Known(means=(0.6, 0.0)), Known(means=(0.4, 0.0))
+    weaker.config.window = 2
+    torch.testing.assert_close(run(model, weaker), out)
+    assert (model.plans, weaker.plans) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", [DynamicContentTransformer, DiT])
+def test_a_model_that_guides_itself_changes_nothing(kind):
+    model = make(kind, image_size=64, learn_sigma=True)
+    grains = torch.randint(2, (2, 4, 4)) if kind is DynamicContentTransformer else None
+    arguments = {"grain_map": grains, "labels": torch.tensor([0, 2]), "seeds": [1, 2], "steps": 3}
+    guided = sample_content(model, **arguments, guidance=Guidance(4.0), guide=model)
+    torch.testing.assert_close(guided, sample_content(model, **arguments))
+    wider = kind.from_preset("tiny", image_size=64, num_classes=3, dim=64, heads=2, depth=1, learn_sigma=False).eval()
+    other = sample_content(model, **arguments, guidance=Guidance(4.0), guide=wider)
+    assert (other - guided).abs().max() > 0.01
+
+
+def test_a_weaker_model_guides_without_classes():
+    settings = {"image_size": 64, "dim": 32, "heads": 2, "depth": 1, "num_classes": 0}
+    model, weaker = (DynamicContentTransformer.from_preset("tiny", **settings).eval() for _ in range(2))
+    with torch.no_grad():
+        for p in weaker.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    grains, options = torch.ones(1, 4, 4, dtype=torch.long), {"seeds": [1], "steps": 2}
+    plain = sample_content(model, grains, **options)
+    assert not torch.equal(plain, sample_content(model, grains, **options, guide=weaker, guidance=Guidance(2.0)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_classes": 4}, "guide must have the num_classes of the model, 3, got 4"),
+        ({"image_size": 128}, r"guide must have the image_size of the model, \(64, 64\), got \(128, 128\)"),
+        ({"downsampling": (8, 32)}, r"guide must have the downsampling of the model, \(8, 16\), got \(8, 32\)"),
+        ({"in_channels": 8}, "guide must have the in_channels of the model, 4, got 8"),
+        (
+            {"diffusion": {"prediction": "v"}},
+            "guide must have the diffusion.prediction of the model, 'epsilon', got 'v'",
+        ),
+        ({"diffusion": {"path": "linear"}, "learn_sigma": False}, "guide must have the diffusion.path of the model"),
+        ({"diffusion": {"shift": 2.0}}, "guide must have the diffusion.shift of the model, 1.0, got 2.0"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_a_guide_that_does_not_fit_is_refused_by_name(settings, message):
+    sizes = {"image_size": 64, "dim": 32, "heads": 2, "depth": 1, "num_classes": 3}
+    model = DynamicContentTransformer.from_preset("tiny", **sizes)
+    guide = DynamicContentTransformer.from_preset("tiny", **{**sizes, **settings})
+    arguments = {"labels": torch.tensor([0]), "seeds": [1], "guidance": Guidance(2.0)}
+    with pytest.raises(ValueError, match=message):
+        sample_content(model, torch.ones(1, 4, 4, dtype=torch.long), **arguments, guide=guide)
+    plain = DiT.from_preset("tiny", **sizes)
+    with pytest.raises(ValueError, match="guide must be a DynamicContentTransformer as the model is, got DiT"):
+        sample_content(model, torch.ones(1, 4, 4, dtype=torch.long), **arguments, guide=plain)
 
 
 def make(cls, **settings):

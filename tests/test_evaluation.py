@@ -378,6 +378,7 @@ def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, incepti
             ["generation", "--samples", "x", "--reference", "r", "--guidance", "2"],
             "--guidance goes with a --checkpoint",
         ),
+        (["generation", "--samples", "x", "--reference", "r", "--guide", "w"], "--guide goes with a --checkpoint"),
         (["generation", "--samples", "x", "--reference", "r", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["statistics", "x", "--save", "s.txt"], "--save: the name must end in .npz"),
         (["statistics", "x", "--save", "/proc/none/s.npz"], "--save /proc/none/s.npz: No such file or directory"),

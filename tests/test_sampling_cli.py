@@ -236,6 +236,23 @@ def test_sampler_options_reach_the_sampler(folder, tmp_path):
     assert (plain["images"]["000000.png"] != told["images"]["000000.png"]).any()
 
 
+def test_a_weaker_model_guides(folder, tmp_path, capsys):
+    model, weaker = D2iT.from_pretrained(folder), small()
+    with torch.no_grad():
+        for p in weaker.content_transformer.parameters():
+            p.mul_(0.9)
+    weaker.save_pretrained(tmp_path / "weaker")
+    words = ["--count", 2, "--steps", 2, "--guidance", 2, "--guide", tmp_path / "weaker"]
+    told = sample(folder, tmp_path / "out", *words)
+    expected = model(2, labels=[0, 1], steps=2, guidance=2.0, guide=weaker.content_transformer)
+    assert np.array_equal(np.stack(list(told["images"].values())), expected.uint8())
+    assert told["guide"] == str(tmp_path / "weaker")
+    assert told["weights"]["guide"] == weaker.content_transformer.weights_sha256
+    capsys.readouterr()
+    assert main([*map(str, [folder, "--output", tmp_path / "out", *words[:5], 1, *words[6:]])]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --guide {tmp_path / 'weaker'} has no effect at a guidance of 1")
+
+
 def test_without_classes(tmp_path, capsys):
     small(None).save_pretrained(tmp_path / "m")
     told = sample(tmp_path / "m", tmp_path / "s", "--count", 2, "--no-images", "--npz", tmp_path / "n" / "x.npz")
@@ -363,6 +380,7 @@ def test_shares_that_do_not_fit_three_grains(three_grains, tmp_path, capsys, wor
         (["--labels", "retriever"], "--labels: no class 'retriever'; there are golden retriever, ..."),
         (["--guidance", "nan"], "guidance scale must be finite"),
         (["--guidance-interval", 0.9, 0.1], "guidance interval must be"),
+        (["--guidance", 2, "--guide", "missing"], "there is no folder 'missing/content_transformer'"),
         (["--guidance", 2, "--cfg-channels", 5], "guidance channels must be at most 4, got 5"),
         (["--fine-ratio", 1.5], "--fine-ratio must be in 0 ... 1, got 1.5"),
         (["--grain-map", "missing.npy"], "missing.npy: not a grain map"),

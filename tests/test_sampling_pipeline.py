@@ -121,6 +121,54 @@ def test_a_solver_is_made_once_a_call_and_serves_every_image(scheduler, monkeypa
         assert torch.equal(alone.images[0], samples.images[i])
 
 
+def test_a_weaker_model_guides(tmp_path):
+    model = make()
+    randomized = torch.Generator().manual_seed(5)
+    weaker = DynamicContentTransformer.from_preset("tiny", image_size=64, num_classes=3, **SMALL).eval()
+    with torch.no_grad():
+        for p in [*model.content_transformer.parameters(), *weaker.parameters()]:
+            p.copy_(torch.randn(p.shape, generator=randomized) * 0.1)
+    options = {"labels": [0, 2], "seed": 3, "guidance": 2.0}
+    classifier_free = model(**options).images
+    guided = model(**options, guide=weaker).images
+    assert not torch.equal(guided, classifier_free)
+    with pytest.raises(ValueError, match="guide has no effect at a guidance of 1"):
+        model(2, guide=weaker)
+    parts = (model.vae, model.grain_transformer, model.content_transformer)
+    always = D2iT(*parts, sampling=model.sampling, guide=weaker)
+    assert torch.equal(always(**options).images, guided)
+    assert torch.equal(always(labels=[0, 2], seed=3).images, model(labels=[0, 2], seed=3).images)
+
+    always.save_pretrained(tmp_path / "model")
+    weaker.vae_sha256 = model.vae.weights_sha256
+    weaker.save_pretrained(tmp_path / "weaker")
+    D2iT(*parts[:2], weaker).save_pretrained(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir() if path.is_dir()) == [
+        "content_transformer",
+        "grain_transformer",
+        "vae",
+    ]
+    for folder in ("weaker", "whole"):
+        read = D2iT.from_pretrained(tmp_path / "model", guide=tmp_path / folder)
+        torch.testing.assert_close(read(**options).images, guided, rtol=1e-3, atol=1e-4)
+        assert read.to(dtype=torch.bfloat16).guide.transformer_blocks()[0].attn.qkv.weight.dtype == torch.bfloat16
+
+
+def test_a_guide_that_does_not_fit_is_refused_before_anything_is_sampled():
+    model = make()
+    guide = DynamicContentTransformer.from_preset("tiny", image_size=64, num_classes=2, **SMALL)
+    with pytest.raises(ValueError, match="guide must have the num_classes of the model, 3, got 2"):
+        model(1, guide=guide, guidance=2.0)
+    parts = (model.vae, model.grain_transformer, model.content_transformer)
+    with pytest.raises(ValueError, match="guide must have the num_classes"):
+        D2iT(*parts, guide=guide)
+    guide = DynamicContentTransformer.from_preset("tiny", image_size=64, num_classes=3, **SMALL)
+    model.vae.weights_sha256, guide.vae_sha256 = "a" * 64, "b" * 64
+    with pytest.raises(ValueError, match="guide was trained on the latents of another VAE"):
+        D2iT(*parts, guide=guide)
+    assert D2iT(*parts, guide=guide, any_vae=True).guide is guide
+
+
 def test_the_callback_sees_every_step():
     model, seen = make(), []
     fine = torch.ones(4, 4, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: how strong, when, and on which channels."""
+"""Guidance, classifier-free or by a weaker model: how strong, when, and on which channels."""
 
 from __future__ import annotations
 
@@ -56,7 +56,15 @@ class Guidance:
         return self.scale
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, channels: int) -> Tensor:
-    """unconditional + scale (conditional - unconditional) on the first `channels`, the conditional on the rest."""
-    guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
-    return torch.cat([guided, conditional[:, channels:]], dim=1)
+def guide(output: Tensor, reference: Tensor, scale: Tensor, channels: int) -> Tensor:
+    """Return reference + scale (output - reference) on the first `channels`, the output on the rest.
+
+    Args:
+        output: of the model, (B, C, H, W).
+        reference: of the model without the label (Ho and Salimans 2022), or of a weaker model with it (autoguidance;
+            Karras et al. 2024, Eq. 3); at least `channels` channels.
+        scale: (), w.
+        channels: that are guided.
+    """
+    guided = torch.lerp(reference[:, :channels], output[:, :channels], scale)
+    return torch.cat([guided, output[:, channels:]], dim=1)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from d2it.diffusion.grains import copy_codes, expected_signal, project_to_grains, randn
-from d2it.diffusion.guidance import Guidance, guide
+from d2it.diffusion.guidance import Guidance
+from d2it.diffusion.guidance import guide as guide_output
 from d2it.diffusion.process import Diffusion
 from d2it.diffusion.solvers import (
     Ddpm,
@@ -30,6 +31,8 @@ from d2it.diffusion.solvers import (
 )
 
 Callback = Callable[[int, float, Tensor], None]
+#: Settings of a model from which, with the grain map, its arguments in `_model_plans` follow.
+PLANNED = ("window", "min_grain", "masked")
 
 
 @torch.no_grad()
@@ -43,6 +46,7 @@ def sample_content(
     scheduler: str | None = None,
     steps: int = 250,
     guidance: Guidance | None = None,
+    guide: nn.Module | None = None,
     autocast: torch.dtype | None = None,
     cuda_graph: bool = False,
     callback: Callback | None = None,
@@ -58,7 +62,9 @@ def sample_content(
         scheduler: one of `SCHEDULERS`, or of `FLOW_SCHEDULERS` on the linear path; None is the path's default. With a
             learned variance "ddpm" uses it, the others leave it out.
         steps: denoising steps.
-        guidance: None is none. A guided step runs the model on both halves as one batch.
+        guidance: None is none. A guided step runs the model on both halves as one batch, or the model and `guide`.
+        guide: a weaker model of the same kind, in place of the model without its label (autoguidance, Karras et al.
+            2024); classes, sizes, factors, path and prediction must be the same.
         autocast: torch.bfloat16 or torch.float16 for the model; the state stays float32. A model that was itself
             cast (`model.bfloat16()`) needs none.
         cuda_graph: capture a step once and replay it: with "ddpm" and "ddim" the whole step, with the schedulers of
@@ -71,7 +77,9 @@ def sample_content(
     """
     config: Any = model.config
     guidance = guidance or Guidance()
-    check_guidance("guidance", guidance, config.in_channels, config)
+    check_guidance("guidance", guidance, config.in_channels, config, guide is not None)
+    if guide is not None:
+        check_guide(guide, model)
     seeds = check_seeds(seeds)
     labels = check_labels(labels, len(seeds), config.num_classes)
     if grain_map is not None:
@@ -80,7 +88,7 @@ def sample_content(
     scheduler = scheduler or default_scheduler(diffusion.config)
     solver = make_scheduler(scheduler, diffusion, steps, learned_range=config.learn_sigma)
     options: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph, "callback": callback}
-    return denoise_content(model, grain_map, labels, seeds, solver, guidance, **options)
+    return denoise_content(model, grain_map, labels, seeds, solver, guidance, guide=guide, **options)
 
 
 @torch.no_grad()
@@ -122,6 +130,7 @@ def denoise_content(
     solver: Solver,
     guidance: Guidance,
     *,
+    guide: nn.Module | None = None,
     autocast: torch.dtype | None = None,
     cuda_graph: bool = False,
     callback: Callback | None = None,
@@ -132,6 +141,8 @@ def denoise_content(
     device = next(model.parameters()).device
     generators = make_generators(seeds, device)
     keep = 2 * channels if isinstance(solver, Ddpm) and solver.learned_range else channels
+    twice = guidance.scale != 1.0 and guide is None
+    of_guide: dict[str, Any] = {}
     if grain_map is None:
         arguments: dict[bool, dict[str, Any]] = {False: {}, True: {}}
 
@@ -141,7 +152,10 @@ def denoise_content(
         project = grained
     else:
         grain_map = grain_map.to(device)
-        arguments = _model_plans(model, grain_map, guided=guidance.scale != 1.0)
+        arguments = _model_plans(model, grain_map, guided=twice)
+        if guide is not None:
+            same = all(getattr(guide.config, key) == getattr(config, key) for key in PLANNED)
+            of_guide = arguments[False] if same else _model_plans(guide, grain_map, guided=False)[False]
         sizes = config.code_sizes
 
         def grained(x: Tensor) -> Tensor:
@@ -150,7 +164,11 @@ def denoise_content(
         def project(x: Tensor) -> Tensor:
             return project_to_grains(x, grain_map, code_sizes=sizes)
 
-    output = _Output(model, labels, arguments, guidance.channels or channels, autocast, device)
+    guided = guidance.channels or channels
+    own = _Output(model, labels, arguments, guided, autocast, device)
+    output: _Output | _GuidedOutput = own
+    if guide is not None:
+        output = _GuidedOutput(own, _Output(guide, labels, {False: of_guide, True: {}}, guided, autocast, device))
     x = grained(randn((len(seeds), channels, *config.grid), generators, device=device, dtype=torch.float32))
     chain = _Chain(solver, output, lambda out: project(out[:, :keep]), grained, cuda_graph)
     return chain(x, generators, guidance, callback)[0]
@@ -209,7 +227,25 @@ class _Output:
         if not guided:
             return out
         conditional, unconditional = out.chunk(2)
-        return guide(conditional, unconditional, weight, self.channels)
+        return guide_output(conditional, unconditional, weight, self.channels)
+
+
+class _GuidedOutput:
+    """The output of a model that a weaker one guides.
+
+    Args:
+        output: of the model.
+        reference: of the weaker model, for the same labels.
+    """
+
+    def __init__(self, output: _Output, reference: _Output) -> None:
+        self.output, self.reference = output, reference
+
+    def __call__(self, guided: bool, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        out = self.output(False, x, t, weight)
+        if not guided:
+            return out
+        return guide_output(out, self.reference(False, x, t, weight), weight, self.output.channels)
 
 
 class _Chain:
@@ -225,7 +261,7 @@ class _Chain:
     def __init__(
         self,
         solver: Solver,
-        output: _Output,
+        output: _Output | _GuidedOutput,
         predicted: Callable[[Tensor], Tensor],
         grained: Callable[[Tensor], Tensor],
         cuda_graph: bool,
@@ -321,6 +357,9 @@ def _model_plans(model: Any, grain_map: Tensor, *, guided: bool) -> dict[bool, d
     return arguments
 
 
+#: Settings that a model and its guide must share.
+_GUIDING = ("num_classes", "image_size", "downsampling", "in_channels")
+
 # ---- what does not fit, found before anything is computed -----------------------------------------------------------
 
 
@@ -330,11 +369,14 @@ def check_cuda_graph(device: torch.device) -> None:
         raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
 
 
-def check_guidance(name: str, guidance: Guidance, channels: int, config: Any) -> None:
-    """Raise ValueError where the model has fewer channels than are guided, no classes, or no null label."""
+def check_guidance(name: str, guidance: Guidance, channels: int, config: Any, by_model: bool = False) -> None:
+    """Raise ValueError where the model has fewer channels than are guided, no classes, or no null label.
+
+    A weaker model guides (`by_model`) without classes and null labels too.
+    """
     if guidance.channels is not None and guidance.channels > channels:
         raise ValueError(f"{name} channels must be at most {channels}, got {guidance.channels}")
-    if guidance.scale == 1.0:
+    if guidance.scale == 1.0 or by_model:
         return
     if not config.num_classes:
         raise ValueError(f"{name} needs a model with classes; scale must be 1, got {guidance.scale}")
@@ -343,6 +385,23 @@ def check_guidance(name: str, guidance: Guidance, channels: int, config: Any) ->
             f"{name} needs a model that was trained with the null label (class_dropout_prob is 0); scale must be 1, "
             f"got {guidance.scale}"
         )
+
+
+def check_guide(guide: nn.Module, model: nn.Module) -> None:
+    """Raise ValueError, naming what differs, unless one model can guide the other."""
+    if type(guide) is not type(model):
+        raise ValueError(f"guide must be a {type(model).__name__} as the model is, got {type(guide).__name__}")
+    ours: Any = model.config
+    theirs: Any = guide.config
+    pairs = {key: (getattr(theirs, key), getattr(ours, key)) for key in _GUIDING if hasattr(ours, key)}
+    for key in ("path", "prediction", *(["shift"] if ours.diffusion.path == "ddpm" else [])):
+        pairs[f"diffusion.{key}"] = getattr(theirs.diffusion, key), getattr(ours.diffusion, key)
+    for key, (other, own) in pairs.items():
+        if other != own:
+            raise ValueError(f"guide must have the {key} of the model, {own!r}, got {other!r}")
+    devices = [next(network.parameters()).device for network in (guide, model)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"guide must be on {devices[1]} as the model is, got {devices[0]}")
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:

@@ -68,12 +68,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="denoising steps")
     group.add_argument("--grain-scheduler", metavar="NAME", help=f"of the maps: {', '.join(GRAIN_SCHEDULERS)}")
     group.add_argument("--grain-steps", type=int, help="denoising steps of the maps")
-    group.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale; 1 is none")
+    group.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none")
+    group.add_argument(
+        "--guide",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of a weaker model that guides in place of the null label (autoguidance)",
+    )
     group.add_argument("--guidance-mode", choices=MODES, help="how it depends on time (constant)")
     group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="shares of T")
     group.add_argument("--guidance-power", type=float, metavar="P", help="of power-cosine")
     group.add_argument("--cfg-channels", type=int, metavar="N", help="guide the first N latent channels; DiT's 3 of 4")
-    group.add_argument("--grain-guidance", type=float, metavar="W", help="guidance scale of the maps")
+    group.add_argument("--grain-guidance", type=float, metavar="W", help="classifier-free guidance scale of the maps")
 
     group = parser.add_argument_group("speed")
     group.add_argument(
@@ -155,9 +161,13 @@ class SampleRequest:
         detail = {name: value for name, value in detail.items() if value is not None}
         if "interval" in detail:
             detail.setdefault("mode", "interval")
+        scale = model.sampling.get("guidance", 1.0)
+        scale = detail.get("scale", scale["scale"] if isinstance(scale, dict) else scale)
+        if options.guide and scale == 1:
+            raise UserError(f"--guide {options.guide} has no effect at a guidance of 1: add --guidance W")
         with _user_error():
             if detail:
-                detail.setdefault("scale", model.sampling.get("guidance", 1.0))
+                detail.setdefault("scale", scale)
                 given["guidance"] = Guidance(**detail)
             # Raises what does not fit on every rank, before anything is sampled.
             model(0, grain_map=None if self.maps is None else self.maps(range(1))[:0], **given)
@@ -175,7 +185,9 @@ class SampleRequest:
             labels = labels if options.labels is None else self.labels[: len(options.labels)]
         return {
             "model": str(self.path),
-            "weights": {name: part.weights_sha256 for name, part in model.parts.items()},
+            "weights": {name: part.weights_sha256 for name, part in model.parts.items()}
+            | ({} if model.guide is None else {"guide": model.guide.weights_sha256}),
+            "guide": None if options.guide is None else str(options.guide),
             "image_size": list(model.image_size),
             "count": self.count,
             "seed": options.seed,
@@ -219,7 +231,8 @@ def _model(options: argparse.Namespace, path: Path, world: World) -> D2iT:
     dtype = torch.bfloat16 if bf16 else torch.float32
     with _user_error(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        model = D2iT.from_pretrained(path, device=world.device, dtype=dtype, any_vae=options.any_vae)
+        given: dict[str, Any] = {"any_vae": options.any_vae, "guide": options.guide}
+        model = D2iT.from_pretrained(path, device=world.device, dtype=dtype, **given)
     if caught and world.first:
         print(f"warning: {caught[0].message}", file=sys.stderr)
     if options.cuda_graph and world.device.type != "cuda":

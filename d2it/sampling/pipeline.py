@@ -36,13 +36,14 @@ from d2it.diffusion.sampling import (
     check_cuda_graph,
     check_grain_map,
     check_guidance,
+    check_guide,
     check_seeds,
     denoise_content,
     denoise_grain_maps,
 )
 from d2it.diffusion.solvers import whole_number
 from d2it.files import read_sealed, write_sealed
-from d2it.models.base import Model, PyTorchModelHubMixin, local_folder, saved_kind
+from d2it.models.base import CONFIG_FILE, Model, PyTorchModelHubMixin, local_folder, saved_kind
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dit import DiT
 from d2it.models.dvae import DynamicVAE
@@ -100,6 +101,8 @@ class D2iT(PyTorchModelHubMixin):
         sampling: this model's own defaults for arguments of a call (`DEFAULTS`).
         any_vae: accept a VAE other than the one whose latents the transformers were trained on (a decoder that was
             fine-tuned alone, say).
+        guide: a weaker content transformer that guides this one in place of the null label (autoguidance); it moves
+            with the model and is not saved with it.
 
     Raises:
         ValueError: parts that do not fit each other, named.
@@ -114,6 +117,7 @@ class D2iT(PyTorchModelHubMixin):
         class_names: Sequence[str] | None = None,
         sampling: dict[str, Any] | None = None,
         any_vae: bool = False,
+        guide: DynamicContentTransformer | DiT | None = None,
     ) -> None:
         self.vae, self.grain_transformer, self.content_transformer = vae, grain_transformer, content_transformer
         content = content_transformer.config
@@ -133,13 +137,21 @@ class D2iT(PyTorchModelHubMixin):
         for what, ours, theirs in pairs:
             if ours != theirs:
                 raise ValueError(f"the parts of a D2iT must share their {what}, got {ours} and {theirs}")
+        self.any_vae, self.guide = any_vae, guide
         if not any_vae:
-            self._check_vae()
+            self._check_vae(self._transformers)
+        if guide is not None:
+            self._check_guide(guide)
         self.class_names, self.sampling = _description(class_names, sampling, content.num_classes)
 
-    def _check_vae(self) -> None:
+    def _check_guide(self, guide: Model) -> None:
+        check_guide(guide, self.content_transformer)
+        if not self.any_vae:
+            self._check_vae({"guide": guide})
+
+    def _check_vae(self, transformers: dict[str, Model]) -> None:
         ours = self.vae.weights_sha256
-        for name, part in self._transformers.items():
+        for name, part in transformers.items():
             theirs = part.vae_sha256
             if ours is not None and theirs is not None and ours != theirs:
                 raise ValueError(
@@ -187,12 +199,12 @@ class D2iT(PyTorchModelHubMixin):
             ValueError: a device that is not there.
         """
         try:
-            for part in self.parts.values():
+            for part in (self.vae, *self._networks):
                 part.to(device)
         except (RuntimeError, AssertionError, TypeError) as error:  # torch's kinds for a device that it does not have
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
         if dtype is not None:
-            for transformer in self._transformers.values():
+            for transformer in self._networks:
                 for block in transformer.transformer_blocks():
                     block.to(dtype)
                     for module in block.modules():
@@ -206,7 +218,7 @@ class D2iT(PyTorchModelHubMixin):
         The blocks of a transformer share their compiled code. It is made in the first call, and again where the number
         of images in a batch changes.
         """
-        for transformer in self._transformers.values():
+        for transformer in self._networks:
             transformer.compile_blocks(**kwargs)
         return self
 
@@ -219,6 +231,11 @@ class D2iT(PyTorchModelHubMixin):
     @property
     def _transformers(self) -> dict[str, Model]:
         return {name: part for name, part in self.parts.items() if name != "vae"}
+
+    @property
+    def _networks(self) -> list[Model]:
+        """The transformers and the guide."""
+        return [*self._transformers.values(), *([] if self.guide is None else [self.guide])]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -233,6 +250,7 @@ class D2iT(PyTorchModelHubMixin):
         local_files_only: bool = True,
         revision: str | None = None,
         any_vae: bool = False,
+        guide: str | Path | None = None,
     ) -> D2iT:
         """Read what `save_pretrained`, or a training run, wrote to a folder.
 
@@ -247,6 +265,8 @@ class D2iT(PyTorchModelHubMixin):
             local_files_only: read local folders alone.
             revision: of the hub.
             any_vae: as for a new D2iT.
+            guide: a local folder with the guide of a new D2iT: of a content transformer, or of a D2iT or a run that
+                has one.
 
         Raises:
             ValueError: no such folder, no D2iT in it, a part that is damaged or of another model, or a device that is
@@ -259,7 +279,8 @@ class D2iT(PyTorchModelHubMixin):
         if not (path / DESCRIPTION).is_file():
             raise ValueError(f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}")
         description = read_sealed(path / DESCRIPTION, {"class_names", "sampling"})
-        return cls.from_parts(path, any_vae=any_vae, **description).to(device, dtype)
+        weaker = None if guide is None else _read_guide(Path(guide))
+        return cls.from_parts(path, any_vae=any_vae, guide=weaker, **description).to(device, dtype)
 
     @classmethod
     def from_parts(cls, path: str | Path, **settings: Any) -> D2iT:
@@ -312,6 +333,7 @@ class D2iT(PyTorchModelHubMixin):
         grain_steps: int | None = None,
         guidance: float | Guidance | None = None,
         grain_guidance: float | Guidance | None = None,
+        guide: DynamicContentTransformer | DiT | None = None,
         batch_size: int | None = None,
         autocast: torch.dtype | None = None,
         cuda_graph: bool = False,
@@ -351,8 +373,11 @@ class D2iT(PyTorchModelHubMixin):
             steps: denoising steps of the content; 250 by default.
             grain_scheduler: of the maps; `scheduler` by default, "ddpm" where that one cannot sample maps.
             grain_steps: denoising steps of the maps; `steps` by default.
-            guidance: classifier-free guidance of the content; 1 is none.
-            grain_guidance: of the maps.
+            guidance: classifier-free guidance of the content, or the guide's; 1 is none.
+            grain_guidance: classifier-free guidance of the maps.
+            guide: a weaker content transformer whose output takes the place of that without a label (autoguidance,
+                Karras et al. 2024): of the same kind, classes, sizes, factors, path and prediction. None is the D2iT's
+                own guide, if it has one.
             batch_size: images at once on a GPU; all by default.
             autocast: torch.bfloat16 or torch.float16 for the transformers; None: the dtype of their blocks.
             cuda_graph: capture a step once a batch and replay it, see `d2it.diffusion.sample_content`.
@@ -368,7 +393,12 @@ class D2iT(PyTorchModelHubMixin):
         steps = steps if steps is not None else own.get("steps", 250)
         grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
         grain_scheduler = grain_scheduler if grain_scheduler is not None else own.get("grain_scheduler")
-        guide = _guidance("guidance", guidance if guidance is not None else own.get("guidance", 1.0))
+        strength = _guidance("guidance", guidance if guidance is not None else own.get("guidance", 1.0))
+        if guide is not None:
+            self._check_guide(guide)
+            if strength.scale == 1.0:
+                raise ValueError("guide has no effect at a guidance of 1: give guidance=...")
+        guide = guide if guide is not None else self.guide
 
         chosen = None if labels is None else torch.tensor(self.class_numbers(labels), dtype=torch.int64)
         count = self._count(num_images, seeds, chosen, grain_map)
@@ -379,7 +409,7 @@ class D2iT(PyTorchModelHubMixin):
                 raise ValueError("grain_map must be given: this model has no Grain Transformer")
             grain_map = torch.full(self.region_grid, self.num_grains - 1)
         content = self.content_transformer.config
-        check_guidance("guidance", guide, content.in_channels, content)
+        check_guidance("guidance", strength, content.in_channels, content, guide is not None)
         process = make_diffusion(content.diffusion, learn_sigma=content.learn_sigma)
         solver = make_scheduler(scheduler, process, steps, learned_range=content.learn_sigma)
         if batch_size is not None:
@@ -424,7 +454,8 @@ class D2iT(PyTorchModelHubMixin):
                 None if numbers is None else numbers[part],
                 [derived_seed(s, "content") for s in seeds[part]],
                 solver,
-                guide,
+                strength,
+                guide=guide,
                 callback=callback,
                 **shared,
             )
@@ -489,6 +520,14 @@ class D2iT(PyTorchModelHubMixin):
         if labels is None:
             return torch.tensor([derived_seed(s, "label") % self.num_classes for s in seeds], dtype=torch.int64)
         return labels.expand(len(seeds))
+
+
+def _read_guide(path: Path) -> DynamicContentTransformer | DiT:
+    """Read a content transformer from its own folder, or from that of a D2iT or a run."""
+    part = "content_transformer"
+    path = path if (path / CONFIG_FILE).is_file() else path / part
+    guide: Any = saved_kind(path, PARTS[part]).from_pretrained(path)
+    return guide
 
 
 def has_parts(path: str | Path) -> bool:
