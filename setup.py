@@ -118,6 +118,6 @@ def extension(target: str) -> dict:
 
 target = what_to_build()
 setup(
-    packages=[*find_packages(include=["d2it", "d2it.*"]), "d2it.kernels"],
+    packages=[*find_packages(include=["d2it", "d2it.*"]), "d2it.kernels", "d2it.configs"],
     **({} if target == "none" else extension(target)),
 )

@@ -6,9 +6,8 @@ python train.py --config configs/imagenet256_xl.yaml --dry-run
 """
 
 import sys
-from pathlib import Path
 
-from d2it.training.run import main
+from d2it.training.run import command
 
 if __name__ == "__main__":
-    sys.exit(main(default=Path(__file__).resolve().parent / "configs" / "demo.yaml"))
+    sys.exit(command())

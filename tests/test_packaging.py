@@ -11,6 +11,7 @@ import pytest
 from kernel_report.compile import cuobjdump
 
 import d2it
+from d2it.__main__ import COMMANDS, main
 from d2it.ops import _native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +25,8 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
-    for name in ("d2it", "kernels", "csrc"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "kernels" if name == "d2it" else "")
+    for name in ("d2it", "kernels", "configs", "csrc"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", *(["kernels", "configs"] if name == "d2it" else []))
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     target = tmp_path_factory.mktemp("wheel")
     subprocess.run(
@@ -40,8 +41,11 @@ def test_a_wheel_has_the_kernels_and_the_data(wheel):
     assert wheel.name == f"d2it-{d2it.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = [*ROOT.glob("d2it/**/*.py"), *ROOT.glob("d2it/**/*.json"), ROOT / "d2it" / "py.typed"]
-    expected = {str(path.relative_to(ROOT)) for path in expected} | {
-        f"d2it/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")
+    expected = {str(path.relative_to(ROOT)) for path in expected}
+    expected |= {
+        f"d2it/{path.relative_to(ROOT)}"
+        for pattern in ("kernels/*.py", "configs/*.yaml")
+        for path in ROOT.glob(pattern)
     }
     assert names >= expected
     assert all(name.startswith(("d2it/", "d2it-")) for name in names), "something would shadow other packages"
@@ -74,6 +78,53 @@ print("diffusers" in sys.modules, d2it.D2iT.__module__, "ops" in dir(d2it), hasa
 """
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert made.stdout.splitlines() == ["[]", "False d2it.sampling.pipeline True False"], made.stderr
+
+
+def command(*words, cwd=ROOT, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_commands_help_imports_nothing_heavy():
+    code = """
+import sys
+from d2it.__main__ import main
+main(["--help"])
+print(sorted({"torch", "numpy"} & set(sys.modules)))
+"""
+    made = command("-c", code)
+    assert made.stdout.splitlines()[-1] == "[]"
+    assert all(f"  {name} " in made.stdout for name in COMMANDS)
+    assert command("-m", "d2it", "--version").stdout.strip() == d2it.__version__
+    assert command("-m", "d2it").returncode == 2
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_explains_itself(name):
+    made = command("-m", "d2it", name, "--help")
+    assert made.returncode == 0, made.stderr
+    assert "usage:" in made.stdout
+
+
+def test_a_command_that_is_not_there_or_not_installed(monkeypatch, capsys):
+    assert main(["trian"]) == 2
+    assert "no command 'trian'; there are train, sample" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "d2it.training.run", None)
+
+    def missing(name):
+        raise ModuleNotFoundError(name="omegaconf")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    assert main(["train"]) == 2
+    assert "d2it train needs the package omegaconf: pip install 'd2it[train]'" in capsys.readouterr().err
+
+
+def test_configurations_by_name(tmp_path):
+    made = command("-m", "d2it", "train", "--config", "imagenet256_b", "--dry-run", cwd=tmp_path)
+    assert "data.path must be given" in made.stderr
+    made = command("-m", "d2it", "train", "--config", "imagenet256", cwd=tmp_path)
+    assert made.returncode == 2
+    assert "no such configuration file: imagenet256 (by name there are demo, ffhq256_l" in made.stderr
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="installed without C++ operators")

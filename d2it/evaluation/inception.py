@@ -159,7 +159,7 @@ class _BlockE(nn.Module):
 class Inception(nn.Module):
     """The network, from images (B, 3, H, W) uint8 to `Features`, float32.
 
-    Attributes:
+    Args:
         name: of the extractor.
     """
 

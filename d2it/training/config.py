@@ -251,6 +251,9 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The configurations that come with the package."""
+
 _PATHS = (
     "run.dir",
     "data.path",
@@ -270,7 +273,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     path is the home folder.
 
     Args:
-        path: a YAML file; it may start from another one beside it: `extends: imagenet256_xl.yaml`.
+        path: a YAML file, or the name of one that comes with the package (`imagenet256_xl`); it may start from another
+            one beside it: `extends: imagenet256_xl.yaml`.
         overrides: `section.key=value` each.
 
     Raises:
@@ -285,7 +289,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     key = ""
     try:
         merged = OmegaConf.structured(Config)
-        for layer, typed in [] if path is None else _files(Path(path), ()):
+        for layer, typed in [] if path is None else _files(_found(Path(path)), ()):
             texts |= _take_texts(layer, typed)
             merged = OmegaConf.merge(merged, layer)
         for item in overrides:
@@ -405,6 +409,12 @@ def _at(tree: Any, sections: Sequence[str]) -> Any:
     return tree
 
 
+def _found(path: Path) -> Path:
+    """Return the file of a path, or of the name of a configuration that comes with the package."""
+    named = CONFIGS / f"{path}.yaml"
+    return named if len(path.parts) == 1 and not path.exists() and named.is_file() else path
+
+
 def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the YAML file's chain of `extends`, base first: values, and the same with every scalar as typed."""
     import yaml
@@ -414,7 +424,9 @@ def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dic
         text = read_bytes(path, 2**20).decode()
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
-        raise UserError(f"no such configuration file: {path}" if missing else f"{path}: {reason_of(error)}") from None
+        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        line = f"no such configuration file: {path} (by name there are {names})"
+        raise UserError(line if missing else f"{path}: {reason_of(error)}") from None
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(text))
         typed = yaml.load(text, Loader=yaml.BaseLoader)

@@ -32,7 +32,7 @@ from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_co
 from d2it.files import atomic_write, only_writer, sha256_of
 from d2it.models import DynamicVAE
 from d2it.sampling.pipeline import D2iT, has_parts
-from d2it.training.config import MISSING, STAGES, Config, describe, load, to_yaml
+from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, load, to_yaml
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
 
     Args:
         arguments: of the command line.
-        default: the configuration where `--config` is not given.
+        default: the configuration where `--config` is not given; None is the defaults of the schema.
     """
     parser = argparse.ArgumentParser(
         prog="train.py",
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         epilog=describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=default, help="a YAML file of configs/; without it, the demo")
+    parser.add_argument(
+        "--config", type=Path, default=default, help="a YAML file, or the name of one of configs/ (demo)"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print and check every stage, take two steps on noise, write nothing"
     )
@@ -79,6 +81,11 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
                 raise Interrupted(stop.signal, line, shared=True) from None
 
     return run_command(act)
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    """`main` with the demo where no configuration is named: `train.py` and `d2it train`."""
+    return main(arguments, default=CONFIGS / "demo.yaml")
 
 
 def run(config: Config, world: World) -> None:
