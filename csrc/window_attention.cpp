@@ -171,15 +171,17 @@ D2IT_CLONES void softmax(const Matrix& scores, int64_t begin, int64_t rows, int6
   const int64_t padded = round_up(tokens, kLanes);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores.row(i);
-    // A row whose scores are all minus infinity is NaN, as in PyTorch.
-    const float shift = bias_row(row, begin + i, tokens, scale, bias);
+    const float most = bias_row(row, begin + i, tokens, scale, bias);
+    // A query that sees no key: its weights are zero, and so is what is divided by their sum.
+    const float shift = most == kMinusInfinity ? 0.0f : most;
     V sums{};
     for (int64_t j = 0; j < padded; j += kLanes) {
       const V y = as<V>(row + j) - shift;
       const V p = y >= -87.0f ? d2it::exp_negative(y) : y != y ? y : V{};
       sums += as<V>(row + j) = p;
     }
-    inverse_sums[i] = 1.0f / total(sums);
+    const float sum = total(sums);
+    inverse_sums[i] = 1.0f / (sum == 0.0f ? 1.0f : sum);
   }
 }
 
@@ -318,7 +320,8 @@ struct Access {
 
 struct Problem {
   int64_t windows, n, heads, width, tokens; // tokens: rows there are; windows * n where all windows are full
-  const int32_t* slots = nullptr;
+  bool packed;
+  const int32_t* slots = nullptr; // null too where there are none of them
   int64_t slots_window = 0, slots_token = 0;
   const float* bias = nullptr; // (bias_windows, bias_heads, n, n) contiguous
   int64_t bias_windows = 1, bias_heads = 1;
@@ -328,7 +331,7 @@ struct Problem {
 
   Problem(const Tensor& q, const std::optional<Tensor>& bias, const std::optional<Tensor>& slots,
           const std::optional<Tensor>& segments, double scale)
-      : scale(static_cast<float>(scale)) {
+      : packed(slots.has_value()), scale(static_cast<float>(scale)) {
     const int64_t head_dim = slots ? 1 : 2;
     heads = q.size(head_dim);
     width = q.size(head_dim + 1);
@@ -377,7 +380,7 @@ struct Window {
   void move_to(const Problem& p, int64_t window) {
     index = window;
     tokens = p.n;
-    if (p.slots) {
+    if (p.packed) {
       tokens = 0;
       for (int64_t i = 0; i < p.n; ++i) {
         const int32_t row = p.slots[window * p.slots_window + i * p.slots_token];
@@ -388,7 +391,7 @@ struct Window {
     }
     if (p.segments) {
       const int64_t* ids = p.segments + window % p.segment_windows * p.n;
-      for (int64_t i = 0; i < tokens; ++i) segments[i] = ids[p.slots ? positions[i] : i];
+      for (int64_t i = 0; i < tokens; ++i) segments[i] = ids[p.packed ? positions[i] : i];
     }
   }
 
@@ -441,7 +444,7 @@ std::vector<uint8_t> unnamed_rows(const Problem& p) {
 
 // Zeros the rows of results, (T, H, D) each; rows of a head are contiguous.
 bool clear_unnamed(const Problem& p, std::initializer_list<const Heads*> results, int64_t element) {
-  if (!p.slots) return true;
+  if (!p.packed) return true;
   const std::vector<uint8_t> unnamed = unnamed_rows(p);
   if (unnamed.empty()) return false;
   for (int64_t row = 0; row < p.tokens; ++row)
@@ -495,9 +498,12 @@ struct Forward {
 bool window_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> slots,
                       std::optional<Tensor> segment_ids, double scale, Tensor out) {
   const Problem p(q, bias, slots, segment_ids, scale);
-  const bool packed = slots.has_value();
-  const Forward work{
-      p, Access(q.scalar_type()), Heads(q, packed), Heads(k, packed), Heads(v, packed), Heads(out, packed)};
+  const Forward work{p,
+                     Access(q.scalar_type()),
+                     Heads(q, p.packed),
+                     Heads(k, p.packed),
+                     Heads(v, p.packed),
+                     Heads(out, p.packed)};
   if (!clear_unnamed(p, {&work.out}, q.element_size())) return false;
   if (p.empty()) return true;
   const int64_t units = p.windows * ((p.heads + p.heads_together() - 1) / p.heads_together());
@@ -591,16 +597,15 @@ bool window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
                                std::optional<Tensor> slots, std::optional<Tensor> segment_ids, double scale,
                                Tensor dq, Tensor dk, Tensor dv, std::optional<Tensor> dbias) {
   const Problem p(q, bias, slots, segment_ids, scale);
-  const bool packed = slots.has_value();
   Backward work{p,
                 Access(q.scalar_type()),
-                Heads(grad, packed),
-                Heads(q, packed),
-                Heads(k, packed),
-                Heads(v, packed),
-                Heads(dq, packed),
-                Heads(dk, packed),
-                Heads(dv, packed),
+                Heads(grad, p.packed),
+                Heads(q, p.packed),
+                Heads(k, p.packed),
+                Heads(v, p.packed),
+                Heads(dq, p.packed),
+                Heads(dk, p.packed),
+                Heads(dv, p.packed),
                 1,
                 nullptr};
   if (!clear_unnamed(p, {&work.dq, &work.dk, &work.dv}, q.element_size())) return false;

@@ -94,11 +94,11 @@ def tiled_positions(q: torch.Tensor, slots: torch.Tensor | None, segment_ids: to
     """Returns the largest window that is taken as one tile, and whose softmax the backward computes again.
 
     Larger ones go block by block, and their forward keeps the logarithm of each row's sum. A whole window of 64 does
-    not fit into registers in float32, which has no tensor cores; before Hopper, whose products read shared memory; of
-    heads wider than 80, or with segments.
+    not fit into registers in float32, which has no tensor cores; where products do not read shared memory, which they
+    do on sm_90 and sm_100 but not on sm_80 or sm_120; of heads wider than 80, or with segments.
     """
     width, major = q.shape[-1], capability(q)[0]
-    if q.dtype == torch.float32 or major < 9:
+    if q.dtype == torch.float32 or major not in (9, 10):
         return 16
     if segment_ids is not None:  # Swin's shifted windows still do
         return 64 if width <= 32 and slots is None and major == 9 else 16

@@ -1,10 +1,10 @@
 """Window attention with a learnable bias: softmax(q k^T * scale + bias) v inside windows (paper Eq. 10).
 
 Windows of up to 64 tokens are here (16 in float32 or of wide heads), larger ones in `window_attention_blocks`. A
-program belongs to one head and walks over tiles of TILE rows: one window, or several kept apart by a block-diagonal
-mask. All tiles of a program share one tile of bias, and the gradient of that tile is one float32 sum in the program's
-registers, written once at its end. The sums of all programs are then added in a fixed order: no atomics, the same bits
-every time.
+program belongs to one head and walks over tiles of TILE rows: one window, or several of up to 8 tokens kept apart by a
+block-diagonal mask. All tiles of a program share one tile of bias, and the gradient of that tile is one float32 sum in
+the program's registers, written once at its end. The sums of all programs are then added in a fixed order: no atomics,
+the same bits every time.
 
 Bound by memory on an H200 (bf16: 8 N D bytes a window and head forward, 14 N D backward): rows are read where
 the linear layer left them and written where the next one wants them, the backward reads inputs alone, and a
@@ -39,7 +39,7 @@ from d2it.kernels.window_attention_rows import (
 
 @triton.jit
 def tile_rows(call, TILE: tl.constexpr, RESIDUES: tl.constexpr, REPEATS: tl.constexpr):
-    """The head, the split and the place of a program, and where the rows of its tiles come from.
+    """The head, the split and the tiles of a program, and where the rows of its tiles come from.
 
     Windows that share a bias are those of one residue modulo bias_windows. A tile holds RESIDUES x REPEATS
     windows: neighbouring residues (block i_block of them), each in REPEATS windows that share its bias.
@@ -57,13 +57,13 @@ def tile_rows(call, TILE: tl.constexpr, RESIDUES: tl.constexpr, REPEATS: tl.cons
     m_tile = (o_repeat < REPEATS) & (o_residue < call.bias_windows)
     m_pair = (o_local[:, None] == o_local[None, :]) & m_tile[:, None]
     tiles = tl.cdiv(tl.cdiv(call.windows, call.bias_windows), REPEATS)
-    return i_head, i_split, tiles, (i_block, o_position, o_residue, o_repeat, m_tile, m_pair)
+    return i_head, i_split, tiles, (i_block, o_local, o_position, o_residue, o_repeat, m_tile, m_pair)
 
 
 @triton.jit
 def tile_bias(call, i_head, place, RESIDUES: tl.constexpr):
     """The bias of a tile in base-2 logarithms, minus infinity between different windows."""
-    i_block, o_position, o_residue, o_repeat, m_tile, m_pair = place
+    i_block, o_local, o_position, o_residue, o_repeat, m_tile, m_pair = place
     if call.bias is not None:
         i_first = i_block * RESIDUES
         p_bias = call.bias.data + (i_head * call.bias.stride_head + i_first.to(tl.int64) * call.bias.stride_window)
@@ -80,11 +80,16 @@ def tile_bias(call, i_head, place, RESIDUES: tl.constexpr):
 
 
 @triton.jit
-def load_tile(call, i_head, i_tile, place, REPEATS: tl.constexpr):
-    """The rows of a tile: (window, position, row, head), which exist, whether any does, their segments, q, k and v."""
-    i_block, o_position, o_residue, o_repeat, m_tile, m_pair = place
+def load_tile(call, i_head, i_tile, i_only, place, REPEATS: tl.constexpr, APART: tl.constexpr):
+    """The rows of a tile: (window, position, row, head), which exist, whether any does, their segments, q, k and v.
+
+    APART: only those of window i_only of the tile.
+    """
+    i_block, o_local, o_position, o_residue, o_repeat, m_tile, m_pair = place
     o_window = (tl.cast(i_tile, tl.int32) * REPEATS + o_repeat) * call.bias_windows + o_residue
     m_row = m_tile & (o_window < call.windows)
+    if APART:
+        m_row &= o_local == i_only
     o_wide = o_window.to(tl.int64)
     if call.slots is not None:
         p_slot = call.slots.data + (o_wide * call.slots.stride_window + o_position * call.slots.stride_token)
@@ -107,9 +112,9 @@ def load_tile(call, i_head, i_tile, place, REPEATS: tl.constexpr):
 
 
 @triton.jit
-def softmax_rows(call, b_score, m_key, o_segment):
+def softmax_rows(call, b_score, m_key, o_segment, MASKED: tl.constexpr):
     """exp2(score - row maximum), zero where masked, and 1 / row sum; a row without any key is all zero."""
-    if call.slots is not None:
+    if MASKED:
         b_score = tl.where(m_key[None, :], b_score, float("-inf"))
     if call.segments is not None:
         b_score = tl.where(o_segment[:, None] == o_segment[None, :], b_score, float("-inf"))
@@ -120,24 +125,143 @@ def softmax_rows(call, b_score, m_key, o_segment):
     return b_p, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
 
 
+# Weights of zero keep the windows of a tile apart, but 0 * NaN is NaN. A program that comes upon a value that is not
+# finite takes all of its tiles again, one window at a time.
+
+
+@triton.jit
+def cast_rows(rows, dtype: tl.constexpr):
+    """Rows in another dtype, block by block."""
+    if len(rows) == 1:
+        return (rows[0].to(dtype),)
+    else:
+        return (rows[0].to(dtype), rows[1].to(dtype))
+
+
+@triton.jit
+def sum_rows(acc, rows):
+    """acc (ROWS, 8) + the sum of each row, rounded as it may be: on tensor cores, where it costs least."""
+    b_ones = tl.full((rows[0].shape[1], 8), 1.0, tl.float32).to(rows[0].dtype)
+    acc = tl.dot(rows[0], b_ones, acc, input_precision="tf32")
+    if len(rows) > 1:
+        b_ones = tl.full((rows[1].shape[1], 8), 1.0, tl.float32).to(rows[1].dtype)
+        acc = tl.dot(rows[1], b_ones, acc, input_precision="tf32")
+    return acc
+
+
+@triton.jit
+def not_finite(x):
+    """Whether a value of a matrix is NaN or infinite."""
+    return tl.sum(tl.sum(x * 0.0, 1), 0) != 0.0
+
+
+@triton.jit
+def forward_tile(
+    call,
+    out,
+    b_bias,
+    b_check,
+    i_head,
+    i_tile,
+    i_only,
+    place,
+    BIASED: tl.constexpr,
+    REPEATS: tl.constexpr,
+    CHECKED: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """Stores the result of a tile. Returns b_check, not finite if the result is not; CHECKED: it is wanted."""
+    at, m_row, occupied, o_segment, b_q, b_k, b_v = load_tile(call, i_head, i_tile, i_only, place, REPEATS, APART)
+    if occupied:
+        b_score = dot_rows(b_q, b_k, call.PRECISION) * (call.scale * LOG2E)
+        if BIASED:
+            b_score += b_bias
+        b_p, b_inverse = softmax_rows(call, b_score, m_row, o_segment, APART or call.slots is not None)
+        b_out = weigh_rows(b_p.to(out.dtype.element_ty), b_v, call.PRECISION)
+        b_out = scale_rows(b_out, b_inverse[:, None])
+        if CHECKED:
+            b_out = cast_rows(b_out, out.dtype.element_ty)
+            b_check = sum_rows(b_check, b_out)
+        store_rows(call, out, (at[2] * call.heads + i_head) * call.D, m_row, b_out)
+    return b_check
+
+
 @triton.jit
 def window_attention_fwd_kernel(
     call, out, splits, TILE: tl.constexpr, RESIDUES: tl.constexpr, REPEATS: tl.constexpr, STAGES: tl.constexpr
 ):
     """One program: one head, one block of bias residues, every splits-th tile. out (rows, heads, D)."""
     BIASED: tl.constexpr = call.bias is not None or call.N < TILE
+    SHARED: tl.constexpr = RESIDUES * REPEATS > 1
     i_head, i_split, tiles, place = tile_rows(call, TILE, RESIDUES, REPEATS)
-    if BIASED:
-        b_bias = tile_bias(call, i_head, place, RESIDUES)
+    b_bias = tile_bias(call, i_head, place, RESIDUES) if BIASED else 0.0
+    b_check = tl.zeros((TILE, 8), tl.float32)
     for i_tile in tl.range(i_split, tiles, splits, num_stages=STAGES):
-        at, m_row, occupied, o_segment, b_q, b_k, b_v = load_tile(call, i_head, i_tile, place, REPEATS)
-        if occupied:
-            b_score = dot_rows(b_q, b_k, call.PRECISION) * (call.scale * LOG2E)
-            if BIASED:
-                b_score += b_bias
-            b_p, b_inverse = softmax_rows(call, b_score, m_row, o_segment)
-            b_out = weigh_rows(b_p.to(out.dtype.element_ty), b_v, call.PRECISION)
-            store_rows(call, out, (at[2] * call.heads + i_head) * call.D, m_row, scale_rows(b_out, b_inverse[:, None]))
+        b_check = forward_tile(
+            call, out, b_bias, b_check, i_head, i_tile, 0, place, BIASED, REPEATS, CHECKED=SHARED, APART=False
+        )
+    if SHARED:  # noqa: SIM102 - known to the compiler, unlike the next
+        if not_finite(b_check):
+            tl.debug_barrier()
+            shared = TILE // call.length
+            for i_step in tl.range(0, tl.cdiv(tiles - i_split, splits) * shared, num_stages=1):
+                i_tile = i_split + i_step // shared * splits
+                i_only = i_step % shared
+                forward_tile(call, out, b_bias, b_check, i_head, i_tile, i_only, place, BIASED, REPEATS, False, True)
+
+
+@triton.jit
+def backward_tile(
+    call,
+    grads,
+    b_dbias,
+    b_check,
+    i_head,
+    i_tile,
+    i_only,
+    place,
+    BIASED: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    RESIDUES: tl.constexpr,
+    REPEATS: tl.constexpr,
+    CHECKED: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """Stores the gradients of a tile and adds that of the bias to b_dbias. b_check: as in `forward_tile`.
+
+    The bias comes from L1 for every tile: kept in registers, as the forward has it, the kernel would spill at
+    D = 72. dv goes out before dP is formed, for the same reason.
+    """
+    at, m_row, occupied, o_segment, b_q, b_k, b_v = load_tile(call, i_head, i_tile, i_only, place, REPEATS, APART)
+    b_grad = load_rows(call, call.grad, at, m_row)
+    if occupied:
+        b_product = dot_rows(b_q, b_k, call.PRECISION)
+        b_score = b_product * (call.scale * LOG2E)
+        if BIASED:
+            b_score += tile_bias(call, i_head, place, RESIDUES)
+        b_p, b_inverse = softmax_rows(call, b_score, m_row, o_segment, APART or call.slots is not None)
+        b_p *= b_inverse[:, None]
+        o_out = (at[2] * (grads.GROUPS * call.heads) + i_head) * call.D
+        b_dv = weigh_rows(tl.trans(b_p.to(grads.v.dtype.element_ty)), b_grad, call.PRECISION)
+        store_rows(call, grads.v, o_out, m_row, b_dv)
+        b_ds = b_p * dot_rows(b_grad, b_v, call.PRECISION)
+        if CHECKED:
+            # Not finite where a product of q and k, a weight or a product of the gradient and v is not.
+            b_delta = tl.sum(b_ds + b_product * 0.0, 1)
+            b_check += b_delta
+        else:
+            b_delta = tl.sum(b_ds, 1)
+        b_ds -= b_p * b_delta[:, None]
+        if APART:
+            b_ds = tl.where(m_row[:, None], b_ds, 0.0)
+        if NEEDS_BIAS:
+            b_dbias += b_ds
+        b_low = b_ds.to(grads.q.dtype.element_ty)
+        b_dk = weigh_rows(tl.trans(b_low), b_q, call.PRECISION)
+        store_rows(call, grads.k, o_out, m_row, scale_rows(b_dk, call.scale))
+        b_dq = weigh_rows(b_low, b_k, call.PRECISION)
+        store_rows(call, grads.q, o_out, m_row, scale_rows(b_dq, call.scale))
+    return b_dbias, b_check
 
 
 @triton.jit
@@ -154,34 +278,55 @@ def window_attention_bwd_kernel(
     """One program as in the forward. Five products; the softmax is recomputed, delta = rowsum(P * dP).
 
     sums (programs, TILE, TILE) float32, or None: the gradient of the tile of bias, over this program's tiles.
-
-    The bias comes from L1 for every tile: kept in registers, as the forward has it, the kernel would spill at
-    D = 72. dv goes out before dP is formed, for the same reason.
     """
+    BIASED: tl.constexpr = call.bias is not None or call.N < TILE
+    NEEDS_BIAS: tl.constexpr = sums is not None
+    SHARED: tl.constexpr = RESIDUES * REPEATS > 1
     i_head, i_split, tiles, place = tile_rows(call, TILE, RESIDUES, REPEATS)
     b_dbias = tl.zeros((TILE, TILE), tl.float32)
+    b_check = tl.zeros((TILE,), tl.float32)
     for i_tile in tl.range(i_split, tiles, splits, num_stages=STAGES):
-        at, m_row, occupied, o_segment, b_q, b_k, b_v = load_tile(call, i_head, i_tile, place, REPEATS)
-        b_grad = load_rows(call, call.grad, at, m_row)
-        if occupied:
-            b_score = dot_rows(b_q, b_k, call.PRECISION) * (call.scale * LOG2E)
-            if call.bias is not None or call.N < TILE:
-                b_score += tile_bias(call, i_head, place, RESIDUES)
-            b_p, b_inverse = softmax_rows(call, b_score, m_row, o_segment)
-            b_p *= b_inverse[:, None]
-            o_out = (at[2] * (grads.GROUPS * call.heads) + i_head) * call.D
-            b_dv = weigh_rows(tl.trans(b_p.to(grads.v.dtype.element_ty)), b_grad, call.PRECISION)
-            store_rows(call, grads.v, o_out, m_row, b_dv)
-            b_ds = b_p * dot_rows(b_grad, b_v, call.PRECISION)
-            b_ds -= b_p * tl.sum(b_ds, 1)[:, None]
-            if sums is not None:
-                b_dbias += b_ds
-            b_low = b_ds.to(grads.q.dtype.element_ty)
-            b_dk = weigh_rows(tl.trans(b_low), b_q, call.PRECISION)
-            store_rows(call, grads.k, o_out, m_row, scale_rows(b_dk, call.scale))
-            b_dq = weigh_rows(b_low, b_k, call.PRECISION)
-            store_rows(call, grads.q, o_out, m_row, scale_rows(b_dq, call.scale))
-    if sums is not None:
+        b_dbias, b_check = backward_tile(
+            call,
+            grads,
+            b_dbias,
+            b_check,
+            i_head,
+            i_tile,
+            0,
+            place,
+            BIASED,
+            NEEDS_BIAS,
+            RESIDUES,
+            REPEATS,
+            CHECKED=SHARED,
+            APART=False,
+        )
+    if SHARED:  # noqa: SIM102 - known to the compiler, unlike the next
+        if tl.sum(b_check * 0.0, 0) != 0.0:
+            tl.debug_barrier()
+            b_dbias = tl.zeros((TILE, TILE), tl.float32)
+            shared = TILE // call.length
+            for i_step in tl.range(0, tl.cdiv(tiles - i_split, splits) * shared, num_stages=1):
+                i_tile = i_split + i_step // shared * splits
+                i_only = i_step % shared
+                b_dbias, b_check = backward_tile(
+                    call,
+                    grads,
+                    b_dbias,
+                    b_check,
+                    i_head,
+                    i_tile,
+                    i_only,
+                    place,
+                    BIASED,
+                    NEEDS_BIAS,
+                    RESIDUES,
+                    REPEATS,
+                    CHECKED=False,
+                    APART=True,
+                )
+    if NEEDS_BIAS:
         o_tile = tl.arange(0, TILE)
         p_sums = sums + tl.program_id(0).to(tl.int64) * (TILE * TILE)
         tl.store(p_sums + (o_tile[:, None] * TILE + o_tile[None, :]), b_dbias)
@@ -207,6 +352,8 @@ def tiles_of(q: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor | N
     if n <= 16:
         tile, stages = 16, 1
         warps = 1 if q.dtype != torch.float32 else 4 if width <= 64 else 8
+    elif n <= 32:
+        tile, warps, stages = 32, 2, 1
     else:
         # The backward loads the next tile while it works on one, where that leaves registers.
         tile, warps, stages = 64, 4, 2 if backward and capability(q)[0] == 9 else 1
@@ -317,6 +464,8 @@ def _compile_cases() -> Iterator[CompileCase]:
     half, full = torch.bfloat16, torch.float32
     for n, heads, width, dtype, packed in (
         *((n, 16, width, half, True) for n in (16, 64, 256) for width in (64, 72)),
+        (4, 16, 72, half, True),
+        (25, 16, 72, half, True),
         (64, 8, 128, half, True),
         (256, 8, 128, half, True),
         (49, 4, 32, half, False),

@@ -303,9 +303,10 @@ def block_config(kernel: str, q: torch.Tensor) -> dict[str, int]:
 
     64 rows to 4 warps: more warps would compute the same rows twice. Few columns, fewer for wider heads, leave
     registers for two or three programs on a multiprocessor, so that one computes while others load. What is here
-    compiles without a spill for sm_80, sm_90 and sm_100.
+    compiles without a spill for sm_80, sm_90, sm_100 and sm_120.
     """
     width, major = q.shape[-1], capability(q)[0]
+    major = 8 if major == 12 else major  # the same tensor cores, which multiply registers
     if q.dtype == torch.float32:
         wide = width > 64 or (kernel == "dkv" and major == 10)
         return {"BM": 16, "BN": 16, "num_warps": 8 if wide else 4, "STAGES": 1}

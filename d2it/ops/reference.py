@@ -1,11 +1,12 @@
 """The specification: every operator of `d2it.ops` in plain PyTorch, differentiable, float64-capable.
 
 No validation, no tricks; where a fast backend and this file disagree, this file is right. Computation runs in the
-dtype of the inputs, as eager PyTorch does, except where float32 is part of the contract (entropy, LayerNorm).
+dtype of the inputs, as eager PyTorch does, except where float32 is part of the contract (entropy, softmax, LayerNorm).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -223,7 +224,11 @@ def window_attention(
     segment_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T scale + bias) v inside every window, over the tokens that exist."""
+    """softmax(q k^T scale + bias) v inside every window, over the tokens that exist.
+
+    Scores and softmax are float32 (float64 for float64). A query whose scores are all -inf, by slots, segments or the
+    bias, has a zero result and zero gradients.
+    """
     if slots is None:
         return _dense_attention(q, k, v, bias, None, segment_ids, scale)
     exists = slots >= 0  # (W, N)
@@ -249,19 +254,22 @@ def _dense_attention(
 ) -> Tensor:
     windows, n, heads, width = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (W, H, N, D)
-    scores = (q * (width**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    # In float32 at least: a score beyond the range of float16 is no mask.
+    wide = _accumulate(q.dtype)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (width**-0.5 if scale is None else scale)
     which = torch.arange(windows, device=q.device)
     if bias is not None:
-        scores = scores + bias.index_select(0, which % bias.shape[0]).to(scores.dtype)
+        scores = scores + bias.index_select(0, which % bias.shape[0]).to(wide)
     mask = None if exists is None else exists[:, None, None, :]
     if segment_ids is not None:
         ids = segment_ids.index_select(0, which % segment_ids.shape[0])
         equal = (ids[:, :, None] == ids[:, None, :])[:, None]
         mask = equal if mask is None else mask & equal
     if mask is not None:
-        # The dtype's minimum, not -inf: a row without any key stays finite, and is dropped with its query below.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    out = (scores.softmax(dim=-1) @ v).transpose(1, 2)
+        scores = torch.where(mask, scores, -math.inf)
+    sees_none = (scores == -math.inf).all(dim=-1, keepdim=True)
+    weights = torch.where(sees_none, 0, torch.where(sees_none, 0, scores).softmax(dim=-1))
+    out = (weights.to(v.dtype) @ v).transpose(1, 2)
     return out if exists is None else torch.where(exists[:, :, None, None], out, 0)
 
 
