@@ -181,9 +181,14 @@ class LatentStageConfig(StageConfig):
 
     Args:
         any_vae: accept weights of init that were trained on the latents of another VAE.
+        snapshot_every: steps between two snapshots of two averages, from which python -m d2it.training.ema rebuilds
+            averages of any width; 0 keeps none.
+        snapshot_sigmas: sigma_rel, the widths of those two averages.
     """
 
     any_vae: bool = False
+    snapshot_every: int = 0
+    snapshot_sigmas: list[float] = field(default_factory=lambda: [0.05, 0.10])
 
 
 @dataclass
@@ -511,6 +516,12 @@ _RULES: dict[str, Rule] = {
     "dvae.loss.features": _one_of(None, *LITE),
     "dvae.loss.disc_start": _between(0, _MOST, "at least 0", null=True),
     "dvae.loss.disc_channels dvae.loss.disc_layers": _between(1, 4096, "at least 1"),
+    "grain.snapshot_every content.snapshot_every": _between(0, _MOST, "0 or more"),
+    "grain.snapshot_sigmas content.snapshot_sigmas": (
+        # Their folders carry them with three decimals.
+        lambda value: len(set(value)) == len(value) == 2 and all(0.01 <= s <= 0.28 and round(s, 3) == s for s in value),
+        "two different widths in 0.01 ... 0.28, of three decimals at most",
+    ),
     "content.capacity_step": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "cache.batch_size cache.unit_size": _COUNT,
     "sample.images sample.batch_size": _COUNT,

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from d2it.distributed import World
-from d2it.training.config import StageConfig
-from d2it.training.ema import Ema, local
+from d2it.training.config import LatentStageConfig, StageConfig
+from d2it.training.ema import Ema, PowerEma, local, snapshot_folder
 from d2it.training.float8 import to_float8
 from d2it.training.parallel import gradient_sync, spread
 
@@ -44,6 +44,12 @@ def bf16(settings: StageConfig, device: torch.device) -> bool:
     if settings.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return settings.precision == "bf16"
+
+
+def snapshot_sigmas(settings: StageConfig) -> list[float]:
+    """Return the widths of the power-function averages that the stage keeps."""
+    kept = isinstance(settings, LatentStageConfig) and settings.snapshot_every
+    return cast(LatentStageConfig, settings).snapshot_sigmas if kept else []
 
 
 class Learner:
@@ -93,6 +99,7 @@ class Learner:
             fused=True,
         )
         self.ema = Ema(self.losses, settings.ema)
+        self.powers = [PowerEma(self.losses, sigma) for sigma in snapshot_sigmas(settings)]
         # Steps skipped in all; in a row up to now; in a row at worst since the last report.
         self.guard = torch.zeros(3, device=world.device)
 
@@ -121,6 +128,8 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
+        for average in self.powers:
+            average.update_at(step)
         total, streak, worst = self.guard.unbind()
         streak = (streak + 1) * bad
         self.guard = torch.stack([total + bad, streak, torch.maximum(worst, streak)])
@@ -129,7 +138,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Return its tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
         model, optimizer = get_state_dict(self.losses, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "ema": self.ema.shadow, "guard": self.guard}
+        state = {"model": model, "optimizer": optimizer, "ema": self.ema.shadow, "guard": self.guard}
+        return state | {f"power{i}": average.shadow for i, average in enumerate(self.powers)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned, after a checkpoint was read into it (average and guard: in place)."""
@@ -141,7 +151,8 @@ class Learner:
     def not_finite(self) -> str | None:
         """Return the name of a tensor of weights, average or moments that is not finite; waits for the device."""
         named = {f"the weights {name}": p.detach() for name, p in self.ema.parameters.items()}
-        named |= {f"the average of {name}": shadow for name, shadow in self.ema.shadow.items()}
+        for average in (self.ema, *self.powers):
+            named |= {f"{average.title} of {name}": shadow for name, shadow in average.shadow.items()}
         for name, p in self.ema.parameters.items():
             named |= {f"{key} of {name}": t for key, t in self.optimizer.state.get(p, {}).items()}
         mine = {name: local(tensor) for name, tensor in named.items()}
@@ -150,9 +161,14 @@ class Learner:
         bad = largest.isfinite().logical_not().tolist()
         return next(itertools.compress(mine, bad), None)
 
-    def share(self, folder: Path) -> None:
+    def snapshot(self, run: str | Path, step: int) -> None:
+        """Write the power-function averages after `step` steps; called on all ranks."""
+        for average in self.powers:
+            self.share(snapshot_folder(run, self.name, step, average.sigma), average)
+
+    def share(self, folder: Path, average: Ema | None = None) -> None:
         """Write the network with its averaged weights as safetensors, from rank 0; called on all ranks."""
-        with self.ema.applied():
+        with (average or self.ema).applied():
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(self.network, options=options)
 

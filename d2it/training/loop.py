@@ -19,8 +19,9 @@ from d2it.distributed import StopSignal, World
 from d2it.errors import Interrupted, UserError
 from d2it.seeds import seed_of
 from d2it.training.checkpoint import Checkpoints
-from d2it.training.config import RunConfig, StageConfig
-from d2it.training.learner import Batch, Learner, learning_rate
+from d2it.training.config import LatentStageConfig, RunConfig, StageConfig
+from d2it.training.ema import FOLDER
+from d2it.training.learner import Batch, Learner, learning_rate, snapshot_sigmas
 from d2it.training.meters import Meters, Work
 
 
@@ -87,13 +88,18 @@ def train(
         Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
     folder = Path(run.dir) / "checkpoints" / stage.name
-    checkpoints = Checkpoints(folder, world, stage.identity(), keep=run.keep, background=run.async_save)
+    sigmas = snapshot_sigmas(settings)
+    identity = stage.identity() | ({"snapshot_sigmas": sigmas} if sigmas else {})
+    checkpoints = Checkpoints(folder, world, identity, keep=run.keep, background=run.async_save)
     newest = checkpoints.newest()
     first = newest or 0
     if first >= settings.steps:
         return
+    kept = Path(run.dir) / FOLDER / stage.name
+    if sigmas and newest is None and world.together(kept.exists):
+        raise UserError(f"{kept}: snapshots of an earlier training are here: move the folder away", shared=True)
     weights = sum(p.numel() for learner in stage.learners for p in learner.parameters)
-    checkpoints.prepare(16 * weights)  # float32 weights, average, two moments
+    checkpoints.prepare((16 + 4 * len(sigmas)) * weights)  # float32 weights, averages, two moments
     if newest is not None:
         restore(stage, checkpoints, first)
     begin()
@@ -133,8 +139,13 @@ def train(
                 checkpoints.settle()
             publishing = last or (run.publish_every and done % run.publish_every == 0 and not signal)
             saving = last or done % run.save_every == 0 or signal
-            if publishing or saving:
+            every = settings.snapshot_every if isinstance(settings, LatentStageConfig) else 0
+            keeping = every and (last or done % every == 0)
+            if publishing or saving or keeping:
                 check_finite(stage, world, done, checkpoints)
+            if keeping:
+                for learner in stage.learners:
+                    learner.snapshot(run.dir, done)
             if publishing:
                 stage.publish(meters, done)
             # Weights before a gradient that was not finite may be the reason for it: not kept in the place of others.

@@ -9,6 +9,7 @@ import torch
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.training.config import StageConfig
+from d2it.training.learner import snapshot_sigmas
 from d2it.training.loop import Stage
 from d2it.training.meters import memory_gib, memory_limit, peak_flops
 
@@ -36,7 +37,8 @@ class Summary:
         batch = stage.synthetic(few, torch.device("meta"))
         work = stage.work(batch)
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in stage.networks.items()}
-        self.state = 20 * sum(counts.values()) / (world.size if settings.parallel == "fsdp" else 1)
+        bytes_each = 20 + 4 * len(snapshot_sigmas(settings))  # weights, gradients, two moments, averages in float32
+        self.state = bytes_each * sum(counts.values()) / (world.size if settings.parallel == "fsdp" else 1)
         self.activations = stage.activations(batch) / few * micro
         lines = [
             f"{name}: {type(net).__name__}{f' {settings.preset}' if name == stage.name else ''}, "
