@@ -205,7 +205,7 @@ __device__ inline void store_elements(T* row, int column, int width, uint32_t x)
 template <typename T, int kCount>
 __device__ inline void store_columns(const float (&c)[kCount][4], const float (&factor)[2],
                                      T* const (&row)[2], int column, int width, bool vectors) {
-  const int quad = threadIdx.x % 4, odd = quad % 2;
+  const int quad = d2it::opaque(threadIdx.x) % 4, odd = quad % 2; // not kept: registers are full
 #pragma unroll
   for (int j = 0; j < kCount; j += 2) {
 #pragma unroll
@@ -521,7 +521,7 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
   constexpr int kRow = kPitch<kWidth>;
   extern __shared__ float4 shared[];
   const Problem& p = f.p;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, head = blockIdx.x % p.heads;
+  const int warp = threadIdx.x / kWarp, head = blockIdx.x % p.heads;
   const int rows = round_up(p.n, kTile);
   T* k = reinterpret_cast<T*>(shared);
   T* v = k + rows * kRow;
@@ -539,7 +539,8 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
     int run;
     const int count = close_up(p, at, window, slot, run);
     const auto copy_queries = [&](int first) {
-      copy_rows<T, kWidth, false>(q, f.q, p, at, window, head, first, count, kTile, lane, kWarp);
+      copy_rows<T, kWidth, false>(q, f.q, p, at, window, head, first, count, kTile,
+                                  d2it::opaque(threadIdx.x) % kWarp, kWarp);
     };
     fetch_slot(p, at, window + p.splits);
     copy_rows<T, kWidth, true>(k, f.k, p, at, window, head, 0, count, round_up(count, kTile), threadIdx.x,
@@ -831,7 +832,7 @@ struct Work {
   __device__ void store_queries(int block) const {
     const Problem& p = b.p;
     const Stage<T, kWidth> in = stage(block);
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int thread = d2it::opaque(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int own = warp % 2 * 16, group = warp / 2, first = block * kBlock + own;
     constexpr int kGroups = kWarps / 2, kUnits = kWidth / 16;
     if (first >= count) return;
@@ -885,7 +886,7 @@ struct Work {
   template <bool kDk, bool kDv>
   __device__ void walk(const Bias<T>& bias) const {
     const Problem& p = b.p;
-    const int lane = threadIdx.x % kWarp, first_key = threadIdx.x / kWarp * kTile;
+    const int first_key = threadIdx.x / kWarp * kTile;
     const int blocks = (count + kBlock - 1) / kBlock;
     constexpr int kApart = kWarps * kTile;
     const int tiles = first_key >= count ? 0 : first_key + kApart >= count ? 1 : 2;
@@ -921,6 +922,7 @@ struct Work {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (i >= tiles) break;
+      const int lane = d2it::opaque(threadIdx.x) % kWarp;
       T *dk_row[2], *dv_row[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
