@@ -191,6 +191,7 @@ class Exact(nn.Module):
             code_sizes=(2, 1),
             cells_per_region=2,
             region_tokens=lambda grain_map: 4 * grain_map,
+            refines=lambda fraction: True,
             masked=True,
             diffusion=diffusion,
         )

@@ -54,6 +54,7 @@ class Known(nn.Module):
             code_sizes=(2, 1),
             cells_per_region=2,
             region_tokens=lambda grain_map: 4 * grain_map,
+            refines=lambda fraction: True,
             min_grain=1,
             window=4,
             masked=False,
@@ -320,15 +321,67 @@ def test_a_step_is_captured_once_and_replayed(name, monkeypatch):
     labels, seeds = torch.tensor([0, 1]), [1, 2]
     options = {"scheduler": name, "steps": 6, "seeds": seeds, "guidance": Guidance(3.0, "power-cosine", power=1.0)}
     content, dit = make(DynamicContentTransformer, image_size=64), make(DiT, image_size=64)
+    half = make(DynamicContentTransformer, image_size=64, refine_until=0.5)
     grains = torch.randint(0, 2, (2, 4, 4), generator=torch.Generator().manual_seed(0))
-    for model, maps in ((content, grains), (dit, None)):
+    for model, maps in ((content, grains), (half, grains), (dit, None)):
         replayed = sample_content(model, maps, labels, cuda_graph=True, **options)
         torch.testing.assert_close(replayed, sample_content(model, maps, labels, **options))
     if name in GRAIN_SCHEDULERS:
         grain = make(DynamicGrainTransformer, grid=(4, 6))
         replayed = sample_grain_maps(grain, labels, cuda_graph=True, **options)
         assert torch.equal(replayed, sample_grain_maps(grain, labels, **options))
-    assert len(traces) == (3 if name in GRAIN_SCHEDULERS else 2)
+    assert len(traces) == (5 if name in GRAIN_SCHEDULERS else 4)  # two with and without RefineNet
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "diffusion", "refined", "steps"),
+    [
+        ("ddim", DiffusionConfig(), 3, 6),
+        ("ddpm", DiffusionConfig(), 3, 6),
+        ("euler", DiffusionConfig(), 3, 6),  # of diffusers, between whole timesteps
+        ("euler", DiffusionConfig(path="linear", prediction="velocity"), 2, 6),  # at 1, 5/6, ... and 1/2 is not below
+        ("heun", DiffusionConfig(path="linear", prediction="velocity"), 4, 11),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_noisy_steps_leave_refinenet_out(scheduler, diffusion, refined, steps, masked):
+    """Below half of T it runs, above it does not, and the samples are those of a model that leaves out itself."""
+    settings = {"image_size": 64, "learn_sigma": False, "diffusion": diffusion, "refine_until": 0.5, "masked": masked}
+    model = make(DynamicContentTransformer, **settings)
+    grains = torch.randint(0, 2, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    arguments = {"labels": torch.tensor([0, 1]), "seeds": [1, 2], "steps": 6, "scheduler": scheduler}
+    calls = []
+    model.refine.register_forward_hook(lambda module, args, out: calls.append(1))
+    trunk = []
+    model.multi_grained.register_forward_hook(lambda module, args, out: trunk.append(1))
+    out = sample_content(model, grains, guidance=Guidance(2.0), **arguments)
+    assert (len(calls), len(trunk)) == (refined, steps)
+
+    asked = model.forward
+    model.forward = lambda x, t, y, grain_map, plan=None, refine=True: asked(x, t, y, grain_map)
+    torch.testing.assert_close(sample_content(model, grains, guidance=Guidance(2.0), **arguments), out)
+    assert len(calls) == refined + steps
+    model.config.refine_until = 1.0
+    everywhere = sample_content(model, grains, guidance=Guidance(2.0), **arguments)
+    assert (everywhere - out).abs().max() > 1e-3
+
+
+def test_a_guide_leaves_out_its_own_noisy_steps():
+    model = make(DynamicContentTransformer, image_size=64)
+    weaker = make(DynamicContentTransformer, image_size=64, refine_until=0.5)
+    calls = {"model": 0, "guide": 0}
+    for name, network in (("model", model), ("guide", weaker)):
+
+        def count(*_, name=name):
+            calls[name] += 1
+
+        network.refine.register_forward_hook(count)
+    grains = torch.randint(0, 2, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    options = {"labels": torch.tensor([0, 1]), "seeds": [1, 2], "steps": 6, "scheduler": "ddim"}
+    out = sample_content(model, grains, guide=weaker, guidance=Guidance(2.0), **options)
+    assert calls == {"model": 6, "guide": 3}
+    weaker.config.refine_until = 1.0
+    assert not torch.equal(sample_content(model, grains, guide=weaker, guidance=Guidance(2.0), **options), out)
 
 
 class KnownMap(nn.Module):

@@ -163,6 +163,27 @@ def test_a_code_is_one_token():
     assert torch.equal(out[coarse], rough[coarse])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("factors", [(8, 16), (8, 16, 32)])
+def test_images_above_refine_until_are_not_refined(masked, factors):
+    """`refine_until` holds image by image: t / T below it is refined, at and above it the rough noise stays."""
+    model = make_content(image_size=64, downsampling=factors, masked=masked)
+    x, _, y, grains = content_inputs(model, batch=4, fine=1.0)
+    t = torch.tensor([0, 299, 300, 999])
+    with torch.no_grad():
+        full = model(x, t, y, grains)
+        rough = model(x, t, y, grains, refine=False)
+        model.config.refine_until = 0.3
+        half = model(x, t, y, grains)
+    torch.testing.assert_close(half[:2], full[:2])
+    assert torch.equal(half[2:], rough[2:])
+    assert all((full[i] != rough[i]).any() for i in range(4))
+    _, grads = gradients(model, (x, torch.full((4,), 300), y, grains), torch.randn_like(full))
+    for name, grad in grads.items():
+        assert grad is not None, f"{name} has no gradient: a rank without fine tokens would hang the others"
+        assert not (name.startswith("refine.") and grad.any())
+
+
 def test_refinenet_changes_fine_cells_only():
     model = make_content(image_size=64)
     x, t, y, grains = content_inputs(model)
@@ -348,6 +369,10 @@ def test_blocks_compile_without_a_graph_break(bias):
         ({"downsampling": 8}, "downsampling must be a list of whole numbers above 0, got 8"),
         ({"patch_size": 3}, "patch_size must divide"),
         ({"min_grain": 2}, "min_grain must be in 0"),
+        ({"refine_until": 1.5}, "refine_until must be a share in 0 ... 1, got 1.5"),
+        ({"refine_until": float("nan")}, "refine_until must be a share"),
+        ({"refine_until": "half"}, "refine_until must be a share in 0 ... 1, got 'half'"),
+        ({"refine_until": 0.5, "min_grain": 0}, "refine_until must be 1 where RefineNet corrects the coarsest grain"),
         ({"relative_bias": "swin"}, "relative_bias must be"),
         ({"heads": 5}, "heads must divide"),
         ({"attention": "magic"}, "attention must be one of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -161,6 +162,9 @@ def test_macs_against_torchs_counter():
     content = DynamicContentTransformer.from_preset("tiny", image_size=(64, 96))
     x, grains = torch.randn(3, 4, 8, 12), torch.ones(3, 4, 6, dtype=torch.long)
     assert measured(content, x, t, y, grains) == count_macs(content.config, 3).total
+    content.forward, asked = functools.partial(content.forward, refine=False), content.forward
+    assert measured(content, x, t, y, grains) == count_macs(content.config, 3).dense
+    content.forward = asked
     three = DynamicContentTransformer.from_preset("tiny", image_size=(64, 128), downsampling=(8, 16, 32))
     x, grains = torch.randn(3, 4, 8, 16), torch.randint(0, 3, (3, 2, 4), generator=torch.Generator().manual_seed(0))
     fine = fine_tokens(grains, three.config)

@@ -360,7 +360,13 @@ def test_three_grains_by_the_override_that_the_demo_names(tmp_path: Path) -> Non
     lines = (ROOT / "configs" / "demo.yaml").read_text().splitlines()
     (override,) = [line.split("'")[1] for line in lines if line.startswith("#   python train.py '")]
     assert load(ROOT / "configs" / "demo.yaml", [override]).dvae.overrides["channels"] == 16
-    small = ["dvae.steps=2", "grain.steps=2", "content.steps=2", "content.overrides.window=2"]
+    small = [
+        "dvae.steps=2",
+        "grain.steps=2",
+        "content.steps=2",
+        "content.overrides.window=2",
+        "content.overrides.refine_until=0.5",
+    ]
     folder = tmp_path / "three"
     assert (
         main(

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2it import ops
+from d2it.diffusion import DiffusionConfig
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss, VAELossConfig, layers
@@ -28,15 +29,22 @@ from d2it.training.config import Config, RunConfig
 from d2it.training.ema import Ema
 from d2it.training.learner import Batch
 from d2it.training.meters import Energy, Meters
+from d2it.training.stage import to_device
 from d2it.training.transformers import ContentStage, GrainStage, LatentData, LatentStage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORLD = World(0, 1, 1, DEVICE)
 
 
-def stage(kind: type[LatentStage] = ContentStage, preset: str = "tiny", **settings: Any) -> Any:
+def stage(
+    kind: type[LatentStage] = ContentStage,
+    preset: str = "tiny",
+    diffusion: DiffusionConfig | None = None,
+    **settings: Any,
+) -> Any:
     """A small stage with open gates."""
     config = Config()
+    config.diffusion = diffusion or config.diffusion
     config.data.num_classes = 5
     chosen = getattr(config, kind.name)
     chosen.preset, chosen.batch_size = preset, 4
@@ -413,6 +421,55 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: p
 
 
 # ---- the device is not waited for
+
+
+# ---- timesteps drawn on the host
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        DiffusionConfig(),
+        DiffusionConfig(timesteps="logit_normal", shift=2.0),
+        DiffusionConfig(path="linear", prediction="velocity"),
+    ],
+    ids=["ddpm", "shifted", "linear"],
+)
+def test_the_packed_length_follows_the_timesteps(process: DiffusionConfig) -> None:
+    """With `refine_until` the host draws the timesteps: tokens and capacity are those of the images below it."""
+    made = stage(overrides={"refine_until": 0.4, "learn_sigma": False}, diffusion=process, accumulate=2)
+    assert made.network.config.refine_until == 0.4
+    maps = torch.ones(4, 4, 4, dtype=torch.int64)
+    seen, rows, shares = set(), [], []
+    for number in range(60):
+        given = made.with_timesteps(made.prepare({"grain_map": maps}), number)
+        t = given["timesteps"]
+        again = made.with_timesteps({"grain_map": maps}, number)
+        assert torch.equal(t, again["timesteps"])
+        seen.add(tuple(t.tolist()))
+        below = int((t < 400).sum())
+        assert given["fine"].rows == 64 * below
+        assert max(1, given["fine"].rows) <= given["capacity"] <= 64 * below + 16
+        rows.append(given["fine"].rows)
+        shares.append(float(t.double().mean()) / 1000)
+    assert len(seen) == 60, "two micro-batches have the same timesteps"
+    assert len(set(rows)) >= 3
+    many = made.diffusion.sample_timesteps(20_000, generator=torch.Generator().manual_seed(1)).double()
+    assert sum(shares) / 60 == pytest.approx(float(many.mean()) / 1000, abs=0.05)
+
+
+def test_a_step_takes_the_timesteps_of_its_batch() -> None:
+    made = stage(overrides={"refine_until": 0.4})
+    given = to_device(made.with_timesteps(made.synthetic(4, torch.device("cpu")), 3), DEVICE)
+    asked: list[torch.Tensor] = []
+    made.network.register_forward_pre_hook(lambda module, args: asked.append(args[1]))
+    assert step(made, given).isfinite()
+    assert torch.equal(asked[0], given["timesteps"])
+    work = made.work(given)
+    assert work.tokens == 4 * 16 + given["fine"].rows
+
+    plain = stage()
+    assert "timesteps" not in plain.with_timesteps(batch(plain), 3)
 
 
 @pytest.mark.parametrize("kind", [GrainStage, ContentStage])

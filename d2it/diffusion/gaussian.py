@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2it.diffusion.process import Diffusion, DiffusionConfig, draw_fractions
+from d2it.diffusion.process import NUM_TIMESTEPS, Diffusion, DiffusionConfig, draw_fractions
 
 
 class GaussianDiffusion(Diffusion):
@@ -31,7 +31,7 @@ class GaussianDiffusion(Diffusion):
 
     def __init__(
         self,
-        num_timesteps: int = 1000,
+        num_timesteps: int = NUM_TIMESTEPS,
         beta_start: float = 1e-4,
         beta_end: float = 2e-2,
         *,

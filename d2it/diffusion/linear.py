@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2it.diffusion.process import Diffusion, DiffusionConfig, draw_fractions, shifted
+from d2it.diffusion.process import NUM_TIMESTEPS, Diffusion, DiffusionConfig, draw_fractions, shifted
 
 EDGE = 1e-3
 """Training stays this far from both ends of the path, in units of the whole."""
@@ -24,7 +24,7 @@ class LinearDiffusion(Diffusion):
 
     def __init__(self, config: DiffusionConfig | None = None) -> None:
         self.config = config or DiffusionConfig(path="linear", prediction="velocity")
-        self.num_timesteps = 1000
+        self.num_timesteps = NUM_TIMESTEPS
 
     def to(self, device: torch.device | str) -> LinearDiffusion:
         """Nothing to move: the coefficients are computed from t."""

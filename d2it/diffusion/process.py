@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NUM_TIMESTEPS = 1000
+"""T, the scale on which a network is given its timestep: 0 is clean, T noise."""
+
 PATHS = ("ddpm", "linear")
 PREDICTIONS = ("epsilon", "v", "sample", "velocity")
 TIMESTEPS = ("uniform", "logit_normal")

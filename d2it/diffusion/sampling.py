@@ -8,8 +8,9 @@ it adds to each cell; afterwards every code takes the value of its first cell, w
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,27 @@ from d2it.diffusion.solvers import (
 Callback = Callable[[int, float, Tensor], None]
 #: Settings of a model from which, with the grain map, its arguments in `_model_plans` follow.
 PLANNED = ("window", "min_grain", "masked")
+
+
+class Kind(NamedTuple):
+    """What kind of pass through the model a step is; each has arguments and a CUDA graph of its own.
+
+    Args:
+        guided: with and without the label, as one batch.
+        refined: with RefineNet, which a model may leave out of the noisy steps.
+        guide_refined: the same of a weaker model that guides.
+    """
+
+    guided: bool
+    refined: bool = True
+    guide_refined: bool = True
+
+
+def _always(fraction: float) -> bool:
+    return True
+
+
+_KINDS = [Kind(*kind) for kind in itertools.product((False, True), repeat=2)]
 
 
 @torch.no_grad()
@@ -142,9 +164,10 @@ def denoise_content(
     generators = make_generators(seeds, device)
     keep = 2 * channels if isinstance(solver, Ddpm) and solver.learned_range else channels
     twice = guidance.scale != 1.0 and guide is None
-    of_guide: dict[str, Any] = {}
+    arguments: dict[Kind, dict[str, Any]] = {kind: {} for kind in _KINDS}
+    of_guide = arguments
+    refines = guide_refines = _always
     if grain_map is None:
-        arguments: dict[bool, dict[str, Any]] = {False: {}, True: {}}
 
         def grained(x: Tensor) -> Tensor:
             return x
@@ -153,9 +176,12 @@ def denoise_content(
     else:
         grain_map = grain_map.to(device)
         arguments = _model_plans(model, grain_map, guided=twice)
+        refines = config.refines
         if guide is not None:
             same = all(getattr(guide.config, key) == getattr(config, key) for key in PLANNED)
-            of_guide = arguments[False] if same else _model_plans(guide, grain_map, guided=False)[False]
+            of_guide = arguments if same else _model_plans(guide, grain_map, guided=False)
+            weaker: Any = guide
+            guide_refines = weaker.config.refines
         sizes = config.code_sizes
 
         def grained(x: Tensor) -> Tensor:
@@ -168,9 +194,13 @@ def denoise_content(
     own = _Output(model, labels, arguments, guided, autocast, device)
     output: _Output | _GuidedOutput = own
     if guide is not None:
-        output = _GuidedOutput(own, _Output(guide, labels, {False: of_guide, True: {}}, guided, autocast, device))
+        output = _GuidedOutput(own, _Output(guide, labels, of_guide, guided, autocast, device))
+
+    def kind_of(fraction: float, guided: bool) -> Kind:
+        return Kind(guided, refines(fraction), not guided or guide_refines(fraction))
+
     x = grained(randn((len(seeds), channels, *config.grid), generators, device=device, dtype=torch.float32))
-    chain = _Chain(solver, output, lambda out: project(out[:, :keep]), grained, cuda_graph)
+    chain = _Chain(solver, output, lambda out: project(out[:, :keep]), grained, cuda_graph, kind_of)
     return chain(x, generators, guidance, callback)[0]
 
 
@@ -189,9 +219,9 @@ def denoise_grain_maps(
     device = next(model.parameters()).device
     generators = make_generators(seeds, device)
     channels = guidance.channels or config.num_grains
-    output = _Output(model, labels, {False: {}, True: {}}, channels, autocast, device)
+    output = _Output(model, labels, {kind: {} for kind in _KINDS}, channels, autocast, device)
     x = randn((len(seeds), 1, *config.grid), generators, device=device, dtype=torch.float32)
-    chain = _Chain(solver, output, expected_signal, lambda x: x, cuda_graph)
+    chain = _Chain(solver, output, expected_signal, lambda x: x, cuda_graph, lambda fraction, guided: Kind(guided))
     return chain(x, generators, guidance, None)[1].argmax(dim=1)
 
 
@@ -200,7 +230,7 @@ class _Output:
 
     Args:
         labels: (B,) or None.
-        arguments: of the model for one pass over the batch (False) and for two (True).
+        arguments: of the model for every kind of pass.
         channels: how many of the first are guided.
     """
 
@@ -208,7 +238,7 @@ class _Output:
         self,
         model: Any,
         labels: Tensor | None,
-        arguments: Mapping[bool, dict[str, Any]],
+        arguments: Mapping[Kind, dict[str, Any]],
         channels: int,
         autocast: torch.dtype | None,
         device: torch.device,
@@ -218,12 +248,13 @@ class _Output:
         both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
         self.labels = {False: labels, True: both}
 
-    def __call__(self, guided: bool, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        """`t` and `weight` are (); the weight counts where `guided`."""
+    def __call__(self, kind: Kind, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        """`t` and `weight` are (); the weight counts in a guided pass."""
+        guided = kind.guided
         x = torch.cat([x, x]) if guided else x
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             x = x.to(next(self.model.parameters()).dtype)
-            out = self.model(x, t.expand(x.shape[0]), self.labels[guided], **self.arguments[guided]).float()
+            out = self.model(x, t.expand(x.shape[0]), self.labels[guided], **self.arguments[kind]).float()
         if not guided:
             return out
         conditional, unconditional = out.chunk(2)
@@ -241,11 +272,12 @@ class _GuidedOutput:
     def __init__(self, output: _Output, reference: _Output) -> None:
         self.output, self.reference = output, reference
 
-    def __call__(self, guided: bool, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        out = self.output(False, x, t, weight)
-        if not guided:
+    def __call__(self, kind: Kind, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        out = self.output(Kind(False, kind.refined), x, t, weight)
+        if not kind.guided:
             return out
-        return guide_output(out, self.reference(False, x, t, weight), weight, self.output.channels)
+        reference = self.reference(Kind(False, kind.guide_refined), x, t, weight)
+        return guide_output(out, reference, weight, self.output.channels)
 
 
 class _Chain:
@@ -256,6 +288,7 @@ class _Chain:
         predicted: the solver's input, from the model's output.
         grained: makes a state one value a code.
         cuda_graph: replay a captured step.
+        kind_of: the kind of pass, from the share of T and whether the step is guided.
     """
 
     def __init__(
@@ -265,10 +298,11 @@ class _Chain:
         predicted: Callable[[Tensor], Tensor],
         grained: Callable[[Tensor], Tensor],
         cuda_graph: bool,
+        kind_of: Callable[[float, bool], Kind],
     ) -> None:
         self.solver, self.output, self.predicted, self.grained = solver.fresh(), output, predicted, grained
-        self.cuda_graph = cuda_graph
-        self.captured: dict[bool, Callable[..., tuple[Tensor, ...]]] = {}
+        self.cuda_graph, self.kind_of = cuda_graph, kind_of
+        self.captured: dict[Kind, Callable[..., tuple[Tensor, ...]]] = {}
 
     def __call__(
         self, x: Tensor, generators: list[torch.Generator], guidance: Guidance, callback: Callback | None
@@ -284,36 +318,36 @@ class _Chain:
         out = x
         memory = () if isinstance(solver, Diffusers) else (x,) * solver.memory
         for i, (t, weight) in enumerate(zip(solver.timesteps, weights)):
-            guided = weight != 1.0
+            kind = self.kind_of(t / solver.num_timesteps, weight != 1.0)
             if isinstance(solver, Diffusers):
                 scaled = solver.scale_model_input(x, i)
-                prediction, out = self._run(self._predict, guided, scaled, *on_device[:, i])
+                prediction, out = self._run(self._predict, kind, scaled, *on_device[:, i])
                 x = self.grained(solver.step(prediction, i, x, generators))
             else:
                 noise = draw_noise(solver, i, x, generators)
-                out, x, *memory = self._run(self._step, guided, x, *on_device[:, i], numbers[i], noise, *memory)
+                out, x, *memory = self._run(self._step, kind, x, *on_device[:, i], numbers[i], noise, *memory)
             if callback is not None:
                 callback(i, t, x)
         return x, out
 
-    def _predict(self, guided: bool, x: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.output(guided, x, t, weight)
+    def _predict(self, kind: Kind, x: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.output(kind, x, t, weight)
         return self.predicted(out), out
 
     def _step(
-        self, guided: bool, x: Tensor, t: Tensor, weight: Tensor, number: Tensor, noise: Tensor, *memory: Tensor
+        self, kind: Kind, x: Tensor, t: Tensor, weight: Tensor, number: Tensor, noise: Tensor, *memory: Tensor
     ) -> tuple[Tensor, ...]:
         assert not isinstance(self.solver, Diffusers)
-        prediction, out = self._predict(guided, x, t, weight)
+        prediction, out = self._predict(kind, x, t, weight)
         x, *memory_after = self.solver.step(prediction, number, x, noise, *memory)
         return (out, self.grained(x), *memory_after)
 
-    def _run(self, part: Callable[..., Any], guided: bool, *inputs: Tensor) -> Any:
+    def _run(self, part: Callable[..., Any], kind: Kind, *inputs: Tensor) -> Any:
         if not self.cuda_graph or not inputs[0].shape[0]:
-            return part(guided, *inputs)
-        if guided not in self.captured:
-            self.captured[guided] = capture(functools.partial(part, guided), *inputs)
-        return self.captured[guided](*inputs)
+            return part(kind, *inputs)
+        if kind not in self.captured:
+            self.captured[kind] = capture(functools.partial(part, kind), *inputs)
+        return self.captured[kind](*inputs)
 
 
 def capture(run: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Callable[..., tuple[Tensor, ...]]:
@@ -344,8 +378,8 @@ def capture(run: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Callable
     return replay
 
 
-def _model_plans(model: Any, grain_map: Tensor, *, guided: bool) -> dict[bool, dict[str, Any]]:
-    """Arguments of the model for one pass over the maps, and for two (guidance): maps and their plan, made once."""
+def _model_plans(model: Any, grain_map: Tensor, *, guided: bool) -> dict[Kind, dict[str, Any]]:
+    """Arguments of the model for every kind of pass over the maps: maps and their plan, made once."""
     config = model.config
     # The maps stay for the whole sampling: one look at them, and no row is computed in vain.
     capacity = int(config.region_tokens(grain_map).sum())
@@ -353,7 +387,8 @@ def _model_plans(model: Any, grain_map: Tensor, *, guided: bool) -> dict[bool, d
     for twice in (False, True) if guided else (False,):
         maps = torch.cat([grain_map, grain_map]) if twice else grain_map
         plan = None if config.masked else model.make_plan(maps, capacity * (1 + twice))
-        arguments[twice] = {"grain_map": maps, "plan": plan}
+        arguments[Kind(twice, True)] = {"grain_map": maps, "plan": plan}
+        arguments[Kind(twice, False)] = {"grain_map": maps, "refine": False}
     return arguments
 
 

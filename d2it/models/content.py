@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from d2it import ops
 from d2it.diffusion.grains import copy_codes, expand_map, project_to_grains
+from d2it.diffusion.process import NUM_TIMESTEPS
 from d2it.models import layers
 from d2it.models.base import check_whole, pair, set_whole_tuples
 from d2it.models.dit import ClassConditional, TransformerConfig, Trunk
@@ -46,6 +47,8 @@ class ContentTransformerConfig(TransformerConfig):
         window: side of RefineNet's windows in cells; it divides the latent grid.
         relative_bias: "matrix" | "table" | "none" (`layers.WindowAttention`).
         min_grain: the coarsest grain that RefineNet corrects; 1 is every grain but the coarsest.
+        refine_until: share of the timesteps, counted from clean, at which RefineNet corrects anything: those with
+            t / T below it; 1.0 is all of them.
         masked: RefineNet over all cells with masks instead of packed tokens: same parameters, same result, more work.
     """
 
@@ -59,6 +62,7 @@ class ContentTransformerConfig(TransformerConfig):
     window: int = 16
     relative_bias: str = "matrix"
     min_grain: int = 1
+    refine_until: float = 1.0
     masked: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +90,11 @@ class ContentTransformerConfig(TransformerConfig):
             raise ValueError(f"window must divide the latent grid {self.grid[0]} x {self.grid[1]}, got {self.window}")
         if self.min_grain >= self.num_grains:
             raise ValueError(f"min_grain must be in 0 ... {self.num_grains - 1}, got {self.min_grain}")
+        share = self.refine_until
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 1:
+            raise ValueError(f"refine_until must be a share in 0 ... 1, got {share!r}")
+        if share < 1 and not self.min_grain:
+            raise ValueError(f"refine_until must be 1 where RefineNet corrects the coarsest grain too, got {share}")
         layers.check_relative_bias(self.relative_bias)
 
     @property
@@ -106,6 +115,16 @@ class ContentTransformerConfig(TransformerConfig):
     def refines_codes(self) -> bool:
         """Whether RefineNet corrects codes of several cells; otherwise each of its tokens is a cell."""
         return self.code_sizes[self.min_grain] > 1
+
+    def refines(self, fraction: float) -> bool:
+        """Whether RefineNet corrects anything at the timestep t = `fraction` T."""
+        return self.refine_until == 1 or fraction < self.refine_until
+
+    def refined_maps(self, grain_map: Tensor, t: Tensor) -> Tensor:
+        """The maps (B, h, w) as RefineNet sees them at the timesteps t (B,): all coarsest where it corrects nothing."""
+        if self.refine_until == 1:
+            return grain_map
+        return torch.where((t < self.refine_until * NUM_TIMESTEPS)[:, None, None], grain_map, 0)
 
     def region_tokens(self, grain_map: Tensor) -> Tensor:
         """RefineNet's tokens in each region of the maps (B, h, w), int64 of the same shape."""
@@ -246,6 +265,7 @@ class DynamicContentTransformer(ClassConditional):
         *,
         capacity: int | None = None,
         force_drop_ids: Tensor | None = None,
+        refine: bool = True,
     ) -> Tensor:
         """Predict the noise of `x`.
 
@@ -254,9 +274,12 @@ class DynamicContentTransformer(ClassConditional):
             t: timesteps.
             y: labels, `num_classes` for none.
             grain_map: 0 = coarsest ... k-1.
-            plan: `make_plan(grain_map)`, to be made once for many steps of the same maps; None makes it here.
+            plan: `make_plan(grain_map)`, to be made once for many steps of the same maps; None makes it here, without
+                the tokens of images whose timestep `refine_until` leaves out.
             capacity: for the plan made here.
             force_drop_ids: (B,), true where the label is replaced by the null label.
+            refine: False leaves RefineNet out: the rough noise is the result, as where no timestep is below
+                `refine_until`.
 
         Raises:
             ValueError: shapes that do not fit the configuration, no grain map, or a plan for another batch.
@@ -273,6 +296,8 @@ class DynamicContentTransformer(ClassConditional):
         indicators = (grain_map[..., None] == grains).to(x.dtype)  # (B, h, w, k)
         noise = self.multi_grained(x, t, y, self._grain_tokens(indicators))  # (B, Hf, Wf, out)
         noise = noise.to(x.dtype)
+        if not refine:
+            return noise.permute(0, 3, 1, 2).contiguous()
         rough = noise
         if config.refines_codes:
             rough = project_to_grains(noise.permute(0, 3, 1, 2), grain_map, code_sizes=config.code_sizes)
@@ -283,7 +308,7 @@ class DynamicContentTransformer(ClassConditional):
             merged = self._refine_masked(features, noise, t, y, grain_map)
         else:
             if plan is None:
-                plan = self.make_plan(grain_map, capacity)
+                plan = self.make_plan(config.refined_maps(grain_map, t), capacity)
             elif plan.grid != (batch, *config.grid) or plan.window != config.window:
                 raise ValueError(
                     f"plan must be for cells {(batch, *config.grid)} in windows of {config.window}, "
@@ -321,7 +346,8 @@ class DynamicContentTransformer(ClassConditional):
     def _refine_masked(self, features: Tensor, noise: Tensor, t: Tensor, y: Tensor | None, grain_map: Tensor) -> Tensor:
         batch, height, width, _ = noise.shape
         window, to_windows = self.config.window, ops.reference.to_windows
-        fine = expand_map(grain_map >= self.config.min_grain, self.config.cells_per_region)  # (B, Hf, Wf)
+        refined = self.config.refined_maps(grain_map, t)
+        fine = expand_map(refined >= self.config.min_grain, self.config.cells_per_region)  # (B, Hf, Wf)
         if self.config.refines_codes:
             fine &= ops.reference.first_cells(grain_map, self.config.cells_per_region, self.config.code_sizes)
         positions = to_windows(self.refine.positions.unflatten(0, (height, width))[None], window).flatten(0, 1)

@@ -36,7 +36,7 @@ class Macs(NamedTuple):
 
     Args:
         dense: of everything but RefineNet.
-        refine: of RefineNet.
+        refine: of RefineNet, which sampling leaves out where `refine_until` does.
     """
 
     dense: int

@@ -100,7 +100,9 @@ class ContentLosses(nn.Module):
 
         latents = (batch["mean"] + batch["std"] * draw()) * self.scale
         noise = draw()
-        t = self.diffusion.sample_timesteps(len(grains), device=grains.device)
+        t = batch.get("timesteps")
+        if t is None:
+            t = self.diffusion.sample_timesteps(len(grains), device=grains.device)
         noised = self.diffusion.q_sample(latents, noise, t)
         out = self.network(noised, t, batch["label"], force_drop_ids=_dropped(self.network, batch), **given)
         terms = content_loss(
@@ -131,11 +133,14 @@ def count_tokens(batch: Batch, config: ContentTransformerConfig, capacity_step: 
     Capacities are whole steps of all cells: shapes repeat, and with them the allocator's blocks.
 
     Args:
-        batch: with "grain_map" on the host.
+        batch: with "grain_map" on the host, and "timesteps" where they decide what is refined.
         config: of the network.
         capacity_step: share of all cells to which the capacity is rounded up.
     """
-    fine = fine_tokens(batch["grain_map"], config)
+    grains = batch["grain_map"]
+    if "timesteps" in batch:
+        grains = config.refined_maps(grains, batch["timesteps"])
+    fine = fine_tokens(grains, config)
     cells = batch["grain_map"].numel() * config.cells_per_region**2
     step = max(1, round(cells * capacity_step))
     capacity = min(cells, max(1, math.ceil(fine.rows / step)) * step)
@@ -296,8 +301,12 @@ class LatentStage(ABC):
     def batches(self, first: int) -> Generator[Batch]:
         assert self.data.cache is not None
         with loader(self.config, self.settings, self.data.cache, self.world, first, self.prepare) as stream:
-            for batch in stream:
-                yield to_device(batch, self.world.device)
+            for number, batch in enumerate(stream, start=first * self.settings.accumulate):
+                yield to_device(self.with_timesteps(batch, number), self.world.device)
+
+    def with_timesteps(self, batch: Batch, number: int) -> Batch:
+        """Return this rank's micro-batch, the `number`th of the run, with its timesteps if the host draws them."""
+        return batch
 
     def synthetic(self, images: int, device: torch.device) -> Batch:
         """Return a micro-batch of noise, half of its regions fine."""
@@ -308,7 +317,7 @@ class LatentStage(ABC):
             "grain_map": torch.randint(self.data.num_grains, (images, *self.data.grid), device="cpu"),
             "label": torch.zeros(images, dtype=torch.int64, device="cpu"),
         }
-        return to_device(self.prepare(batch), device)
+        return to_device(self.with_timesteps(self.prepare(batch), 0), device)
 
     def notes(self) -> list[str]:
         data = self.data
@@ -420,9 +429,21 @@ class ContentStage(LatentStage):
     @property
     def prepare(self) -> Callable[[Batch], Batch]:
         network = self.network.config
-        if not isinstance(network, ContentTransformerConfig):
+        if not isinstance(network, ContentTransformerConfig) or network.refine_until < 1:
             return _unchanged
         return functools.partial(count_tokens, config=network, capacity_step=self.config.content.capacity_step)
+
+    def with_timesteps(self, batch: Batch, number: int) -> Batch:
+        """Draw the timesteps on the host where the packed length follows from them, and count the tokens."""
+        network = self.network.config
+        if not isinstance(network, ContentTransformerConfig) or network.refine_until == 1:
+            return batch
+        step, micro = divmod(number, self.settings.accumulate)
+        seed = seed_of(self.config.run.seed, self.name, "timesteps", step, self.world.rank, micro)
+        t = self.diffusion.sample_timesteps(len(batch["grain_map"]), generator=torch.Generator().manual_seed(seed))
+        if self.world.device.type == "cuda":
+            t = t.pin_memory()  # as the loader's tensors: the copy waits for nothing
+        return count_tokens(batch | {"timesteps": t}, network, self.config.content.capacity_step)
 
     def picture(self) -> np.ndarray:
         assert self.vae is not None
