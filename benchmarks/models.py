@@ -24,11 +24,16 @@ from rows import Row, columns, note, ours
 from timing import Timing
 from torch import Tensor, nn
 
+from d2it.diffusion import random_grain_map
 from d2it.models.layers import FinalLayer, Modulation, WindowAttention
 from d2it.training.meters import peak_flops
 
-#: Size -> (preset of the DynamicContentTransformer, preset of the DiT of the same width and depth).
-SIZES = {size: (f"D2iT-{size}", f"DiT-{size}/2") for size in ("S", "B", "L", "XL")}
+#: Size -> (preset of the DynamicContentTransformer, preset of the DiT of the same width and depth); "-3": three grains.
+SIZES = {
+    f"{size}{grains}": (f"D2iT-{size}{grains}", f"DiT-{size}/2")
+    for size in ("S", "B", "L", "XL")
+    for grains in ("", "-3")
+}
 
 
 @dataclasses.dataclass
@@ -64,9 +69,18 @@ def size_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", choices=sorted(SIZES), default=["XL", "B"] if gpu else ["S"])
     parser.add_argument("--batch-size", type=int, default=32 if gpu else 2, help="images (%(default)s)")
     parser.add_argument("--image-size", type=int, default=256 if gpu else 128, help="pixels (%(default)s)")
-    parser.add_argument("--fill", type=float, default=0.5, help="share of fine regions (%(default)s)")
+    parser.add_argument(
+        "--fill", type=float, default=0.5, help="share of regions finer than the coarsest (%(default)s)"
+    )
     parser.add_argument("--compiled", action="store_true", help="on a CPU too, where compiling takes minutes")
     return parser
+
+
+def grain_maps(options: argparse.Namespace, grid: tuple[int, ...], num_grains: int) -> Tensor:
+    """Random maps of a batch, the same for every contender: of three grains, half of the finer regions are finest."""
+    shares = [options.fill * i / (num_grains - 1) for i in range(num_grains - 1, 0, -1)]
+    generators = [torch.Generator().manual_seed(i) for i in range(options.batch_size)]
+    return random_grain_map(grid, shares, num_grains, generator=generators)
 
 
 def dtype() -> torch.dtype:

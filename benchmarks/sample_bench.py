@@ -18,10 +18,10 @@ from typing import Any
 import machine
 import torch
 from bench import TOLERANCE, Skip
-from models import SIZES, Case, Job, compilable, distance, dtype, main, open_gates, size_arguments
+from models import SIZES, Case, Job, compilable, distance, dtype, grain_maps, main, open_gates, size_arguments
 from torch import Tensor
 
-from d2it.diffusion import Guidance, random_grain_map, sample_content
+from d2it.diffusion import Guidance, sample_content
 from d2it.models import DiT, DynamicContentTransformer
 from d2it.models.flops import count_macs, fine_tokens
 
@@ -39,8 +39,7 @@ def build(options: argparse.Namespace, preset: str, **settings: Any) -> DiT | Dy
 
 
 def maps_of(options: argparse.Namespace, model: Any) -> Tensor:
-    drawn = [torch.Generator().manual_seed(i) for i in range(options.batch_size)]
-    return random_grain_map(model.config.region_grid, options.fill, generator=drawn).to(machine.device())
+    return grain_maps(options, model.config.region_grid, model.config.num_grains).to(machine.device())
 
 
 @torch.no_grad()
@@ -90,8 +89,6 @@ def sampling(
         "autocast": None if dtype() == torch.float32 else dtype(),
         "cuda_graph": how == "graph",
     }
-    if fine is not None and not model.config.masked:
-        arguments["capacity"] = max(1, fine.rows)
     flops = 2 * STEPS * (1 + guided) * count_macs(model.config, count, fine).total
     error = reference.distance(model) if reference else None
     return Job(partial(sample_content, model, maps, **arguments), count, flops, error, 2 * TOLERANCE[dtype()])

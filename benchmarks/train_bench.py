@@ -21,25 +21,19 @@ import machine
 import numpy as np
 import torch
 from bench import TOLERANCE
-from models import SIZES, Case, Job, compilable, distance, dtype, main, open_gates, size_arguments
+from models import SIZES, Case, Job, compilable, distance, dtype, grain_maps, main, open_gates, size_arguments
 from PIL import Image
 from torch import Tensor
 
 from d2it.data import ImageSource, LatentCache, build_cache, finish_cache
-from d2it.diffusion import random_grain_map
 from d2it.distributed import World
-from d2it.models import DynamicVAEConfig
+from d2it.models import DynamicVAE
 from d2it.training.config import Config
 from d2it.training.learner import Batch
 from d2it.training.stage import loader, to_device
 from d2it.training.transformers import ContentStage, LatentData
 
 CLASSES = 1000
-
-
-def grain_maps(options: argparse.Namespace, grid: tuple[int, ...]) -> Tensor:
-    drawn = [torch.Generator().manual_seed(i) for i in range(options.batch_size)]
-    return random_grain_map(grid, options.fill, generator=drawn)
 
 
 def stage(options: argparse.Namespace, preset: str, *, masked: bool = False, compiled: bool = False) -> ContentStage:
@@ -50,7 +44,8 @@ def stage(options: argparse.Namespace, preset: str, *, masked: bool = False, com
     settings.preset, settings.batch_size, settings.compile = preset, options.batch_size, compiled
     if masked:
         settings.overrides = {"masked": True}
-    data = LatentData.of_vae(DynamicVAEConfig(), (options.image_size, options.image_size), images=options.batch_size)
+    vae = DynamicVAE.preset_config("f8f16f32" if preset.endswith("-3") else "f8f16")
+    data = LatentData.of_vae(vae, (options.image_size, options.image_size), images=options.batch_size)
     world = World(0, 1, 1, torch.device(machine.device()))
     made = ContentStage(config, settings, world, data, None)
     open_gates(made.network)
@@ -63,7 +58,7 @@ def batch_of(options: argparse.Namespace, made: ContentStage) -> Batch:
     batch = {
         "mean": torch.randn(shape, generator=rng),
         "std": torch.rand(shape, generator=rng),
-        "grain_map": grain_maps(options, made.data.grid),
+        "grain_map": grain_maps(options, made.data.grid, made.data.num_grains),
         "label": torch.randint(CLASSES, (options.batch_size,), generator=rng),
     }
     return to_device(made.prepare(batch), made.world.device)
@@ -171,7 +166,7 @@ def reading(options: argparse.Namespace, preset: str) -> Job:
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (len(images), *data.latent_shape)
-        return torch.randn(shape), torch.rand(shape), torch.randint(2, (len(images), *data.grid))
+        return torch.randn(shape), torch.rand(shape), torch.randint(data.num_grains, (len(images), *data.grid))
 
     facts: dict[str, Any] = {"downsampling": list(data.downsampling), "scaling_factor": 1.0}
     build_cache(folder, Noise(options.image_size, 4 * options.batch_size), encode, facts=facts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import goals
 import models
 import pytest
@@ -49,8 +51,19 @@ def test_a_training_step(tmp_path, monkeypatch):
     assert packed == [(1.0, rows["masked eager"]["case"])]
 
 
-def test_sampling(tmp_path):
-    chosen = options(sample_bench, "--image-size", "128")
+def test_a_training_step_of_three_grains():
+    chosen = options(train_bench, "--model", "S-3", "--image-size", "128")
+    case = next(train_bench.cases(chosen))
+    contenders = {name: case.contenders[name] for name in ("d2it packed eager", "masked eager", "part: RefineNet")}
+    rows = {row["contender"]: row for row in models.run_case(dataclasses.replace(case, contenders=contenders), None)}
+    assert rows["d2it packed eager"]["correct"]
+    assert rows["d2it packed eager"]["flops"] < rows["masked eager"]["flops"]
+    assert "ms" in rows["part: RefineNet"]
+
+
+@pytest.mark.parametrize("size", ["S", "S-3"])
+def test_sampling(size):
+    chosen = options(sample_bench, "--image-size", "128", "--model", size)
     case = next(sample_bench.cases(chosen))
     rows = {row["contender"]: row for row in models.run_case(case, None)}
     assert {name for name, row in rows.items() if "ms" in row} == {"d2it packed eager", "masked eager", "dit eager"}
