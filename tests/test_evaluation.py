@@ -468,6 +468,19 @@ def test_reconstruction_is_what_the_vae_gives_back(tmp_path, inception_weights):
     assert settings["vae_sha256"] == sha256_of(tmp_path / "vae" / "model.safetensors")
 
 
+def test_reconstruction_by_shares_of_three_grains():
+    """A share is split evenly over the grains above the coarsest; every code counts."""
+    from d2it.evaluation.reconstruction import evaluate_reconstruction
+    from d2it.models import DynamicVAE
+
+    factors = {"downsampling": (4, 8, 16), "encoder_mult": (1, 1, 2, 2, 4), "decoder_mult": (1, 1, 2)}
+    vae = DynamicVAE.from_preset("tiny", thresholds=(3.0, 4.0), **factors).eval()
+    photos = pictures(4, 9, size=64)
+    rows = evaluate_reconstruction(vae, lambda: photos.split(2), [0, 0.5, 1])
+    assert [row["codes"] for row in rows] == [16, 8 + 4 * 4 + 4 * 16, 8 * 4 + 8 * 16]
+    assert [row["fine_share"] for row in rows] == [0, 0.5, 1]
+
+
 def test_reconstruction_of_a_vae_of_one_grain():
     from d2it.evaluation.reconstruction import evaluate_reconstruction
     from d2it.models import DynamicVAE
