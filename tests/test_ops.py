@@ -100,6 +100,17 @@ def test_bad_input_to_the_entropy_names_the_argument(change, error, match):
 # ---- neighbour copy -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [(0, 2, 2), (2, 0, 0), (2, 2, 0), (0, 0, 0)])
+def test_neighbor_copy_of_an_empty_grid_is_empty(size, backend):
+    batch, h, w = size
+    latents = [torch.randn(batch, 3, s * h, s * w, requires_grad=True) for s in (1, 2)]
+    out = ops.neighbor_copy(latents, torch.zeros(size, dtype=torch.int64), backend=backend)
+    assert out.shape == (batch, 3, 2 * h, 2 * w)
+    out.backward(torch.randn_like(out))
+    assert all(x.grad.shape == x.shape for x in latents)
+
+
 @pytest.mark.parametrize("scales", [(1,), (1, 2), (1, 2, 4), (2, 6)])
 def test_neighbor_copy_takes_every_cell_from_its_grain(scales):
     g = generator(1)
@@ -286,6 +297,18 @@ def textbook(q, k, v, bias=None, mask=None):
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8), (2, 4, 2, 0), (0, 0, 0, 0)])
+def test_windows_without_windows_tokens_heads_or_width_are_empty(shape, backend):
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, shape[2], shape[1], shape[1], requires_grad=True)
+    out = ops.window_attention(q, k, v, bias, backend=backend)
+    assert out.shape == shape
+    out.backward(torch.randn_like(out))
+    for x in (q, k, v, bias):
+        assert torch.equal(x.grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize(("wb", "hb"), [(1, 1), (1, 2), (3, 2), (6, 1)])

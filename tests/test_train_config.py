@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,8 @@ STAGE_ERRORS = [
         ("data.class_names=[a,[b]]", "must be a list of texts"),
         ("dvae.disc_lr=-1", "positive"),
         ("dvae.fine_ratios=[2]", "shares in [0, 1]"),
+        ("dvae.fine_ratios=[[1]]", "a list without lists in it"),
+        ("dvae.betas=[[1],[2]]", "a list without lists in it"),
         ("dvae.loss.kl_weight=nan", "finite"),
         ("dvae.loss.disc_weight=-1", "0 or more"),
         ("dvae.loss.disc_start=-1", "at least 0"),
@@ -273,3 +276,11 @@ def test_old_records_of_runs_are_read(tmp_path: Path) -> None:
     plain["data"]["image_size"] = 64
     (tmp_path / "c.yaml").write_text(json.dumps(plain))
     assert load(tmp_path / "c.yaml") == load(DEMO, [])
+
+
+def test_a_configuration_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.yaml"
+    os.mkfifo(path)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: not a regular file"

@@ -106,10 +106,10 @@ def encode_grains(
 def neighbor_copy(latents: Sequence[Tensor], grain_map: Tensor) -> Tensor:
     """Section 3.1: every region takes the code of its own grain, repeated onto the finest grid."""
     height, width = latents[-1].shape[-2:]
-    grains = _expand(grain_map, height // grain_map.shape[-2])[:, None]
+    grains = _expand(grain_map, height // max(grain_map.shape[-2], 1))[:, None]
     merged = torch.zeros_like(latents[-1])
     for grain, latent in enumerate(latents):
-        merged = torch.where(grains == grain, _expand(latent, height // latent.shape[-2]), merged)
+        merged = torch.where(grains == grain, _expand(latent, height // max(latent.shape[-2], 1)), merged)
     return merged
 
 
@@ -256,7 +256,7 @@ def _dense_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (W, H, N, D)
     # In float32 at least: a score beyond the range of float16 is no mask.
     wide = _accumulate(q.dtype)
-    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (width**-0.5 if scale is None else scale)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (max(width, 1) ** -0.5 if scale is None else scale)
     which = torch.arange(windows, device=q.device)
     if bias is not None:
         scores = scores + bias.index_select(0, which % bias.shape[0]).to(wide)

@@ -430,8 +430,9 @@ def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dic
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        why = (error.strerror if isinstance(error, OSError) else None) or reason_of(error)
         line = f"no such configuration file: {path} (by name there are {names})"
-        raise UserError(line if missing else f"{path}: {reason_of(error)}") from None
+        raise UserError(line if missing else f"{path}: {why}") from None
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(text))
         typed = yaml.load(text, Loader=yaml.BaseLoader)
@@ -537,9 +538,12 @@ def _check(config: Config) -> None:
     def fail(key: str, wish: str) -> None:
         raise UserError(f"configuration: {key} must be {wish}, got {_at(config, key.split('.'))!r}")
 
-    for key, _, _ in _settings(Config):
-        if not _finite(_at(config, key.split("."))):
+    for key, _, default in _settings(Config):
+        value = _at(config, key.split("."))
+        if not _finite(value):
             fail(key, "finite and below 2^63")
+        if isinstance(default, list) and not all(isinstance(each, (int, float, str)) for each in value or ()):
+            fail(key, "a list without lists in it")  # OmegaConf lets [[1]] through as a list of numbers
     rules = {f"{stage}.{key}": rule for stage in ("dvae", "grain", "content") for key, rule in _each(_STAGE_RULES)}
     for key, (allowed, wish) in [*rules.items(), *_each(_RULES)]:
         if not allowed(_at(config, key.split("."))):
