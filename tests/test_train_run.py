@@ -69,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A finished run of the test's own, which it may go on with."""
-    return shutil.copytree(finished, tmp_path / "small")
+    return shutil.copytree(finished, tmp_path / "finished")
 
 
 def test_every_stage_leaves_what_it_promises(run: Path) -> None:
