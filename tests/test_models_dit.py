@@ -187,7 +187,7 @@ def test_three_grains_cost_less_than_dit():
     fine = fine_tokens(maps, config)
     assert fine.rows == 64 * (16 * 4 + 16 * 16)
     gmac = count_macs(config, 64, fine).total / 64e9
-    assert gmac == pytest.approx(50.0, abs=0.5)
+    assert gmac == pytest.approx(49.7, abs=0.1)
     assert gmac < 0.43 * count_macs(DiT.preset_config("DiT-XL/2")).total / 1e9
 
 
