@@ -371,6 +371,7 @@ def test_shares_that_do_not_fit_three_grains(three_grains, tmp_path, capsys, wor
     ("words", "line"),
     [
         (["--count", 0], "--count must be at least 1, got 0"),
+        (["--count", 10**20], "--count must be at most 10,000,000, got 100000000000000000000"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
         (["--scheduler", "magic"], "scheduler must be one of ddpm, ddim"),
         (["--grain-scheduler", "heun"], "scheduler must be one of ddpm, ddim, dpm++, sde-dpm++, dpm++s, unipc, deis,"),

@@ -97,6 +97,9 @@ def given_options(options: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(options, name) != value]
 
 
+MOST_SAMPLES = 10_000_000  # their labels and maps are held in memory
+
+
 class SampleRequest:
     """The samples that the options ask for; whatever does not fit is an error before the first of them.
 
@@ -122,6 +125,8 @@ class SampleRequest:
         ):
             if value < least:
                 raise UserError(f"--{name} must be at least {least}, got {value}")
+        if count > MOST_SAMPLES:
+            raise UserError(f"--count must be at most {MOST_SAMPLES:,}, got {count}")
         self.options, self.path, self.count, self.world = options, path, count, world
         self.model = _model(options, path, world)
         self.labels = choose_labels(options, count, self.model)
