@@ -258,6 +258,7 @@ def test_another_process_is_reported(tmp_path: Path) -> None:
         "  diffusion changes: path ddpm to linear, prediction epsilon to velocity",
         "  min_grain changes: 1 to 0",
     )
+    assert start_from(new(refine_until=0.5, learn_sigma=False), tmp_path)[-1] == "  refine_until changes: 1.0 to 0.5"
 
 
 def test_a_vae_keeps_its_own_thresholds(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ FREE = {
     "diffusion",
     "window",
     "min_grain",
+    "refine_until",
     "masked",
     "thresholds",
     "num_bins",
@@ -55,7 +56,7 @@ FREE = {
     "scaling_factor",
 }
 #: Settings of which a model's owner is told when they differ, because they change what the weights were trained for.
-TOLD = ("diffusion", "min_grain", "thresholds")
+TOLD = ("diffusion", "min_grain", "refine_until", "thresholds")
 _LABELS = "condition.label.weight"
 
 
