@@ -512,7 +512,7 @@ def test_reconstruction_takes_the_image_size_of_the_run(tmp_path, described, giv
         (tmp_path / "run" / "config.yaml").write_text(f"data:\n  path: demo\n  image_size: {size}\n")
     else:
         (tmp_path / "run" / described).mkdir()
-        (tmp_path / "run" / described / "config.json").write_text(json.dumps({"image_size": size}))
+        (tmp_path / "run" / described / "config.json").write_text(json.dumps({"config": {"image_size": size}}))
         (tmp_path / "run" / "config.yaml").write_text("data: {image_size: 999}")
     photos = photo_folder(tmp_path / "photos", 64)
     words = ["reconstruction", "--checkpoint", tmp_path / given, "--data", photos, "--ratios", "1", "--device", "cpu"]
@@ -539,8 +539,8 @@ def test_reconstruction_takes_the_image_size_of_the_run(tmp_path, described, giv
         ("config.yaml", "!!python/object/apply:os.mkdir [executed]", "config.yaml is damaged"),
         ("content_transformer/config.json", "{", "config.json is damaged"),
         ("content_transformer/config.json", "{}", "config.json is damaged"),
-        ("content_transformer/config.json", '{"image_size": true}', "must be a multiple"),
-        ("content_transformer/config.json", '{"image_size": "64"}', "config.json is damaged"),
+        ("content_transformer/config.json", '{"config": {"image_size": true}}', "must be a multiple"),
+        ("content_transformer/config.json", '{"config": {"image_size": "64"}}', "config.json is damaged"),
     ],
 )
 def test_a_run_without_a_readable_image_size_is_one_line(tmp_path, monkeypatch, capsys, file, content, message):
@@ -585,3 +585,12 @@ def test_limits_of_a_ratio_give_the_nearest_share_there_is(grains, flat, ratio):
         share = ratio * (grains - 1 - i) / (grains - 1)
         got = float((entropies > limit).mean())
         assert abs(got - share) == pytest.approx(min(abs(r - share) for r in reachable))
+
+
+def test_the_image_size_of_a_run_is_read_from_what_a_model_writes(tmp_path):
+    from d2it.evaluation.cli import _image_size
+    from d2it.models import DynamicContentTransformer
+
+    model = DynamicContentTransformer.from_preset("tiny", image_size=32, num_classes=3)
+    model.save_pretrained(tmp_path / "content_transformer")
+    assert _image_size(tmp_path / "vae") == (32, 32)

@@ -319,7 +319,7 @@ def _image_size(folder: Path) -> tuple[int, int]:
     file, size = run / "content_transformer" / "config.json", None
     try:
         if file.is_file():
-            size = read_json(file)["image_size"]
+            size = read_json(file)["config"]["image_size"]
         elif (file := run / "config.yaml").is_file():
             size = OmegaConf.to_container(OmegaConf.create(read_bytes(file, 2**20).decode()))["data"]["image_size"]  # type: ignore[call-overload,index]
         else:
