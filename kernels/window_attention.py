@@ -438,7 +438,8 @@ def window_attention_qkvpacked_forward(
     qkv, bias, slots, segment_ids, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same on one projection (W, N, 3, H, D) or (T, 3, H, D), read in place."""
-    return window_attention_forward(*qkv.unbind(-3), bias, slots, segment_ids, scale)
+    q, k, v = qkv.unbind(-3)
+    return window_attention_forward(q, k, v, bias, slots, segment_ids, scale)
 
 
 def window_attention_qkvpacked_backward(
@@ -446,7 +447,8 @@ def window_attention_qkvpacked_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dqkv, dbias): the three gradients written into one tensor."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dbias = _backward(grad, *qkv.unbind(-3), bias, slots, segment_ids, out, lse, scale, needs_bias, *dqkv.unbind(-3))
+    q, k, v = qkv.unbind(-3)
+    dbias = _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, *dqkv.unbind(-3))
     if slots is not None:
         clear_unnamed_rows(slots, dqkv)
     return dqkv, dbias
@@ -454,8 +456,10 @@ def window_attention_qkvpacked_backward(
 
 def _forward_and_backward(qkv, bias, slots, segment_ids) -> None:
     out, lse = window_attention_qkvpacked_forward(qkv, bias, slots, segment_ids, 0.1)
-    kept = (out, lse) if lse.ndim == 3 else (None, None)
-    window_attention_qkvpacked_backward(out, qkv, bias, slots, segment_ids, *kept, 0.1, bias is not None)
+    kept = lse.ndim == 3
+    window_attention_qkvpacked_backward(
+        out, qkv, bias, slots, segment_ids, out if kept else None, lse if kept else None, 0.1, bias is not None
+    )
 
 
 @compile_cases
