@@ -321,7 +321,8 @@ def block_config(kernel: str, q: torch.Tensor) -> dict[str, int]:
         keys = 32 if width <= 64 or (width <= 80 and major != 10) else 16
         rows = 128 if 64 < width <= 80 and major == 10 else 64
         return {"BM": rows, "BN": keys, "num_warps": rows // 16, "STAGES": 2 if width <= 64 and major != 8 else 1}
-    return {"BM": 64, "BN": 32, "num_warps": 4, "STAGES": 2 if width <= 64 and major != 10 else 1}
+    keys = 64 if width > 80 and major == 10 else 32
+    return {"BM": 64, "BN": keys, "num_warps": 4, "STAGES": 2 if width <= 64 and major != 10 else 1}
 
 
 # Programs a multiprocessor. Those that sum the bias's gradient over their windows write the sum at their end: few of
