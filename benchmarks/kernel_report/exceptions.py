@@ -35,6 +35,31 @@ EXCEPTIONS: list[tuple[str, str, str, str]] = [
         "the slots of a window are 16 bytes, at a stride of its own",
     ),
     (
+        "clear_unnamed",
+        "*",
+        "narrow load",
+        "reads a flag of one byte a row; the rows are only written, and only those without a name",
+    ),
+    (
+        "mark_named",
+        "*",
+        "narrow load",
+        "a slot a lane, 4 bytes: all slots are under 1 % of the bytes",
+    ),
+    (
+        "sum_blocks",
+        "*",
+        "narrow load",
+        "adds the blocks' sums of the bias's gradient, a pair a lane: 128 bytes a warp, once a call",
+    ),
+    (
+        "attention_*ward",
+        "*",
+        "narrow load",
+        "q, k, v and their gradients are copied 16 bytes at a time; the bias and the sum of its gradient are read by "
+        "the pairs of a lane, from L2 (256 KB a head at most), and rows without alignment an element at a time",
+    ),
+    (
         "close_up_kernel",
         "*",
         "narrow load",
