@@ -167,8 +167,7 @@ __device__ inline void copy_vector(T* to, const Heads<const T>& from, const T* r
     d2it::copy_async(to + first, there ? row + first : from.data, there);
   } else {
 #pragma unroll 1
-    for (int i = first; i < first + kPerVector; ++i)
-      to[i] = row && i < width ? row[i * from.column] : T(0.0f);
+    for (int i = first; i < first + kPerVector; ++i) to[i] = row && i < width ? row[i * from.column] : T{};
   }
 }
 
@@ -1048,7 +1047,7 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= tokens || !unnamed[row]) return;
   for (int i = 0; i < to.count; ++i) {
     for (int column = threadIdx.x % kWarp; column < width; column += kWarp)
-      to.tensors[i].at(0, row, 0)[column] = T(0.0f);
+      to.tensors[i].at(0, row, 0)[column] = T{};
   }
 }
 
