@@ -1,12 +1,21 @@
 // kde_entropy and encode_grains on CPU (D2iT, section 3.1, Eqs. 2-3): the Shannon entropy of the Gaussian
 // kernel density of gray levels in every region, and the number of thresholds it exceeds.
 //
-// A pixel touches only the bins within kReach sigma of it, its taps. Their values are a function of where the
-// pixel lies between two bins, so they are read from a table over `phases` positions, corrected to second
-// order for the rest: exp(-(u - e)^2 / 2) = g(u) (1 + u e + (u^2 - 1) e^2 / 2) + O(e^3), g(u) = exp(-u^2 /
-// 2). The taps of a pixel are adjacent bins: one vector, added to the density in place. Consecutive pixels
-// add to different copies of it, because in a smooth region they would otherwise wait for each other's
-// stores.
+// Bins at least kClosestTaps sigma apart: a pixel touches only the bins within kReach sigma of it, its taps,
+// at most 16. Their values are a function of where the pixel lies between two bins, so they are read from a
+// table over `phases` positions, corrected to second order for the rest: exp(-(u - e)^2 / 2) = g(u) (1 + u e
+// + (u^2 - 1) e^2 / 2) + O(e^3), g(u) = exp(-u^2 / 2). The taps of a pixel are adjacent bins: one vector,
+// added to the density in place.
+//
+// Bins closer together: the moments of the pixels in every cell, a group of bins, then their expansion (a
+// fast Gauss transform). With e the distance of a pixel from its cell's middle and u that of a bin, in sigma,
+// exp(-(u - e)^2 / 2) = g(u) sum_k He_k(u) e^k / k!: a pixel adds 1, e .. e^7 to its cell, one vector, and a
+// cell adds to the bins around it eight rows of a table, each times a moment. Cells are at most kWidestCell
+// sigma wide: the first term left out is below 2e-6 of the largest tap, and most of it is orthogonal to ln p,
+// which leaves less than 1e-6 nats.
+//
+// Consecutive pixels add to different copies of the moments or the density, because in a smooth region they
+// would otherwise wait for each other's stores.
 //
 // A gray image of bytes whose bins are the 256 levels needs no taps per pixel: its histogram is exact, and
 // the density is the histogram convolved with the kernel at whole steps.
@@ -35,8 +44,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kLargestStep = 0.016; // sigma; the largest e: its third-order term stays below 1e-6
-constexpr int kCopies = 8;
-constexpr int kLanes = 8; // what AVX2 holds; wider vectors are put together on the stack there
+constexpr double kClosestTaps = 0.75;  // sigma; with bins closer, a pixel has more than 16 taps
+constexpr double kWidestCell = 0.8;    // sigma
+constexpr double kCellReach = 5.85;    // sigma; from either end of a cell
+constexpr int kCopies = 8;             // of the density, at most
+constexpr int kSums = 4;               // copies of the moments
+constexpr int kMoments = 8;            // of order 0 to 7
+constexpr int kLanes = 8;              // what AVX2 holds; wider vectors are put together on the stack there
 constexpr int kLevels = 256;
 constexpr int kStrip = 256; // columns at a time: long loops, and what they leave stays in the L1 cache
 constexpr int64_t kPixelsPerThread = 4096; // fewer are not worth waking a thread for
@@ -48,41 +62,82 @@ using Ints = typename d2it::VectorOf<int32_t, kLanes>::type;
 
 struct Bins {
   int count;
-  // Nodes: `phases` of them per bin. node = round(value * nodes_per_unit + middle); e, in sigma, is what is
-  // left. Gray of three channels may leave the range, as their weights add up to 0.9999: the nodes begin
-  // `margin` bins before the first bin and end `reach` after the last, where a pixel's taps meet no bin.
+  // Nodes: `phases` of them per bin, or the middles of the cells. node = round(value * nodes_per_unit +
+  // middle); e, in sigma, is what is left. Gray of three channels may leave the range, as their weights add
+  // up to 0.9999: the nodes begin before the first bin and end after the last, where a pixel's taps meet no
+  // bin.
   float nodes_per_unit, middle, step_high, step_low, per_sigma;
-  int phase_bits, last_node;
-  int reach, taps; // of a pixel in the interval j: bins j - reach + 1 .. j + reach, padded to whole vectors
-  int margin;
-  int density;   // floats of one; entry i is bin i - first
-  int first;     // entry of bin 0
-  float spacing; // sigma
+  int phase_bits = 0, last_node;
+  // Bins of a cell, a power of 2, or 0 where there are none.
+  int cell = 0;
+  // Bins that a pixel touches. In the interval j they are j - reach + 1 .. j + reach, padded to whole
+  // vectors.
+  int reach, taps;
+  int density;       // floats of one; entry i of the first copy is bin i - first
+  int first;         // entry of bin 0
+  int copies, shift; // of the density: a bin lies `shift` entries lower in each than in the one before
+  float spacing;     // sigma
   std::vector<float> table;
 
   Bins(int64_t num_bins, double low, double high, double sigma) : count(static_cast<int>(num_bins)) {
     const double step = (high - low) / (count - 1), delta = step / sigma;
     spacing = static_cast<float>(delta);
     const double outside = std::max(0.0, d2it::kGrayLoss * std::max(low, -high) / step); // in bins, of gray
-    reach = static_cast<int>(std::min(count + std::ceil(outside), std::ceil(d2it::kReach / delta)));
-    phase_bits = 0;
+    const double farthest = count + std::ceil(outside);
+    per_sigma = static_cast<float>(1 / sigma);
+    if (delta < kClosestTaps) {
+      for (cell = 1; 2 * cell * delta <= kWidestCell && cell < count;) cell *= 2;
+      reach = static_cast<int>(std::min(farthest, std::floor(kCellReach / delta)));
+      taps = (cell + 2 * reach + kLanes) / kLanes * kLanes; // cell + 2 reach + 1, in whole vectors
+      copies = std::max(1, kLanes / cell);
+      shift = cell;
+      const int margin = static_cast<int>(std::ceil(outside / cell)), before = (taps - cell) / 2;
+      first = margin * cell + before;
+      last_node = 2 * margin + (count - 1) / cell;
+      density = last_node * cell + taps + 2 * kLanes;
+      place_nodes(cell * step, margin + (count - 1) / (2.0 * cell) - 0.5);
+      fill_moments(delta, before);
+      return;
+    }
+    reach = static_cast<int>(std::min(farthest, std::ceil(d2it::kReach / delta)));
     while (reach > 1 && delta / (2 << phase_bits) > kLargestStep) ++phase_bits;
     const int phases = 1 << phase_bits, width = 2 * reach;
-    taps = width <= 4 ? 4 : width <= 8 ? 8 : (width + kLanes - 1) / kLanes * kLanes;
-    margin = taps - reach + 1;
+    taps = width <= 4 ? 4 : width <= 8 ? 8 : 16;
+    copies = kCopies;
+    shift = 0;
+    const int margin = taps - reach + 1;
     first = margin + reach - 1;
     density = (margin + count + reach + taps + 2 * kLanes - 1) / kLanes * kLanes;
     last_node = (margin + count - 1 + reach) * phases;
-    nodes_per_unit = static_cast<float>(phases / step);
-    middle = static_cast<float>((margin + (count - 1) / 2.0) * phases);
-    step_high = static_cast<float>(step / phases);
-    step_low = static_cast<float>(step / phases - step_high);
-    per_sigma = static_cast<float>(1 / sigma);
-    if (reach > 1) fill_table(delta, phases);
+    place_nodes(step / phases, (margin + (count - 1) / 2.0) * phases);
+    if (reach > 1) fill_taps(delta, phases);
   }
 
  private:
-  void fill_table(double delta, int phases) {
+  void place_nodes(double pitch, double center) {
+    nodes_per_unit = static_cast<float>(1 / pitch);
+    middle = static_cast<float>(center);
+    step_high = static_cast<float>(pitch);
+    step_low = static_cast<float>(pitch - step_high);
+  }
+
+  // By vectors of bins, then moments: He_k(u) / k! g(u) at the bins of a cell's window, which begins `before`
+  // bins before the cell.
+  void fill_moments(double delta, int before) {
+    table.resize(kMoments * taps);
+    for (int i = 0; i < taps; ++i) {
+      const double u = (i - before - cell / 2.0) * delta;
+      double last = 0, now = std::exp(-0.5 * u * u); // of order k - 1 and k, over k!
+      for (int k = 0; k < kMoments; ++k) {
+        table[(i / kLanes * kMoments + k) * kLanes + i % kLanes] = static_cast<float>(now);
+        const double next = (u * now - last) / (k + 1);
+        last = now;
+        now = next;
+      }
+    }
+  }
+
+  void fill_taps(double delta, int phases) {
     table.resize(3 * taps * phases);
     for (int phase = 0; phase < phases; ++phase) {
       float* row = table.data() + 3 * taps * phase;
@@ -129,15 +184,20 @@ struct Strip {
 
 // What a thread works in.
 struct Scratch {
-  std::vector<float> density;         // kCopies of them, zero between regions
-  std::vector<float> values, offsets; // of the pixels of a strip, row by row
+  std::vector<float> density;                           // copies of it, zero between regions
+  std::vector<float> moments;                           // kSums copies of every cell's, zero between regions
+  std::vector<float> values, offsets, squares, fourths; // of the pixels of a strip, row by row
   std::vector<int32_t> nodes;
   std::vector<int32_t> lowest, highest; // node of a column
 
-  explicit Scratch(const Job& job) : density(kCopies * job.bins.density) {
+  explicit Scratch(const Job& job)
+      : density(job.bins.copies * job.bins.density),
+        moments(job.bins.cell ? kSums * kMoments * (job.bins.last_node + 1) : 0) {
     const int width = job.regions_per_strip() * job.in.size, pixels = width * job.in.size;
     values.resize(pixels + kLanes); // read and written by whole vectors
     offsets.resize(pixels + kLanes);
+    squares.resize(pixels);
+    fourths.resize(pixels);
     nodes.resize(pixels);
     lowest.resize(width);
     highest.resize(width);
@@ -152,51 +212,55 @@ using d2it::Half;
 using d2it::to_float;
 D2IT_INLINE float to_float(uint8_t v) { return v; }
 
-// A row of pixels as values from the middle of the range; whether all of them may be there.
-// kColumn: 1 where neighbours are adjacent, 3 where pixels of three adjacent channels are, else 0.
+// A row of pixels as values from the middle of the range, and what rounding took from them: in double, since
+// a float near the end of the range errs by 3e-8, and with it the entropy of a region of one color there by
+// 2e-6 nats. Returns whether all pixels may be there. kColumn: 1 where neighbours are adjacent, 3 where
+// pixels of three adjacent channels are, else 0.
 template <typename T, int kChannels, int kColumn>
 D2IT_INLINE bool read_row(const Regions& regions, const Gray& gray, const T* __restrict in,
-                          float* __restrict values, int width) {
+                          float* __restrict values, float* __restrict lost, int width) {
   const int64_t step = kColumn ? kColumn : regions.column, next = regions.channel;
   const float least = gray.least, most = gray.most;
-  const float middle = gray.middle, offset = gray.offset, scale = gray.scale;
-  const float w0 = gray.weights[0], w1 = gray.weights[1], w2 = gray.weights[2];
+  const double w0 = gray.exact[0], w1 = gray.exact[1], w2 = gray.exact[2], offset = gray.exact[3];
   constexpr bool kBytes = std::is_same_v<T, uint8_t>;
   int bad = 0;
   for (int x = 0; x < width; ++x) {
     const T* pixel = in + x * step;
+    double value;
     if constexpr (kChannels == 1) {
       const float v = to_float(pixel[0]);
       if (!kBytes) bad |= !((v >= least) & (v <= most));
-      values[x] = kBytes ? (w0 * v + offset) * scale : v - middle + offset;
+      value = w0 * v + offset;
     } else {
       const float r = to_float(pixel[0]);
       const float g = to_float(pixel[kColumn == 3 ? 1 : next]);
       const float b = to_float(pixel[kColumn == 3 ? 2 : 2 * next]);
       if (!kBytes)
         bad |= !((r >= least) & (r <= most) & (g >= least) & (g <= most) & (b >= least) & (b <= most));
-      values[x] = kBytes ? (w0 * r + w1 * g + w2 * b + offset) * scale
-                         : w0 * (r - middle) + (w1 * (g - middle) + (w2 * (b - middle) + offset));
+      value = w0 * r + (w1 * g + (w2 * b + offset));
     }
+    values[x] = static_cast<float>(value);
+    lost[x] = static_cast<float>(value - values[x]);
   }
   return !bad;
 }
 
 template <typename T>
-D2IT_INLINE bool read_strip(const Job& job, const Strip& strip, float* values) {
+D2IT_INLINE bool read_strip(const Job& job, const Strip& strip, Scratch& s) {
   const Regions& in = job.in;
   bool good = true;
-  for (int y = 0; y < in.size; ++y, values += strip.width) {
+  float *values = s.values.data(), *lost = s.offsets.data(); // `locate` puts the offsets there
+  for (int y = 0; y < in.size; ++y, values += strip.width, lost += strip.width) {
     const T* row = static_cast<const T*>(in.images) + strip.first_pixel + y * in.row;
     if (in.channels == 1) {
-      good &= in.column == 1 ? read_row<T, 1, 1>(in, job.gray, row, values, strip.width)
-                             : read_row<T, 1, 0>(in, job.gray, row, values, strip.width);
+      good &= in.column == 1 ? read_row<T, 1, 1>(in, job.gray, row, values, lost, strip.width)
+                             : read_row<T, 1, 0>(in, job.gray, row, values, lost, strip.width);
     } else if (in.column == 1) {
-      good &= read_row<T, 3, 1>(in, job.gray, row, values, strip.width);
+      good &= read_row<T, 3, 1>(in, job.gray, row, values, lost, strip.width);
     } else if (in.column == 3 && in.channel == 1) {
-      good &= read_row<T, 3, 3>(in, job.gray, row, values, strip.width);
+      good &= read_row<T, 3, 3>(in, job.gray, row, values, lost, strip.width);
     } else {
-      good &= read_row<T, 3, 0>(in, job.gray, row, values, strip.width);
+      good &= read_row<T, 3, 0>(in, job.gray, row, values, lost, strip.width);
     }
   }
   return good;
@@ -219,13 +283,19 @@ D2IT_INLINE void locate(const Job& job, const Strip& strip, Scratch& s) {
   for (int y = 0; y < job.in.size; ++y) {
     const float* __restrict values = s.values.data() + y * width;
     float* __restrict offsets = s.offsets.data() + y * width;
+    float* __restrict squares = s.squares.data() + y * width;
+    float* __restrict fourths = s.fourths.data() + y * width;
     int32_t* __restrict nodes = s.nodes.data() + y * width;
+#pragma GCC ivdep
     for (int x = 0; x < width; ++x) {
       int node = static_cast<int>(values[x] * nodes_per_unit + rounding);
       node = node < 0 ? 0 : node;
       node = node > last_node ? last_node : node;
       const float at = static_cast<float>(node) - middle;
-      offsets[x] = ((values[x] - at * step_high) - at * step_low) * per_sigma;
+      const float e = (((values[x] - at * step_high) - at * step_low) + offsets[x]) * per_sigma;
+      offsets[x] = e;
+      squares[x] = e * e;
+      fourths[x] = e * e * (e * e);
       nodes[x] = node;
       lowest[x] = node < lowest[x] ? node : lowest[x];
       highest[x] = node > highest[x] ? node : highest[x];
@@ -236,26 +306,88 @@ D2IT_INLINE void locate(const Job& job, const Strip& strip, Scratch& s) {
 // ----------------------------------------------------------------------------------------------------
 // Density
 
-// Adds every tap of a region's pixels to the density. kTaps: their number where it is known, 0: whole vectors
-// of kLanes. start: the region's first pixel in the strip.
+// Adds every tap of a region's pixels to the density. start: the region's first pixel in the strip.
 template <int kTaps>
 D2IT_INLINE void add_taps(const Job& job, Scratch& s, int start, int width) {
   constexpr int kWidth = kTaps == 4 ? 4 : kLanes;
   using V = Floats<kWidth>;
-  const int taps = kTaps ? kTaps : job.bins.taps, size = job.bins.density, region = job.in.size;
+  const int size = job.bins.density, region = job.in.size;
   const int bits = job.bins.phase_bits, mask = (1 << bits) - 1;
   const float* table = job.bins.table.data();
-  float* density = s.density.data();
+  float* density = s.density.data() + kLanes;
   for (int y = 0; y < region; ++y) {
     const float* offsets = s.offsets.data() + start + y * width;
     const int32_t* nodes = s.nodes.data() + start + y * width;
     for (int x = 0; x < region; ++x) {
-      const float* row = table + (nodes[x] & mask) * 3 * taps;
+      const float* row = table + (nodes[x] & mask) * 3 * kTaps;
       float* out = density + x % kCopies * size + (nodes[x] >> bits);
       const float e = offsets[x];
-      for (int k = 0; k < taps; k += kWidth)
-        as<V>(out + k) += as<V>(row + k) + e * (as<V>(row + taps + k) + e * as<V>(row + 2 * taps + k));
+      for (int k = 0; k < kTaps; k += kWidth)
+        as<V>(out + k) += as<V>(row + k) + e * (as<V>(row + kTaps + k) + e * as<V>(row + 2 * kTaps + k));
     }
+  }
+}
+
+// x where the bits of `where` are set, else 1.
+D2IT_INLINE void choose(float x, const Ints& where, Floats<kMoments>& result) {
+  result = (Floats<kMoments>)(((Ints)(x - Floats<kMoments>{}) & where) | (0x3f800000 & ~where));
+}
+
+// Adds the powers of every pixel's distance to the moments of its cell.
+D2IT_INLINE void add_moments(const Job& job, Scratch& s, int start, int width) {
+  using V = Floats<kMoments>;
+  constexpr Ints kOdd = {0, -1, 0, -1, 0, -1, 0, -1}, kTwos = {0, 0, -1, -1, 0, 0, -1, -1},
+                 kFours = {0, 0, 0, 0, -1, -1, -1, -1};
+  const unsigned region = job.in.size;
+  float* moments = s.moments.data();
+  for (unsigned y = 0; y < region; ++y) {
+    const float *offsets = s.offsets.data() + start + y * width,
+                *squares = s.squares.data() + start + y * width,
+                *fourths = s.fourths.data() + start + y * width;
+    const int32_t* nodes = s.nodes.data() + start + y * width;
+    for (unsigned x = 0; x < region; ++x) {
+      V e, e2, e4;
+      choose(offsets[x], kOdd, e);
+      choose(squares[x], kTwos, e2);
+      choose(fourths[x], kFours, e4);
+      as<V>(moments + (static_cast<unsigned>(nodes[x]) * kSums + x % kSums) * kMoments) += e * e2 * e4;
+    }
+  }
+}
+
+// Adds to the density what the cells lowest .. highest have, and clears their moments. A cell adds to the
+// copy in which its window begins at a whole vector: what one cell stores, the next loads whole.
+D2IT_INLINE void spread_moments(const Job& job, Scratch& s, int lowest, int highest) {
+  using V = Floats<kLanes>;
+  const Bins& bins = job.bins;
+  const int taps = bins.taps;
+  const unsigned copies = bins.copies, size = bins.density, step = bins.cell;
+  const float* table = bins.table.data();
+  float* moments = s.moments.data();
+  float* density = s.density.data() + kLanes;
+  for (int cell = lowest; cell <= highest; ++cell) {
+    auto& sum = as<Floats<kMoments>>(moments + cell * kSums * kMoments);
+    for (int copy = 1; copy < kSums; ++copy) {
+      auto& other = as<Floats<kMoments>>(moments + (cell * kSums + copy) * kMoments);
+      sum += other;
+      other = Floats<kMoments>{};
+    }
+  }
+  for (unsigned cell = lowest; cell <= static_cast<unsigned>(highest); ++cell) {
+    float* own = moments + cell * kSums * kMoments;
+    if (own[0] == 0) continue;
+    float* out = density + (cell & (copies - 1)) * size + cell * step / kLanes * kLanes;
+    for (int i = 0; i < taps; i += kLanes) {
+      const float* row = table + i * kMoments;
+      V even = as<V>(out + i) + own[0] * as<V>(row), odd = own[1] * as<V>(row + kLanes);
+#pragma GCC unroll 3
+      for (int k = 2; k < kMoments; k += 2) {
+        even += own[k] * as<V>(row + k * kLanes);
+        odd += own[k + 1] * as<V>(row + (k + 1) * kLanes);
+      }
+      as<V>(out + i) = even + odd;
+    }
+    as<Floats<kMoments>>(own) = Floats<kMoments>{};
   }
 }
 
@@ -276,7 +408,7 @@ D2IT_INLINE void add_neighbours(const Job& job, Scratch& s, int start, int width
   for (int y = 0; y < region; ++y) {
     const int row = start + y * width;
     for (int x = 0; x < region; ++x) {
-      float* out = s.density.data() + x % kCopies * size + s.nodes[row + x];
+      float* out = s.density.data() + kLanes + x % kCopies * size + s.nodes[row + x];
       out[0] += s.offsets[row + x];
       out[1] += s.values[row + x];
     }
@@ -333,18 +465,18 @@ struct Sums {
 
 // Sums up the copies of the density between two entries and clears them.
 D2IT_INLINE void finish(const Job& job, Scratch& s, int first, int last, int64_t region) {
-  const int size = job.bins.density, begin = job.bins.first,
-            end = begin + job.bins.count; // entries that are bins
+  const int begin = job.bins.first, end = begin + job.bins.count; // entries that are bins
+  const int next = job.bins.density - job.bins.shift;
   const float mean = 1.0f / static_cast<float>(job.pixels());
   Ints index;
   for (int k = 0; k < kLanes; ++k) index[k] = k;
   Sums sums;
   for (int i = first / kLanes * kLanes; i < last; i += kLanes) {
-    float* entry = s.density.data() + i;
+    float* entry = s.density.data() + kLanes + i;
     Floats<kLanes> p = {};
-    for (int copy = 0; copy < kCopies; ++copy) {
-      p += as<Floats<kLanes>>(entry + copy * size);
-      as<Floats<kLanes>>(entry + copy * size) = Floats<kLanes>{};
+    for (int copy = 0; copy < job.bins.copies; ++copy, entry += next) {
+      p += as<Floats<kLanes>>(entry);
+      as<Floats<kLanes>>(entry) = Floats<kLanes>{};
     }
     const Ints at = index + i;
     p = (Floats<kLanes>)((Ints)(p * mean) & (at >= begin) & (at < end));
@@ -361,26 +493,29 @@ D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
   bool good = true;
   for (int64_t i = begin; i < end; ++i) {
     const Strip strip(job, i);
-    good &= read_strip<T>(job, strip, s.values.data());
+    good &= read_strip<T>(job, strip, s);
     locate(job, strip, s);
     if (bins.reach == 1) weigh_neighbours(job, strip, s);
     for (int r = 0; r < strip.regions; ++r) {
       const int start = r * job.in.size;
-      if (bins.reach == 1) {
+      const int lowest = *std::min_element(&s.lowest[start], &s.lowest[start] + job.in.size);
+      const int highest = *std::max_element(&s.highest[start], &s.highest[start] + job.in.size);
+      int first = lowest >> bins.phase_bits, last = highest >> bins.phase_bits;
+      if (bins.cell) {
+        add_moments(job, s, start, strip.width);
+        spread_moments(job, s, lowest, highest);
+        first = lowest * bins.cell;
+        last = highest * bins.cell;
+      } else if (bins.reach == 1) {
         add_neighbours(job, s, start, strip.width);
       } else if (bins.taps == 4) {
         add_taps<4>(job, s, start, strip.width);
       } else if (bins.taps == 8) {
         add_taps<8>(job, s, start, strip.width);
-      } else if (bins.taps == 16) {
-        add_taps<16>(job, s, start, strip.width);
       } else {
-        add_taps<0>(job, s, start, strip.width);
+        add_taps<16>(job, s, start, strip.width);
       }
-      const int32_t lowest = *std::min_element(&s.lowest[start], &s.lowest[start] + job.in.size);
-      const int32_t highest = *std::max_element(&s.highest[start], &s.highest[start] + job.in.size);
-      finish(job, s, lowest >> bins.phase_bits, (highest >> bins.phase_bits) + bins.taps,
-             strip.first_region + r);
+      finish(job, s, first, last + bins.taps, strip.first_region + r);
     }
   }
   return good;

@@ -28,23 +28,28 @@ inline float round_up(double bound) {
 struct Gray {
   float weights[3], middle, offset, scale;
   float least, most; // what a channel may hold
+  double exact[4];   // value = the sum of exact[c] * channel, + exact[3]
 
   Gray(torch::headeronly::ScalarType dtype, int64_t channels, double low, double high, double slack) {
     double gray[3] = {1.0, 0.0, 0.0};
     if (channels == 3) std::copy_n(kGrayWeights, 3, gray);
     const double sum = gray[0] + gray[1] + gray[2], center = (low + high) / 2;
-    if (dtype == torch::headeronly::ScalarType::Byte) { // in 1 / 10,000: the weighted sum is exact in float
-      const double unit = (high - low) / 255 / 10000;
+    const bool bytes = dtype == torch::headeronly::ScalarType::Byte;
+    if (bytes) { // in 1 / 10,000: the weighted sum is exact in float
+      const double part = (high - low) / 255 / 10000;
       for (int c = 0; c < 3; ++c) weights[c] = static_cast<float>(std::round(gray[c] * 10000));
-      scale = static_cast<float>(unit);
+      scale = static_cast<float>(part);
       middle = 0.0f;
-      offset = static_cast<float>((low * sum - center) / unit);
+      offset = static_cast<float>((low * sum - center) / part);
     } else {
       for (int c = 0; c < 3; ++c) weights[c] = static_cast<float>(gray[c]);
       scale = 1.0f;
       middle = static_cast<float>(center);
       offset = static_cast<float>(sum * middle - center);
     }
+    const double unit = bytes ? (high - low) / 255 : 1.0;
+    for (int c = 0; c < 3; ++c) exact[c] = gray[c] * unit;
+    exact[3] = (bytes ? low * sum : 0.0) - center;
     least = round_up(low - slack);
     most = -round_up(-(high + slack));
   }

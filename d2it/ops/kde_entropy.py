@@ -47,8 +47,9 @@ def kde_entropy(
         value_range: (low, high) of the pixel values.
         sigma: the kernel's width, in the unit of the values.
         normalize: False gives Eqs. 2-3 to the letter, with the density not normalised over the levels.
-        backend: "reference", "cpu", "triton", "cuda", or None to choose: a fused one for S in 4..64 and 16..512 levels
-            at most 24 sigma apart (see `why_not`), else the reference, which is slower by two orders of magnitude.
+        backend: "reference", "cpu", "triton", "cuda", or None to choose: a fused one for S in 4..64 and 16 to 512
+            levels (on CPU 4096) at most 24 sigma apart (see `why_not`), else the reference, which is slower by two
+            orders of magnitude.
 
     Returns:
         (B, H/S, W/S) float32 (float64 for float64 images), nats. The gradient of `images` is computed in plain
@@ -243,17 +244,19 @@ def fits_fast(
     value_range: tuple[float, float] = (-1.0, 1.0),
     sigma: float = 0.01,
     widest: float = 24.0,
+    most_bins: int = 512,
     **_: Any,
 ) -> list[str]:
-    """What the fused backends ask of a call. `widest`: how many sigma apart the bins may lie."""
+    """What the fused backends ask of a call. `widest`: how many sigma apart the bins may lie; `most_bins`: how many
+    there may be."""
     bins = region_size * region_size if num_bins is None else num_bins
     reasons = []
     if images.dtype not in _FAST_DTYPES:
         reasons.append(f"images must be uint8, float32, float16 or bfloat16, not {images.dtype}")
     if not 4 <= region_size <= 64:
         reasons.append(f"region_size must be in 4..64, not {region_size}")
-    if not 16 <= bins <= 512:
-        reasons.append(f"num_bins must be in 16..512, not {bins}")
+    if not 16 <= bins <= most_bins:
+        reasons.append(f"num_bins must be in 16..{most_bins}, not {bins}")
     elif value_range[1] - value_range[0] > widest * sigma * (bins - 1):
         reasons.append(
             f"num_bins={bins} over value_range={value_range} lie more than {widest:g} sigma apart: between two of "
@@ -267,6 +270,14 @@ def fits_fast(
             f"sigma, more than {_FARTHEST:g}"
         )
     return reasons
+
+
+def _cpu_fits(images: Tensor, *args: Any, **kwargs: Any) -> list[str]:
+    return fits_fast(images, *args, most_bins=4096, **kwargs)  # S * S of the largest regions
+
+
+def _cpu_encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
+    return _cpu_fits(images, *args, **kwargs)
 
 
 def _encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
@@ -363,8 +374,8 @@ _call_encode_grains = operator(
 register_backend("kde_entropy", "reference")
 register_backend("encode_grains", "reference")
 register_backend("grain_map", "reference")
-register_backend("kde_entropy", "cpu", fits_fast, native="kde_entropy")
-register_backend("encode_grains", "cpu", _encode_fits, native="kde_entropy")
+register_backend("kde_entropy", "cpu", _cpu_fits, native="kde_entropy")
+register_backend("encode_grains", "cpu", _cpu_encode_fits, native="kde_entropy")
 implement("kde_entropy", "cpu", _native_entropy, checks_values=True)
 implement("encode_grains", "cpu", _native, checks_values=True)
 register_backend("kde_entropy", "cuda", fits_fast, native="kde_entropy")
