@@ -193,15 +193,74 @@ def xformers() -> Run:
     return on_windows(attend)
 
 
-def flash_attn() -> Run:
-    if importlib.util.find_spec("flash_attn") is None:
-        raise Skip("flash-attn is not installed")
-    from flash_attn import flash_attn_varlen_qkvpacked_func
+def require(package: str, name: str) -> None:
+    """Skips the contender unless there is a GPU and the package is installed."""
+    if machine.device() == "cpu":
+        raise Skip(f"{name} has no operator on CPU")
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        found = False
+    if not found:
+        raise Skip(f"{name} is not installed")
+
+
+def cuequivariance() -> Run:
+    """One batch entry whose rows are the windows: the bias is common to them, and so is its gradient's sum."""
+    require("cuequivariance_ops_torch", "cuEquivariance")
+    from cuequivariance_torch import triangle_attention
 
     def run(given: dict[str, Any]) -> Tensor:
-        counts = (given["slots"] >= 0).sum(1, dtype=torch.int32)
-        ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        return flash_attn_varlen_qkvpacked_func(given["qkv"], ends, given["slots"].shape[1])
+        slots = given["slots"]
+        exists = slots >= 0
+        # A window without tokens attends everywhere: its result is dropped.
+        seen = (exists | ~exists.any(1, keepdim=True))[None, :, None, None, :] if given["mask"] is not None else None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+            return triangle_attention(q[None], k[None], v[None], given["bias"][None], seen)[0]
+
+        return on_windows(attend)(given)
+
+    return run
+
+
+def ends(given: dict[str, Any]) -> Tensor:
+    """Where each window's rows begin, and where the last's end: (W + 1,) int32."""
+    counts = (given["slots"] >= 0).sum(1, dtype=torch.int32)
+    return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def flash_attn() -> Run:
+    require("flash_attn", "flash-attn")
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    return lambda given: flash_attn_varlen_qkvpacked_func(given["qkv"], ends(given), given["slots"].shape[1])
+
+
+def flash_attn_4() -> Run:
+    require("flash_attn.cute", "FlashAttention 4")
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def run(given: dict[str, Any]) -> Tensor:
+        bounds, n = ends(given), given["slots"].shape[1]
+        out = flash_attn_varlen_func(
+            *given["qkv"].unbind(1), cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=n, max_seqlen_k=n
+        )
+        return out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp as well
+
+    return run
+
+
+def natten() -> Run:
+    require("natten", "NATTEN")
+    from natten.functional import attention
+
+    def run(given: dict[str, Any]) -> Tensor:
+        bounds, n = ends(given), given["slots"].shape[1]
+        return attention(
+            *(x[None].contiguous() for x in given["qkv"].unbind(1)),
+            cumulative_seqlen_Q=bounds, cumulative_seqlen_KV=bounds, max_seqlen_Q=n, max_seqlen_KV=n,
+        )[0]  # fmt: skip
 
     return run
 
@@ -213,7 +272,10 @@ CONTENDERS: dict[str, Callable[[], Run]] = {
     "FlexAttention, a batch of windows": flex,
     "FlexAttention, windows stacked": flex_stacked,
     "xformers": xformers,
+    "cuEquivariance": cuequivariance,
     "flash-attn (no bias: a lower bound, not the operator)": flash_attn,
+    "FlashAttention 4 (no bias: a lower bound, not the operator)": flash_attn_4,
+    "NATTEN (no bias: a lower bound, not the operator)": natten,
 }
 
 

@@ -151,8 +151,10 @@ def evaluate(run: Run, inputs: dict[str, Any], gradients: tuple[str, ...], cotan
     grads: tuple[Tensor, ...] = ()
     if leaves:
         of_floats = floats(outputs)
-        grads = torch.autograd.grad(of_floats, leaves, [c.to(t.dtype) for c, t in zip(cotangents, of_floats)])
-    return Results([t.detach() for t in _tensors(outputs)], list(grads))
+        given = [c.to(t.dtype) for c, t in zip(cotangents, of_floats)]
+        grads = torch.autograd.grad(of_floats, leaves, given, allow_unused=True)
+    # A lower bound leaves an input out. Its gradient is missing then, which is a wrong result.
+    return Results([t.detach() for t in _tensors(outputs)], [grad for grad in grads if grad is not None])
 
 
 def cotangents_like(outputs: list[Tensor]) -> list[Tensor]:
@@ -260,7 +262,8 @@ def direction_call(
     if direction == "forward":
         return functools.partial(run, inputs)
     outputs = floats(run(inputs))
-    return functools.partial(torch.autograd.grad, outputs, leaves, cotangents_like(outputs), retain_graph=True)
+    cotangents = cotangents_like(outputs)
+    return functools.partial(torch.autograd.grad, outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
 
 
 def _direction_calls(

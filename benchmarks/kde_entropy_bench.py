@@ -7,6 +7,7 @@ Without a GPU everything runs on one core: that is what a worker of a data loade
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -42,6 +43,16 @@ def ours(given: dict[str, Any], backend: str) -> Tensor:
     return ops.kde_entropy(**given, backend=backend)
 
 
+def gray_regions(images: Tensor, region_size: int, value_range: tuple[float, float]) -> Tensor:
+    """The gray levels of every region, (R, S * S) float32."""
+    low, high = value_range
+    x = images.float()
+    if images.dtype == torch.uint8:
+        x = x * ((high - low) / 255) + low
+    gray = 0.2989 * x[:, 0:1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:3] if images.shape[1] == 3 else x
+    return F.unfold(gray, region_size, stride=region_size).transpose(1, 2).flatten(0, 1)
+
+
 def formula(
     images: Tensor,
     region_size: int,
@@ -51,14 +62,9 @@ def formula(
     epsilon: float = 1e-40,
 ) -> Tensor:
     """DQ-VAE's (Huang et al., CVPR 2023): pixels x bins for the whole batch at once, an epsilon against 0 log 0."""
-    low, high = value_range
-    batch, channels, height, width = images.shape
-    x = images.float()
-    if images.dtype == torch.uint8:
-        x = x * ((high - low) / 255) + low
-    gray = 0.2989 * x[:, 0:1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:3] if channels == 3 else x
-    pixels = F.unfold(gray, region_size, stride=region_size).transpose(1, 2).flatten(0, 1)  # (R, S * S)
-    bins = torch.linspace(low, high, num_bins, device=images.device)
+    batch, _, height, width = images.shape
+    pixels = gray_regions(images, region_size, value_range)
+    bins = torch.linspace(*value_range, num_bins, device=images.device)
     kernel = torch.exp(-0.5 * ((pixels[:, :, None] - bins) / sigma).pow(2))
     density = kernel.mean(dim=1)
     density = density / (density.sum(dim=1, keepdim=True) + epsilon) + epsilon
@@ -70,6 +76,36 @@ def rival(function: Callable[..., Tensor], bytes_of_temporaries: float) -> Run:
     if bytes_of_temporaries > MOST_TEMPORARIES[machine.device()]:
         raise Skip(f"its temporaries take {bytes_of_temporaries / 1e9:.0f} GB")
     return lambda given: function(**given)
+
+
+def kornia() -> Run:
+    """`kornia.enhance.histogram`, which is a kernel density, and the entropy of what it returns."""
+    if importlib.util.find_spec("kornia") is None:
+        raise Skip("kornia is not installed")
+    from kornia.enhance import histogram
+
+    def run(given: dict[str, Any]) -> Tensor:
+        images, region = given["images"], given["region_size"]
+        pixels = gray_regions(images, region, given["value_range"])
+        bins = torch.linspace(*given["value_range"], given["num_bins"], device=images.device)
+        density = histogram(pixels, bins, torch.tensor(given["sigma"], device=images.device))
+        entropy = torch.special.entr(density).sum(dim=1)
+        return entropy.reshape(images.shape[0], images.shape[2] // region, images.shape[3] // region)
+
+    return run
+
+
+def patch_histogram(images: Tensor, region_size: int, value_range: tuple[float, float], **_: Any) -> Tensor:
+    """The patch entropy of Adaptive Patch Transformers (Choudhury et al., 2025), in bits: a histogram of 512 bins made
+    of one-hot vectors, and no kernel density."""
+    low, high = value_range
+    batch, _channels, height, width = images.shape
+    pixels = (gray_regions(images, region_size, value_range) - low) * (255 / (high - low))
+    levels = (pixels * 2.0).long().clamp(0, 511)
+    one_hot = pixels.new_zeros(*pixels.shape, 512).scatter_(2, levels[:, :, None], 1.0)
+    share = one_hot.sum(dim=1) / region_size**2
+    entropy = -(share * torch.log2(share + 1e-10)).sum(dim=1)
+    return entropy.reshape(batch, height // region_size, width // region_size)
 
 
 def compiled_formula() -> Run:
@@ -114,6 +150,8 @@ def benches() -> Iterator[Bench]:
         contenders = own("kde_entropy", ours)
         contenders["eager formula"] = partial(rival, formula, temporaries)
         contenders["compiled formula"] = compiled_formula
+        contenders["kornia"] = kornia
+        contenders["APT's histogram (not a kernel density)"] = partial(rival, patch_histogram, 4 * pixels * 512)
         # The reference takes a few regions at a time: 64 MB, whatever the batch.
         contenders["reference"] = partial(rival, ops.reference.kde_entropy, 0)
         yield Bench(

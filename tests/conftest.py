@@ -35,7 +35,7 @@ def _registries() -> dict[str, Any]:
     """The registries that d2it fills on import, by name; those of modules that are not imported yet are left out."""
     found: dict[str, Any] = {}
     for module, names in (
-        ("d2it.ops._dispatch", ("_BACKENDS", "_MACHINE", "_RUNS", "PREFERENCE", "PREFERENCE_OF")),
+        ("d2it.ops._dispatch", ("_BACKENDS", "_MACHINE", "_RUNS", "PREFERENCE")),
         ("d2it.ops._register", ("_IMPLEMENTATIONS", "_TARGETS", "_SELF_CHECKING")),
         ("d2it.kernels.common", ("COMPILE_CASES",)),
     ):

@@ -62,6 +62,7 @@ def test_measures_right_wrong_and_absent_contenders() -> None:
             "eager": lambda: lambda given: given["x"] * given["x"],
             "wrong forward": lambda: lambda given: given["x"] * given["x"] + 0.1,
             "wrong backward": lambda: lambda given: given["x"] * given["x"].detach(),
+            "lower bound": lambda: lambda given: torch.ones(1000, requires_grad=True) * 1,
             "absent": unavailable,
         }
     )
@@ -74,6 +75,7 @@ def test_measures_right_wrong_and_absent_contenders() -> None:
     assert found["wrong forward", "backward"]["correct"]
     assert found["wrong backward", "forward"]["correct"]
     assert not found["wrong backward", "backward"]["correct"]
+    assert not found["lower bound", "backward"]["correct"]
     row = found["d2it square", "forward"]
     assert row["gbps"] == pytest.approx(8000 / row["ms"] / 1e6)
     assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["ms"])

@@ -24,11 +24,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "cpu": ("cpu", "reference"),
 }
-PREFERENCE_OF: dict[tuple[str, str], tuple[str, ...]] = {
-    # Until the two have been measured side by side on a GPU, the portable one.
-    ("kde_entropy", "cuda"): ("triton", "cuda", "reference"),
-    ("encode_grains", "cuda"): ("triton", "cuda", "reference"),
-}
 
 Fits = Callable[..., Reasons]
 
@@ -118,7 +113,7 @@ def available_backends(op: str) -> list[str]:
     """
     known = _known(op)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    order = PREFERENCE_OF.get((op, device), PREFERENCE[device])
+    order = PREFERENCE[device]
     names = [name for name in known if not _MACHINE[op, name]]
     if device == "cpu":
         names = [name for name in names if name != "cuda" and (name != "triton" or INTERPRET)]
@@ -168,7 +163,7 @@ def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
             raise ValueError(f"backend={backend!r} cannot run {op}: {'; '.join(reasons)}")
         return backend
     device = _device_of(args) or "cpu"
-    for name in PREFERENCE_OF.get((op, device), PREFERENCE.get(device, ("reference",))):
+    for name in PREFERENCE.get(device, ("reference",)):
         if (op, name, device) in _RUNS:
             fits = _RUNS[op, name, device]
             if fits is None or not fits(*args, **kwargs):
