@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from bench import Cost
 from kernel_report.budget import Case, Count, excuse, measured, unrolled, verdicts
+from kernel_report.compile import nvcc
 from kernel_report.flow import executions, natural_loops, outermost
 from kernel_report.gpus import PRODUCTS, occupancy
 from kernel_report.ptx import Traffic, read_function, split_functions, traffic_by_pointer
@@ -280,6 +281,28 @@ $L__BB0_1:
         traffic_by_pointer(statements, [5.0], {(0, 0)})
 
 
+def test_pointers_in_structures_are_found_through_registers() -> None:
+    ptx = """
+.visible .entry k(.param .align 8 .b8 k_param_0[64], .param .align 8 .b8 k_param_1[32])
+{
+	mov.b64 	%rd1, k_param_0;
+	mov.u64 	%rd2, %rd1;
+	add.s64 	%rd3, %rd2, 40;
+	ld.param.u64 	%rd4, [%rd3+-40];
+	ld.param.u64 	%rd5, [%rd3+-8];
+	ld.param.u64 	%rd6, [k_param_1+8];
+	add.s64 	%rd7, %rd4, %rd5;
+	ld.global.nc.v4.u32 	{%r1, %r2, %r3, %r4}, [%rd7];
+	st.global.u32 	[%rd6], %r1;
+	ret;
+}
+"""
+    ((_, statements),) = split_functions(ptx).items()
+    image, out = frozenset({(0, 0)}), frozenset({(1, 8)})
+    moved = traffic_by_pointer(statements, [], {(0, 0), (1, 8)})
+    assert moved == {image: Traffic(16, 0), out: Traffic(0, 4)}
+
+
 COPY = """
 import json
 import torch, triton, triton.language as tl
@@ -365,6 +388,8 @@ def test_every_kernel_meets_its_budget_or_is_listed(tmp_path: Path) -> None:
     fields = {"kernel", "case", "arch", "bytes", "floor_bytes", "instructions", "ipc_needed", "goal_ms", "ok"}
     assert all(fields <= row.keys() for row in rows)
     assert {row["case"].split()[0] for row in rows} >= {"window_attention", "adaln_modulate", "plan_tokens"}
+    if nvcc():
+        assert any(row["case"].endswith("CUDA") for row in rows)
     for row in rows:
         # A kernel that reads and writes less than its operator's tensors leaves something out, or the count does.
         assert row["kernel"] != "all" or row["bytes"] >= 0.99 * row["floor_bytes"], row

@@ -170,6 +170,8 @@ def report_budget(product: str, only: str, jobs: int, json_file: str | None) -> 
     missed = [row["case"] for row in rows if row["kernel"] == "all" and not row["ok"] and row["case"] not in excused]
     for case in missed:
         print(f"FAILED {case}")
+    if nvcc() is None:
+        print("skipped the cases of CUDA kernels: no nvcc")
     if only == "*":
         for pattern, *_ in BUDGET_EXCEPTIONS:
             if not any(fnmatch.fnmatch(case, pattern) for case in excused):
@@ -182,7 +184,7 @@ def budget_names() -> list[str]:
     """The name of every case of the budget."""
     from kernel_report.budget_cases import cases
 
-    return [f"{case.operator} {case.case} {case.direction}" for case in cases()]
+    return [case.name for case in cases()]
 
 
 def budget_rows(number: int, product: str) -> list[dict]:

@@ -20,10 +20,18 @@ from typing import Any
 from bench import Cost
 from rows import Result, fastest
 
-from kernel_report.compile import AheadOfTimeDriver, Launch, compile_instead_of_launching, disassemble, read_launch
+from kernel_report.compile import (
+    ROOT,
+    AheadOfTimeDriver,
+    Launch,
+    compile_instead_of_launching,
+    disassemble,
+    find_cuda,
+    read_launch,
+)
 from kernel_report.exceptions import BUDGET_EXCEPTIONS
 from kernel_report.gpus import ARCHS, Product, occupancy
-from kernel_report.ptx import loop_accesses, split_functions, traffic_by_pointer
+from kernel_report.ptx import Pointer, loop_accesses, split_functions, traffic_by_pointer
 from kernel_report.sass import Code, read_sass
 
 PLENTY_IPC, FEW_IPC, FEW_WARPS = 2.5, 1.5, 12
@@ -31,6 +39,25 @@ PLENTY_IPC, FEW_IPC, FEW_WARPS = 2.5, 1.5, 12
 Trips = Callable[[Launch], "list[float] | float"]
 """How often each loop of a launch's PTX runs, in the order of the code, each time it is entered, on average;
 one number is that of every loop, however many the compiler leaves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaLaunch:
+    """A launch of a kernel of csrc/, as its host code makes it."""
+
+    source: str
+    """Name of the .cu file."""
+    kernel: str
+    """With its template arguments: "k<float, 16>"."""
+    blocks: int
+    threads: int
+    """Of a block."""
+    shared_bytes: int
+    """Of a block, asked for at the launch."""
+    trips: list[float]
+    """How often each loop runs, of the machine code and of the PTX alike: nvcc unrolls before it writes PTX."""
+    tensors: dict[Pointer, int]
+    """The bytes behind each pointer among the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +69,22 @@ class Case:
     """The name of the case in the operator's benchmark."""
     direction: str
     floor: Cost
-    call: Callable[[], object]
-    """Runs the launchers on meta tensors."""
+    call: Callable[[], object] | None
+    """Runs the launchers of Triton kernels on meta tensors; None for a case of CUDA kernels."""
     trips: dict[str, Trips]
     """By kernel; a kernel without loops needs none."""
+    cuda: tuple[CudaLaunch, ...] = ()
+    """The launches of a case of CUDA kernels."""
     share: float | None = None
     """Of the floor, that the goal asks for; or the goal is a time:"""
     ms: float | None = None
     unused: tuple[str, ...] = ()
     """"kernel.argument" of tensors that the kernel touches only for inputs which the case does not have."""
+
+    @property
+    def name(self) -> str:
+        """How the case is listed and excepted."""
+        return f"{self.operator} {self.case} {self.direction}{' CUDA' if self.cuda else ''}"
 
     def floor_ms(self, product: Product) -> float:
         """The larger of bytes over copy bandwidth and operations over matrix product rate."""
@@ -113,6 +147,32 @@ def count(launch: Launch, trips: Trips | None, arch: str, unused: tuple[str, ...
     return Count(launch.name, moved, everything, issued * all_warps, shared * all_warps, warps)
 
 
+def count_cuda(launch: CudaLaunch, arch: str) -> Count:
+    """Counts one launch of a CUDA kernel.
+
+    Raises:
+        ValueError: The machine code or the PTX has other loops than trips are stated for.
+    """
+    row, sass, ptx = find_cuda(str(ROOT / "csrc" / launch.source), arch, launch.kernel)
+    ((_, code),) = read_sass(sass).items()
+    ((_, statements),) = split_functions(ptx).items()
+    for loops in (len(code.loops), len(loop_accesses(statements))):
+        if loops != len(launch.trips):
+            raise ValueError(f"{launch.kernel} has {loops} loops, but trips are stated for {len(launch.trips)}")
+    issued, shared = code.issued(launch.trips)
+    moved = everything = 0.0
+    for pointers, traffic in traffic_by_pointer(statements, launch.trips, launch.tensors).items():
+        size = sum(launch.tensors[pointer] for pointer in pointers)
+        read, written = (each * launch.threads * launch.blocks for each in (traffic.read, traffic.written))
+        moved += min(read, size) + min(written, size)
+        everything += read + written
+    per_block, sms = launch.threads / 32, ARCHS[arch]["sms"]
+    resident = 64 * occupancy(arch, row["registers"], launch.threads, row["shared_bytes"] + launch.shared_bytes)
+    all_warps = per_block * launch.blocks
+    warps = min(resident, all_warps / sms)
+    return Count(row["kernel"], moved, everything, issued * all_warps, shared * all_warps, warps)
+
+
 def unrolled(kernel: str, trips: list[float], sizes: list[int], code: Code) -> list[float]:
     """How often the loops of the machine code run, given the trips of those in PTX and the accesses to global memory
     in each. The assembler may unroll a loop: a loop of several copies, and a loop behind it for the rest."""
@@ -138,6 +198,8 @@ def count_case(case: Case, arch: str) -> list[Count]:
 
     from d2it.kernels.common import compile_target
 
+    if case.call is None:
+        return [count_cuda(launch, arch) for launch in case.cuda]
     launches = compile_instead_of_launching()
     launches.clear()
     driver.set_active(AheadOfTimeDriver(ARCHS[arch]["capability"]))
@@ -150,7 +212,7 @@ def verdicts(case: Case, counts: list[Count], product: Product) -> list[dict[str
     """Rows of the report: one for each launch, then one for the operator, whose kernel is "all"."""
     goal = case.goal_ms(product)
     slots = product.issue_slots(goal)
-    shared = {"case": f"{case.operator} {case.case} {case.direction}", "arch": product.arch}
+    shared = {"case": case.name, "arch": product.arch}
     shared |= {"floor_bytes": case.floor.bytes, "goal_ms": goal}
 
     def row(kernel: str, some: list[Count]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import plan_tokens_bench
 import torch
 from goals import ATTENTION_SHARE, ENTROPY_US, MOVER_SHARE, PLAN_US
 
-from kernel_report.budget import Case, Trips
-from kernel_report.compile import Launch
+from kernel_report.budget import Case, CudaLaunch, Trips
+from kernel_report.compile import Launch, nvcc
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 CELLS, HEADS, WIDTH = 262_144, 16, 72
@@ -176,7 +176,23 @@ def entropy() -> Iterator[Case]:
     images = meta(batch, 3, 256, 256, dtype=F32)
     call = partial(kde_entropy.kde_entropy, images, 16, 256, -1.0, 1.0, 0.01, True)
     floor, ms = kde_entropy_bench.cost(batch, 256, 3, F32), batch * ENTROPY_US / 1e3
-    yield Case("kde_entropy", f"B{batch}-256x256-C3-bins256-float32", "forward", floor, call, {}, ms=ms)
+    name = f"B{batch}-256x256-C3-bins256-float32"
+    yield Case("kde_entropy", name, "forward", floor, call, {}, ms=ms)
+    if nvcc() is None:
+        return
+    regions, warps, step = batch * 16 * 16, 4, 128
+    # A window of 16 bins: 16 rows of them and one on either side, 32 floats each, in two copies; then a step's pixels.
+    density = 2 * (16 + 2) * 32
+    shared = warps * 4 * (density + 2 * step)
+    # Clearing takes 9 stores of 16 bytes a lane: one alone, then 8 at once outside of the loop over 16. Two steps of
+    # pixels, in each 32 pairs four at a time. 8 bins a lane, four at a time. No thresholds.
+    trips = [1.0, 0.0, 2.0, 8.0, 0.0, 2.0, 0.0]
+    tensors = {(0, 0): images.numel() * 4, (3, 0): regions * 4, (3, 8): 0, (3, 16): 0}
+    launch = CudaLaunch(
+        "kde_entropy_cuda.cu", "entropy_of_vectors<float, 16, 3, false>", regions // warps, 32 * warps, shared, trips,
+        tensors,
+    )  # fmt: skip
+    yield Case("kde_entropy", name, "forward", floor, None, {}, (launch,), ms=ms)
 
 
 def cases() -> Iterator[Case]:

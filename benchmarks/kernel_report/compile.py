@@ -156,6 +156,7 @@ def compile_instead_of_launching() -> list[Launch]:
     return compiled
 
 
+@functools.cache
 def disassemble(cubin: bytes) -> str:
     """The machine code of a cubin as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -231,6 +232,30 @@ def nvcc() -> str | None:
 
 def compile_cuda(source: str, arch: str) -> list[dict]:
     """Rows for every kernel of one .cu file."""
+    cubin, ptx = build_cuda(source, arch)
+    return [_cuda_row(mangled, arch, numbers) for mangled, numbers in read(cubin, ptx).items()]
+
+
+def find_cuda(source: str, arch: str, kernel: str) -> tuple[dict, str, str]:
+    """One kernel of a .cu file by its name with template arguments, "k<float, 16>": its row of the report, its machine
+    code and its PTX, each as a listing of this function alone.
+
+    Raises:
+        ValueError: The file has no such kernel.
+    """
+    cubin, ptx = build_cuda(source, arch)
+    for mangled, numbers in read(cubin, ptx).items():
+        row = _cuda_row(mangled, arch, numbers)
+        if kernel in (row["kernel"], f"{row['kernel']}<{row['config']}>"):
+            listing = re.split(r"(?=^\s*Function : )", disassemble(cubin), flags=re.MULTILINE)
+            own = next(part for part in listing if re.match(rf"\s*Function : {re.escape(mangled)}\n", part))
+            return row, own, next(p for p in re.split(r"(?=\.entry\s)", ptx) if re.match(rf"\.entry\s+{mangled}\b", p))
+    raise ValueError(f"{source} has no kernel {kernel}")
+
+
+@functools.cache
+def build_cuda(source: str, arch: str) -> tuple[bytes, str]:
+    """The machine code and the PTX that nvcc makes of a .cu file."""
     import torch
 
     include = Path(torch.__file__).parent / "include"
@@ -255,8 +280,7 @@ def compile_cuda(source: str, arch: str) -> list[dict]:
             shutil.copy(Path(folder) / f"{Path(source).stem}.ptx", kernels / "ptx")
             with contextlib.suppress(OSError):  # another process made the same
                 kernels.rename(kept)
-    found = read((kept / "cubin").read_bytes(), (kept / "ptx").read_text())
-    return [_cuda_row(mangled, arch, numbers) for mangled, numbers in found.items()]
+    return (kept / "cubin").read_bytes(), (kept / "ptx").read_text()
 
 
 def read_library(library: Path, archs: list[str]) -> list[dict]:
@@ -301,4 +325,6 @@ def _source_of(kernel: str) -> str:
 @functools.cache
 def _demangle(name: str) -> str:
     demangler = shutil.which("cu++filt") or shutil.which("c++filt")
-    return _output(demangler, name).strip() if demangler else name
+    found = _output(demangler, name).strip() if demangler else name
+    # cu++filt gives constants their types, c++filt does not.
+    return found.replace("(int)", "").replace("(bool)0", "false").replace("(bool)1", "true")

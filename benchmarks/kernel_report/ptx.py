@@ -200,10 +200,39 @@ def _address(opcode: str, operands: str) -> str:
     return addresses[1 if opcode.startswith("cp.async") and ".shared" in opcode.partition(".global")[0] else 0]
 
 
+def _parameter(address: str, structures: dict[str, Pointer]) -> Pointer | None:
+    """The parameter, and the place in it, that an address of parameters is: by its name, or by a register."""
+    if match := _PARAMETER.search(address):
+        return int(match[1]), int(match[2] or 0)
+    base, _, offset = address.replace(" ", "").partition("+")
+    number, start = structures.get(base, (-1, 0))
+    return (number, start + int(offset or 0)) if number >= 0 else None
+
+
+def _parameter_addresses(instructions: list[Instruction]) -> dict[str, Pointer]:
+    """Register -> the parameter, and the place in it, whose address it holds: nvcc reads structures through such."""
+    found: dict[str, Pointer] = {}
+    before = -1
+    while len(found) > before:
+        before = len(found)
+        for opcode, operands in instructions:
+            target, *sources = (part.strip() for part in operands.split(","))
+            if opcode in ("mov.b64", "mov.u64", "cvta.param.u64") and len(sources) == 1:
+                address = sources[0]
+            elif opcode in ("add.s64", "add.u64") and sources[-1].lstrip("-").isdigit():
+                address = "+".join(sources)
+            else:
+                continue
+            if (parameter := _parameter(address, found)) is not None:
+                found[target] = parameter
+    return found
+
+
 def _origins(instructions: list[Instruction], pointers: Collection[Pointer] | None) -> dict[str, set[Pointer]]:
     """Register -> the pointers that its value is made from. What is loaded from memory is made from none, but for
     addresses that lanes hand to each other through shared memory: each may be any that is stored there."""
     origins: dict[str, set[Pointer]] = {}
+    structures = _parameter_addresses(instructions)
     flows: list[tuple[list[str], list[str]]] = []
     for opcode, operands in instructions:
         name = opcode.partition(".")[0]
@@ -213,12 +242,11 @@ def _origins(instructions: list[Instruction], pointers: Collection[Pointer] | No
                 ([_SHARED], _REGISTER.findall(outer)) if name == "st" else (_REGISTER.findall(inner), [_SHARED])
             )
         elif name == "ld":
-            match = _PARAMETER.search(operands)
-            if ".param" in opcode and match and opcode.endswith("64"):
-                pointer = int(match[1]), int(match[2] or 0)
-                if pointers is None or pointer in pointers:
-                    for register in _REGISTER.findall(operands.partition("[")[0]):
-                        origins.setdefault(register, set()).add(pointer)
+            pointer = _parameter(operands.partition("[")[2].rstrip("]"), structures)
+            named = pointer is not None and (pointers is None or pointer in pointers)
+            if named and ".param" in opcode and opcode.endswith("64"):
+                for register in _REGISTER.findall(operands.partition("[")[0]):
+                    origins.setdefault(register, set()).add(pointer)
         elif name not in _WRITES_NO_REGISTER:
             target, _, sources = operands.partition("}" if operands.startswith("{") else ",")
             flows.append((_REGISTER.findall(target), _REGISTER.findall(sources)))
