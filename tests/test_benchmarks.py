@@ -62,6 +62,7 @@ def test_measures_right_wrong_and_absent_contenders() -> None:
             "eager": lambda: lambda given: given["x"] * given["x"],
             "wrong forward": lambda: lambda given: given["x"] * given["x"] + 0.1,
             "wrong backward": lambda: lambda given: given["x"] * given["x"].detach(),
+            "of another release": lambda: lambda given: given["x"].no_such_method(),
             "lower bound": lambda: lambda given: torch.ones(1000, requires_grad=True) * 1,
             "absent": unavailable,
         }
@@ -69,6 +70,7 @@ def test_measures_right_wrong_and_absent_contenders() -> None:
     rows = run_bench(declared, seconds=0.01)
     found = {(row["contender"], row.get("direction")): row for row in rows}
     assert found["absent", None]["skipped"] == "no such library here"
+    assert found["of another release", None]["skipped"].startswith("failed: AttributeError")
     assert found["d2it square", "forward"]["correct"]
     assert found["d2it square", "backward"]["correct"]
     assert not found["wrong forward", "forward"]["correct"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bench import Cost
-from kernel_report.budget import Case, Count, excuse, measured, unrolled, verdicts
+from kernel_report.budget import Case, Count, excuse, measured, over_tokens, unrolled, verdicts
 from kernel_report.compile import nvcc
 from kernel_report.flow import executions, natural_loops, outermost
 from kernel_report.gpus import PRODUCTS, occupancy
@@ -370,7 +370,16 @@ def test_a_budget_is_bytes_and_instructions_at_what_the_warps_can_issue() -> Non
     assert not budget_row(1.9e9, 2.6 * slots, 32)["ok"]
     assert not budget_row(1.9e9, 2.4 * slots, 11)["ok"]
     assert budget_row(1.9e9, 1.4 * slots, 11)["ok"]
-    assert excuse({"case": "no such operator"}) is None
+    assert excuse("no such operator") is None
+
+
+def test_time_that_does_not_follow_tokens_is_found() -> None:
+    def row(case: str, ms: float, kernel: str = "all") -> dict:
+        return {"case": case, "kernel": kernel, "predicted_ms": ms}
+
+    rows = [row("op n16-fill1-x", 8.0), row("op n16-fill0.25-x", 3.0), row("op n16-fill0.25-x", 1.0, "k")]
+    assert list(over_tokens(rows)) == [("op n16-fill0.25-x", 1.5)]
+    assert not list(over_tokens([row("op n16-fill0.5-x", 3.0)]))
 
 
 def test_a_budget_finds_what_was_measured() -> None:

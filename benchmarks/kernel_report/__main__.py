@@ -22,10 +22,10 @@ from pathlib import Path
 
 from rows import columns, devices, load
 
-from kernel_report.budget import excuse
+from kernel_report.budget import MOST_FOR_TOKENS, excuse, over_tokens
 from kernel_report.budget import table as table_of_budget
 from kernel_report.compile import ROOT, compile_cuda, compile_triton, nvcc, read_library
-from kernel_report.exceptions import BUDGET_EXCEPTIONS, EXCEPTIONS
+from kernel_report.exceptions import BUDGET_EXCEPTIONS, EXCEPTIONS, TOKEN_EXCEPTIONS
 from kernel_report.gpus import ARCHS, PRODUCTS, occupancy
 
 # Bytes in a main loop that may come through loads of 32 bits and less (row indices, per-row scalars).
@@ -163,19 +163,30 @@ def report_budget(product: str, only: str, jobs: int, json_file: str | None) -> 
     if json_file:
         Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
     excused = {
-        row["case"]: found for row in rows if row["kernel"] == "all" and not row["ok"] and (found := excuse(row))
+        row["case"]: found
+        for row in rows
+        if row["kernel"] == "all" and not row["ok"] and (found := excuse(row["case"]))
     }
     for case, (reason, lifted) in excused.items():
         print(f"excepted: {case}: {reason}; lifted by {lifted}")
     missed = [row["case"] for row in rows if row["kernel"] == "all" and not row["ok"] and row["case"] not in excused]
     for case in missed:
         print(f"FAILED {case}")
+    slow = [(case, ratio) for case, ratio in over_tokens(rows) if ratio > MOST_FOR_TOKENS]
+    for case, ratio in slow:
+        text = f"{case}: {ratio:.2f} times its share of the time at fill 1"
+        if found := excuse(case, TOKEN_EXCEPTIONS):
+            print(f"excepted: {text}: {found[0]}; lifted by {found[1]}")
+        else:
+            missed.append(case)
+            print(f"FAILED {text}")
     if nvcc() is None:
         print("skipped the cases of CUDA kernels: no nvcc")
     if only == "*":
-        for pattern, *_ in BUDGET_EXCEPTIONS:
-            if not any(fnmatch.fnmatch(case, pattern) for case in excused):
-                print(f"not needed here: {pattern}")
+        for exceptions, needed in ((BUDGET_EXCEPTIONS, set(excused)), (TOKEN_EXCEPTIONS, {case for case, _ in slow})):
+            for pattern, *_ in exceptions:
+                if not any(fnmatch.fnmatch(case, pattern) for case in needed):
+                    print(f"not needed here: {pattern}")
     print(f"{len(chosen)} cases on {product}, {len(missed)} over their budget, {len(excused)} excepted")
     return 1 if missed else 0
 
