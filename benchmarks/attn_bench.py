@@ -224,6 +224,102 @@ def cuequivariance() -> Run:
     return run
 
 
+def on_full_windows(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], name: str) -> Run:
+    """As `on_windows`, for what takes a bias common to the windows and no mask beside it."""
+
+    def run(given: dict[str, Any]) -> Tensor:
+        if given["mask"] is not None:
+            raise Skip(f"{name} takes no mask beside a bias of all windows")
+        return on_windows(attend)(given)
+
+    return run
+
+
+def flash_window_attention() -> Run:
+    require("flash_swin_attn", "Flash Window Attention")
+    from flash_swin_attn import flash_swin_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        return flash_swin_attn_func(q, k, v, bias[0], q.shape[-1] ** -0.5)
+
+    return on_full_windows(attend, "Flash Window Attention")
+
+
+def cudnn_attention() -> Run:
+    """cuDNN through its own front end, which PyTorch's operator lacks: with the gradient of the bias."""
+    require("cudnn", "cuDNN's front end")
+    import cudnn
+
+    kinds = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
+    graphs: dict[tuple, Any] = {}
+
+    def plan(graph: Any) -> None:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+
+    def execute(graph: Any, tensors: dict[Any, Tensor], device: torch.device) -> None:
+        graph.execute(tensors, torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=device))
+
+    def like(tensor: Any, x: Tensor) -> Any:
+        return tensor.set_output(True).set_dim(list(x.shape)).set_stride(list(x.stride()))
+
+    def new_graph(dtype: torch.dtype) -> Any:
+        single = cudnn.data_type.FLOAT
+        return cudnn.pygraph(io_data_type=kinds[dtype], intermediate_data_type=single, compute_data_type=single)
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+            out = torch.empty(q.transpose(1, 2).shape, dtype=q.dtype, device=q.device).transpose(1, 2)
+            stats = q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
+            given = (q, k, v, bias)
+            key = ("forward", *((x.shape, x.stride(), x.dtype) for x in given))
+            if key not in graphs:
+                graph = new_graph(q.dtype)
+                names = [graph.tensor_like(x) for x in given]
+                scale = q.shape[-1] ** -0.5
+                results = graph.sdpa(
+                    q=names[0], k=names[1], v=names[2], bias=names[3], attn_scale=scale, generate_stats=True
+                )
+                like(results[0], out)
+                like(results[1], stats).set_data_type(cudnn.data_type.FLOAT)
+                plan(graph)
+                graphs[key] = graph, [*names, *results]
+            graph, names = graphs[key]
+            execute(graph, dict(zip(names, (*given, out, stats))), q.device)
+            ctx.save_for_backward(*given, out, stats)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+            given = *ctx.saved_tensors, grad
+            q, _k, _v, bias, out, _stats, _ = given
+            grads = [torch.empty_like(out) for _ in range(3)]
+            dbias = torch.zeros_like(bias)
+            key = ("backward", *((x.shape, x.stride(), x.dtype) for x in given))
+            if key not in graphs:
+                graph = new_graph(q.dtype)
+                names = [graph.tensor_like(x) for x in (*given, dbias)]
+                nq, nk, nv, nbias, nout, nstats, ngrad, ndbias = names
+                results = graph.sdpa_backward(
+                    q=nq, k=nk, v=nv, o=nout, dO=ngrad, stats=nstats, bias=nbias, dBias=ndbias,
+                    attn_scale=q.shape[-1] ** -0.5, use_deterministic_algorithm=True,
+                )  # fmt: skip
+                for name, x in zip(results, grads):
+                    like(name, x)
+                plan(graph)
+                graphs[key] = graph, [*names, *results]
+            graph, names = graphs[key]
+            execute(graph, dict(zip(names, (*given, dbias, *grads))), q.device)
+            return *grads, dbias
+
+    return on_full_windows(Attention.apply, "cuDNN")
+
+
 def ends(given: dict[str, Any]) -> Tensor:
     """Where each window's rows begin, and where the last's end: (W + 1,) int32."""
     counts = (given["slots"] >= 0).sum(1, dtype=torch.int32)
@@ -273,6 +369,8 @@ CONTENDERS: dict[str, Callable[[], Run]] = {
     "FlexAttention, windows stacked": flex_stacked,
     "xformers": xformers,
     "cuEquivariance": cuequivariance,
+    "cuDNN": cudnn_attention,
+    "Flash Window Attention": flash_window_attention,
     "flash-attn (no bias: a lower bound, not the operator)": flash_attn,
     "FlashAttention 4 (no bias: a lower bound, not the operator)": flash_attn_4,
     "NATTEN (no bias: a lower bound, not the operator)": natten,
