@@ -145,8 +145,8 @@ ATTENTION_SHARE = {16: 0.7, 64: 0.7, 256: 0.5}
 """Cells of a window -> share of the floor that its attention is to reach."""
 MOVER_SHARE = 0.8
 ENTROPY_US = 2.2
-"""For an image of 256 x 256: twice the time of the instructions that exact taps need (docs/numerics.md), which is six
-times that of the bytes."""
+"""For an image of 256 x 256: 1.8 times the time of the instructions that exact taps need in Triton (docs/numerics.md),
+which is more than six times that of the bytes."""
 PLAN_US = 20.0
 """For 256 images."""
 
