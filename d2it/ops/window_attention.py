@@ -244,15 +244,6 @@ def _lse(q: Tensor, slots: Tensor | None, segment_ids: Tensor | None, backend: s
     return q.new_empty((windows, q.shape[-2], n) if kept else (0,), dtype=torch.float32)
 
 
-def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *_, slots, segment_ids, _, backend = args
-    return q.new_empty(q.shape), _lse(q, slots, segment_ids, backend)
-
-
-def _qkv_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _fake(qkv.select(-3, 0), *args)
-
-
 def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.backend = inputs
     lse = output[1]
@@ -261,92 +252,86 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> No
     ctx.save_for_backward(*tensors, *(output if lse.ndim == 3 else (None, None)))
 
 
-def _gradients(ctx: Any, grad: Tensor | None, call: Callable[..., Sequence[Tensor]]) -> Sequence[Any]:
-    """The gradients of the inputs: of the tensors that attend, of the bias, and None for the rest."""
-    if grad is None:
-        return (None,) * len(ctx.saved_tensors)
-    *attending, bias, slots, segment_ids, out, lse = ctx.saved_tensors
-    needs_bias = bias is not None and ctx.needs[len(attending)]
-    *grads, dbias = call(grad, *attending, bias, slots, segment_ids, out, lse, ctx.scale, needs_bias, ctx.backend)
-    return *grads, dbias if needs_bias else None, None, None, None, None
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
-    return _gradients(ctx, grad, _call_window_attention_backward)
-
-
-def _qkv_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
-    return _gradients(ctx, grad, _call_window_attention_qkvpacked_backward)
-
-
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *attending, bias, _slots, _segment_ids, _out, _lse, _scale, needs_bias, _backend = args
     dbias = bias.new_empty(bias.shape) if bias is not None and needs_bias else grad.new_empty(0)
     return *(x.new_empty(x.shape) for x in attending), dbias
 
 
-def _composite(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, None]:
-    slots, segment_ids, scale = rest
-    return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale), None
-
-
-def _qkv_composite(qkv: Tensor, *rest: Any) -> tuple[Tensor, None]:
-    return _composite(*qkv.unbind(-3), *rest)
-
-
-def _pull_back(
-    function: Callable[..., tuple[Tensor, None]], grad: Tensor, attending: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, ...]:
-    """The gradients of `attending` and of the bias through `function`, the operator in plain PyTorch."""
-    bias, slots, segment_ids, _out, _lse, scale, needs_bias = rest
-    if not needs_bias:
-        grads = torch.func.vjp(lambda *x: function(*x, bias, slots, segment_ids, scale)[0], *attending)[1](grad)
-        return *grads, grad.new_empty(0)
-    return torch.func.vjp(lambda *x: function(*x, slots, segment_ids, scale)[0], *attending, bias)[1](grad)
-
-
 _INT32 = frozenset((torch.int32,))
 _WHERE = "Tensor? bias, Tensor? slots, Tensor? segment_ids"
 _BACK = f"{_WHERE}, Tensor? out, Tensor? lse, float scale, bool needs_bias, str backend"
+QKV = Callable[..., Sequence[Tensor]]
 
-_call_window_attention = operator(
-    f"window_attention(Tensor q, Tensor k, Tensor v, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
-    fake=_fake,
-    setup=_setup,
-    backward=_backward,
-    check=lambda q, k, v, bias, slots, *rest: check_slots(slots, q.shape[0]),
-    composite=_composite,
+
+def _define(name: str, tensors: str, gradients: str, qkv: QKV) -> Callable[..., Any]:
+    """Defines the operator `name` and its backward; returns the function that calls the former.
+
+    Args:
+        name: of the operator.
+        tensors: those that attend, as the schema declares them.
+        gradients: the same of their gradients.
+        qkv: q, k and v, from the tensors that attend.
+    """
+    count = tensors.count("Tensor")
+
+    def fake(*args: Any) -> tuple[Tensor, Tensor]:
+        q = qkv(*args[:count])[0]
+        *_, slots, segment_ids, _, backend = args
+        return q.new_empty(q.shape), _lse(q, slots, segment_ids, backend)
+
+    def composite(*args: Any) -> tuple[Tensor, None]:
+        *attending, bias, slots, segment_ids, scale = args
+        given: dict[str, Any] = {"slots": slots, "segment_ids": segment_ids, "scale": scale}
+        return reference.window_attention(*qkv(*attending), bias, **given), None
+
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
+        if grad is None:
+            return (None,) * len(ctx.saved_tensors)
+        needs_bias = ctx.saved_tensors[count] is not None and ctx.needs[count]
+        *grads, dbias = call_backward(grad, *ctx.saved_tensors, ctx.scale, needs_bias, ctx.backend)
+        return *grads, dbias if needs_bias else None, None, None, None, None
+
+    def composite_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *attending, bias, slots, segment_ids, _out, _lse, scale, needs_bias = args
+        rest = (slots, segment_ids, scale)
+        if needs_bias:
+            return torch.func.vjp(lambda *x: composite(*x, *rest)[0], *attending, bias)[1](grad)
+        grads = torch.func.vjp(lambda *x: composite(*x, bias, *rest)[0], *attending)[1](grad)
+        return *grads, grad.new_empty(0)
+
+    call_backward = operator(
+        f"{name}_backward(Tensor grad, {tensors}, {_BACK}) -> ({gradients}, Tensor dbias)",
+        fake=_backward_fake,
+        composite=composite_backward,
+    )
+    return operator(
+        f"{name}({tensors}, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
+        fake=fake,
+        setup=_setup,
+        backward=backward,
+        check=lambda *args: check_slots(args[count + 1], args[0].shape[0]),
+        composite=composite,
+    )
+
+
+_call_window_attention = _define(
+    "window_attention", "Tensor q, Tensor k, Tensor v", "Tensor dq, Tensor dk, Tensor dv", lambda q, k, v: (q, k, v)
 )
-_call_window_attention_backward = operator(
-    f"window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, {_BACK}) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-    fake=_backward_fake,
-    composite=lambda grad, q, k, v, *rest: _pull_back(_composite, grad, (q, k, v), *rest),
+_call_window_attention_qkvpacked = _define(
+    "window_attention_qkvpacked", "Tensor qkv", "Tensor dqkv", lambda qkv: qkv.unbind(-3)
 )
-_call_window_attention_qkvpacked = operator(
-    f"window_attention_qkvpacked(Tensor qkv, {_WHERE}, float scale, str backend) -> (Tensor out, Tensor lse)",
-    fake=_qkv_fake,
-    setup=_setup,
-    backward=_qkv_backward,
-    check=lambda qkv, bias, slots, *rest: check_slots(slots, qkv.shape[0]),
-    composite=_qkv_composite,
-)
-_call_window_attention_qkvpacked_backward = operator(
-    f"window_attention_qkvpacked_backward(Tensor grad, Tensor qkv, {_BACK}) -> (Tensor dqkv, Tensor dbias)",
-    fake=_backward_fake,
-    composite=lambda grad, qkv, *rest: _pull_back(_qkv_composite, grad, (qkv,), *rest),
-)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# ---- What a backend can take: `x` is q or qkv, called `name` ---------------------------------------------------------
 
 
-def _dtype_reasons(name: str, x: Tensor) -> list[str]:
-    return [] if x.dtype in _DTYPES else [f"{name} must be float32, float16 or bfloat16, not {x.dtype}"]
+def _dtype_reasons(name: str, x: Tensor, *_: Any, **windows: Any) -> list[str]:
+    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return [] if known else [f"{name} must be float32, float16 or bfloat16, not {x.dtype}"]
 
 
-def _triton_reasons(name: str, x: Tensor, bias: Tensor | None, slots: Tensor | None) -> list[str]:
-    reasons = _dtype_reasons(name, x)
-    if bias is not None:
-        reasons += _dtype_reasons("bias", bias)
+def _size_reasons(x: Tensor, bias: Tensor | None, slots: Tensor | None) -> list[str]:
+    reasons = [] if bias is None else _dtype_reasons("bias", bias)
     n, width = (x if slots is None else slots).shape[1], x.shape[-1]
     if n > 256:
         reasons.append(f"windows must have at most 256 positions, not {n}")
@@ -355,88 +340,14 @@ def _triton_reasons(name: str, x: Tensor, bias: Tensor | None, slots: Tensor | N
     return reasons
 
 
-def _triton_fits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    slots: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    scale: float | None = None,
+def _triton_reasons(
+    name: str, x: Tensor, bias: Tensor | None = None, *, slots: Tensor | None = None, **windows: Any
 ) -> list[str]:
-    return _triton_reasons("q", q, bias, slots)
+    return _dtype_reasons(name, x) + _size_reasons(x, bias, slots)
 
-
-def _triton_qkv_fits(
-    qkv: Tensor,
-    bias: Tensor | None = None,
-    *,
-    slots: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    scale: float | None = None,
-) -> list[str]:
-    return _triton_reasons("qkv", qkv, bias, slots)
-
-
-def _native_fits(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
-    return _dtype_reasons("q", q)
-
-
-def _native_qkv_fits(qkv: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
-    return _dtype_reasons("qkv", qkv)
-
-
-# ---- C++ on CPU: it takes the bias in float32 and segments in int64, and keeps nothing for the backward --------------
-
-
-def _native_inputs(windows: Windows) -> Windows:
-    bias = None if windows.bias is None else windows.bias.to(torch.float32).contiguous()
-    segment_ids = None if windows.segment_ids is None else windows.segment_ids.to(torch.int64).contiguous()
-    return windows._replace(bias=bias, segment_ids=segment_ids)
-
-
-def _native(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    windows = _native_inputs(Windows(*args))
-    # An empty tensor of slots has no address, which C++ cannot tell from windows without slots.
-    empty = windows.slots is not None and not windows.slots.numel()
-    out = q.new_zeros(q.shape) if empty else q.new_empty(q.shape)
-    if not empty and not torch.ops.d2it_C.window_attention(q, k, v, *windows, out):
-        check_slots(windows.slots, q.shape[0])  # raises: the C++ operator only reports that a slot is wrong
-    return out, q.new_empty(0, dtype=torch.float32)
-
-
-def _native_gradients(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
-    """Fills grads (dq, dk, dv) and returns dbias, empty where it is not needed."""
-    bias, slots, segment_ids, _out, _lse, scale, needs_bias = args
-    windows = _native_inputs(Windows(bias, slots, segment_ids, scale))
-    dbias = torch.zeros_like(windows.bias) if needs_bias and windows.bias is not None else None
-    if slots is not None and not slots.numel():
-        for gradient in grads:
-            gradient.zero_()
-    elif not torch.ops.d2it_C.window_attention_backward(grad, q, k, v, *windows, *grads, dbias):
-        check_slots(slots, q.shape[0])
-    return q.new_empty(0) if dbias is None else dbias.to(bias.dtype)
-
-
-def _native_backward(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grads = tuple(q.new_empty(q.shape) for _ in range(3))
-    return *grads, _native_gradients(grads, grad, q, *rest)
-
-
-def _native_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _native(*qkv.unbind(-3), *rest)
-
-
-def _native_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dqkv = qkv.new_empty(qkv.shape)
-    return dqkv, _native_gradients(dqkv.unbind(-3), grad, *qkv.unbind(-3), *rest)
-
-
-# ---- CUDA C++: it takes segments in int64, and keeps every row's sum for the backward -------------------------------
 
 CUDA_WIDTHS = (32, 64, 72, 96, 128)
-"""Widths of heads that the kernels are compiled for; a head is filled up to the next."""
+"""Widths of heads that the CUDA kernels are compiled for; a head is filled up to the next."""
 _EVERY_GPU = 99 * 1024  # bytes of shared memory that a block can have, from compute capability 8.0 on
 
 
@@ -455,18 +366,11 @@ def _cuda_reasons(
     segment_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> list[str]:
-    n, width = (x if slots is None else slots).shape[1], x.shape[-1]
-    reasons = []
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"{name} must be float16 or bfloat16, not {x.dtype}")
-    if bias is not None:
-        reasons += _dtype_reasons("bias", bias)
-    if n > 256:
-        reasons.append(f"windows must have at most 256 positions, not {n}")
-    if not 1 <= width <= 128:
-        reasons.append(f"heads must be at most 128 wide, not {width}")
+    halves = x.dtype in (torch.float16, torch.bfloat16)
+    reasons = [] if halves else [f"{name} must be float16 or bfloat16, not {x.dtype}"]
+    reasons += _size_reasons(x, bias, slots)
     if not reasons and x.is_cuda:
-        needed = _cuda_shared(n, width, segment_ids is not None)
+        needed = _cuda_shared((x if slots is None else slots).shape[1], x.shape[-1], segment_ids is not None)
         if needed > _EVERY_GPU:
             there = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
             if needed > there:
@@ -474,31 +378,58 @@ def _cuda_reasons(
     return reasons
 
 
-def _cuda_fits(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
-    return _cuda_reasons("q", q, bias, **windows)
+def _cuda_chosen(
+    name: str, x: Tensor, bias: Tensor | None = None, *, slots: Tensor | None = None, **windows: Any
+) -> list[str]:
+    """`_cuda_reasons`, and windows of at most 64 positions: they are single tiles of the Triton kernels."""
+    small = (x if slots is None else slots).shape[1] <= 64
+    return ["windows are small"] if small else _cuda_reasons(name, x, bias, slots=slots, **windows)
 
 
-def _cuda_qkv_fits(qkv: Tensor, bias: Tensor | None = None, **windows: Any) -> list[str]:
-    return _cuda_reasons("qkv", qkv, bias, **windows)
+def _fits(op: str, reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """`reasons` as a function of the arguments of `op`."""
+    if op == "window_attention":
+        return lambda q, k, v, bias=None, **windows: reasons("q", q, bias, **windows)
+    return lambda qkv, bias=None, **windows: reasons("qkv", qkv, bias, **windows)
 
 
-def _cuda_chosen(fits: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """`fits`, and windows of more than 64 positions: smaller ones are single tiles of the Triton kernels."""
-
-    def reasons(x: Tensor, *args: Any, slots: Tensor | None = None, **windows: Any) -> list[str]:
-        small = (x if slots is None else slots).shape[1] <= 64
-        return ["windows are small"] if small else fits(x, *args, slots=slots, **windows)
-
-    return reasons
+# ---- C++ on CPU, which keeps nothing for the backward ----------------------------------------------------------------
 
 
-def _cuda_inputs(q: Tensor, windows: Windows) -> Windows:
+def _ready(windows: Windows, kept: torch.dtype = torch.float32) -> Windows:
+    """The windows as C++ takes them: contiguous, the bias in float32 unless its dtype is `kept`, segments in int64."""
     bias, segment_ids = windows.bias, windows.segment_ids
     if bias is not None:
-        bias = (bias if bias.dtype == q.dtype else bias.float()).contiguous()
+        bias = (bias if bias.dtype == kept else bias.float()).contiguous()
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int64).contiguous()
     return windows._replace(bias=bias, segment_ids=segment_ids)
+
+
+def _native(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    windows = _ready(Windows(*args))
+    # An empty tensor of slots has no address, which C++ cannot tell from windows without slots.
+    empty = windows.slots is not None and not windows.slots.numel()
+    out = q.new_zeros(q.shape) if empty else q.new_empty(q.shape)
+    if not empty and not torch.ops.d2it_C.window_attention(q, k, v, *windows, out):
+        check_slots(windows.slots, q.shape[0])  # raises: the C++ operator only reports that a slot is wrong
+    return out, q.new_empty(0, dtype=torch.float32)
+
+
+def _native_backward(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    """Fills grads (dq, dk, dv) and returns dbias, empty where it is not needed."""
+    bias, slots, segment_ids, _out, _lse, scale, needs_bias = args
+    windows = _ready(Windows(bias, slots, segment_ids, scale))
+    dbias = torch.zeros_like(windows.bias) if needs_bias and windows.bias is not None else None
+    if slots is not None and not slots.numel():
+        for gradient in grads:
+            gradient.zero_()
+    elif not torch.ops.d2it_C.window_attention_backward(grad, q, k, v, *windows, *grads, dbias):
+        check_slots(slots, q.shape[0])
+    return q.new_empty(0) if dbias is None else dbias.to(bias.dtype)
+
+
+# ---- CUDA C++, which keeps every row's sum for the backward ----------------------------------------------------------
 
 
 def _unnamed(q: Tensor, slots: Tensor | None) -> Tensor | None:
@@ -506,7 +437,7 @@ def _unnamed(q: Tensor, slots: Tensor | None) -> Tensor | None:
 
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    windows = _cuda_inputs(q, Windows(*args))
+    windows = _ready(Windows(*args), q.dtype)
     count, n = windows.shape(q)
     out = q.new_empty(q.shape)
     lse = q.new_empty((count, q.shape[-2], n), dtype=torch.float32)
@@ -516,10 +447,10 @@ def _cuda(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _cuda_gradients(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+def _cuda_backward(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     """Fills grads (dq, dk, dv) and returns dbias, empty where it is not needed."""
     bias, slots, segment_ids, out, lse, scale, needs_bias = args
-    windows = _cuda_inputs(q, Windows(bias, slots, segment_ids, scale))
+    windows = _ready(Windows(bias, slots, segment_ids, scale), q.dtype)
     count, n = windows.shape(q)
     heads, bias_windows = q.shape[-2], 1 if bias is None else bias.shape[0]
     dbias = bias.new_empty(bias.shape) if needs_bias else None
@@ -540,36 +471,36 @@ def _cuda_gradients(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor,
     return q.new_empty(0) if dbias is None else dbias
 
 
-def _cuda_backward(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grads = tuple(q.new_empty(q.shape) for _ in range(3))
-    return *grads, _cuda_gradients(grads, grad, q, *rest)
+def _over_qkv(forward: Callable[..., Any], backward: Callable[..., Tensor]) -> dict[str, Callable[..., Any]]:
+    """A backend's functions by operator, from those that take q, k and v apart."""
+
+    def apart(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        grads = tuple(q.new_empty(q.shape) for _ in range(3))
+        return *grads, backward(grads, grad, q, *rest)
+
+    def packed(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dqkv = qkv.new_empty(qkv.shape)
+        return dqkv, backward(dqkv.unbind(-3), grad, *qkv.unbind(-3), *rest)
+
+    return {
+        "window_attention": forward,
+        "window_attention_backward": apart,
+        "window_attention_qkvpacked": lambda qkv, *rest: forward(*qkv.unbind(-3), *rest),
+        "window_attention_qkvpacked_backward": packed,
+    }
 
 
-def _cuda_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _cuda(*qkv.unbind(-3), *rest)
-
-
-def _cuda_qkv_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dqkv = qkv.new_empty(qkv.shape)
-    return dqkv, _cuda_gradients(dqkv.unbind(-3), grad, *qkv.unbind(-3), *rest)
-
-
-for _op, _cpu_takes, _triton_takes, _cuda_takes in (
-    ("window_attention", _native_fits, _triton_fits, _cuda_fits),
-    ("window_attention_qkvpacked", _native_qkv_fits, _triton_qkv_fits, _cuda_qkv_fits),
-):
+for _op in ("window_attention", "window_attention_qkvpacked"):
     register_backend(_op, "reference")
-    register_backend(_op, "cpu", _cpu_takes, native="window_attention")
-    register_backend(_op, "triton", _triton_takes)
-    register_backend(_op, "cuda", _cuda_takes, native="window_attention_saved", chosen=_cuda_chosen(_cuda_takes))
-    for _direction, _name in (("forward", ""), ("backward", "_backward")):
-        implement(f"{_op}{_name}", "triton", f"d2it.kernels.window_attention:{_op}_{_direction}")
+    register_backend(_op, "cpu", _fits(_op, _dtype_reasons), native="window_attention")
+    register_backend(_op, "triton", _fits(_op, _triton_reasons))
+    register_backend(
+        _op, "cuda", _fits(_op, _cuda_reasons), native="window_attention_saved", chosen=_fits(_op, _cuda_chosen)
+    )
+    implement(_op, "triton", f"d2it.kernels.window_attention:{_op}_forward")
+    implement(f"{_op}_backward", "triton", f"d2it.kernels.window_attention:{_op}_backward")
 register_backend("slots_from_cu_seqlens", "reference")
-implement("window_attention", "cpu", _native, checks_values=True)
-implement("window_attention_backward", "cpu", _native_backward)
-implement("window_attention_qkvpacked", "cpu", _native_qkv, checks_values=True)
-implement("window_attention_qkvpacked_backward", "cpu", _native_qkv_backward)
-implement("window_attention", "cuda", _cuda)
-implement("window_attention_backward", "cuda", _cuda_backward)
-implement("window_attention_qkvpacked", "cuda", _cuda_qkv)
-implement("window_attention_qkvpacked_backward", "cuda", _cuda_qkv_backward)
+for _op, _function in _over_qkv(_native, _native_backward).items():
+    implement(_op, "cpu", _function, checks_values=not _op.endswith("_backward"))
+for _op, _function in _over_qkv(_cuda, _cuda_backward).items():
+    implement(_op, "cuda", _function)
