@@ -151,6 +151,37 @@ class ClassConditional(Model):
         return torch.rand(batch, generator=generator, device=device) < self.config.class_dropout_prob
 
 
+class PlainTransformer(ClassConditional):
+    """A trunk alone, on latents or on grain maps: a `DiT` or a `DynamicGrainTransformer`."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.trunk = Trunk(config)
+        layers.initialize(self)
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        return list(self.trunk.blocks)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None) -> Tensor:
+        """Predict from `x`.
+
+        Args:
+            x: (B, C, H, W), noised.
+            t: (B,) timesteps.
+            y: (B,) int64 labels, `num_classes` for none.
+            force_drop_ids: (B,), true where the label is replaced by the null label.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: shapes that do not fit the configuration.
+        """
+        self.check_input(self.trunk, x, t, y)
+        out = self.trunk(x, t, self.labels(y, x.shape[0], force_drop_ids))  # (B, H, W, out)
+        return out.permute(0, 3, 1, 2).contiguous()
+
+
 @dataclass
 class DiTConfig(TransformerConfig):
     """Configuration of a plain `DiT`.
@@ -193,7 +224,7 @@ class DiTConfig(TransformerConfig):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-class DiT(ClassConditional):
+class DiT(PlainTransformer):
     """The plain Diffusion Transformer on latents: `DiT.from_preset("DiT-XL/2", num_classes=1000, image_size=256)`.
 
     forward(x (B, C, H, W), t (B,), y (B,) int64) -> (B, C or 2C, H, W): the predicted noise and, with `learn_sigma`,
@@ -203,27 +234,3 @@ class DiT(ClassConditional):
     Config = DiTConfig
     presets = DIT_PRESETS
     config: DiTConfig
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__(config)
-        self.trunk = Trunk(config)
-        layers.initialize(self)
-
-    def transformer_blocks(self) -> list[nn.Module]:
-        return list(self.trunk.blocks)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None) -> Tensor:
-        """Predict the noise of `x`.
-
-        Args:
-            x: noised latents.
-            t: timesteps.
-            y: labels, `num_classes` for none.
-            force_drop_ids: (B,), true where the label is replaced by the null label.
-
-        Raises:
-            ValueError: shapes that do not fit the configuration.
-        """
-        self.check_input(self.trunk, x, t, y)
-        out = self.trunk(x, t, self.labels(y, x.shape[0], force_drop_ids))  # (B, H, W, out)
-        return out.permute(0, 3, 1, 2).contiguous()

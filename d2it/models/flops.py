@@ -127,49 +127,22 @@ def _per_image(dim: int, depth: int) -> int:
 # torch.utils.flop_counter works on shapes alone: all positions of all windows count, filled or not.
 
 
-@register_flop_formula([torch.ops.d2it.window_attention_qkvpacked])
-def _qkvpacked_flops(
-    qkv: Any, bias: Any, slots: Any, segment_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    windows, n = slots if slots is not None else qkv[:2]
-    return 4 * windows * n * n * qkv[-2] * qkv[-1]
+def _count_window_attention(forward_op: Any, backward_op: Any, attending: int) -> None:
+    """Registers the products of a window attention of `attending` tensors: two forward, and five backward, where the
+    scores are computed again."""
+
+    @register_flop_formula([forward_op])
+    def forward(x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        slots = args[attending]
+        windows, n = slots if slots is not None else x[:2]
+        return 4 * windows * n * n * x[-2] * x[-1]
+
+    @register_flop_formula([backward_op])
+    def backward(grad: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return forward(*args) * 5 // 2
 
 
-@register_flop_formula([torch.ops.d2it.window_attention_qkvpacked_backward])
-def _qkvpacked_backward_flops(
-    grad: Any, qkv: Any, bias: Any, slots: Any, segment_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    # Five products where the forward has two: the scores are computed again.
-    return _qkvpacked_flops(qkv, bias, slots, segment_ids) * 5 // 2
-
-
-@register_flop_formula([torch.ops.d2it.window_attention])
-def _window_flops(
-    q: Any,
-    k: Any,
-    v: Any,
-    bias: Any,
-    slots: Any,
-    segment_ids: Any,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    windows, n = slots if slots is not None else q[:2]
-    return 4 * windows * n * n * q[-2] * q[-1]
-
-
-@register_flop_formula([torch.ops.d2it.window_attention_backward])
-def _window_backward_flops(
-    grad: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    bias: Any,
-    slots: Any,
-    segment_ids: Any,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return _window_flops(q, k, v, bias, slots, segment_ids) * 5 // 2
+_count_window_attention(torch.ops.d2it.window_attention, torch.ops.d2it.window_attention_backward, 3)
+_count_window_attention(
+    torch.ops.d2it.window_attention_qkvpacked, torch.ops.d2it.window_attention_qkvpacked_backward, 1
+)

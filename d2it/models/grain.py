@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
-from d2it.models import layers
 from d2it.models.base import check_whole, pair
-from d2it.models.dit import ClassConditional, TransformerConfig, Trunk
+from d2it.models.dit import PlainTransformer, TransformerConfig
 from d2it.models.presets import GRAIN_PRESETS
 
 
@@ -50,37 +47,15 @@ class GrainTransformerConfig(TransformerConfig):
         return self.num_grains
 
 
-class DynamicGrainTransformer(ClassConditional):
+class DynamicGrainTransformer(PlainTransformer):
     """Predicts the grain of every region: `DynamicGrainTransformer.from_preset("DiT-S", num_classes=1000)`.
 
     The grain map, scaled to [-1, 1] (`d2it.diffusion.grains_to_signal`), is noised by the same Gaussian diffusion as
     latents are; the network predicts the clean map.
+
+    forward(x (B, 1, h, w), t (B,), y (B,) int64) -> (B, k, h, w): the logits of the clean grain.
     """
 
     Config = GrainTransformerConfig
     presets = GRAIN_PRESETS
     config: GrainTransformerConfig
-
-    def __init__(self, config: GrainTransformerConfig) -> None:
-        super().__init__(config)
-        self.trunk = Trunk(config)
-        layers.initialize(self)
-
-    def transformer_blocks(self) -> list[nn.Module]:
-        return list(self.trunk.blocks)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None) -> Tensor:
-        """(B, 1, h, w) noised signal, (B,) timesteps, (B,) labels -> (B, k, h, w) logits of the clean grain.
-
-        Args:
-            x: noised signal.
-            t: timesteps.
-            y: labels, `num_classes` for none.
-            force_drop_ids: (B,), true where the label is replaced by the null label.
-
-        Raises:
-            ValueError: shapes that do not fit the configuration.
-        """
-        self.check_input(self.trunk, x, t, y)
-        out = self.trunk(x, t, self.labels(y, x.shape[0], force_drop_ids))  # (B, h, w, k)
-        return out.permute(0, 3, 1, 2).contiguous()

@@ -282,14 +282,15 @@ def _define(name: str, tensors: str, gradients: str, qkv: QKV) -> Callable[..., 
 
     def composite(*args: Any) -> tuple[Tensor, None]:
         *attending, bias, slots, segment_ids, scale = args
-        given: dict[str, Any] = {"slots": slots, "segment_ids": segment_ids, "scale": scale}
-        return reference.window_attention(*qkv(*attending), bias, **given), None
+        q, k, v = qkv(*attending)
+        return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale), None
 
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Sequence[Any]:
+        saved = ctx.saved_tensors
         if grad is None:
-            return (None,) * len(ctx.saved_tensors)
-        needs_bias = ctx.saved_tensors[count] is not None and ctx.needs[count]
-        *grads, dbias = call_backward(grad, *ctx.saved_tensors, ctx.scale, needs_bias, ctx.backend)
+            return (None,) * len(saved)
+        needs_bias = saved[count] is not None and ctx.needs[count]
+        *grads, dbias = call_backward(grad, *saved, ctx.scale, needs_bias, ctx.backend)
         return *grads, dbias if needs_bias else None, None, None, None, None
 
     def composite_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
