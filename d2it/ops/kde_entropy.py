@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,19 +67,13 @@ def kde_entropy(
         >>> [round(h, 2) for h in ops.kde_entropy(images, region_size=16)[0, 0].tolist()]
         [1.66, 4.38]
     """
-    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma, normalize)
-    name = choose("kde_entropy", backend, images, region_size, num_bins=bins, value_range=(low, high), sigma=sigma)
+    bins = _validate(images, region_size, num_bins, value_range, sigma, normalize)
+    density: dict[str, Any] = {"num_bins": bins, "value_range": tuple(value_range), "sigma": sigma}
+    name = choose("kde_entropy", backend, images, region_size, **density)
     if name == "reference":
-        check_values(images, low, high)
-        return reference.kde_entropy(
-            images,
-            region_size,
-            num_bins=bins,
-            value_range=(low, high),
-            sigma=sigma,
-            normalize=normalize,
-        )
-    return _call_kde_entropy(images, region_size, bins, low, high, sigma, normalize, name)
+        check_values(images, *value_range)
+        return reference.kde_entropy(images, region_size, **density, normalize=normalize)
+    return _call_kde_entropy(images, region_size, bins, *value_range, sigma, normalize, name)
 
 
 def encode_grains(
@@ -111,23 +106,14 @@ def encode_grains(
         >>> grains.tolist()
         [[[0, 1], [0, 1]]]
     """
-    bins, low, high = _validate(images, region_size, num_bins, value_range, sigma, normalize)
+    bins = _validate(images, region_size, num_bins, value_range, sigma, normalize)
+    density: dict[str, Any] = {"num_bins": bins, "value_range": tuple(value_range), "sigma": sigma}
     limits = _thresholds(thresholds, images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
-    name = choose(
-        "encode_grains", backend, images, limits, region_size, num_bins=bins, value_range=(low, high), sigma=sigma
-    )
+    name = choose("encode_grains", backend, images, limits, region_size, **density)
     if name == "reference":
-        check_values(images, low, high)
-        return reference.encode_grains(
-            images,
-            limits,
-            region_size,
-            num_bins=bins,
-            value_range=(low, high),
-            sigma=sigma,
-            normalize=normalize,
-        )
-    return _call_encode_grains(images, limits, region_size, bins, low, high, sigma, normalize, name)
+        check_values(images, *value_range)
+        return reference.encode_grains(images, limits, region_size, **density, normalize=normalize)
+    return _call_encode_grains(images, limits, region_size, bins, *value_range, sigma, normalize, name)
 
 
 def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend: str | None = None) -> Tensor:
@@ -189,7 +175,8 @@ def _validate(
     value_range: tuple[float, float],
     sigma: float,
     normalize: bool,
-) -> tuple[int, float, float]:
+) -> int:
+    """The number of bins; raises unless the arguments fit each other."""
     _check.tensor("images", images, ndim=4)
     if images.dtype not in (*_FAST_DTYPES, torch.float64):
         raise TypeError(f"images must be floating point or uint8, got {images.dtype}")
@@ -206,10 +193,9 @@ def _validate(
     _check.require(bins <= MOST_BINS, "num_bins", f"be at most {MOST_BINS}", bins)
     if not isinstance(value_range, (tuple, list)) or len(value_range) != 2:
         raise TypeError(f"value_range must be (low, high), got {_check.shown(value_range)}")
-    low, high = value_range
     for value in value_range:
         _check.number("value_range", value, rule="be finite and ascend")
-    _check.require(low < high, "value_range", "be finite and ascend", value_range)
+    _check.require(value_range[0] < value_range[1], "value_range", "be finite and ascend", value_range)
     _check.number(
         "sigma",
         sigma,
@@ -218,7 +204,7 @@ def _validate(
         instead="divide the images and value_range by it, and pass sigma=1.0",
     )
     _check.flag("normalize", normalize)
-    return bins, low, high
+    return bins
 
 
 def check_values(images: Tensor, low: float, high: float) -> None:
@@ -272,24 +258,14 @@ def fits_fast(
     return reasons
 
 
-def _cpu_fits(images: Tensor, *args: Any, **kwargs: Any) -> list[str]:
-    return fits_fast(images, *args, most_bins=4096, **kwargs)  # S * S of the largest regions
+def _without_thresholds(
+    fits: Callable[..., list[str]], images: Tensor, thresholds: Any, *args: Any, **kwargs: Any
+) -> list[str]:
+    return fits(images, *args, **kwargs)
 
 
-def _cpu_encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
-    return _cpu_fits(images, *args, **kwargs)
-
-
-def _encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
-    return fits_fast(images, *args, **kwargs)
-
-
-def _triton_fits(images: Tensor, *args: Any, **kwargs: Any) -> list[str]:
-    return fits_fast(images, *args, widest=10.0, **kwargs)  # halves of float16, not float32
-
-
-def _triton_encode_fits(images: Tensor, thresholds: Any, *args: Any, **kwargs: Any) -> list[str]:
-    return _triton_fits(images, *args, **kwargs)
+# What differs: the CPU has the S * S bins of the largest regions, Triton halves of float16 in the place of float32.
+_LIMITS: dict[str, dict[str, Any]] = {"cpu": {"most_bins": 4096}, "cuda": {}, "triton": {"widest": 10.0}}
 
 
 def _native(
@@ -303,10 +279,8 @@ def _native(
     normalize: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """(grain map or None, entropy) from csrc, on the device of `images`."""
-    batch, _, height, width = images.shape
-    shape = (batch, height // region_size, width // region_size)
-    entropy = images.new_empty(shape, dtype=torch.float32)
-    grains = None if limits is None else images.new_empty(shape, dtype=torch.int64)
+    entropy = _empty(images, region_size)
+    grains = None if limits is None else _empty(images, region_size, torch.int64)
     in_range = torch.ops.d2it_C.kde_entropy(
         images,
         None if limits is None else limits.contiguous(),
@@ -329,24 +303,10 @@ def _native_entropy(images: Tensor, *args: Any) -> Tensor:
     return _native(images, None, *args)[1]
 
 
-def _kde_fake(
-    images: Tensor,
-    region_size: int,
-    num_bins: int,
-    low: float,
-    high: float,
-    sigma: float,
-    normalize: bool,
-    backend: str,
-) -> Tensor:
+def _empty(images: Tensor, region_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unwritten (B, H/S, W/S)."""
     batch, _, height, width = images.shape
-    return images.new_empty((batch, height // region_size, width // region_size), dtype=torch.float32)
-
-
-def _encode_fake(images: Tensor, thresholds: Tensor, region_size: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, _, height, width = images.shape
-    shape = (batch, height // region_size, width // region_size)
-    return images.new_empty(shape, dtype=torch.int64), images.new_empty(shape, dtype=torch.float32)
+    return images.new_empty((batch, height // region_size, width // region_size), dtype=dtype)
 
 
 def _composite(
@@ -357,32 +317,28 @@ def _composite(
     )
 
 
+_DENSITY = "SymInt region_size, SymInt num_bins, float low, float high, float sigma, bool normalize, str backend"
 _call_kde_entropy = operator(
-    "kde_entropy(Tensor images, SymInt region_size, SymInt num_bins, float low, float high, float sigma, "
-    "bool normalize, str backend) -> Tensor",
-    fake=_kde_fake,
+    f"kde_entropy(Tensor images, {_DENSITY}) -> Tensor",
+    fake=lambda images, region_size, *rest: _empty(images, region_size),
     check=lambda images, s, bins, low, high, *rest: check_values(images, low, high),
-    composite=lambda images, *rest: _composite(images, *rest),
+    composite=_composite,
 )
 _call_encode_grains = operator(
-    "encode_grains(Tensor images, Tensor thresholds, SymInt region_size, SymInt num_bins, float low, float high, "
-    "float sigma, bool normalize, str backend) -> (Tensor, Tensor)",
-    fake=_encode_fake,
+    f"encode_grains(Tensor images, Tensor thresholds, {_DENSITY}) -> (Tensor, Tensor)",
+    fake=lambda images, limits, size, *rest: (_empty(images, size, torch.int64), _empty(images, size)),
     check=lambda images, limits, s, bins, low, high, *rest: check_values(images, low, high),
     composite=lambda images, limits, *rest: (None, _composite(images, *rest)),
 )
-register_backend("kde_entropy", "reference")
-register_backend("encode_grains", "reference")
-register_backend("grain_map", "reference")
-register_backend("kde_entropy", "cpu", _cpu_fits, native="kde_entropy")
-register_backend("encode_grains", "cpu", _cpu_encode_fits, native="kde_entropy")
-implement("kde_entropy", "cpu", _native_entropy, checks_values=True)
-implement("encode_grains", "cpu", _native, checks_values=True)
-register_backend("kde_entropy", "cuda", fits_fast, native="kde_entropy")
-register_backend("encode_grains", "cuda", _encode_fits, native="kde_entropy")
-implement("kde_entropy", "cuda", _native_entropy)
-implement("encode_grains", "cuda", _native)
-register_backend("kde_entropy", "triton", _triton_fits)
-register_backend("encode_grains", "triton", _triton_encode_fits)
-implement("kde_entropy", "triton", "d2it.kernels.kde_entropy:kde_entropy")
-implement("encode_grains", "triton", "d2it.kernels.kde_entropy:encode_grains")
+for _op in ("kde_entropy", "encode_grains", "grain_map"):
+    register_backend(_op, "reference")
+for _backend, _limits in _LIMITS.items():
+    _fits = functools.partial(fits_fast, **_limits)
+    _csrc = None if _backend == "triton" else "kde_entropy"
+    register_backend("kde_entropy", _backend, _fits, native=_csrc)
+    register_backend("encode_grains", _backend, functools.partial(_without_thresholds, _fits), native=_csrc)
+for _backend in ("cpu", "cuda"):
+    implement("kde_entropy", _backend, _native_entropy, checks_values=_backend == "cpu")
+    implement("encode_grains", _backend, _native, checks_values=_backend == "cpu")
+for _op in ("kde_entropy", "encode_grains"):
+    implement(_op, "triton", f"d2it.kernels.kde_entropy:{_op}")

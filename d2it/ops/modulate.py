@@ -44,9 +44,7 @@ def adaln_modulate(
         tensor([[[-2.,  2.],
                  [ 2., -2.]]])
     """
-    _validate(x, sample, (("shift", shift), ("scale", scale)))
-    _check.same("dtype", "shift", shift, "scale", scale)
-    _check.number("eps", eps, low=0.0, rule="be finite and not negative")
+    _validate(x, sample, eps, shift=shift, scale=scale)
     name = choose("adaln_modulate", backend, x, shift, scale, sample=sample)
     if name == "reference":
         check_sample(sample, scale.shape[0])
@@ -80,7 +78,7 @@ def gated_residual(
                 [1., 2.],
                 [3., 4.]])
     """
-    _validate(x, sample, (("gate", gate),))
+    _validate(x, sample, gate=gate)
     _check_branch(x, branch)
     name = choose("gated_residual", backend, x, branch, gate, sample=sample)
     if name == "reference":
@@ -124,10 +122,8 @@ def gated_residual_modulate(
         >>> total, modulated.round(decimals=3)
         (tensor([[[4., 8.]]]), tensor([[[-1.,  1.]]]))
     """
-    _validate(x, sample, (("gate", gate), ("shift", shift), ("scale", scale)))
-    _check.same("dtype", "shift", shift, "scale", scale)
+    _validate(x, sample, eps, gate=gate, shift=shift, scale=scale)
     _check_branch(x, branch)
-    _check.number("eps", eps, low=0.0, rule="be finite and not negative")
     name = choose("gated_residual_modulate", backend, x, branch, gate, shift, scale, sample=sample)
     if name == "reference":
         check_sample(sample, scale.shape[0])
@@ -136,33 +132,37 @@ def gated_residual_modulate(
     return total, modulated
 
 
-def _check_branch(x: Tensor, branch: Tensor) -> None:
-    _check.tensor("branch", branch, ndim=x.ndim, dtypes=_check.FLOATS)
-    _check.same("device", "x", x, "branch", branch)
-    _check.require(
-        branch.shape == x.shape, "branch", lambda: f"have the shape of x {tuple(x.shape)}", tuple(branch.shape)
-    )
-
-
-def _validate(x: Tensor, sample: Tensor | None, parameters: Sequence[tuple[str, Tensor]]) -> None:
+def _validate(x: Tensor, sample: Tensor | None, eps: float = 0.0, **parameters: Tensor) -> None:
+    """Raises unless the arguments of an operator fit each other; `parameters` are its (B, C) tensors by name."""
     _check.tensor("x", x, ndim=3 if sample is None else 2, dtypes=_check.FLOATS)
-    for name, parameter in parameters:
+    images = None if sample is not None else x.shape[0]
+    for name, parameter in parameters.items():
         _check.tensor(name, parameter, ndim=2, dtypes=_check.FLOATS)
         _check.same("device", "x", x, name, parameter)
+        images = parameter.shape[0] if images is None else images
         _check.require(
-            parameter.shape[1] == x.shape[-1]
-            and (sample is not None or parameter.shape[0] == x.shape[0])
-            and parameter.shape[0] == parameters[0][1].shape[0],
+            parameter.shape == (images, x.shape[-1]),
             name,
             lambda: f"be ({x.shape[0] if sample is None else 'B'}, {x.shape[-1]})",
             tuple(parameter.shape),
         )
+    if "shift" in parameters:
+        _check.same("dtype", "shift", parameters["shift"], "scale", parameters["scale"])
     if sample is not None:
         _check.tensor("sample", sample, ndim=1, dtypes=_SAMPLE)
         _check.same("device", "x", x, "sample", sample)
         _check.require(
             sample.shape[0] == x.shape[0], "sample", lambda: f"have the {x.shape[0]} rows of x", sample.shape[0]
         )
+    _check.number("eps", eps, low=0.0, rule="be finite and not negative")
+
+
+def _check_branch(x: Tensor, branch: Tensor) -> None:
+    _check.tensor("branch", branch, ndim=x.ndim, dtypes=_check.FLOATS)
+    _check.same("device", "x", x, "branch", branch)
+    _check.require(
+        branch.shape == x.shape, "branch", lambda: f"have the shape of x {tuple(x.shape)}", tuple(branch.shape)
+    )
 
 
 _SAMPLE = frozenset((torch.int32, torch.int64))
@@ -178,6 +178,11 @@ def check_sample(sample: Tensor | None, images: int) -> None:
         lambda: f"{int(sample.min())}..{int(sample.max())}",
         limits=lambda: f" 0..{images - 1}",
     )
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Unwritten contiguous tensors of the shapes and dtypes of these."""
+    return tuple(t.new_empty(t.shape) for t in tensors)
 
 
 def _modulate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -198,12 +203,6 @@ def _modulate_pull_back(
         return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
 
     return torch.func.vjp(modulate, x, torch.zeros_like(scale), scale)[1](grad)
-
-
-def _modulate_backward_fake(
-    grad: Tensor, x: Tensor, scale: Tensor, sample: Tensor | None, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
 def _gate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -264,14 +263,8 @@ def _stats(x: Tensor, backend: str) -> Tensor:
     return x.new_empty((x.shape[:-1].numel() if backend == "triton" else 0, 2), dtype=torch.float32)
 
 
-def _fused_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), _stats(x, rest[-1])
-
-
-def _fused_backward_fake(
-    grad_total: Tensor, grad: Tensor, total: Tensor, stats: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, *_: Any
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (total, branch, gate, scale, scale))
+def _fused_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return *_like(x, x), _stats(x, rest[-1])
 
 
 def _dtype_reasons(*tensors: Tensor) -> list[str]:
@@ -302,7 +295,7 @@ _call_adaln_modulate = operator(
 _call_adaln_modulate_backward = operator(
     "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, str backend) -> "
     "(Tensor dx, Tensor dshift, Tensor dscale)",
-    fake=_modulate_backward_fake,
+    fake=lambda grad, x, scale, *rest: _like(x, scale, scale),
     composite=_modulate_pull_back,
 )
 _call_gated_residual = operator(
@@ -316,14 +309,9 @@ _call_gated_residual = operator(
 _call_gated_residual_backward = operator(
     "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, str backend) -> "
     "(Tensor dbranch, Tensor dgate)",
-    fake=lambda grad, branch, gate, sample, backend: (
-        branch.new_empty(branch.shape),
-        gate.new_empty(gate.shape),
-    ),
+    fake=lambda grad, branch, gate, *rest: _like(branch, gate),
     composite=_gate_pull_back,
 )
-
-
 _call_fused = operator(
     "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? sample, "
     "float eps, str backend) -> (Tensor total, Tensor out, Tensor stats)",
@@ -337,43 +325,47 @@ _call_fused_backward = operator(
     "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor branch, "
     "Tensor gate, Tensor scale, Tensor? sample, float eps, str backend) -> "
     "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale)",
-    fake=_fused_backward_fake,
+    fake=lambda of_total, grad, total, stats, branch, gate, scale, *rest: _like(total, branch, gate, scale, scale),
     composite=_fused_pull_back,
 )
 
 
+# ---- C++ on CPU: it sums the gradients of parameters in float32 ------------------------------------------------------
+
+
+def _sums(*parameters: Tensor) -> list[Tensor]:
+    return [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
+
+
 def _native_modulate(x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float) -> Tensor:
-    out = x.new_empty(x.shape)
+    (out,) = _like(x)
     if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out):
         check_sample(sample, scale.shape[0])  # raises: the C++ operator only reports that a sample is wrong
     return out
 
 
-def _native_modulate_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, sample: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape)
-    dshift, dscale = (scale.new_empty(scale.shape, dtype=torch.float32) for _ in range(2))
-    torch.ops.d2it_C.adaln_modulate_backward(grad, x, scale, sample, eps, dx, dshift, dscale)
-    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
+def _native_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    (dx,), sums = _like(x), _sums(scale, scale)
+    torch.ops.d2it_C.adaln_modulate_backward(grad, x, scale, *rest, dx, *sums)
+    return dx, *(total.to(scale.dtype) for total in sums)
 
 
 def _native_gate(x: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> Tensor:
-    out = x.new_empty(x.shape)
+    (out,) = _like(x)
     if not torch.ops.d2it_C.gated_residual(x, branch, gate, sample, out):
         check_sample(sample, gate.shape[0])
     return out
 
 
 def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor]:
-    dbranch, dgate = branch.new_empty(branch.shape), gate.new_empty(gate.shape, dtype=torch.float32)
+    (dbranch,), (dgate,) = _like(branch), _sums(gate)
     torch.ops.d2it_C.gated_residual_backward(grad, branch, gate, sample, dbranch, dgate)
     return dbranch, dgate.to(gate.dtype)
 
 
 def _native_fused(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     total, out, stats = _fused_fake(x, "cpu")
     if not torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps, total, out):
         check_sample(sample, scale.shape[0])
@@ -381,23 +373,12 @@ def _native_fused(
 
 
 def _native_fused_backward(
-    grad_total: Tensor,
-    grad: Tensor,
-    total: Tensor,
-    stats: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    sample: Tensor | None,
-    eps: float,
+    grad_total: Tensor, grad: Tensor, total: Tensor, stats: Tensor, branch: Tensor, gate: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    dx, dbranch = total.new_empty(total.shape), branch.new_empty(branch.shape)
-    sums = [t.new_empty(t.shape, dtype=torch.float32) for t in (gate, scale, scale)]
-    torch.ops.d2it_C.gated_residual_modulate_backward(
-        grad_total, grad, total, branch, gate, scale, sample, eps, dx, dbranch, *sums
-    )
-    dgate, dshift, dscale = (t.to(like.dtype) for t, like in zip(sums, (gate, scale, scale)))
-    return dx, dbranch, dgate, dshift, dscale
+    scale = rest[0]
+    (dx, dbranch), sums = _like(total, branch), _sums(gate, scale, scale)
+    torch.ops.d2it_C.gated_residual_modulate_backward(grad_total, grad, total, branch, gate, *rest, dx, dbranch, *sums)
+    return dx, dbranch, *(each.to(like.dtype) for each, like in zip(sums, (gate, scale, scale)))
 
 
 def _of_modulate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -412,19 +393,15 @@ def _of_fused(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
     return lambda x, branch, gate, shift, scale, *, sample=None, eps=1e-6: reasons(x, branch, gate, shift, scale)
 
 
-for _op, _of in (
-    ("adaln_modulate", _of_modulate),
-    ("gated_residual", _of_gate),
-    ("gated_residual_modulate", _of_fused),
+for _op, _of, _functions in (
+    ("adaln_modulate", _of_modulate, (_native_modulate, _native_modulate_backward)),
+    ("gated_residual", _of_gate, (_native_gate, _native_gate_backward)),
+    ("gated_residual_modulate", _of_fused, (_native_fused, _native_fused_backward)),
 ):
     register_backend(_op, "reference")
     register_backend(_op, "cpu", _of(_dtype_reasons), native=_op)
     register_backend(_op, "triton", _of(_triton_reasons))
     implement(_op, "triton", f"d2it.kernels.modulate:{_op}_forward")
     implement(f"{_op}_backward", "triton", f"d2it.kernels.modulate:{_op}_backward")
-implement("adaln_modulate", "cpu", _native_modulate, checks_values=True)
-implement("adaln_modulate_backward", "cpu", _native_modulate_backward)
-implement("gated_residual", "cpu", _native_gate, checks_values=True)
-implement("gated_residual_backward", "cpu", _native_gate_backward)
-implement("gated_residual_modulate", "cpu", _native_fused, checks_values=True)
-implement("gated_residual_modulate_backward", "cpu", _native_fused_backward)
+    implement(_op, "cpu", _functions[0], checks_values=True)
+    implement(f"{_op}_backward", "cpu", _functions[1])
