@@ -24,6 +24,8 @@ except ImportError:  # a machine without it reads and writes local folders all t
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+#: Arguments of `from_pretrained` for the Hugging Face hub.
+HUB = ("local_files_only", "revision", "cache_dir", "force_download", "token")
 
 M = TypeVar("M", bound="Model")
 
@@ -70,7 +72,24 @@ def set_whole_tuples(config: Any, *names: str) -> None:
         setattr(config, name, tuple(value))
 
 
-class Model(nn.Module, PyTorchModelHubMixin):
+class Pretrained(PyTorchModelHubMixin):
+    """What is written to a folder, or to a repository of the Hugging Face hub. A subclass has `_save_pretrained`."""
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write config.json with the SHA-256 of its weights, and safetensors; each file whole or not at all.
+
+        Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
+        `push_to_hub=True`.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(directory)
+        if kwargs.pop("push_to_hub", False):
+            return self.push_to_hub(repo_id=kwargs.pop("repo_id", None) or directory.name, **kwargs)
+        return None
+
+
+class Model(nn.Module, Pretrained):
     """Base of the trainable models. A subclass names its dataclass `Config` and its table of `presets`."""
 
     #: SHA-256 of the weights file that this model was last read from or written to.
@@ -108,19 +127,6 @@ class Model(nn.Module, PyTorchModelHubMixin):
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write `model.safetensors`, and `config.json` with its SHA-256, each whole or not at all.
-
-        Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
-        `push_to_hub=True`.
-        """
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._save_pretrained(directory)
-        if kwargs.pop("push_to_hub", False):
-            return self.push_to_hub(repo_id=kwargs.pop("repo_id", None) or directory.name, **kwargs)
-        return None
-
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(save_directory / WEIGHTS_FILE) as file:
@@ -139,11 +145,7 @@ class Model(nn.Module, PyTorchModelHubMixin):
         cls: type[M],
         pretrained_model_name_or_path: str | Path,
         *,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = True,
-        revision: str | None = None,
+        map_location: str | torch.device = "cpu",
         **kwargs: Any,
     ) -> M:
         """Read the model that `save_pretrained` wrote, in evaluation mode.
@@ -153,27 +155,21 @@ class Model(nn.Module, PyTorchModelHubMixin):
         Args:
             pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
                 Hugging Face hub.
-            force_download: of the hub.
-            token: of the hub.
-            cache_dir: of the hub.
-            local_files_only: read local folders alone.
-            revision: of the hub.
-            kwargs: `map_location`, the device the weights are read to (they keep the dtype they were saved in); and
-                settings that replace those in the file (`masked=True`, say), as long as they change no shape.
+            map_location: the device the weights are read to; they keep the dtype they were saved in.
+            kwargs: settings that replace those in the file (`masked=True`, say), as long as they change no shape; and
+                those of the hub: `local_files_only` (True unless given), `revision`, `cache_dir`, `force_download`,
+                `token`.
 
         Raises:
             ValueError: no such folder, no model in it, one of another class or shape, or a file that is damaged.
         """
-        path = str(pretrained_model_name_or_path)
-        if not local_files_only:
-            download = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
-            path = local_folder(path, cls.__name__, **download)
-        elif not os.path.isdir(path):
-            raise ValueError(f"there is no folder {path!r} to read a {cls.__name__} from")
-        return cls._read(path, **kwargs)
+        hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+        return cls._read(local_folder(pretrained_model_name_or_path, cls.__name__, **hub), map_location, kwargs)
 
     @classmethod
-    def _read(cls: type[M], path: str, *, map_location: str | torch.device = "cpu", **overrides: Any) -> M:
+    def _read(cls: type[M], path: str, map_location: str | torch.device, overrides: dict[str, Any]) -> M:
+        if not os.path.isdir(path):
+            raise ValueError(f"there is no folder {path!r} to read a {cls.__name__} from")
         description = cls._describe(path)
         config = cls._config(path, description, overrides)
         from safetensors import SafetensorError
@@ -267,13 +263,16 @@ class Model(nn.Module, PyTorchModelHubMixin):
         return sum(p.numel() for p in self.parameters()) + frozen
 
 
-def local_folder(path: str | Path, what: str, **download: Any) -> str:
-    """`path` where it is a folder, else the folder of the hub's repository of that name, downloaded.
+def local_folder(path: str | Path, what: str, *, local_files_only: bool = True, **download: Any) -> str:
+    """`path` where it is a folder or only those are read, else that of the hub's repository of this name, downloaded.
 
     Raises:
-        ValueError: neither.
+        TypeError: an argument that is none of `HUB`.
+        ValueError: no such repository.
     """
-    if os.path.isdir(path):
+    if unknown := set(download) - set(HUB):
+        raise TypeError(f"{what}.from_pretrained has no argument {min(unknown)!r}")
+    if local_files_only or os.path.isdir(path):
         return str(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -43,7 +43,7 @@ from d2it.diffusion.sampling import (
 )
 from d2it.diffusion.solvers import whole_number
 from d2it.files import read_sealed, write_sealed
-from d2it.models.base import CONFIG_FILE, Model, PyTorchModelHubMixin, local_folder, saved_kind
+from d2it.models.base import CONFIG_FILE, Model, Pretrained, local_folder, saved_kind
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dit import DiT
 from d2it.models.dvae import DynamicVAE
@@ -86,7 +86,7 @@ class Samples:
         return pictures.to_pictures(self.images)
 
 
-class D2iT(PyTorchModelHubMixin):
+class D2iT(Pretrained):
     """A DynamicVAE, a Dynamic Grain Transformer and a Dynamic Content Transformer that fit each other.
 
     The baseline is sampled in the same way: a plain `DiT` as `content_transformer`, over a DynamicVAE (of one grain,
@@ -238,44 +238,33 @@ class D2iT(PyTorchModelHubMixin):
         return [*self._transformers.values(), *([] if self.guide is None else [self.guide])]
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = True,
-        revision: str | None = None,
         any_vae: bool = False,
         guide: str | Path | None = None,
+        **hub: Any,
     ) -> D2iT:
         """Read what `save_pretrained`, or a training run, wrote to a folder.
 
         Args:
             pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
-                Hugging Face hub, to which the other named arguments apply.
+                Hugging Face hub.
             device: where the parts go.
             dtype: of the weights of the transformers' blocks, see `to`; torch.bfloat16 halves their memory.
-            force_download: of the hub.
-            token: of the hub.
-            cache_dir: of the hub.
-            local_files_only: read local folders alone.
-            revision: of the hub.
             any_vae: as for a new D2iT.
             guide: a local folder with the guide of a new D2iT: of a content transformer, or of a D2iT or a run that
                 has one.
+            hub: `local_files_only` (True unless given), `revision`, `cache_dir`, `force_download`, `token`.
 
         Raises:
             ValueError: no such folder, no D2iT in it, a part that is damaged or of another model, or a device that is
                 not there.
         """
-        path = Path(pretrained_model_name_or_path)
-        if not local_files_only:
-            download = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
-            path = Path(local_folder(pretrained_model_name_or_path, cls.__name__, **download))
+        path = Path(local_folder(pretrained_model_name_or_path, cls.__name__, **hub))
         if not (path / DESCRIPTION).is_file():
             raise ValueError(f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}")
         description = read_sealed(path / DESCRIPTION, {"class_names", "sampling"})
@@ -296,22 +285,14 @@ class D2iT(PyTorchModelHubMixin):
             parts[name] = saved_kind(path / name, kinds).from_pretrained(path / name)
         return cls(**parts, **settings)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write config.json and safetensors of every part, and the description; each file by rename.
-
-        Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
-        `push_to_hub=True`.
-        """
-        path, before = Path(save_directory), self.vae.weights_sha256
-        self.vae.save_pretrained(path / "vae")
+    def _save_pretrained(self, save_directory: Path) -> None:
+        before = self.vae.weights_sha256
+        self.vae.save_pretrained(save_directory / "vae")
         for name, part in self._transformers.items():
             if part.vae_sha256 in (None, before):  # not where `any_vae` put them together
                 part.vae_sha256 = self.vae.weights_sha256
-            part.save_pretrained(path / name)
-        self.save_description(path)
-        if kwargs.pop("push_to_hub", False):
-            return self.push_to_hub(repo_id=kwargs.pop("repo_id", None) or path.name, **kwargs)
-        return None
+            part.save_pretrained(save_directory / name)
+        self.save_description(save_directory)
 
     def save_description(self, path: str | Path) -> None:
         """Write what belongs to no part, into a folder that has the parts."""
