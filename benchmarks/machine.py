@@ -25,6 +25,8 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
+from d2it.devices import nvml  # noqa: E402
+
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,6 +115,11 @@ def title() -> str:
     return ", ".join([*parts, f"commit {info['commit']}"])
 
 
+@functools.cache
+def _nvml() -> tuple[Any, Any] | None:
+    return nvml(torch.device(device(), 0))
+
+
 class Power:
     """Board power and SM clock while something runs, from NVML; empty where there is no driver."""
 
@@ -124,47 +131,22 @@ class Power:
         self._thread: threading.Thread | None = None
 
     @staticmethod
-    @functools.cache
-    def _nvml() -> Any:
-        if device() != "cuda":
-            return None
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-        except Exception:  # not installed, or NVMLError_LibraryNotFound and its kin: measured without
-            return None
-        return pynvml
-
-    @staticmethod
-    @functools.cache
     def driver() -> str | None:
-        nvml = Power._nvml()
-        return str(nvml.nvmlSystemGetDriverVersion()) if nvml else None
+        found = _nvml()
+        return str(found[0].nvmlSystemGetDriverVersion()) if found else None
 
-    @staticmethod
-    @functools.cache
-    def _handle() -> Any:
-        nvml = Power._nvml()
-        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-        try:
-            return nvml.nvmlDeviceGetHandleByUUID(uuid)
-        except nvml.NVMLError:
-            return nvml.nvmlDeviceGetHandleByIndex(0)
-
-    def _sample(self) -> None:
-        nvml, handle = self._nvml(), self._handle()
+    def _sample(self, library: Any, handle: Any) -> None:
         while not self._stop.is_set():
             try:
-                watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-                self._samples.append((watts, nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)))
-            except nvml.NVMLError:
+                watts = library.nvmlDeviceGetPowerUsage(handle) / 1000
+                self._samples.append((watts, library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM)))
+            except library.NVMLError:
                 return
             self._stop.wait(self.PERIOD)
 
     def __enter__(self) -> Power:
-        if self._nvml():
-            self._thread = threading.Thread(target=self._sample, daemon=True)
+        if found := _nvml():
+            self._thread = threading.Thread(target=self._sample, args=found, daemon=True)
             self._thread.start()
         return self
 

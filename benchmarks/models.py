@@ -24,9 +24,9 @@ from rows import Row, columns, note, ours
 from timing import Timing
 from torch import Tensor, nn
 
+from d2it.devices import peak_flops
 from d2it.diffusion import random_grain_map
 from d2it.models.layers import FinalLayer, Modulation, WindowAttention
-from d2it.training.meters import peak_flops
 
 #: Size -> (preset of the DynamicContentTransformer, preset of the DiT of the same width and depth); "-3": three grains.
 SIZES = {

@@ -18,7 +18,7 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
 
 # What a module may import of d2it, by the longest prefix of its own name.
-SHARED = {"d2it.errors", "d2it.files", "d2it.seeds", "d2it.npz", "d2it.distributed", "d2it.pictures"}
+SHARED = {"d2it.devices", "d2it.errors", "d2it.files", "d2it.seeds", "d2it.npz", "d2it.distributed", "d2it.pictures"}
 OPS = {"d2it.ops", "d2it.kernels"}
 MODELS = {*OPS, *SHARED, "d2it.models", "d2it.diffusion"}
 DATA = {*OPS, *SHARED, "d2it.data"}

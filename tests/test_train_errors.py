@@ -21,11 +21,12 @@ import torch
 
 from d2it import distributed
 from d2it.data import Loader
+from d2it.devices import memory_limit
 from d2it.distributed import StopSignal, World
 from d2it.errors import Interrupted, UserError, run_command
 from d2it.files import atomic_write, only_writer, save_tensors
 from d2it.training.checkpoint import Checkpoints
-from d2it.training.meters import memory_limit, read_log
+from d2it.training.meters import read_log
 from d2it.training.stage import extreme_share
 from tests.train_server import ENVIRONMENT
 
@@ -514,7 +515,7 @@ def test_shares_of_fine_regions_that_make_no_difference_are_warned_about(share: 
 
 def test_the_memory_limit_is_that_of_the_process() -> None:
     code = (
-        "import resource, torch; from d2it.training.meters import memory_limit\n"
+        "import resource, torch; from d2it.devices import memory_limit\n"
         "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); print(memory_limit(torch.device('cpu')))"
     )
     out = subprocess.run(

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2it import ops
+from d2it.devices import Energy
 from d2it.diffusion import DiffusionConfig
 from d2it.distributed import World
 from d2it.errors import UserError
@@ -28,7 +29,7 @@ from d2it.ops._dispatch import PREFERENCE
 from d2it.training.config import Config, RunConfig
 from d2it.training.ema import Ema
 from d2it.training.learner import Batch
-from d2it.training.meters import Energy, Meters
+from d2it.training.meters import Meters
 from d2it.training.stage import to_device
 from d2it.training.transformers import ContentStage, GrainStage, LatentData, LatentStage
 

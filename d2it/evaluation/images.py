@@ -58,11 +58,7 @@ class ImageFolder(ImageSet):
             raise UserError(f"{self.path}: no images ({', '.join(EXTENSIONS)}) below this folder")
         self.files = [os.path.join(found.root, file) for file in found.files]
         self.count = len(self.files)
-        if all(os.sep in file for file in found.files):
-            tops = [file.split(os.sep, 1)[0] for file in found.files]
-            self.classes = sorted(set(tops))
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = np.array([number[top] for top in tops], np.int64)
+        self.classes, self.labels = found.classes()
         self.size = self._read(self.files[0]).shape[:2]
 
     @staticmethod

@@ -6,12 +6,12 @@ import time
 
 import torch
 
+from d2it.devices import memory_gib, memory_limit, peak_flops
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.training.config import StageConfig
 from d2it.training.learner import snapshot_sigmas
 from d2it.training.loop import Stage
-from d2it.training.meters import memory_gib, memory_limit, peak_flops
 
 GIB = 2**30
 

@@ -7,7 +7,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,11 +52,10 @@ def check_classes(
         logger.warning("%s: no image has label %s", description, shown(map(str, missing)))
 
 
-def shown(names: Iterable[str], most: int = 4) -> str:
-    """Returns the first names as a list for a message, with the number of all where there are more."""
+def shown(names: Iterable[str]) -> str:
+    """Returns the first four names as a list for a message, with the number of all where there are more."""
     listed = list(names)
-    more = f", ... ({len(listed):,} in all)" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    return ", ".join(listed[:4]) + (f", ... ({len(listed):,} in all)" if len(listed) > 4 else "")
 
 
 def report_left_out(description: str, left_out: Sequence[str], kept: int) -> None:
@@ -152,13 +151,13 @@ class ImageSource(ABC):
     def name(self, index: int) -> str:
         """Returns the name of image `index` for messages."""
 
-    def encoded(self, index: int) -> bytes:
-        """Returns the file of image `index`.
+    def encoded(self, index: int) -> bytes | None:
+        """Returns the file of image `index`, or None where images are not files.
 
         Raises:
             Unreadable, OSError: it cannot be read.
         """
-        raise NotImplementedError(f"{type(self).__name__} holds no encoded images")
+        return None
 
     def picture(self, index: int) -> Image.Image:
         """Returns image `index` decoded, at its own size.
@@ -166,7 +165,7 @@ class ImageSource(ABC):
         Raises:
             Unreadable, OSError: it cannot be read.
         """
-        return decode(self.encoded(index), self.max_pixels)
+        return decode(cast(bytes, self.encoded(index)), self.max_pixels)
 
     def fingerprint(self) -> str:
         """Returns the identity of the images and labels by content, as a hex string.
@@ -193,16 +192,13 @@ class ImageSource(ABC):
 
     def _content(self, index: int) -> bytes:
         try:
-            return self.encoded(index)
-        except NotImplementedError:
-            pass
+            content = self.encoded(index)
+            if content is None:
+                image = self.picture(index)
+                content = json.dumps(image.size).encode() + image.tobytes()
+            return content
         except (Unreadable, OSError) as error:
             return str(error).encode()
-        try:
-            image = self.picture(index)
-        except (Unreadable, OSError) as error:
-            return str(error).encode()
-        return json.dumps(image.size).encode() + image.tobytes()
 
     def require_classes(self, num_classes: int, *, allow_missing: bool = False) -> None:
         """Raises UserError unless the images have `num_classes` classes.

@@ -42,6 +42,16 @@ class FoundImages:
     repeated: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
 
+    def classes(self) -> tuple[list[str] | None, np.ndarray | None]:
+        """Returns the names and the labels (N,) int64 of the folders directly below the root; None where not all images
+        lie in one."""
+        if not all(os.sep in file for file in self.files):
+            return None, None
+        tops = [file.split(os.sep, 1)[0] for file in self.files]
+        names = sorted(set(tops))
+        number = {name: i for i, name in enumerate(names)}
+        return names, np.array([number[top] for top in tops], np.int64)
+
     def report(self, name: str) -> None:
         """Warns of everything that was passed over.
 
@@ -141,21 +151,21 @@ class ImageFolder(ImageSource):
         super().__init__(image_size, **options)
         found = find_images(path)
         self.root = found.root
-        flat = [file for file in found.files if os.sep not in file]
-        tops = [file.split(os.sep, 1)[0] for file in found.files if os.sep in file]
-        if flat and tops:
+        flat = next((file for file in found.files if os.sep not in file), None)
+        top = next((file.split(os.sep, 1)[0] for file in found.files if os.sep in file), None)
+        if flat and top:
             raise UserError(
-                f"{path} holds images ({flat[0]}, ...) beside folders of images ({tops[0]}, ...): give one or the other"
+                f"{path} holds images ({flat}, ...) beside folders of images ({top}, ...): give one or the other"
             )
         found.report(os.fspath(path))
         if not found.files:
             raise UserError(f"{path} holds no images ({', '.join(EXTENSIONS)}) and no WebDataset shards (.tar)")
-        if tops:
-            self.classes, self.labels = _classes(tops)
+        self.classes, self.labels = found.classes()
+        if self.classes:
             self.num_classes = len(self.classes)
             _check_numbers(os.fspath(path), self.classes)
         self._files = Names([os.fsencode(file) for file in found.files])
-        classes = f"{self.num_classes} classes" if tops else "no classes"
+        classes = f"{self.num_classes} classes" if self.classes else "no classes"
         left_out = f", {len(found.left_out)} left out" if found.left_out else ""
         self.description = f"folder {os.path.basename(self.root)}: {len(self):,} images, {classes}{left_out}"
 
@@ -189,12 +199,6 @@ def read_image(path: str | os.PathLike[str]) -> bytes:
         return read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from None
-
-
-def _classes(tops: list[str]) -> tuple[list[str], np.ndarray]:
-    classes = sorted(set(tops))
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([number[top] for top in tops], np.int64)
 
 
 def _check_numbers(path: str, classes: list[str]) -> None:
