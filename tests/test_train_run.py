@@ -79,8 +79,8 @@ def test_every_stage_leaves_what_it_promises(run: Path) -> None:
         assert [row["step"] for row in rows] == [2, 4]
         assert all(np.isfinite(row[f"{name}/loss"]) and row["images_per_second"] > 0 for row in rows)
         assert list((run / "logs" / name).glob("events*"))
-    assert "critic/loss" in rows_of(run, "dvae")[-1]
-    assert "critic/loss" not in rows_of(run, "dvae")[0]  # the critic starts at step 2
+    assert "discriminator/loss" in rows_of(run, "dvae")[-1]
+    assert "discriminator/loss" not in rows_of(run, "dvae")[0]  # the discriminator starts at step 2
     for picture in ("reconstructions", "samples", "samples_grains", "curves"):
         assert Image.open(run / f"{picture}.png").width >= 300
     assert load(run / "config.yaml").content.steps == 4

@@ -143,7 +143,7 @@ def published(made: Any) -> list[str]:
 
 @pytest.mark.parametrize("how", ["compiled", "recomputed"])
 def test_the_vae_runs_level_by_level(eager: None, how: str) -> None:
-    """Compiled or recomputed, with the critic's weight from the gradient at the last layer: the same gradients."""
+    """Compiled or recomputed, the adversarial weight from the gradient at the last layer: the same gradients."""
     torch.manual_seed(0)
     small = {"downsampling": (4, 8), "encoder_mult": (1, 1, 2, 2), "decoder_mult": (1, 1, 2), "residual_blocks": 1}
     vae = DynamicVAE.from_preset("tiny", channels=8, **small)

@@ -145,8 +145,8 @@ class DvaeConfig(StageConfig):
         fine_ratios: shares of regions above each of the k - 1 thresholds; the calibration turns them into thresholds.
         calibration: JSON file of `python -m d2it.data.calibrate`; null is one of those shipped, for 256 x 256
             images in regions of 16 or 32 pixels.
-        loss: weights of the loss terms and the critic.
-        disc_lr: learning rate of the critic; null is lr.
+        loss: weights of the loss terms and the discriminator.
+        disc_lr: learning rate of the discriminator; null is lr.
     """
 
     preset: str = "f8f16"
@@ -511,7 +511,7 @@ _RULES: dict[str, Rule] = {
     "data.crop": _one_of("center", "random"),
     "dvae.disc_lr": _POSITIVE,
     "dvae.float8": (lambda value: value is None, "null (its convolutions have no float8)"),
-    "dvae.parallel": (lambda value: value == "ddp", "ddp (the critic's weight needs whole gradients)"),
+    "dvae.parallel": (lambda value: value == "ddp", "ddp (the discriminator's weight needs whole gradients)"),
     "dvae.fine_ratios": (lambda value: all(0 <= r <= 1 for r in value), "shares in [0, 1]"),
     "dvae.loss.perceptual_weight dvae.loss.features_weight dvae.loss.kl_weight dvae.loss.disc_weight": _NOT_NEGATIVE,
     "dvae.loss.features": _one_of(None, *LITE),

@@ -1,4 +1,4 @@
-"""Stage 1: the DynamicVAE (section 3.1) with its critic."""
+"""Stage 1: the DynamicVAE (section 3.1) with its discriminator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class VaeLosses(nn.Module):
     def __init__(self, network: DynamicVAE, criterion: VAELoss) -> None:
         super().__init__()
         self.network = network
-        self._criterion = [criterion]  # in a list: the critic's parameters are not this module's
+        self._criterion = [criterion]  # in a list: the discriminator's parameters are not this module's
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
         images = pictures.from_uint8(batch["image"])
@@ -55,11 +55,11 @@ class VaeLosses(nn.Module):
         return terms["loss"], logs, batch | {"reconstruction": output.reconstruction.detach()}
 
 
-class CriticLosses(nn.Module):
-    """The critic's hinge loss on the images and the reconstructions that the VAE left in the batch.
+class DiscriminatorLosses(nn.Module):
+    """The discriminator's hinge loss on the images and the reconstructions that the VAE left in the batch.
 
     Args:
-        criterion: the VAE's loss, with the critic.
+        criterion: the VAE's loss, with the discriminator.
     """
 
     def __init__(self, criterion: VAELoss) -> None:
@@ -70,7 +70,7 @@ class CriticLosses(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
         images = pictures.from_uint8(batch["image"])
         terms = self._criterion[0].discriminate(images, batch["reconstruction"], discriminator=self.network)
-        return terms["loss"], {f"critic/{name}": value for name, value in terms.items()}, batch
+        return terms["loss"], {f"discriminator/{name}": value for name, value in terms.items()}, batch
 
 
 def channels_last(vae: DynamicVAE) -> DynamicVAE:
@@ -129,13 +129,13 @@ def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) 
     """Return the costs of one image, counted on tensors without data.
 
     Returns:
-        Multiply-accumulates of encoding and decoding; bytes that a training step with VAE, critic and LPIPS keeps for
-        the backward pass in float32.
+        Multiply-accumulates of encoding and decoding; bytes that a training step with VAE, discriminator and LPIPS
+        keeps for the backward pass in float32.
     """
     shadow = copy.deepcopy(vae).to("meta").requires_grad_()
-    parts = (criterion.discriminator, criterion.lpips, criterion.features)
-    critics = [copy.deepcopy(part).to("meta") for part in parts if part is not None]
-    weights = {p.untyped_storage()._cdata for part in (shadow, *critics) for p in part.parameters()}
+    parts = [part for part in (criterion.discriminator, criterion.lpips, criterion.features) if part is not None]
+    networks = [copy.deepcopy(part).to("meta") for part in parts]
+    weights = {p.untyped_storage()._cdata for part in (shadow, *networks) for p in part.parameters()}
     rows, columns = (side // vae.config.region_size for side in image_size)
     cells = vae.config.code_sizes[0]
     kept: dict[int, torch.UntypedStorage] = {}
@@ -151,13 +151,13 @@ def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) 
             shadow.encoder(torch.empty(1, 3, *image_size, device="meta"))
             latents = torch.empty(1, vae.config.latent_channels, rows * cells, columns * cells, device="meta")
             image = shadow.decoder(latents, torch.empty(1, rows, columns, dtype=torch.int64, device="meta"))
-        for critic in critics:
-            critic(*(image,) if critic is critics[0] and criterion.discriminator is not None else (image, image))
+        for part, network in zip(parts, networks):
+            network(*(image,) if part is criterion.discriminator else (image, image))
     return counter.get_total_flops() // 2, sum(storage.nbytes() for storage in kept.values())
 
 
 class DvaeStage:
-    """Stage 1: the VAE, and from `dvae.loss.disc_start` on its critic.
+    """Stage 1: the VAE, and from `dvae.loss.disc_start` on its discriminator.
 
     Args:
         config: of the run.
@@ -178,7 +178,7 @@ class DvaeStage:
             self.criterion = VAELoss(self.settings.loss)
         self.networks: dict[str, nn.Module] = {"dvae": self.vae}
         if self.criterion.discriminator is not None:
-            self.networks["critic"] = self.criterion.discriminator
+            self.networks["discriminator"] = self.criterion.discriminator
         self.macs, self.kept = vae_costs(self.vae, self.criterion, source.image_size)
 
     @functools.cached_property
@@ -186,8 +186,8 @@ class DvaeStage:
         self.criterion.to(self.world.device)
         made = [Learner("dvae", VaeLosses(self.vae, self.criterion), self.settings, self.world, self.vae)]
         if self.criterion.discriminator is not None:
-            critic = CriticLosses(self.criterion)
-            made.append(Learner("critic", critic, self.settings, self.world, peak=self.settings.disc_lr))
+            discriminator = DiscriminatorLosses(self.criterion)
+            made.append(Learner("discriminator", discriminator, self.settings, self.world, peak=self.settings.disc_lr))
         return made
 
     def identity(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class DvaeStage:
         return {
             "stage": self.name,
             "model": self.vae.config.__dict__ | {"scaling_factor": None},  # a result, not a setting
-            "critic": None if loss.disc_start is None else [loss.disc_channels, loss.disc_layers],
+            "discriminator": None if loss.disc_start is None else [loss.disc_channels, loss.disc_layers],
             "data": {"images": len(self.source), "fingerprint": fingerprint, "seed": self.config.run.seed},
         }
 
@@ -218,10 +218,10 @@ class DvaeStage:
             f"LPIPS {loss.perceptual_weight:g}" if self.criterion.lpips is not None else "no LPIPS (no weights given)"
         )
         features = "" if loss.features is None else f", {loss.features} {loss.features_weight:g}"
-        critic = "no critic" if loss.disc_start is None else f"critic from step {loss.disc_start:,}"
+        start = "no discriminator" if loss.disc_start is None else f"discriminator from step {loss.disc_start:,}"
         return [
             f"data: {self.source.description}",
-            f"fine above {thresholds} nats; L1, {lpips}{features}, KL, {critic}",
+            f"fine above {thresholds} nats; L1, {lpips}{features}, KL, {start}",
             *self.start,
         ]
 

@@ -1,0 +1,89 @@
+"""What a device is capable of and what it uses: tensor-core peak, energy, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets; MFU is stated against it.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the device's dense bf16 peak, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def nvml(device: torch.device) -> tuple[Any, Any] | None:
+    """Return NVML and its handle of a GPU, or None where there is no NVML."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    except pynvml.NVMLError:
+        return None
+
+
+class Energy:
+    """The energy counter of a GPU, where NVML has one.
+
+    Args:
+        device: any device; only a GPU has a counter.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._nvml = nvml(device)
+
+    def joules(self) -> float | None:
+        """Return the joules used since the driver was loaded, or None."""
+        if self._nvml is None:
+            return None
+        library, handle = self._nvml
+        try:
+            return library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except library.NVMLError:
+            self._nvml = None
+            return None
+
+
+def memory_gib(device: torch.device) -> float:
+    """Return the most memory held so far: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_limit(device: torch.device) -> int:
+    """Return the bytes that a process can hold: those of the GPU, or of the host within the limits of the process."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [soft for soft, _ in map(resource.getrlimit, (resource.RLIMIT_AS, resource.RLIMIT_DATA)) if soft > 0]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of the control group: version 2, version 1
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such group
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+    return min(limits)
