@@ -115,4 +115,38 @@ D2IT_INLINE uint32_t bits_as(float v, Half) {
   return (finite & ~infinite) | (0x7c00 & infinite) | (0x0200 & nan) | (bits >> 16 & 0x8000);
 }
 
+// A row of n elements, `stride` apart, in float32; and back, to adjacent elements.
+template <typename T>
+D2IT_INLINE void widen(const T* __restrict in, int64_t stride, float* __restrict out, int64_t n) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i * stride]);
+  }
+}
+
+template <typename T>
+D2IT_INLINE void narrow(const float* __restrict in, T* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i].bits = static_cast<uint16_t>(bits_as(in[i], T{}));
+}
+
+// Where the rows of (B, L, C), flat over (B, L), or of (T, C) begin, in elements.
+struct RowOffsets {
+  int64_t length = INT64_MAX, batch = 0, row = 0, channel = 1;
+
+  RowOffsets() = default;
+  explicit RowOffsets(const torch::stable::Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    row = tensor.stride(last - 1);
+    channel = tensor.size(last) > 1 ? tensor.stride(last) : 1;
+    if (last == 1) return;
+    batch = tensor.stride(0);
+    if (tensor.size(1) * row != batch) length = tensor.size(1); // else one stride serves all rows
+  }
+
+  int64_t of(int64_t r) const { return r < length ? r * row : r / length * batch + r % length * row; }
+
+  bool adjacent() const { return channel == 1 && length == INT64_MAX; }
+};
+
 } // namespace d2it

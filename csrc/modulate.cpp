@@ -28,59 +28,40 @@ using V = d2it::Floats<kLanes>;
 // ----------------------------------------------------------------------------------------------------
 // Rows
 
-template <typename T>
-D2IT_INLINE void widen(const T* __restrict in, int64_t stride, float* __restrict out, int64_t n) {
-  using d2it::to_float;
-  if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i * stride]);
-  }
-}
-
-template <typename T>
-D2IT_INLINE void narrow(const float* __restrict in, T* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i].bits = static_cast<uint16_t>(d2it::bits_as(in[i], T{}));
-}
-
 D2IT_CLONES void widen_row(const float* in, int64_t stride, float* out, int64_t n) {
-  widen(in, stride, out, n);
+  d2it::widen(in, stride, out, n);
 }
 D2IT_CLONES void widen_row(const Half* in, int64_t stride, float* out, int64_t n) {
-  widen(in, stride, out, n);
+  d2it::widen(in, stride, out, n);
 }
 D2IT_CLONES void widen_row(const BFloat16* in, int64_t stride, float* out, int64_t n) {
-  widen(in, stride, out, n);
+  d2it::widen(in, stride, out, n);
 }
-D2IT_CLONES void narrow_row(const float* in, Half* out, int64_t n) { narrow(in, out, n); }
-D2IT_CLONES void narrow_row(const float* in, BFloat16* out, int64_t n) { narrow(in, out, n); }
+D2IT_CLONES void narrow_row(const float* in, Half* out, int64_t n) { d2it::narrow(in, out, n); }
+D2IT_CLONES void narrow_row(const float* in, BFloat16* out, int64_t n) { d2it::narrow(in, out, n); }
 
 // The rows of (B, L, C), flat over (B, L), or of (T, C).
 class Rows {
  public:
   explicit Rows(const Tensor& tensor)
-      : data_(const_cast<void*>(tensor.const_data_ptr())), dtype_(tensor.scalar_type()) {
-    const int64_t last = tensor.dim() - 1;
-    channels_ = tensor.size(last);
-    channel_ = channels_ > 1 ? tensor.stride(last) : 1;
-    row_ = tensor.stride(last - 1);
-    length_ = tensor.size(last - 1);
-    batch_ = last == 2 ? tensor.stride(0) : 0;
-  }
+      : data_(const_cast<void*>(tensor.const_data_ptr())),
+        dtype_(tensor.scalar_type()),
+        channels_(tensor.size(tensor.dim() - 1)),
+        offsets_(tensor) {}
 
   // Row r in float32: where it lies, or converted into `room`.
   const float* read(int64_t r, float* room) const {
-    const int64_t at = r / length_ * batch_ + r % length_ * row_;
+    const int64_t at = offsets_.of(r);
     switch (dtype_) {
       case ScalarType::Float:
-        if (channel_ == 1) return static_cast<const float*>(data_) + at;
-        widen_row(static_cast<const float*>(data_) + at, channel_, room, channels_);
+        if (offsets_.channel == 1) return static_cast<const float*>(data_) + at;
+        widen_row(static_cast<const float*>(data_) + at, offsets_.channel, room, channels_);
         break;
       case ScalarType::Half:
-        widen_row(static_cast<const Half*>(data_) + at, channel_, room, channels_);
+        widen_row(static_cast<const Half*>(data_) + at, offsets_.channel, room, channels_);
         break;
       default:
-        widen_row(static_cast<const BFloat16*>(data_) + at, channel_, room, channels_);
+        widen_row(static_cast<const BFloat16*>(data_) + at, offsets_.channel, room, channels_);
     }
     return room;
   }
@@ -100,7 +81,8 @@ class Rows {
  private:
   void* data_;
   ScalarType dtype_;
-  int64_t channels_, channel_, row_, length_, batch_;
+  int64_t channels_;
+  d2it::RowOffsets offsets_;
 };
 
 // A parameter's row of the image at hand.

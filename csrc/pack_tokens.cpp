@@ -20,24 +20,13 @@ constexpr int64_t kBytesPerThread = 1 << 17; // fewer are not worth waking a thr
 template <typename T>
 struct Rows {
   const T* data;
-  int64_t length = INT64_MAX, batch = 0, row = 0, channel = 1;
+  d2it::RowOffsets offsets;
 
   explicit Rows(const T* one) : data(one) {}
+  explicit Rows(const Tensor& tensor)
+      : data(static_cast<const T*>(tensor.const_data_ptr())), offsets(tensor) {}
 
-  explicit Rows(const Tensor& tensor) : data(static_cast<const T*>(tensor.const_data_ptr())) {
-    const int64_t last = tensor.dim() - 1;
-    row = tensor.stride(last - 1);
-    channel = tensor.size(last) > 1 ? tensor.stride(last) : 1;
-    if (last == 1) return;
-    batch = tensor.stride(0);
-    if (tensor.size(1) * row != batch) length = tensor.size(1); // else one stride serves all rows
-  }
-
-  const T* at(int64_t r) const {
-    return r < length ? data + r * row : data + r / length * batch + r % length * row;
-  }
-
-  bool adjacent() const { return channel == 1 && length == INT64_MAX; }
+  const T* at(int64_t r) const { return data + offsets.of(r); }
 };
 
 // Rows whose channels are adjacent, all of them one stride apart. Whether a row comes from the source or the
@@ -81,19 +70,19 @@ void gather(const int32_t* rows_of, int64_t stride, const Rows<T>& source, const
             int64_t rows, int64_t channels) {
   const int64_t bytes = channels * sizeof(T);
   const GatherBytes adjacent =
-      stride == 1 && source.adjacent() && base.adjacent() ? gather_of_size(bytes) : nullptr;
+      stride == 1 && source.offsets.adjacent() && base.offsets.adjacent() ? gather_of_size(bytes) : nullptr;
   torch::stable::parallel_for(0, rows, kBytesPerThread / bytes + 1, [&](int64_t begin, int64_t end) {
     T* to = out + begin * channels;
     if (adjacent) {
-      return adjacent(rows_of, reinterpret_cast<const char*>(source.data), source.row * sizeof(T),
-                      reinterpret_cast<const char*>(base.data), base.row * sizeof(T),
+      return adjacent(rows_of, reinterpret_cast<const char*>(source.data), source.offsets.row * sizeof(T),
+                      reinterpret_cast<const char*>(base.data), base.offsets.row * sizeof(T),
                       reinterpret_cast<char*>(to), bytes, begin, end);
     }
     for (int64_t r = begin; r < end; ++r) {
       const int64_t row = rows_of[r * stride];
       const Rows<T>& from = row >= 0 ? source : base;
       const T* first = from.at(row >= 0 ? row : r);
-      for (int64_t c = 0; c < channels; ++c) *to++ = first[c * from.channel];
+      for (int64_t c = 0; c < channels; ++c) *to++ = first[c * from.offsets.channel];
     }
   });
 }

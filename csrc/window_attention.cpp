@@ -247,11 +247,7 @@ D2IT_INLINE void read_rows(const Heads& from, int64_t first, const int32_t* rows
   for (int64_t i = 0; i < count; ++i) {
     const T* in = base + rows[i] * from.token;
     float* __restrict out = to.row(i);
-    if (from.dim == 1) {
-      for (int64_t d = 0; d < width; ++d) out[d] = d2it::to_float(in[d]);
-    } else {
-      for (int64_t d = 0; d < width; ++d) out[d] = d2it::to_float(in[d * from.dim]);
-    }
+    d2it::widen(in, from.dim, out, width);
     for (int64_t d = width; d < round_up(width, kLanes); ++d) out[d] = 0;
   }
   // Rows up to whole vectors of them enter products and transposes: what they give is not read, but for

@@ -25,7 +25,7 @@ NORMS = {
     "run of another image": ("runs.empty() || «runs.back().image != image»", "false"),
     "line of the other sum": ("run.sums.data() + «line * channels_»", "0"),
     "image of a row": ("of_.empty() ? «row / length_»", "0"),
-    "stride of the images": ("«r / length_ * batch_» + r % length_ * row_", "r / length_ * length_ * row_"),
+    "stride of the images": ("r * row : «r / length * batch» + r % length * row", "r / length * length * row"),
     "stride of the channels": ("to_float(«in[i * stride]»)", "in[i]"),
     "half without its sign": ("const uint32_t sign = «static_cast<uint32_t>(v.bits & 0x8000) << 16»", "0u"),
     "exponent of a stored half": ("(magnitude - («112u» << 23) + 0xfff", "111u"),

@@ -17,7 +17,7 @@ ROWS = {
     "row of the base": ("reinterpret_cast<int64_t>(base) + «r * base_row»", "0"),
     "last byte": ("std::memcpy(to, from, «kBytes ? kBytes : bytes»)", "(kBytes ? kBytes : bytes) - 1"),
     "row of a strided image": ("r / length * batch + «r % length * row»", "0"),
-    "channel of a strided row": ("*to++ = first[«c * from.channel»]", "0"),
+    "channel of a strided row": ("*to++ = first[«c * from.offsets.channel»]", "0"),
 }
 SOURCES = cuda_on_cpu.Sources({"pack_tokens.cpp": ROWS})
 # C: 1 and 5 are narrower than a vector, 12 is what the model's latents have, 72 a tile of 64 and 8, 300 two chunks and
