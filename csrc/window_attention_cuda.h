@@ -1,0 +1,369 @@
+// window_attention on CUDA: what forward and backward share, the windows, their rows, products and the bias.
+#pragma once
+
+#include "cuda.h"
+#include "mma.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kTile = 16;     // rows and columns of pairs
+constexpr int kPerVector = 8; // elements
+constexpr int kBlock = 32;    // queries that the backward takes at a time
+constexpr int kKeys = 64;     // keys that the forward takes at a time
+constexpr int kStages = 2;    // blocks of queries in shared memory
+constexpr int kPad = 8;       // elements behind a row of pairs, against conflicts of banks
+constexpr float kLog2e = 1.44269504f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+C10_HOST_DEVICE constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// Elements from one row of a head to the next in shared memory: an odd number of vectors, so that eight rows
+// at the same column lie in different banks.
+template <int kWidth>
+constexpr int kPitch = (kWidth / kPerVector | 1) * kPerVector;
+constexpr int kPairsPitch = kBlock + kPad;
+C10_HOST_DEVICE constexpr int sums_pitch(int n) { return round_up(n, kWarp) + kPad; }
+
+// ---------------------------------------------------------------------------------------- the problem
+
+// q, k, v, an output or a gradient: (W, N, H, D), or (T, H, D) with slots.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t window, row, head, column;
+  bool vectors; // rows are whole vectors (of an output: whole halves of them), aligned to their size
+
+  __device__ T* at(int64_t w, int64_t r, int64_t h) const { return data + w * window + r * row + h * head; }
+};
+
+struct Problem {
+  const int32_t* slots; // or null: all windows are full
+  int64_t slots_window, slots_position, tokens;
+  const int64_t* segments; // (segment_windows, n), or null
+  int segment_windows;
+  const void* bias; // (bias_windows, bias_heads, n, n), or null; of the backward: keys before queries
+  int bias_windows;
+  bool bias_per_head, bias_single; // bias_single: float32, not the dtype of q
+  int run;                         // entries that rows of the bias are aligned to: 1, 2 or 4
+  int windows, n, heads, width, splits;
+  float scale;
+
+  // The window that rows are counted from: packed windows have theirs in one.
+  __device__ int64_t base(int window) const { return slots ? 0 : window; }
+};
+
+// What a block keeps of the current window: its rows, closed up.
+struct Window {
+  int32_t* rows;      // of the tensors
+  int32_t* positions; // in the window; 0 behind the last row
+  int64_t* segments;  // or null
+  unsigned* named;    // a bit for each position
+  int32_t* next;      // the slots of the window after this one, each for its thread alone
+};
+
+// The row of a position of a window, negative where there is none.
+__device__ inline int slot_of(const Problem& p, int window, int position) {
+  if (position >= p.n || window >= p.windows) return -1;
+  if (!p.slots) return position;
+  return __ldg(p.slots + window * p.slots_window + position * p.slots_position);
+}
+
+// The same for the position threadIdx.x, to be read from at.next once the thread's copies have arrived.
+__device__ inline void fetch_slot(const Problem& p, const Window& at, int window) {
+  const int position = threadIdx.x;
+  if (p.slots && position < p.n && window < p.windows)
+    d2it::copy_async(at.next + position, p.slots + window * p.slots_window + position * p.slots_position);
+  else
+    at.next[position] = window < p.windows && position < p.n ? position : -1;
+}
+
+// Closes up a window, of which the thread has `slot`, that of the position threadIdx.x. Returns its rows;
+// `run`: so many of them at a time, 1, 2 or 4, are as many positions in a row, aligned to their number.
+__device__ inline int close_up(const Problem& p, const Window& at, int window, int slot, int& run) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, position = threadIdx.x;
+  const bool named = slot >= 0 && slot < p.tokens;
+  const unsigned own = __ballot_sync(kAll, named);
+  if (lane == 0) at.named[warp] = own;
+  __syncthreads();
+  int place = __popc(own & ((1u << lane) - 1)), count = 0;
+  unsigned apart = 0; // bits that differ from the next
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    const unsigned bits = at.named[i];
+    if (i < warp) place += __popc(bits);
+    count += __popc(bits);
+    apart |= bits ^ bits >> 1;
+  }
+  run = min(p.run, (apart & 0x77777777u) == 0 ? 4 : (apart & 0x55555555u) == 0 ? 2 : 1);
+  if (named) {
+    at.rows[place] = slot;
+    at.positions[place] = position;
+    if (at.segments)
+      at.segments[place] = p.segments[static_cast<int64_t>(window % p.segment_windows) * p.n + position];
+  }
+  if (position >= count && position < round_up(p.n, kBlock)) at.positions[position] = 0;
+  __syncthreads();
+  return count;
+}
+
+// The first bytes of shared memory: what close_up fills.
+C10_HOST_DEVICE constexpr int window_bytes(int n, bool segments) {
+  const int rows = round_up(n, kBlock);
+  return kWarps * 4 + kThreads * 4 + rows * 4 + rows * 4 + (segments ? rows * 8 : 0);
+}
+
+__device__ inline Window window_in(char* shared, int n, bool segments) {
+  const int rows = round_up(n, kBlock);
+  auto* ids = reinterpret_cast<int64_t*>(shared);
+  auto* rest = reinterpret_cast<int32_t*>(segments ? ids + rows : ids);
+  auto* named = reinterpret_cast<unsigned*>(rest + 2 * rows);
+  return {rest, rest + rows, segments ? ids : nullptr, named, rest + 2 * rows + kWarps};
+}
+
+// A warp's products leave a lane with columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16. Rows of heads that become
+// columns of pairs lie in shared memory in such an order that these are four in a row, 4t .. 4t + 3.
+__device__ inline int row_in_place(int place) {
+  return place / 16 * 16 + place % 8 / 2 * 4 + place % 16 / 8 * 2 + place % 2;
+}
+
+// ------------------------------------------------------------------------------------------------ rows
+
+// A vector of a row into shared memory, zeros behind its end, or everywhere where `row` is null.
+template <typename T>
+__device__ inline void copy_vector(T* to, const Heads<const T>& from, const T* row, int vector, int width) {
+  const int first = vector * kPerVector;
+  if (from.vectors) {
+    const bool there = row && first < width;
+    d2it::copy_async(to + first, there ? row + first : from.data, there);
+  } else {
+#pragma unroll 1
+    for (int i = first; i < first + kPerVector; ++i) to[i] = row && i < width ? row[i * from.column] : T{};
+  }
+}
+
+constexpr int kPerRow = 4; // threads that copy a row: a warp's vectors of one row lie side by side
+
+// Rows first .. first + rows of the current window, zeros behind the `count` that it has, copied by `threads`
+// of which this is `thread`. kColumns: they become columns of pairs.
+template <typename T, int kWidth, bool kColumns>
+__device__ inline void copy_rows(T* to, const Heads<const T>& from, const Problem& p, const Window& at,
+                                 int window, int head, int first, int count, int rows, int thread,
+                                 int threads) {
+#pragma unroll 1
+  for (int place = thread / kPerRow; place < rows; place += threads / kPerRow) {
+    const int row = first + (kColumns ? row_in_place(place) : place);
+    const T* own = row < count ? from.at(p.base(window), at.rows[row], head) : nullptr;
+#pragma unroll
+    for (int i = 0; i < kWidth / kPerVector; i += kPerRow) {
+      const int vector = i + thread % kPerRow;
+      if (vector < kWidth / kPerVector) copy_vector(to + place * kPitch<kWidth>, from, own, vector, p.width);
+    }
+  }
+}
+
+template <typename T>
+__device__ inline void store_elements(T* row, int column, int width, uint32_t x) {
+  T pair[2];
+  memcpy(pair, &x, sizeof(x));
+  if (column < width) row[column] = pair[0];
+  if (column + 1 < width) row[column + 1] = pair[1];
+}
+
+// 16 rows of kCount times 8 columns from `column` on, times a factor for each of the lane's two rows, which
+// are null where there is none.
+template <typename T, int kCount>
+__device__ inline void store_columns(const float (&c)[kCount][4], const float (&factor)[2],
+                                     T* const (&row)[2], int column, int width, bool vectors) {
+  const int quad = d2it::opaque(threadIdx.x) % 4, odd = quad % 2; // not kept: registers are full
+#pragma unroll
+  for (int j = 0; j < kCount; j += 2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t x = d2it::pack<T>(c[j][2 * r] * factor[r], c[j][2 * r + 1] * factor[r]);
+      if (j + 1 == kCount) {
+        const int at = column + 8 * j + 2 * quad;
+        if (!row[r]) continue;
+        if (vectors) {
+          if (at < width) d2it::put(row[r] + at, x);
+        } else {
+          store_elements(row[r], at, width, x);
+        }
+        continue;
+      }
+      // Of two neighbouring 8 columns a lane has two of each; it trades for four of one.
+      const int k = j + 1 < kCount ? j + 1 : j;
+      const uint32_t y = d2it::pack<T>(c[k][2 * r] * factor[r], c[k][2 * r + 1] * factor[r]);
+      const uint32_t other = __shfl_xor_sync(kAll, odd ? x : y, 1);
+      const uint2 four = odd ? uint2{other, y} : uint2{x, other};
+      const int at = column + 8 * (j + odd) + 4 * (quad / 2);
+      if (!row[r]) continue;
+      if (vectors) {
+        if (at < width) d2it::put(row[r] + at, four);
+      } else {
+        store_elements(row[r], at, width, four.x);
+        store_elements(row[r], at + 2, width, four.y);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ products
+
+// Lanes' addresses of 16 x 16 elements of a row-major matrix for load_matrices: as an a, or transposed as two
+// b whose depth runs down the rows...
+__device__ inline int down_first(int pitch, unsigned lane) { return lane % 16 * pitch + lane / 16 * 8; }
+// ... and as two b whose depth runs along the rows, or transposed as an a.
+__device__ inline int across_first(int pitch, unsigned lane) {
+  return (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
+}
+
+// A lane's own elements of 16 x 16 in rows of heads, by the two ways to give them.
+struct Lane {
+  int down, across;
+};
+
+template <int kWidth>
+__device__ inline Lane lane_in(unsigned lane) {
+  return {down_first(kPitch<kWidth>, lane), across_first(kPitch<kWidth>, lane)};
+}
+
+// c (kTiles times 16 rows, kSpans times 16 columns) += a b^T for rows of heads a and b. Tiles of a lie a_step
+// elements apart.
+template <typename T, int kWidth, int kTiles, int kSpans>
+__device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T* a, int a_step, const T* b,
+                                     const Lane& lane) {
+  constexpr int kRow = kPitch<kWidth>;
+  const T *own_a = a + lane.down, *own_b = b + lane.across;
+#pragma unroll
+  for (int k = 0; k + 16 <= kWidth; k += 16) {
+    uint32_t x[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], own_a + i * a_step + k);
+#pragma unroll
+    for (int j = 0; j < kSpans; ++j) {
+      uint32_t y[4];
+      d2it::load_matrices(y, own_b + j * (16 * kRow) + k);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        d2it::multiply_add<T>(c[i][2 * j], x[i], y[0], y[1]);
+        d2it::multiply_add<T>(c[i][2 * j + 1], x[i], y[2], y[3]);
+      }
+    }
+  }
+  if constexpr (kWidth % 16 != 0) { // 8 columns more
+    constexpr int kFirst = kWidth / 16 * 16;
+    const T* tail_b = b + lane.down;
+    uint32_t x[kTiles][2];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], own_a + i * a_step + kFirst);
+#pragma unroll
+    for (int j = 0; j < kSpans; ++j) {
+      uint32_t y[2];
+      d2it::load_matrices(y, tail_b + j * (16 * kRow) + kFirst);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        d2it::multiply_add<T>(c[i][2 * j], x[i], y[0]);
+        d2it::multiply_add<T>(c[i][2 * j + 1], x[i], y[1]);
+      }
+    }
+  }
+}
+
+// c (kTiles times 16 rows, kWidth columns) += weights (kSpans times 16 deep, as an a each) times rows of
+// heads.
+template <typename T, int kWidth, int kTiles, int kSpans, int kSums>
+__device__ inline void add_weighted(float (&c)[kSums][kWidth / 8][4],
+                                    const uint32_t (&weights)[kTiles][kSpans][4], const T* rows,
+                                    const Lane& lane) {
+  constexpr int kRow = kPitch<kWidth>;
+#pragma unroll
+  for (int s = 0; s < kSpans; ++s) {
+    const T* from = rows + lane.down + s * (16 * kRow);
+#pragma unroll
+    for (int k = 0; k + 16 <= kWidth; k += 16) {
+      uint32_t y[4];
+      d2it::load_matrices_transposed(y, from + k);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        d2it::multiply_add<T>(c[i][k / 8], weights[i][s], y[0], y[1]);
+        d2it::multiply_add<T>(c[i][k / 8 + 1], weights[i][s], y[2], y[3]);
+      }
+    }
+    if constexpr (kWidth % 16 != 0) {
+      uint32_t y[2];
+      d2it::load_matrices_transposed(y, from + kWidth / 16 * 16);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) d2it::multiply_add<T>(c[i][kWidth / 8 - 1], weights[i][s], y[0], y[1]);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ bias
+
+// One head's bias of the current window, where positions lie `run` in a row.
+template <typename T>
+struct Bias {
+  const void* matrix;
+  int n, run;
+  bool single;
+
+  __device__ Bias(const Problem& p, int residue, int head, int run)
+      : matrix(nullptr), n(p.n), run(run), single(p.bias_single) {
+    if (!p.bias) return;
+    const int64_t at =
+        (static_cast<int64_t>(residue) * (p.bias_per_head ? p.heads : 1) + (p.bias_per_head ? head : 0)) * n *
+        n;
+    matrix = static_cast<const char*>(p.bias) + at * (single ? sizeof(float) : sizeof(T));
+  }
+
+  // Entries of type E from an offset of less than 2^32 bytes.
+  template <typename E>
+  __device__ E at(unsigned offset) const {
+    return __ldg(reinterpret_cast<const E*>(static_cast<const char*>(matrix) + offset));
+  }
+
+  // Four entries of a row.
+  __device__ float4 four(int row, int4 column) const {
+    const unsigned first = row * n;
+    if (single) {
+      const unsigned x = (first + column.x) * 4u, y = (first + column.y) * 4u;
+      const unsigned z = (first + column.z) * 4u, w = (first + column.w) * 4u;
+      if (run == 4) return at<float4>(x);
+      if (run == 2) {
+        const float2 a = at<float2>(x), b = at<float2>(z);
+        return make_float4(a.x, a.y, b.x, b.y);
+      }
+      return make_float4(at<float>(x), at<float>(y), at<float>(z), at<float>(w));
+    }
+    const unsigned x = (first + column.x) * 2u, y = (first + column.y) * 2u;
+    const unsigned z = (first + column.z) * 2u, w = (first + column.w) * 2u;
+    uint2 bits;
+    if (run == 4) {
+      bits = at<uint2>(x);
+    } else if (run == 2) {
+      bits = {at<uint32_t>(x), at<uint32_t>(z)};
+    } else {
+      bits = {at<uint16_t>(x) | static_cast<uint32_t>(at<uint16_t>(y)) << 16,
+              at<uint16_t>(z) | static_cast<uint32_t>(at<uint16_t>(w)) << 16};
+    }
+    const float2 a = d2it::unpack<T>(bits.x), b = d2it::unpack<T>(bits.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+};
+
+} // namespace
