@@ -5,13 +5,10 @@
 // included, so no output has to be cleared first and no sum needs atomics. A thread moves 16 bytes of the
 // finest grid at a time:
 //   rows      columns adjacent in memory: 16 bytes of a row for up to four channels. Of a coarser grain it
-//   reads
-//             16 / ratio bytes and repeats them in registers. The grain map is read once for the four.
+//             reads 16 / ratio bytes and repeats them in registers. The grain map is read once for the four.
 //   pixels    channels adjacent (channels-last): 16 bytes of channels for each pixel of a region, so a warp
-//   mostly
-//             has one grain.
-//   any       whatever the others do not take (odd sizes, odd strides, misaligned data): an element at a
-//   time.
+//             mostly has one grain.
+//   any       whatever the others do not take (odd sizes or strides, misaligned data): one element.
 #include "cuda.h"
 #include "neighbor_copy.h"
 
@@ -61,20 +58,9 @@ struct Map {
 
 // ------------------------------------------------------------------------------------------------ registers
 
-template <typename T>
-__device__ float to_float(T x);
-template <>
-__device__ float to_float(float x) {
-  return x;
-}
-template <>
-__device__ float to_float(__half x) {
-  return __half2float(x);
-}
-template <>
-__device__ float to_float(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 __device__ T from_float(float x);
@@ -91,30 +77,16 @@ __device__ __nv_bfloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// A vector of 2, 4, 8 or 16 bytes.
 template <int kBytes>
-struct Packed;
-template <>
-struct Packed<2> {
-  using Type = unsigned short;
-};
-template <>
-struct Packed<4> {
-  using Type = unsigned int;
-};
-template <>
-struct Packed<8> {
-  using Type = uint2;
-};
-template <>
-struct Packed<16> {
-  using Type = uint4;
-};
+using Packed = std::conditional_t<kBytes <= 4, std::conditional_t<kBytes == 2, unsigned short, unsigned int>,
+                                  std::conditional_t<kBytes == 8, uint2, uint4>>;
 
 // kCount elements, kCount * sizeof(T) bytes aligned to their size (to 16 at most), as vectors.
 template <int kCount, typename T>
 __device__ void load(const T* from, T (&to)[kCount]) {
   constexpr int kBytes = kCount * sizeof(T) < kVector ? kCount * sizeof(T) : kVector;
-  using Chunk = typename Packed<kBytes>::Type;
+  using Chunk = Packed<kBytes>;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(kCount * sizeof(T)) / kBytes; ++i) {
     const Chunk chunk = __ldg(reinterpret_cast<const Chunk*>(from) + i);
@@ -125,7 +97,7 @@ __device__ void load(const T* from, T (&to)[kCount]) {
 template <int kCount, typename T>
 __device__ void store(T* to, const T (&from)[kCount]) {
   constexpr int kBytes = kCount * sizeof(T) < kVector ? kCount * sizeof(T) : kVector;
-  using Chunk = typename Packed<kBytes>::Type;
+  using Chunk = Packed<kBytes>;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(kCount * sizeof(T)) / kBytes; ++i) {
     Chunk chunk;
