@@ -164,11 +164,16 @@ def reading(options: argparse.Namespace, preset: str) -> Job:
     opened = contextlib.ExitStack()
     folder = opened.enter_context(tempfile.TemporaryDirectory())
 
-    def encode(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (len(images), *data.latent_shape)
-        return torch.randn(shape), torch.rand(shape), torch.randint(data.num_grains, (len(images), *data.grid))
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        found = {"entropy": torch.rand(len(images), *data.grid)}
+        for grain, factor in enumerate(reversed(data.downsampling)):
+            shape = (len(images), data.latent_shape[0], *(side // factor for side in data.image_size))
+            found |= {f"mean.{grain}": torch.randn(shape), f"std.{grain}": torch.rand(shape)}
+        return found
 
-    facts: dict[str, Any] = {"downsampling": list(data.downsampling), "scaling_factor": 1.0}
+    # Of three grains half of the finer regions are finest, as in `grain_maps`.
+    limits = [1 - options.fill * i / (data.num_grains - 1) for i in range(data.num_grains - 1, 0, -1)]
+    facts: dict[str, Any] = {"thresholds": limits, "downsampling": list(data.downsampling), "scaling_factor": 1.0}
     build_cache(folder, Noise(options.image_size, 4 * options.batch_size), encode, facts=facts)
     finish_cache(folder)
     stream = loader(made.config, made.settings, LatentCache(folder), made.world, 0, made.prepare)

@@ -108,7 +108,7 @@ class Fuzz:
             for i in range(12):
                 tar.add(self.source / "photos" / f"{i:02d}.png", f"{i:02d}.png")
         photos = open_source(self.source / "photos", 32)
-        build_cache(self.source / "cache", photos, self._encode, facts={"vae": "x"}, unit_size=4)
+        build_cache(self.source / "cache", photos, self._encode, facts={"thresholds": [4.0]}, unit_size=4)
         finish_cache(self.source / "cache")
         self.model = DynamicGrainTransformer.from_preset("tiny", grid=(4, 4), dim=32, depth=1, heads=2)
         self.model.save_pretrained(self.source / "model")
@@ -119,9 +119,10 @@ class Fuzz:
         (self.source / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": 0.5}}\n' for i in range(20)))
 
     @staticmethod
-    def _encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean = images[:, :1, ::8, ::8].float() / 255
-        return mean, mean * 0.1, (mean[:, 0, ::2, ::2] > 0.5).long()
+    def _encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        coarse, fine = (images[:, :1, ::side, ::side].float() / 255 for side in (16, 8))
+        means = {"mean.0": coarse, "mean.1": fine, "std.0": coarse * 0.1, "std.1": fine * 0.1}
+        return means | {"entropy": 3.5 + coarse[:, 0]}
 
     # ---- damage
 

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from d2it import ops
 from d2it.data import ImageSource, LatentCache, Loader, build_cache, finish_cache, verify_cache
 from d2it.data.decode import Unreadable
 from d2it.errors import UserError
+from d2it.files import sha256_of
 
 FACTS = {"vae_sha256": "ab12", "thresholds": [4.04], "downsampling": (8, 16), "scaling_factor": 0.9}
 
@@ -42,9 +45,18 @@ class Tiles(ImageSource):
 def encode(images):
     """A stand-in for the VAE that a mirror image does not commute with."""
     assert images.dtype == torch.uint8
-    x = images.float() / 127.5 - 1
-    mean = torch.nn.functional.avg_pool2d(x * torch.linspace(0, 1, 32), 8)  # (B, 3, 4, 4)
-    return mean, mean.abs() / 3, (mean[:, 0, ::2, ::2] > 0).long() + (mean[:, 1, ::2, ::2] > 0).long()
+    x = (images.float() / 127.5 - 1) * torch.linspace(0, 1, 32)
+    coarse, fine = (torch.nn.functional.avg_pool2d(x, side) for side in (16, 8))
+    found = {"mean.0": coarse, "std.0": coarse.abs() / 3, "mean.1": fine, "std.1": fine.abs() / 3}
+    return found | {"entropy": 4.04 + fine[:, 0, ::2, ::2]}
+
+
+def latents(encoded, thresholds):
+    """mean, std (B, 3, 4, 4) and grain_map (B, 2, 2) of what `encode` returned."""
+    grains = ops.reference.grain_map(encoded["entropy"], torch.as_tensor(thresholds))
+    pairs = ([encoded[f"{name}.{g}"].half().float() for g in range(2)] for name in ("mean", "std"))
+    mean, std = (ops.reference.neighbor_copy(pair, grains) for pair in pairs)
+    return mean, std, grains
 
 
 def make(folder, source=None, **options):
@@ -71,24 +83,26 @@ def test_a_cache_gives_back_what_was_encoded(tmp_path, flips):
     assert (cache.num_classes, cache.classes, cache.image_size, cache.flips) == (5, list("abcde"), (32, 32), flips)
     np.testing.assert_array_equal(cache.labels, source.labels)
     images = torch.stack([source[i]["image"] for i in range(50)])
-    mean, std, grains = encode(images)
+    mean, std, grains = latents(encode(images), [4.04])
     batch = cache.fetch(range(50))
+    assert batch.keys() == {"mean", "std", "grain_map", "label", "index"}
     assert batch["mean"].dtype == batch["std"].dtype == torch.float32
     assert batch["grain_map"].dtype == torch.int64
-    torch.testing.assert_close(batch["mean"], mean.half().float(), rtol=0, atol=0)
-    torch.testing.assert_close(batch["std"], std.half().float(), rtol=0, atol=0)
+    torch.testing.assert_close(batch["mean"], mean, rtol=0, atol=0)
+    torch.testing.assert_close(batch["std"], std, rtol=0, atol=0)
     assert torch.equal(batch["grain_map"], grains)
+    assert 0.3 < grains.float().mean() < 0.7
     assert torch.equal(batch["index"], torch.arange(50))
     assert torch.equal(batch["label"], torch.arange(50) % 5)
 
-    mirrored = encode(images.flip(3))
+    mirrored = latents(encode(images.flip(3)), [4.04])
     seen = {False: 0, True: 0}
     for batch in (next(Loader(cache, 64, seed=s)) for s in range(3)):
         for row, index in enumerate(batch["index"]):
-            plain = torch.equal(batch["mean"][row], mean[index].half().float())
+            plain = torch.equal(batch["mean"][row], mean[index])
             seen[plain] += 1
             wanted = (mean, std, grains) if plain else mirrored
-            torch.testing.assert_close(batch["mean"][row], wanted[0][index].half().float(), rtol=0, atol=0)
+            torch.testing.assert_close(batch["mean"][row], wanted[0][index], rtol=0, atol=0)
             torch.testing.assert_close(batch["std"][row], wanted[1][index].half().float(), rtol=0, atol=0)
             assert torch.equal(batch["grain_map"][row], wanted[2][index])
     assert (60 < seen[False] < 132) if flips else seen[False] == 0
@@ -183,11 +197,11 @@ def test_more_than_one_percent_unreadable_is_an_error(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
 def test_latents_that_are_not_finite_are_refused(tmp_path, value):
     def broken(images):
-        mean, std, grains = encode(images)
-        mean[0, 0, 0, 0] = value  # 1e6 overflows float16
-        return mean, std, grains
+        found = encode(images)
+        found["mean.0"][0, 0, 0, 0] = value  # 1e6 overflows float16
+        return found
 
-    with pytest.raises(UserError, match=r"not finite in torch.float16 \(mean\)"):
+    with pytest.raises(UserError, match=r"not finite in torch.float16 \(mean.0\)"):
         build_cache(tmp_path, Tiles(), broken, facts=FACTS)
 
 
@@ -205,8 +219,124 @@ def test_a_loader_over_a_cache_resumes_exactly(tmp_path):
 def test_a_cache_survives_the_trip_to_a_spawned_worker(tmp_path):
     cache = make(tmp_path, unit_size=50)
     data = pickle.dumps(cache)
-    assert len(data) < 3000 + cache.labels.nbytes < (tmp_path / "unit-00000.safetensors").stat().st_size
+    assert len(data) < 12_000 + cache.labels.nbytes < (tmp_path / "unit-00000.safetensors").stat().st_size
     assert torch.equal(pickle.loads(data).fetch([7])["mean"], cache.fetch([7])["mean"])
+
+
+# Maps of other shares
+
+
+def test_shares_are_drawn_for_each_image_of_a_stream(tmp_path):
+    make(tmp_path)
+    cache = LatentCache(tmp_path, shares=the_whole_range, extras=("entropy",))
+    whole = Loader(cache, 16, seed=4)
+    batches = [next(whole) for _ in range(40)]
+    entropies = torch.cat([encode(image)["entropy"].flatten() for image in everything()])
+    shares = []
+    for batch in batches:
+        grains, entropy = batch["grain_map"].bool(), batch["entropy"]
+        for image in range(16):
+            # A map is one threshold of the entropies, a quantile of the whole cache.
+            fine, coarse = entropy[image][grains[image]], entropy[image][~grains[image]]
+            assert not len(fine) or not len(coarse) or fine.min() > coarse.max()
+            if len(fine) and len(coarse):
+                shares.append([(entropies > limit).float().mean().item() for limit in (fine.min(), coarse.max())])
+    assert min(low for low, _ in shares) < 0.15
+    assert max(high for _, high in shares) > 0.85
+    mean = torch.cat([batch["grain_map"] for batch in batches]).float().mean().item()
+    assert abs(mean - 0.5) < 0.05
+    with Loader(cache, 8, seed=4, rank=1, world_size=2, start=32, workers=1) as loader:
+        for batch in batches[2:6]:  # the second half of each, whoever reads it
+            resumed = next(loader)
+            assert all(torch.equal(value, batch[key][8:]) for key, value in resumed.items())
+
+
+def the_whole_range(uniform):
+    return [uniform]
+
+
+def everything():
+    images = torch.stack([Tiles()[i]["image"] for i in range(50)])
+    return images, images.flip(3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_fixed_share_is_the_map_of_that_quantile(tmp_path, share):
+    make(tmp_path)
+    cache = LatentCache(tmp_path, shares=lambda uniform: [share])
+    grains = torch.cat([next(Loader(cache, 100, seed=s))["grain_map"] for s in range(3)])
+    assert grains.float().mean().item() == pytest.approx(share, abs=0.06)
+    (limit,) = cache.quantiles([share])
+    wanted = torch.cat([encode(images)["entropy"] for images in everything()])
+    assert (wanted > limit).float().mean().item() == pytest.approx(share, abs=0.003)
+    assert cache.shares_above([limit]) == pytest.approx([share], abs=0.003)
+    # Out of a stream, without draws, the map is that of the facts' thresholds.
+    assert torch.equal(cache.fetch(range(50))["grain_map"], LatentCache(tmp_path).fetch(range(50))["grain_map"])
+
+
+def test_a_share_at_the_thresholds_gives_the_same_bits(tmp_path):
+    cache = make(tmp_path)
+    point = LatentCache(tmp_path, shares=Point(cache.shares()))
+    for one, other in zip(Loader(cache, 24, seed=3), [next(Loader(point, 24, seed=3))]):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+class Point:
+    def __init__(self, shares):
+        self.shares = shares
+
+    def __call__(self, uniform):
+        return self.shares
+
+
+def test_further_arrays_are_kept_by_name(tmp_path):
+    def more(images):
+        return encode(images) | {"features": images[:, :, ::16, ::16].to(torch.bfloat16), "seen": images[:, 0, :2, 0]}
+
+    build_cache(tmp_path, Tiles(), more, facts=FACTS, unit_size=15)
+    finish_cache(tmp_path)
+    assert LatentCache(tmp_path).fetch([1]).keys() == {"mean", "std", "grain_map", "label", "index"}
+    batch = LatentCache(tmp_path, extras=("features", "seen")).fetch([17, 3])
+    images = torch.stack([Tiles()[i]["image"] for i in (17, 3)])
+    assert torch.equal(batch["features"], images[:, :, ::16, ::16].to(torch.bfloat16))
+    assert torch.equal(batch["seen"], images[:, 0, :2, 0])
+    with pytest.raises(UserError, match="it has no teacher"):
+        LatentCache(tmp_path, extras=("teacher",))
+
+
+def older(folder):
+    """Turn a cache into one of version 1: the latents of one map."""
+    index = json.loads((folder / "index.json").read_text())
+    for unit in index["units"]:
+        path = folder / unit["file"]
+        tensors = load_file(path)
+        views = [latents({k: v[:, f] for k, v in tensors.items() if v.ndim > 1}, [4.04]) for f in range(2)]
+        mean, std, grains = (torch.stack(parts, 1) for parts in zip(*views))
+        old = {"mean": mean.half(), "std": std.half(), "grain_map": grains.to(torch.uint8)}
+        save_file(old | {key: tensors[key] for key in ("label", "index")}, path)
+        unit |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    del index["entropies"], index["resolution"], index["plan"]["version"]
+    (folder / "index.json").write_text(json.dumps(index | {"version": 1}))
+
+
+def test_a_cache_of_version_1_is_read_with_its_own_map(tmp_path):
+    new = make(tmp_path / "new")
+    make(tmp_path / "old")
+    older(tmp_path / "old")
+    old = LatentCache(tmp_path / "old")
+    assert (old.fixed, new.fixed) == (True, False)
+    assert (old.latent_shape, old.grid, old.num_grains) == (new.latent_shape, new.grid, new.num_grains)
+    assert old.shares() == new.shares()
+    for one, other in zip(Loader(old, 24, seed=3), [next(Loader(new, 24, seed=3))]):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    for settings in ({"shares": the_whole_range}, {"extras": ("entropy",)}):
+        with pytest.raises(UserError, match=r"earlier version, whose grain maps are fixed.*run the cache stage again"):
+            LatentCache(tmp_path / "old", **settings)
+    before = contents(tmp_path / "old")
+    build_cache(tmp_path / "old", Tiles(), encode, facts=FACTS, unit_size=15)  # finished, so nothing is added
+    assert contents(tmp_path / "old") == before
 
 
 # Damage
@@ -251,7 +381,7 @@ def test_a_header_that_disagrees_with_the_index_is_refused_without_hashing(tmp_p
     "spoil",
     [
         lambda index: index | {"format": "other"},
-        lambda index: index | {"version": 2},
+        lambda index: index | {"version": 3},
         lambda index: {key: value for key, value in index.items() if key != "plan"},
         lambda index: index | {"units": index["units"][1:]},
         lambda index: index | {"units": []},

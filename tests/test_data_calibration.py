@@ -39,7 +39,7 @@ def photos(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 1000, 5000])
 def test_sketch_quantiles_are_exact_to_one_cell(count):
     values = torch.rand(count, generator=torch.Generator().manual_seed(0)) ** 2 * math.log(256)
-    sketch = EntropySketch(256)
+    sketch = EntropySketch(math.log(256))
     for part in values.split(300):
         sketch.add(part)
     shares = np.linspace(0, 1, 101)
@@ -50,7 +50,7 @@ def test_sketch_quantiles_are_exact_to_one_cell(count):
 
 
 def test_sketch_keeps_the_ends_and_does_not_grow():
-    sketch = EntropySketch(256)
+    sketch = EntropySketch(math.log(256))
     sketch.add(torch.tensor([0.0, math.log(256), math.log(256) + 1e-6]))
     assert sketch.total == 3
     assert abs(sketch.quantiles(np.array([1.0]))[0] - math.log(256)) <= sketch.width

@@ -83,6 +83,24 @@ def test_given_grain_map_is_used():
     torch.testing.assert_close(mean[:, :, :2, 2:], all_fine[:, :, :2, 2:])
 
 
+@pytest.mark.parametrize("factors", [(8, 16), (4, 8, 32), (8,)])
+def test_any_map_takes_its_moments_from_those_of_all_grains(factors):
+    mults = {"encoder_mult": (1,) * factors[-1].bit_length(), "decoder_mult": (1,) * factors[0].bit_length()}
+    thresholds = tuple(range(1, len(factors)))
+    vae = DynamicVAE.from_preset("tiny", downsampling=factors, thresholds=thresholds, channels=4, **mults)
+    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    every, entropy = vae.encode_all(images)
+    shapes = [(2, 4, 64 // f, 96 // f) for f in reversed(factors)]
+    assert [tuple(mean.shape) for mean, _ in every] == [tuple(logvar.shape) for _, logvar in every] == shapes
+    assert torch.equal(entropy, vae.grain_map(images)[1])
+    grains = torch.randint(len(factors), entropy.shape)
+    wanted = vae.encode(images, grains)[:2]
+    for number, want in enumerate(wanted):
+        assert torch.equal(ops.reference.neighbor_copy([each[number] for each in every], grains), want)
+    with pytest.raises(ValueError, match="multiples of"):
+        vae.encode_all(images[:, :, :, :70])
+
+
 def test_posterior_noise_is_one_draw_a_code():
     model = make_vae()
     grains = torch.randint(0, 2, (64, 8, 8), generator=torch.Generator().manual_seed(0))

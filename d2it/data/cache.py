@@ -1,16 +1,22 @@
-"""Latents and grain maps of a whole source, encoded once and read at many times the training rate.
+"""Latents of every grain of a whole source, encoded once and read at many times the training rate.
 
 A cache is a folder of units, each the encoding of `unit_size` consecutive images of the source, and an
 `index.json` that is written last:
 
-    unit-00000.safetensors   mean, std   (n, F, C, Hf, Wf)  of the VAE's posterior, not one frozen draw of it
-                             grain_map   (n, F, h, w)       uint8
-                             label, index   (n,)            int64; label -1 where the source has none
-    index.json               what the cache was made from, and every unit's size and SHA-256
+    unit-00000.safetensors   mean.g, std.g  (n, F, C, hg, wg)  float16; the posterior of grain g (0 = coarsest) on its
+                                                               own grid, not one frozen draw of it
+                             entropy        (n, F, h, w)       float32, of the regions
+                             label, index   (n,)               int64; label -1 where the source has none
+                             ...            (n, F, ...)        whatever else the encoder returned, by name
+    index.json               what the cache was made from, every unit's size and SHA-256, quantiles of the entropies
 
-F is 2, the image and its mirror image (each encoded: a VAE is not symmetric), or 1. Units are dealt to the ranks by
-number, so that names never collide and an interrupted run is taken up by any number of ranks; each is written
-atomically, and counted only once its own record, which holds its hash, lies beside it.
+F is 2, the image and its mirror image (each encoded: a VAE is not symmetric), or 1. The grain map is not stored: it is
+the number of thresholds that an entropy exceeds, and the thresholds are chosen when a batch is read. Units are dealt to
+the ranks by number, so that names never collide and an interrupted run is taken up by any number of ranks; each is
+written atomically, and counted only once its own record, which holds its hash, lies beside it.
+
+A cache of version 1 holds mean, std (n, F, C, Hf, Wf) and grain_map (n, F, h, w) uint8 of one choice of thresholds. It
+is read, with that map.
 
 `python -m d2it.data.verify_cache FOLDER` prints what is inside and checks every byte against its hash.
 """
@@ -20,9 +26,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,22 +39,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from d2it.data.calibration import QUANTILES, EntropySketch, shares_above, threshold_of
 from d2it.data.loader import SinglePass
 from d2it.data.sources import ImageSource, check_classes
 from d2it.errors import UserError
 from d2it.files import atomic_write, read_json, save_tensors, sha256_of
+from d2it.ops import neighbor_copy
 from d2it.seeds import Draws
 
 FORMAT = "d2it latent cache"
-VERSION = 1
+VERSION = 2
 # Opening a cache up to this size hashes all of it (about a second); above, sizes and headers only.
 VERIFY_BYTES = 2 * 2**30
 
-# Of mean and std in the files.
+# Of the means and deviations in the files.
 _DTYPE = torch.float16
-_KEYS = ("mean", "std", "grain_map", "label", "index")
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 def build_cache(
@@ -70,9 +78,12 @@ def build_cache(
     When all ranks have returned, one of them calls `finish_cache`.
 
     Args:
-        encode: images uint8 (B, 3, H, W) on the host -> mean, std (B, C, Hf, Wf) and grain_map (B, h, w), any device.
-        facts: what the latents depend on besides the images, JSON values: VAE weights' hash, thresholds, scaling
-            factor, downsampling. A later run with other facts is refused.
+        encode: images uint8 (B, 3, H, W) on the host -> tensors by name, on any device: for every grain g, coarsest
+            first, "mean.g" and "std.g" (B, C, hg, wg), stored as float16; "entropy" (B, h, w), stored as float32; and
+            any others (B, ...), stored as they are.
+        facts: what the latents depend on besides the images, JSON values: VAE weights' hash, scaling factor,
+            downsampling; and under "thresholds" the k - 1 of the map that is read where no other is chosen. A later run
+            with other facts is refused.
         unit_size: images of one file; at least as many units as ranks keep all ranks busy.
         flips: encode the mirror images too.
         progress: called with the number of images after each batch.
@@ -85,12 +96,18 @@ def build_cache(
         raise ValueError(f"unit_size must be positive, got {unit_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
+    if "thresholds" not in facts:
+        raise ValueError(f"facts must have thresholds, got {', '.join(facts)}")
     folder = Path(folder)
     plan = _plan(source, facts, unit_size, flips)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "index.json").exists():
-            _require_plan(folder, read_json(folder / "index.json").get("plan"), plan)
+            index = read_json(folder / "index.json")
+            made = index.get("plan")
+            if index.get("version") == 1 and isinstance(made, dict):  # finished: nothing is added to it
+                made = {**made, "version": VERSION}
+            _require_plan(folder, made, plan)
             return
         mine = [u for u in range(rank, plan["units"], world_size) if not _is_done(folder, u, plan)]
         _encode_units(folder, source, encode, plan, mine, batch_size, progress, workers=workers, pin_memory=pin_memory)
@@ -120,11 +137,14 @@ def finish_cache(folder: str | os.PathLike[str]) -> None:
         raise UserError(f"{folder}: a record of the cache (unit-*.json) is damaged: {error}") from None
     if len(records) != count:
         raise UserError(f"{folder}: {len(records)} of {count} units are there; run the cache stage again")
+    entropies, resolution = _quantiles(folder, [_Unit.read(unit) for unit in units])
     index = {
         "format": FORMAT,
         "version": VERSION,
         "images": sum(unit["images"] for unit in units),
         "plan": plan,
+        "entropies": entropies,
+        "resolution": resolution,
         "skipped": skipped,
         "units": units,
     }
@@ -137,9 +157,31 @@ def finish_cache(folder: str | os.PathLike[str]) -> None:
         raise UserError(f"{folder}: cannot write the latent cache: {error.strerror or error}") from None
 
 
+def _quantiles(folder: Path, units: list[_Unit]) -> tuple[list[float], float]:
+    """Returns QUANTILES quantiles of all entropies, nats, and the nats within which each is exact."""
+
+    def entropies() -> Iterator[Tensor]:
+        for unit in units:
+            if unit.images:
+                with safe_open(folder / unit.file, "pt") as file:
+                    yield file.get_tensor("entropy")
+
+    try:
+        most = max((values.max().item() for values in entropies()), default=0.0)
+        sketch = EntropySketch(max(most, 1.0))
+        for values in entropies():
+            sketch.add(values)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: cannot read the latent cache: {str(error).splitlines()[0]}") from None
+    if not sketch.total:
+        raise UserError(f"{folder}: no image could be read")
+    return sketch.quantiles(np.linspace(0, 1, QUANTILES)).tolist(), sketch.width
+
+
 def _plan(source: ImageSource, facts: dict[str, Any], unit_size: int, flips: bool) -> dict:
     """Returns what every unit of a cache must agree on."""
     plan = {
+        "version": VERSION,
         "source": source.description,
         "source_images": len(source),
         "fingerprint": source.fingerprint(),
@@ -221,20 +263,22 @@ def _encode_units(
 
 
 def _encode_batch(batch: dict[str, Any], encode: Encode, flips: bool) -> dict[str, Tensor]:
-    """Returns rows of a unit: mean, std (B, F, C, Hf, Wf), grain_map (B, F, h, w), label, index, on the host."""
+    """Returns rows of a unit on the host: what the encoder returned of all views (B, F, ...), label and index (B,)."""
     views = [batch["image"], batch["image"].flip(3)] if flips else [batch["image"]]
-    stacked = [torch.stack(parts, dim=1) for parts in zip(*(encode(view) for view in views))]
-    mean, std = (value.to("cpu", _DTYPE) for value in stacked[:2])
-    for name, value in (("mean", mean), ("std", std)):
-        if not value.isfinite().all():
-            raise UserError(f"the VAE gives latents that are not finite in {_DTYPE} ({name}); is it trained?")
-    grain_map = stacked[2].to("cpu", torch.uint8)
-    return {"mean": mean, "std": std, "grain_map": grain_map, "label": batch["label"], "index": batch["index"]}
+    encoded = [encode(view) for view in views]
+    rows = {}
+    for name in encoded[0]:
+        value = torch.stack([each[name] for each in encoded], dim=1)
+        dtype = _DTYPE if name.startswith(("mean.", "std.")) else torch.float32 if name == "entropy" else value.dtype
+        rows[name] = value.to("cpu", dtype)
+        if dtype.is_floating_point and not rows[name].isfinite().all():
+            raise UserError(f"the VAE gives latents that are not finite in {dtype} ({name}); is it trained?")
+    return {**rows, "label": batch["label"], "index": batch["index"]}
 
 
 def _write_unit(folder: Path, unit: int, rows: list[dict[str, Tensor]], skipped: list[str], plan: dict) -> None:
     name = _unit_name(unit)
-    tensors = {key: torch.cat([row[key] for row in rows]) for key in _KEYS} if rows else {}
+    tensors = {key: torch.cat([row[key] for row in rows]) for key in rows[0]} if rows else {}
     with atomic_write(folder / name) as path:
         save_tensors(path, tensors, {"format": f"{FORMAT} {VERSION}"})  # one key: their order is not fixed
         record = {
@@ -247,6 +291,14 @@ def _write_unit(folder: Path, unit: int, rows: list[dict[str, Tensor]], skipped:
         }
     with atomic_write((folder / name).with_suffix(".json")) as path:
         path.write_text(json.dumps(record))
+
+
+def _ascending(value: Any, count: int | None = None) -> list[float]:
+    """Returns a JSON value that must be a list of (`count`) finite numbers in ascending order."""
+    numbers = isinstance(value, list) and all(type(each) in (int, float) and abs(each) < 1e30 for each in value)
+    if not numbers or value != sorted(value) or count not in (None, len(value)):
+        raise ValueError(f"{value!r:.40} is not a list of ascending numbers")
+    return [float(each) for each in value]
 
 
 def _whole(value: Any, least: int = 0) -> int:
@@ -289,9 +341,16 @@ class LatentCache:
         folder: where `finish_cache` wrote the index.
         verify: hash every file and refuse the cache over one changed bit; None does so up to 2 GiB. Sizes and headers
             are held against the index in any case.
+        shares: of the regions, chosen anew for every image of a training stream: a number that is uniform in [0, 1)
+            -> k - 1 shares, those of grain i + 1 or finer (they descend). An image's thresholds are the quantiles of
+            the whole cache at its shares. It must be picklable. None is the map at the facts' thresholds.
+        extras: names of further arrays, such as "entropy", that batches shall have.
 
     Attributes:
         facts: as given to `build_cache`.
+        fixed: whether the grain maps are part of the cache (version 1): then there are neither shares nor extras.
+        num_grains: k.
+        thresholds: k - 1 of the default map, nats.
         image_size: (H, W) of the encoded images, pixels.
         latent_shape: (C, Hf, Wf).
         grid: (h, w) of the grain maps.
@@ -303,16 +362,29 @@ class LatentCache:
         UserError: no cache there, an unfinished one, or one that is damaged; names the file.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, verify: bool | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        verify: bool | None = None,
+        shares: Callable[[float], Sequence[float]] | None = None,
+        extras: Sequence[str] = (),
+    ) -> None:
+        self.folder, self._shares, self._extras = Path(folder), shares, tuple(extras)
         path = self.folder / "index.json"
         if not path.exists():
             begun = any(self.folder.glob("unit-*.json"))
             why = "the latent cache is not finished; run the cache stage again" if begun else "no latent cache here"
             raise UserError(f"{self.folder}: {why}")
         index = read_json(path)
-        if index.get("format") != FORMAT or index.get("version") != VERSION:
+        if index.get("format") != FORMAT or index.get("version") not in (1, VERSION):
             raise UserError(f"{path} is not the index of a {FORMAT} of version {VERSION}")
+        self.fixed = index["version"] == 1
+        if self.fixed and (shares or extras):
+            raise UserError(
+                f"{self.folder} is a latent cache of an earlier version, whose grain maps are fixed: to train with "
+                "other shares or with levels of entropy, delete it and run the cache stage again"
+            )
         try:
             plan = index["plan"]
             self.facts: dict[str, Any] = dict(plan["facts"])
@@ -329,6 +401,12 @@ class LatentCache:
             self.skipped: list[str] = _texts(index["skipped"])
             self._units = [unit for unit in map(_Unit.read, index["units"]) if unit.images]
             images = _whole(index["images"])
+            limits = self.facts.get("thresholds", []) if self.fixed else self.facts["thresholds"]
+            self.thresholds = tuple(_ascending(limits))
+            self.num_grains = len(self.thresholds) + 1
+            if not self.fixed:
+                self._entropies = np.array(_ascending(index["entropies"], QUANTILES))
+                (self._resolution,) = _ascending([index["resolution"]])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__} at {error}") from None
         if not self._units or images != sum(unit.images for unit in self._units):
@@ -357,29 +435,52 @@ class LatentCache:
     def _map_units(self, check: bool = False) -> None:
         """Maps every unit's tensors; with `check`, holds their shapes and types against the index."""
         self._tensors: list[dict[str, Tensor]] = []
-        views = 2 if self.flips else 1
         for unit in self._units:
             path = self.folder / unit.file
             try:
                 with safe_open(path, "pt") as file:
-                    tensors = {key: file.get_tensor(key) for key in _KEYS}
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+            if check:
+                try:
+                    self._check_tensors(unit, tensors)
+                except (KeyError, ValueError) as error:
+                    raise UserError(f"{path} is damaged: {error.args[0]}") from None
             self._tensors.append(tensors)
-            if not check:
-                continue
-            first = self._tensors[0]
-            if first["mean"].ndim != 5 or first["grain_map"].ndim != 4:
-                raise UserError(f"{path} is damaged: mean or grain_map has the wrong rank")
-            latents = (_DTYPE, (unit.images, views, *first["mean"].shape[2:]))
-            grains = (torch.uint8, (unit.images, views, *first["grain_map"].shape[2:]))
-            numbers = (torch.int64, (unit.images,))
-            for key, wanted in zip(_KEYS, (latents, latents, grains, numbers, numbers)):
-                got = (tensors[key].dtype, tuple(tensors[key].shape))
-                if got != wanted:
-                    raise UserError(f"{path} is damaged: {key} is {got[0]} {got[1]}, not {wanted[0]} {wanted[1]}")
-        self.latent_shape = tuple(self._tensors[0]["mean"].shape[2:])
-        self.grid = tuple(self._tensors[0]["grain_map"].shape[2:])
+        first = self._tensors[0]
+        self.latent_shape = tuple(first["mean" if self.fixed else f"mean.{self.num_grains - 1}"].shape[2:])
+        self.grid = tuple(first["grain_map" if self.fixed else "entropy"].shape[2:])
+
+    def _check_tensors(self, unit: _Unit, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError or KeyError unless the tensors of a unit have the types and shapes of their names."""
+        known: dict[str, tuple[torch.dtype, int]] = {"label": (torch.int64, 1), "index": (torch.int64, 1)}
+        if self.fixed:
+            known |= {"mean": (_DTYPE, 5), "std": (_DTYPE, 5), "grain_map": (torch.uint8, 4)}
+        else:
+            known |= {"entropy": (torch.float32, 4)}
+            known |= {f"{name}.{g}": (_DTYPE, 5) for name in ("mean", "std") for g in range(self.num_grains)}
+        for name in (*known, *self._extras):
+            if name not in tensors:
+                raise ValueError(f"it has no {name}")
+        like = self._tensors[0] if self._tensors else tensors
+        if tensors.keys() != like.keys():
+            raise ValueError(f"it has {', '.join(sorted(tensors))}, not {', '.join(sorted(like))}")
+        for name, tensor in tensors.items():
+            dtype, rank = known.get(name, (like[name].dtype, like[name].ndim))
+            lead = (unit.images,) if name in ("label", "index") else (unit.images, 2 if self.flips else 1)
+            wanted = (*lead, *like[name].shape[len(lead) :])
+            got = tuple(tensor.shape)
+            if (tensor.dtype, got, len(got)) != (dtype, wanted, rank):
+                raise ValueError(f"{name} is {tensor.dtype} {got}, not {dtype} {wanted} of rank {rank}")
+        if not self.fixed:
+            height, width = tensors["entropy"].shape[2:]
+            channels = tensors["mean.0"].shape[2]
+            for g in range(self.num_grains):
+                got = tuple(tensors[f"mean.{g}"].shape[2:])
+                side = got[1] // height
+                if got != (channels, side * height, side * width) or tuple(tensors[f"std.{g}"].shape[2:]) != got:
+                    raise ValueError(f"mean.{g} and std.{g} do not fit regions {height} x {width}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_tensors"}
@@ -391,10 +492,26 @@ class LatentCache:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def fine_share(self) -> float:
-        """Returns the share of all regions that are finer than the coarsest grain."""
-        counts = [((unit["grain_map"] > 0).sum().item(), unit["grain_map"].numel()) for unit in self._tensors]
-        return sum(fine for fine, _ in counts) / sum(total for _, total in counts)
+    def shares(self) -> list[float]:
+        """Returns the k - 1 shares of all regions that are of grain i + 1 or finer in the default map."""
+        regions = math.prod(self.grid) * (2 if self.flips else 1) * len(self)
+        if self.fixed:
+            limits, name = [torch.tensor(g) for g in range(self.num_grains - 1)], "grain_map"
+        else:
+            limits, name = list(torch.tensor(self.thresholds)), "entropy"
+        return [sum(int((unit[name] > limit).sum()) for unit in self._tensors) / regions for limit in limits]
+
+    def quantiles(self, shares: Sequence[float]) -> list[float]:
+        """Returns for each share the entropy, nats, that this share of all regions exceeds.
+
+        Where many regions have one entropy, the threshold lies beside it, on the side of the nearer share.
+        """
+        most = float(self._entropies[-1])
+        return [threshold_of(self._entropies, share, self._resolution, most) for share in shares]
+
+    def shares_above(self, thresholds: Sequence[float]) -> list[float]:
+        """Returns the share of all regions that exceeds each threshold, to 0.1 %."""
+        return shares_above(self._entropies, thresholds)
 
     def require(self, **facts: Any) -> None:
         """Raises UserError unless the cache was made with these facts."""
@@ -417,29 +534,47 @@ class LatentCache:
     def fetch(self, indices: Sequence[int], draws: Sequence[Draws] | None = None, *, replace: bool = False) -> dict:
         """Returns a batch; with `draws`, half of the images as their mirror images where those were encoded.
 
-        mean, std (B, C, Hf, Wf) float32; grain_map (B, h, w) int64, on the host, so that a packed capacity needs no
-        look at the device; label, index (B,) int64, the index being the source's. `replace` has no effect: a cache
-        holds no unreadable image.
+        mean, std (B, C, Hf, Wf) float32, neighbour-copied by grain_map (B, h, w) int64, on the host, so that a packed
+        capacity needs no look at the device; label, index (B,) int64, the index being the source's; and the extras.
+        With `draws` the map follows from shares that are drawn for each image, if the cache was opened with
+        `shares`. `replace` has no effect: a cache holds no unreadable image.
         """
         wanted = np.asarray(indices, np.int64)
         view = np.zeros(len(wanted), np.int64)
         if draws is not None and self.flips:
             view = np.array([draw.uniform() < 0.5 for draw in draws], np.int64)
+        first = self._tensors[0]
+        latents = ["mean", "std"] if self.fixed else [name for name in first if name.startswith(("mean.", "std."))]
+        dtypes = {name: first[name].dtype for name in ("label", "index", *self._extras)}
+        dtypes |= {"grain_map": torch.int64} if self.fixed else {"entropy": torch.float32}
+        dtypes |= dict.fromkeys(latents, torch.float32)
+        batch = self._read(wanted, view, dtypes)
+        if self.fixed:
+            return batch
+        entropy = batch["entropy"] if "entropy" in self._extras else batch.pop("entropy")
+        limits = torch.tensor(self.thresholds).expand(len(wanted), self.num_grains - 1)
+        if self._shares is not None and draws is not None:
+            limits = torch.tensor([self.quantiles(self._shares(draw.uniform())) for draw in draws])
+        limits = limits.reshape(len(wanted), 1, 1, self.num_grains - 1)
+        batch["grain_map"] = (entropy[..., None] > limits).sum(dim=-1)
+        for name in ("mean", "std"):
+            grains = [batch.pop(f"{name}.{g}") for g in range(self.num_grains)]
+            batch[name] = neighbor_copy(grains, batch["grain_map"])
+        return batch
+
+    def _read(self, wanted: np.ndarray, view: np.ndarray, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+        """Returns arrays of the images `wanted` in these dtypes, of every image the view `view`."""
         unit = np.searchsorted(self._starts, wanted, side="right") - 1
         row = wanted - self._starts[unit]
-        size = len(wanted)
+        flat = ("label", "index")
         batch = {
-            "mean": torch.empty(size, *self.latent_shape),
-            "std": torch.empty(size, *self.latent_shape),
-            "grain_map": torch.empty(size, *self.grid, dtype=torch.int64),
-            "label": torch.empty(size, dtype=torch.int64),
-            "index": torch.empty(size, dtype=torch.int64),
+            name: torch.empty(len(wanted), *self._tensors[0][name].shape[1 if name in flat else 2 :], dtype=dtype)
+            for name, dtype in dtypes.items()
         }
         for number in np.unique(unit):
             slots = torch.from_numpy(np.flatnonzero(unit == number))
             rows, views = torch.from_numpy(row)[slots], torch.from_numpy(view)[slots]
-            tensors = self._tensors[number]
-            for key, value in batch.items():
-                picked = tensors[key][rows] if value.ndim == 1 else tensors[key][rows, views]
-                value[slots] = picked.to(value.dtype)
+            for name, value in batch.items():
+                tensor = self._tensors[number][name]
+                value[slots] = (tensor[rows] if name in flat else tensor[rows, views]).to(value.dtype)
         return batch

@@ -43,7 +43,10 @@ _MARGIN = 1e-3
 
 
 def _most(num_bins: int, normalize: bool) -> float:
-    """Returns the largest value that an entropy can have: the least is 0."""
+    """Returns the largest value that an entropy can have; the least is 0.
+
+    It is ln bins, or bins / e for the literal density, which is not normalised (each bin adds -p ln p <= 1 / e).
+    """
     return math.log(num_bins) if normalize else num_bins / math.e
 
 
@@ -60,12 +63,14 @@ def check_ratios(ratios: float | Sequence[float]) -> list[float]:
 class EntropySketch:
     """Quantiles of any number of entropies in 8 MiB: a histogram fine enough to be taken for the values.
 
-    Every quantile is exact to one cell, `self.width` nats. The cells cover all that an entropy can be: [0, ln bins],
-    or [0, bins / e] for the literal density, which is not normalised (each bin adds -p ln p <= 1 / e).
+    Every quantile is exact to one cell, `self.width` nats.
+
+    Args:
+        most: the largest entropy that will be counted; the cells cover [0, most].
     """
 
-    def __init__(self, num_bins: int, normalize: bool = True) -> None:
-        self.width = _most(num_bins, normalize) / CELLS
+    def __init__(self, most: float) -> None:
+        self.width = most / CELLS
         self.counts = np.zeros(CELLS, np.int64)
 
     def add(self, entropy: torch.Tensor) -> None:
@@ -82,6 +87,48 @@ class EntropySketch:
         above = np.cumsum(self.counts)
         rank = np.clip(np.ceil(shares * above[-1]), 1, above[-1])
         return (np.searchsorted(above, rank) + 0.5) * self.width
+
+
+def threshold_of(known: np.ndarray, share: float, resolution: float, most: float) -> float:
+    """Returns the threshold that a share of regions nearest to `share` exceeds.
+
+    Args:
+        known: quantiles at even steps from 0 to 1, nats, ascending.
+        share: 0 gives a threshold above every entropy, 1 one below.
+        resolution: nats within which each quantile is exact.
+        most: no entropy is larger.
+    """
+    if share == 0:
+        return most + 1
+    if share == 1:
+        return -1.0
+    place = (1 - share) * (len(known) - 1)
+    low, high = known[math.floor(place)], known[math.ceil(place)]
+    near = 2 * resolution
+    # All entries that cannot be told from the one asked for; without any, the place lies between two values.
+    first = int(np.searchsorted(known, low - near))
+    last = int(np.searchsorted(known, high + near, side="right")) - 1
+    if high - low > near or first == last:
+        return float(np.interp(place, np.arange(len(known)), known))
+    # The tied regions go to one side together: into the middle of the gap at the nearer end.
+    if place - first < last - place:
+        below = known[first - 1] if first else known[0] - 2 * _MARGIN
+        return float((below + known[first]) / 2)
+    above = known[last + 1] if last + 1 < len(known) else known[-1] + 2 * _MARGIN
+    return float((known[last] + above) / 2)
+
+
+def shares_above(known: np.ndarray, thresholds: Sequence[float]) -> list[float]:
+    """Returns the share of regions that exceeds each threshold, from quantiles at even steps."""
+    found = []
+    for threshold in thresholds:
+        count = int(np.searchsorted(known, threshold, side="right"))
+        if count in (0, len(known)):
+            found.append(1.0 if count == 0 else 0.0)
+            continue
+        low, high = known[count - 1], known[count]
+        found.append(float(1 - (count - 1 + (threshold - low) / (high - low)) / (len(known) - 1)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -133,7 +180,8 @@ class Calibration:
             UserError: a ratio outside [0, 1], ratios that do not descend, or two whose thresholds coincide.
         """
         asked = check_ratios(ratios)
-        limits = [self._threshold(share) for share in asked]
+        known, most = np.array(self.entropies), _most(self.num_bins, self.normalize)
+        limits = [threshold_of(known, share, self.resolution, most) for share in asked]
         if any(low >= high for low, high in itertools.pairwise(limits)):
             raise UserError(
                 f"fine ratios {asked}: their thresholds coincide, {limits}; the entropies of these images are too alike"
@@ -149,40 +197,9 @@ class Calibration:
                 )
         return limits
 
-    def _threshold(self, share: float) -> float:
-        """Returns the threshold that a share of regions nearest to `share` exceeds."""
-        if share == 0:
-            return _most(self.num_bins, self.normalize) + 1
-        if share == 1:
-            return -1.0
-        known = np.array(self.entropies)
-        place = (1 - share) * (len(known) - 1)
-        low, high = known[math.floor(place)], known[math.ceil(place)]
-        near = 2 * self.resolution
-        # All entries that cannot be told from the one asked for; without any, the place lies between two values.
-        first = int(np.searchsorted(known, low - near))
-        last = int(np.searchsorted(known, high + near, side="right")) - 1
-        if high - low > near or first == last:
-            return float(np.interp(place, np.arange(len(known)), known))
-        # The tied regions go to one side together: into the middle of the gap at the nearer end.
-        if place - first < last - place:
-            below = known[first - 1] if first else known[0] - 2 * _MARGIN
-            return float((below + known[first]) / 2)
-        above = known[last + 1] if last + 1 < len(known) else known[-1] + 2 * _MARGIN
-        return float((known[last] + above) / 2)
-
     def shares(self, thresholds: Sequence[float]) -> list[float]:
         """Returns the share of the calibrated regions that exceeds each threshold, to 0.1 %."""
-        known = np.array(self.entropies)
-        found = []
-        for threshold in thresholds:
-            count = int(np.searchsorted(known, threshold, side="right"))
-            if count in (0, len(known)):
-                found.append(1.0 if count == 0 else 0.0)
-                continue
-            low, high = known[count - 1], known[count]
-            found.append(float(1 - (count - 1 + (threshold - low) / (high - low)) / (len(known) - 1)))
-        return found
+        return shares_above(np.array(self.entropies), thresholds)
 
     def require(self, **facts: Any) -> None:
         """Raises UserError unless the calibration was made with these facts (`region_size`, `image_size`, ...)."""
@@ -310,7 +327,7 @@ def calibrate(
     kde = {"num_bins": bins, "value_range": value_range, "sigma": sigma, "normalize": normalize}
     measure = _Entropies(region_size, kde, torch.device(device))
     in_worker = measure.device.type == "cpu"
-    sketch = EntropySketch(bins, normalize)
+    sketch = EntropySketch(_most(bins, normalize))
     images = skipped = 0
     with SinglePass(
         source, batch_size, workers=workers, process=measure if in_worker else None, pin_memory=not in_worker

@@ -377,19 +377,42 @@ class DynamicVAE(Model):
             ValueError: images whose sides are not multiples of S, of another dtype or device, or a grain map of another
                 size.
         """
-        s = self.config.region_size
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % s or images.shape[3] % s:
-            raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of {s}, got {tuple(images.shape)}")
-        layers.check_like(self.encoder.embed.weight, {"images": images}, {"grain_map": grain_map})
+        self._check_images(images)
+        layers.check_like(self.encoder.embed.weight, {}, {"grain_map": grain_map})
         entropy = None
         if grain_map is None:
             grain_map, entropy = self.grain_map(images)
+        s = self.config.region_size
         expected = (images.shape[0], images.shape[2] // s, images.shape[3] // s)
         if tuple(grain_map.shape) != expected:
             raise ValueError(f"grain_map must be {expected}, got {tuple(grain_map.shape)}")
         moments = [m.float() for m in self.encoder(images)]
         mean, logvar = ops.neighbor_copy(moments, grain_map).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20), grain_map, entropy
+
+    def encode_all(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Encode images into the moments of every grain, of which any grain map takes its own.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            mean, logvar (B, n_z, H/f, W/f) float32 of each grain on its own grid, coarsest first, logvar in [-30, 20];
+            the entropy of the regions (B, H/S, W/S) float32, nats.
+
+        Raises:
+            ValueError: images whose sides are not multiples of S, of another dtype or device.
+        """
+        self._check_images(images)
+        entropy = self.grain_map(images)[1]
+        moments = [m.float().chunk(2, dim=1) for m in self.encoder(images)]
+        return [(mean, logvar.clamp(-30, 20)) for mean, logvar in moments], entropy
+
+    def _check_images(self, images: Tensor) -> None:
+        s = self.config.region_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % s or images.shape[3] % s:
+            raise ValueError(f"images must be (B, 3, H, W) with H and W multiples of {s}, got {tuple(images.shape)}")
+        layers.check_like(self.encoder.embed.weight, {"images": images}, {})
 
     def sample(self, mean: Tensor, logvar: Tensor, grain_map: Tensor, generator: Generators = None) -> Tensor:
         """A draw of the posterior with one normal variate a code: equal cells of a code stay equal."""

@@ -177,15 +177,18 @@ def rehearse_all(config: Config, world: World) -> None:
 
 
 def encode(config: Config, world: World, source: ImageSource, begin: Callable[[], None]) -> None:
-    """Run the stage cache: latents and grain maps of every image, each rank a part. What is there already is kept."""
+    """Run the stage cache: latents and entropies of every image, each rank a part. What is there already is kept."""
     vae = channels_last(_vae(config).to(world.device))
     target = _cache_folder(config)
     done = 0
 
     @torch.inference_mode()
-    def moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, logvar, grains, _ = vae.encode(pictures.from_uint8(images.to(world.device, non_blocking=True)))
-        return mean, (0.5 * logvar).exp(), grains
+    def moments(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        every, entropy = vae.encode_all(pictures.from_uint8(images.to(world.device, non_blocking=True)))
+        found = {"entropy": entropy}
+        for grain, (mean, logvar) in enumerate(every):
+            found |= {f"mean.{grain}": mean, f"std.{grain}": (0.5 * logvar).exp()}
+        return found
 
     def progress(images: int) -> None:
         nonlocal done
@@ -219,7 +222,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
     world.together(build)
     world.together(lambda: finish_cache(target) if world.first else None)
     if world.first and vae.config.num_grains > 1:
-        share = LatentCache(target, verify=False).fine_share()
+        share = LatentCache(target, verify=False).shares()[0]
         if warning := extreme_share(share):
             print(f"warning: cache: {warning}", file=sys.stderr, flush=True)
 
