@@ -108,14 +108,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
-def read_json(path: str | os.PathLike[str], limit: int = 2**28) -> dict[str, Any]:
-    """Returns the object that a JSON file of at most `limit` bytes holds.
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the object that a JSON file of at most 256 MiB holds.
 
     Raises:
         UserError: the file cannot be read, or it is not one JSON object of finite numbers; names the file.
     """
     try:
-        content = json.loads(read_bytes(path, limit), parse_constant=_refuse_constant)
+        content = json.loads(read_bytes(path, 2**28), parse_constant=_refuse_constant)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -81,7 +81,7 @@ def test_resume_at_any_batch_gives_what_the_uninterrupted_stream_gives(workers):
     first = Loader(source, 6, seed=5, workers=workers)
     take(first, 7)
     first.close()
-    with Loader(source, 6, seed=5, start=first.images_seen, workers=workers, prefetch=2) as second:
+    with Loader(source, 6, seed=5, start=first.images_seen, workers=workers) as second:
         assert all(same(a, b) for a, b in zip(take(second, 13), whole[7:]))
     assert second.images_seen == 120
     third = Loader(source, 6, seed=5, start=42)
@@ -244,7 +244,6 @@ def test_a_killed_worker_is_one_line():
         ({"rank": 2, "world_size": 2}, "rank"),
         ({"start": -1}, "start"),
         ({"workers": -1}, "workers"),
-        ({"prefetch": 0}, "prefetch"),
     ],
 )
 def test_arguments_are_checked(arguments, name):

@@ -45,6 +45,7 @@ def default_workers(local_ranks: int = 1) -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // local_ranks))
 
 
+_PREFETCH = 4  # batches that each worker prepares ahead
 _SHARED_MEMORY = "batches need more of /dev/shm (docker run --shm-size=...), fewer data.workers, or data.workers=0"
 _FILES = "raise the limit on open files (ulimit -n), or use fewer data.workers"
 
@@ -125,14 +126,12 @@ class _Stream:
         fetch: answers the requests.
         population: images of the pass.
         workers: processes; 0 reads in the calling process.
-        prefetch: batches that each worker prepares ahead.
         pin_memory: page-locked batches, where there is a GPU.
     """
 
-    def __init__(self, fetch: _Fetch, population: int, workers: int, prefetch: int, pin_memory: bool) -> None:
-        for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+    def __init__(self, fetch: _Fetch, population: int, workers: int, pin_memory: bool) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
         self._fetch = fetch
         self._options: dict[str, Any] = {
             "num_workers": workers,
@@ -140,7 +139,7 @@ class _Stream:
         }
         if workers:
             self._reasons, send = multiprocessing.Pipe(duplex=False)
-            self._options.update(prefetch_factor=prefetch, worker_init_fn=functools.partial(_init_worker, send))
+            self._options.update(prefetch_factor=_PREFETCH, worker_init_fn=functools.partial(_init_worker, send))
         self._holder: list = []
         self._population = population
         self._unreadable: dict[int, str] = {}
@@ -257,7 +256,6 @@ class Loader(_Stream):
         world_size: number of ranks.
         start: images seen by all ranks together, where the stream is taken up.
         workers: processes; 0 reads in the calling process.
-        prefetch: batches that each worker prepares ahead.
         pin_memory: page-locked batches, where there is a GPU.
         process: run on each batch inside the worker; must be picklable where processes are spawned.
 
@@ -275,11 +273,10 @@ class Loader(_Stream):
         world_size: int = 1,
         start: int = 0,
         workers: int = 0,
-        prefetch: int = 4,
         pin_memory: bool = False,
         process: Callable[[Batch], Batch] | None = None,
     ) -> None:
-        super().__init__(_Fetch(source, process, seed), len(source), workers, prefetch, pin_memory)
+        super().__init__(_Fetch(source, process, seed), len(source), workers, pin_memory)
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         if not 0 <= rank < world_size:
@@ -332,7 +329,6 @@ class SinglePass(_Stream):
         batches: images of a batch, over the whole source; or the batches themselves, as sequences of indices.
         source: an ImageSource or a LatentCache.
         workers: processes; 0 reads in the calling process.
-        prefetch: batches that each worker prepares ahead.
         pin_memory: page-locked batches, where there is a GPU.
         process: run on each batch inside the worker.
 
@@ -346,7 +342,6 @@ class SinglePass(_Stream):
         batches: int | Sequence[Sequence[int]],
         *,
         workers: int = 0,
-        prefetch: int = 4,
         pin_memory: bool = False,
         process: Callable[[Batch], Batch] | None = None,
     ) -> None:
@@ -355,7 +350,7 @@ class SinglePass(_Stream):
                 raise ValueError(f"batches must be positive, got {batches}")
             total = len(source)
             batches = [range(at, min(at + batches, total)) for at in range(0, total, batches)]
-        super().__init__(_Fetch(source, process, None), sum(map(len, batches)), workers, prefetch, pin_memory)
+        super().__init__(_Fetch(source, process, None), sum(map(len, batches)), workers, pin_memory)
         self._batches = batches
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Noise and loss weights per latent code: what "multi-grained" means on the finest grid.
 
-A code of grain g fills a square of `code_sizes[g]` x `code_sizes[g]` cells, coarsest grain first: (2, 1) for {8, 16}.
-Wherever `code_sizes` is None it halves from `cells_per_region` down to 1, which is the paper's case.
+A code of grain g fills a square of `code_sizes[g]` x `code_sizes[g]` cells, coarsest grain first: (2, 1) for the
+paper's factors {8, 16}. The first is a whole region.
 """
 
 from __future__ import annotations
@@ -15,18 +15,6 @@ from torch import Tensor
 from d2it import ops
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-def default_code_sizes(cells_per_region: int) -> tuple[int, ...]:
-    """4 -> (4, 2, 1)."""
-    sizes = [cells_per_region]
-    while sizes[-1] > 1:
-        if sizes[-1] % 2:
-            raise ValueError(
-                f"code_sizes must be given where cells_per_region is no power of 2, got {cells_per_region}"
-            )
-        sizes.append(sizes[-1] // 2)
-    return tuple(sizes)
 
 
 def randn(
@@ -54,8 +42,7 @@ def grained_noise(
     grain_map: Tensor,
     channels: int,
     *,
-    cells_per_region: int = 2,
-    code_sizes: Sequence[int] | None = None,
+    code_sizes: Sequence[int] = (2, 1),
     generator: Generators = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -68,29 +55,26 @@ def grained_noise(
     Returns:
         (B, channels, Hf, Wf) on the device of `grain_map`.
     """
-    sizes = code_sizes or default_code_sizes(cells_per_region)
     batch, height, width = grain_map.shape
-    shape = (batch, channels, height * cells_per_region, width * cells_per_region)
-    return copy_codes(randn(shape, generator, device=grain_map.device, dtype=dtype), grain_map, sizes)
+    shape = (batch, channels, height * code_sizes[0], width * code_sizes[0])
+    return copy_codes(randn(shape, generator, device=grain_map.device, dtype=dtype), grain_map, code_sizes)
 
 
-def project_to_grains(x: Tensor, grain_map: Tensor, *, code_sizes: Sequence[int] | None = None) -> Tensor:
+def project_to_grains(x: Tensor, grain_map: Tensor, *, code_sizes: Sequence[int] = (2, 1)) -> Tensor:
     """(B, C, Hf, Wf) -> the same shape: every cell takes the mean over its code, one value a code."""
-    sizes = code_sizes or default_code_sizes(x.shape[-1] // grain_map.shape[-1])
-    return ops.neighbor_copy([x if size == 1 else F.avg_pool2d(x, size) for size in sizes], grain_map)
+    return ops.neighbor_copy([x if size == 1 else F.avg_pool2d(x, size) for size in code_sizes], grain_map)
 
 
-def grain_weights(grain_map: Tensor, *, cells_per_region: int = 2, code_sizes: Sequence[int] | None = None) -> Tensor:
+def grain_weights(grain_map: Tensor, *, code_sizes: Sequence[int] = (2, 1)) -> Tensor:
     """alpha of every cell's grain, (B, 1, Hf, Wf) float32: 1 / (cells of a code), so that every code counts once.
 
     Eq. 11's 1 / (2^(k-i))^2 where the factors double from grain to grain.
     """
-    sizes = code_sizes or default_code_sizes(cells_per_region)
     # Not a lookup: a table would be copied from the host in every step, which waits for the device.
-    alphas = torch.full_like(grain_map, 1 / sizes[0] ** 2, dtype=torch.float32)
-    for grain, size in enumerate(sizes[1:], start=1):
+    alphas = torch.full_like(grain_map, 1 / code_sizes[0] ** 2, dtype=torch.float32)
+    for grain, size in enumerate(code_sizes[1:], start=1):
         alphas = torch.where(grain_map == grain, 1 / size**2, alphas)
-    return expand_map(alphas, cells_per_region)[:, None]
+    return expand_map(alphas, code_sizes[0])[:, None]
 
 
 def expand_map(grain_map: Tensor, cells_per_region: int) -> Tensor:

@@ -36,8 +36,7 @@ def content_loss(
     noise: Tensor,
     t: Tensor,
     grain_map: Tensor | None = None,
-    cells_per_region: int = 2,
-    code_sizes: Sequence[int] | None = None,
+    code_sizes: Sequence[int] = (2, 1),
 ) -> ContentLoss:
     """Eq. 11: the mean over all cells and channels of alpha (eps - eps_theta)^2, and the same weights on the VLB.
 
@@ -52,15 +51,14 @@ def content_loss(
         noise: what they were noised with.
         t: (B,) int64.
         grain_map: (B, H/S, W/S), or None: every cell counts 1 (the plain DiT, or Eq. 11 left out).
-        cells_per_region: along a region's side.
-        code_sizes: cells along a code's side by grain, coarsest first; None halves from `cells_per_region` down to 1.
+        code_sizes: cells along a code's side by grain, coarsest first.
     """
     channels = x0.shape[1]
     model_out = model_out.float()
     predicted = model_out[:, :channels]
     weight = None
     if grain_map is not None:
-        weight = grain_weights(grain_map, cells_per_region=cells_per_region, code_sizes=code_sizes)
+        weight = grain_weights(grain_map, code_sizes=code_sizes)
 
     def mean(error: Tensor) -> Tensor:
         return (error if weight is None else error * weight).mean(dim=(1, 2, 3))

@@ -172,7 +172,7 @@ class VAELoss(nn.Module):
 def kl_per_value(output: VAEOutput, code_sizes: Sequence[int], *, values: int) -> Tensor:
     """KL to the standard normal in nats, summed over the codes of an image, divided by its `values`, batch mean."""
     kl = 0.5 * (output.mean.square() + output.logvar.exp() - 1 - output.logvar)
-    weight = grain_weights(output.grain_map, cells_per_region=code_sizes[0], code_sizes=code_sizes)
+    weight = grain_weights(output.grain_map, code_sizes=code_sizes)
     return (kl * weight).sum(dim=(1, 2, 3)).mean() / values
 
 

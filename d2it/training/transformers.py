@@ -92,7 +92,7 @@ class ContentLosses(nn.Module):
         given: dict[str, Any] = {}
         codes: dict[str, Any] = {}
         if isinstance(config, ContentTransformerConfig):
-            codes = {"cells_per_region": config.cells_per_region, "code_sizes": config.code_sizes}
+            codes = {"code_sizes": config.code_sizes}
             given = {"grain_map": grains, "capacity": batch["capacity"]}
 
         def draw() -> Tensor:

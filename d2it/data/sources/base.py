@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2it.data.decode import MAX_PIXELS, TooSmall, Unreadable, center_crop, decode, random_crop
+from d2it.data.decode import TooSmall, Unreadable, center_crop, decode, random_crop
 from d2it.errors import UserError
 from d2it.seeds import Draws
 
@@ -112,8 +112,7 @@ class ImageSource(ABC):
         description: one line for provenance, without the path's parents.
         augment: whether half of the images that a training loader draws are flipped.
         crop: "center" or "random", in a training loader.
-        upsample: whether images smaller than `image_size` are enlarged.
-        max_pixels: the largest image that is decoded.
+        upsample: whether images smaller than `image_size` are enlarged, as ADM does, or an error.
     """
 
     labels: np.ndarray | None = None
@@ -128,20 +127,16 @@ class ImageSource(ABC):
         augment: bool = False,
         crop: str = "center",
         upsample: bool = False,
-        max_pixels: int = MAX_PIXELS,
     ) -> None:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
             raise ValueError(f"image_size must be a positive integer or (height, width), got {image_size!r}")
         if crop not in ("center", "random"):
             raise ValueError(f'crop must be "center" or "random", got {crop!r}')
-        if max_pixels < 1:
-            raise ValueError(f"max_pixels must be positive, got {max_pixels}")
         self.image_size: tuple[int, int] = (size[0], size[1])
         self.augment = augment
         self.crop = crop
         self.upsample = upsample
-        self.max_pixels = max_pixels
         self._fingerprint: str | None = None
 
     @abstractmethod
@@ -165,7 +160,7 @@ class ImageSource(ABC):
         Raises:
             Unreadable, OSError: it cannot be read.
         """
-        return decode(cast(bytes, self.encoded(index)), self.max_pixels)
+        return decode(cast(bytes, self.encoded(index)))
 
     def fingerprint(self) -> str:
         """Returns the identity of the images and labels by content, as a hex string.

@@ -67,7 +67,7 @@ class DemoPhotos(ImageSource):
     def picture(self, index: int) -> Image.Image:
         number = self.label(index)
         if number not in self._photos:
-            self._photos[number] = decode(self._paths[number].read_bytes(), self.max_pixels)
+            self._photos[number] = decode(self._paths[number].read_bytes())
         photo = self._photos[number]
         height, width = self.image_size
         fit = min(photo.width / width, photo.height / height)  # the largest window, in units of the image size

@@ -7,7 +7,6 @@ import os
 import re
 from typing import Any
 
-from d2it.data.decode import MAX_PIXELS
 from d2it.data.sources.base import ImageSource
 from d2it.data.sources.demo import DemoPhotos
 from d2it.data.sources.folder import ImageFolder, find_images
@@ -16,25 +15,14 @@ from d2it.data.sources.shards import WebDatasetShards
 from d2it.errors import UserError
 
 
-def open_source(
-    path: str | os.PathLike[str],
-    image_size: int | tuple[int, int],
-    *,
-    augment: bool = False,
-    crop: str = "center",
-    upsample: bool = False,
-    max_pixels: int = MAX_PIXELS,
-) -> ImageSource:
+def open_source(path: str | os.PathLike[str], image_size: int | tuple[int, int], **options: Any) -> ImageSource:
     """Opens a source of images by what `path` is.
 
     Args:
         path: "demo" (`DemoPhotos`), a `.npz` (`NpzPack`), one or more `.tar` shards as a file, a folder of them, a glob
             or a numeric range "shard-{000..127}.tar" (`WebDatasetShards`), or a folder of images (`ImageFolder`).
         image_size: edge, or (height, width), in pixels. Images are scaled until they just cover it and cut.
-        augment: flip half of the images that a training loader draws.
-        crop: "center", or "random" for ADM's random crop in a training loader.
-        upsample: enlarge images smaller than `image_size`, as ADM does, instead of raising over the first one.
-        max_pixels: images whose header claims more are not decoded but counted as unreadable.
+        options: `augment`, `crop` and `upsample`, as for `ImageSource`.
 
     Returns:
         The source.
@@ -42,8 +30,6 @@ def open_source(
     Raises:
         UserError: nothing there, nothing inside, kinds mixed, or damaged beyond opening.
     """
-    options: dict[str, Any] = {"augment": augment, "crop": crop, "upsample": upsample}
-    options["max_pixels"] = max_pixels
     text = os.fspath(path)
     if text == "demo":
         return DemoPhotos(image_size, **options)
