@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
@@ -61,6 +62,20 @@ def run_command(main: Callable[[], int | None]) -> int:
         if not out_of_memory(error):
             raise
         return _end(f"error{_rank()}: out of memory: {reason_of(error)}; a smaller batch needs less", 2, error)
+
+
+@contextlib.contextmanager
+def user_error(where: str = "", kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Turns exceptions into a UserError of one line, for the place where they mean something that the user can mend.
+
+    Args:
+        where: what the line begins with, a name or a path.
+        kinds: of the exceptions; others pass through.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{where}: {reason_of(error)}" if where else reason_of(error)) from None
 
 
 def out_of_memory(error: BaseException) -> bool:

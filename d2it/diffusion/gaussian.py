@@ -113,20 +113,13 @@ class GaussianDiffusion(Diffusion):
         return (self._shifted if t.device.type == "cpu" else self.tables["shifted"])[t]
 
     def predict(self, out: Tensor, xt: Tensor, t: Tensor, prediction: str | None = None) -> tuple[Tensor, Tensor]:
-        kind = prediction or self.config.prediction
-        if kind == "epsilon":
+        if (prediction or self.config.prediction) == "epsilon":
             return self.predict_x0(xt, out, t), out
-        if kind == "sample":
-            return out, self.predict_noise(out, xt, t)
-        return super().predict(out, xt, t, kind)
+        return super().predict(out, xt, t, prediction)
 
     def predict_x0(self, xt: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_0 of x_t and its noise."""
         return self._at("sqrt_recip_alphas_cumprod", t) * xt - self._at("sqrt_recipm1_alphas_cumprod", t) * noise
-
-    def predict_noise(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """The noise of x_t and its x_0."""
-        return (xt - self._at("sqrt_alphas_cumprod", t) * x0) / self._at("sqrt_one_minus_alphas_cumprod", t)
 
     def q_sample_before(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_{t-1} of x_0 and its noise; x_0 itself at t = 0."""

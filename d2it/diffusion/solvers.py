@@ -88,12 +88,8 @@ def grain_scheduler_for(scheduler: str, config: DiffusionConfig | None = None) -
     return scheduler if scheduler in known else default_scheduler(config)
 
 
-class Spaced:
-    """What DDPM and DDIM share: the diffusion over the chosen timesteps alone, its tables read at the step's place.
-
-    Args:
-        timesteps: ascending.
-        prediction: "epsilon", "v" or "sample" (x_0).
+class Stepper:
+    """What our own solvers share: they keep nothing from step to step.
 
     Attributes:
         timesteps: at which the model runs, in order.
@@ -103,9 +99,24 @@ class Spaced:
         memory: how many more tensors of the state's shape a step hands to the next one.
     """
 
+    timesteps: list[float]
+    num_timesteps: int
     init_noise_sigma = 1.0
     noise_steps = 0
     memory = 0
+
+    def fresh(self) -> Any:
+        """A solver for another chain: itself."""
+        return self
+
+
+class Spaced(Stepper):
+    """What DDPM and DDIM share: the diffusion over the chosen timesteps alone, its tables read at the step's place.
+
+    Args:
+        timesteps: ascending.
+        prediction: "epsilon", "v" or "sample" (x_0).
+    """
 
     def __init__(self, diffusion: GaussianDiffusion, timesteps: Sequence[int], prediction: str) -> None:
         self.timesteps = [float(t) for t in reversed(timesteps)]
@@ -116,10 +127,6 @@ class Spaced:
     def to(self, device: torch.device | str) -> Spaced:
         """Move the tables to `device`, in place."""
         self.spaced.to(device)
-        return self
-
-    def fresh(self) -> Any:
-        """A solver for another chain: itself, as it keeps nothing from step to step."""
         return self
 
     def _place(self, i: Tensor, x: Tensor) -> Tensor:
@@ -164,18 +171,14 @@ class Ddim(Spaced):
         return (self.spaced.q_sample_before(*self.spaced.predict(out, x, place, self.prediction), place),)
 
 
-class Flow:
+class Flow(Stepper):
     """Euler's and Heun's method on the linear path, from noise at t = T to data at t = 0.
 
     Times are evenly spaced, then shifted as training's are. Heun's method runs the model twice a step, at its start
     and at the end that Euler's step reaches, and goes on with the mean of the two velocities; its last step is
-    Euler's. So the model runs 2 * steps - 1 times (Karras et al. 2022, Alg. 1).
-
-    Attributes: as of `Spaced`. Heun's memory is the state and the velocity at the start of its step.
+    Euler's. So the model runs 2 * steps - 1 times (Karras et al. 2022, Alg. 1). Heun's memory is the state and the
+    velocity at the start of its step.
     """
-
-    init_noise_sigma = 1.0
-    noise_steps = 0
 
     def __init__(self, diffusion: LinearDiffusion, steps: int, prediction: str, heun: bool) -> None:
         # The network's noise gives no velocity where nothing but noise is left.
@@ -193,10 +196,6 @@ class Flow:
     def to(self, device: torch.device | str) -> Flow:
         """Moves the tables to `device`, in place."""
         self.tables = self.tables.to(device)
-        return self
-
-    def fresh(self) -> Flow:
-        """A solver for another chain: itself, as it keeps nothing from step to step."""
         return self
 
     def step(self, out: Tensor, i: Tensor, x: Tensor, noise: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:

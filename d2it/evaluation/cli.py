@@ -18,7 +18,7 @@ from torch import Tensor
 
 import d2it
 from d2it.distributed import World, joined
-from d2it.errors import UserError, run_command
+from d2it.errors import UserError, run_command, user_error
 from d2it.evaluation.extractors import EXTRACTORS, open_extractor
 from d2it.evaluation.generation import (
     ALL_METRICS,
@@ -216,10 +216,8 @@ def _metrics(options: argparse.Namespace, extractor: Any) -> list[str]:
     if options.metrics is None:
         return list(METRICS if getattr(extractor, "name", "inception") == "inception" else OTHER_METRICS)
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
-    try:
+    with user_error("--metrics", (UserError,)):
         check_metrics(metrics, extractor)
-    except UserError as error:
-        raise UserError(f"--metrics: {error}") from None
     return metrics
 
 
@@ -273,13 +271,11 @@ def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]
     folder = Path(options.checkpoint)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     lpips, hashes = None, None
-    try:
+    with user_error():
         vae = DynamicVAE.from_pretrained(folder).to(world.device).eval()
         if options.lpips:
             lpips = LPIPS.from_path(options.lpips, check=not options.any_lpips).to(world.device)
             hashes = {file.name: sha256_of(file) for file in lpips_files(options.lpips)}
-    except ValueError as error:
-        raise UserError(str(error)) from None
     inception, settings = _inception(options, world) if options.inception else (None, _versions())
     height, width = (options.image_size * 2)[:2] if options.image_size else _image_size(folder)
     region = vae.config.region_size

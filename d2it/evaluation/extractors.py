@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2it.errors import UserError
+from d2it.errors import UserError, user_error
 from d2it.evaluation.inception import Features, Inception
 from d2it.files import read_json, sha256_of
 from d2it.models.efficientnet import LITE, efficientnet_lite
@@ -40,10 +40,8 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        try:
+        with user_error("--extractor"):
             self.network, path = efficientnet_lite(name)
-        except ValueError as error:
-            raise UserError(f"--extractor: {error}") from None
         self.side = LITE[name][2]
         self.eval()
         self.name = name
@@ -87,10 +85,8 @@ class LocalModel(nn.Module):
             from transformers import AutoModel
         except ImportError:
             raise UserError(f"--extractor {path} needs transformers: pip install transformers") from None
-        try:
+        with user_error(f"--extractor {path}", (Exception,)):  # of many kinds, over a folder that does not fit together
             self.network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except Exception as error:  # transformers raises many kinds over a folder that does not fit together
-            raise UserError(f"--extractor {path}: {str(error).strip().splitlines()[0]}") from None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)

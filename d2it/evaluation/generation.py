@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from d2it.errors import UserError
+from d2it.errors import UserError, user_error
 from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import Features
 from d2it.evaluation.metrics import (
@@ -342,10 +342,8 @@ def compare(samples: Summary, reference: Summary, metrics: Sequence[str] = METRI
             found |= {name: value for name, value in both.items() if name in metrics}
         if "accuracy" in metrics:
             numbers = [_need_labels(summary, "accuracy").to(device) for summary in (reference, samples)]
-            try:
+            with user_error("accuracy"):
                 found["accuracy"] = nearest_mean_accuracy(theirs, numbers[0], ours, numbers[1])
-            except ValueError as error:
-                raise UserError(f"accuracy: {error}") from None
     if "top1" in metrics:
         labels = _need_labels(samples, "top1")
         if samples.probabilities is None or samples.probabilities.shape[1] != 1000:

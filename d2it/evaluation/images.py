@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2it.data.decode import EXTENSIONS, Unreadable, decode
 from d2it.data.sources import find_images, read_image
-from d2it.errors import UserError
+from d2it.errors import UserError, user_error
 from d2it.npz import NpzReader
 
 
@@ -63,10 +63,8 @@ class ImageFolder(ImageSet):
 
     @staticmethod
     def _read(file: str) -> np.ndarray:
-        try:
+        with user_error(file, (Unreadable,)):
             return np.asarray(decode(read_image(file)))
-        except Unreadable as error:
-            raise UserError(f"{file}: {error}") from None
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
         files = self.files[:limit]

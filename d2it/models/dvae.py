@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from d2it.models.presets import VAE_PRESETS
 #: Median entropy in nats (256 bins on [-1, 1], sigma 0.01, regions of 16 x 16) over 1,000 ImageNet photos (one per
 #: class): half of the regions of natural photos are fine.
 MEDIAN_ENTROPY = 4.04
+#: Settings of the entropy.
+ENTROPY = ("region_size", "num_bins", "value_range", "sigma", "normalize")
 
 
 @dataclass
@@ -109,6 +111,11 @@ class DynamicVAEConfig:
     def region_size(self) -> int:
         """S, pixels along a region's side."""
         return self.downsampling[-1]
+
+    @property
+    def entropy(self) -> dict[str, Any]:
+        """The settings of `d2it.ops.kde_entropy`, as its keyword arguments."""
+        return {name: getattr(self, name) for name in ENTROPY}
 
     @property
     def code_sizes(self) -> tuple[int, ...]:
@@ -351,16 +358,7 @@ class DynamicVAE(Model):
 
     def grain_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Dynamic Grained Coding: (grain map, entropy (B, H/S, W/S) float32) of images in [-1, 1] or uint8."""
-        c = self.config
-        return ops.encode_grains(
-            images,
-            self.thresholds,
-            c.region_size,
-            num_bins=c.num_bins,
-            value_range=c.value_range,
-            sigma=c.sigma,
-            normalize=c.normalize,
-        )
+        return ops.encode_grains(images, self.thresholds, **self.config.entropy)
 
     def encode(self, images: Tensor, grain_map: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Encode images into the moments of their posterior.

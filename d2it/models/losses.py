@@ -82,10 +82,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class VAELoss(nn.Module):
-    """Generator and discriminator losses of a `DynamicVAE`.
-
-    The trainable part is `discriminator`; wrap it for DDP like the VAE and pass the wrapped module to `discriminate`.
-    """
+    """Generator and discriminator losses of a `DynamicVAE`; the trainable part is `discriminator`."""
 
     def __init__(self, config: VAELossConfig) -> None:
         super().__init__()
@@ -143,19 +140,15 @@ class VAELoss(nn.Module):
             loss = loss + weight * gan
         return {"loss": loss, **parts}
 
-    def discriminate(
-        self, images: Tensor, reconstruction: Tensor, *, discriminator: nn.Module | None = None
-    ) -> dict[str, Tensor]:
+    def discriminate(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """The discriminator's hinge loss under "loss", and the mean scores of both sides.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
             reconstruction: of the VAE, of the same shape.
-            discriminator: the wrapped `self.discriminator`; None is itself.
         """
-        module = discriminator if discriminator is not None else self._own()
         both = torch.cat([images, reconstruction.detach().to(images.dtype)])
-        real, fake = module(both).float().chunk(2)
+        real, fake = self._own()(both).float().chunk(2)
         loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         return {"loss": loss, "real": real.detach().mean(), "fake": fake.detach().mean()}
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from d2it.errors import UserError, run_command
+from d2it.errors import run_command, user_error
 from d2it.models.convert import load_dit
 from d2it.models.klvae import KLVAE
 from d2it.sampling.pipeline import D2iT
@@ -37,14 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="classes; needed where the label table has no row for the null label (trained with class_dropout_prob=0)",
     )
     options = parser.parse_args(arguments)
-    try:
+    with user_error():
         model = load_dit(options.checkpoint, heads=options.heads, num_classes=options.num_classes)
         if options.vae:
             D2iT(KLVAE.from_diffusers(options.vae), None, model).save_pretrained(options.folder)
         else:
             model.save_pretrained(options.folder)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
     config = model.config
     null = "no null label" if config.class_dropout_prob == 0 else "the null label"
     print(f"{options.folder}: DiT, width {config.dim}, {config.depth} blocks, {config.num_classes} classes, {null}")

@@ -7,7 +7,6 @@ of ranks (`d2it.sampling.pipeline` has the exact conditions). Of n ranks each co
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import sys
@@ -22,7 +21,7 @@ import d2it
 from d2it.diffusion import GRAIN_SCHEDULERS, SCHEDULERS, Guidance
 from d2it.diffusion.guidance import MODES
 from d2it.distributed import World
-from d2it.errors import UserError
+from d2it.errors import UserError, user_error
 from d2it.sampling import D2iT, Samples
 from d2it.sampling.grain_maps import choose_maps
 from d2it.seeds import derived_seed
@@ -142,7 +141,7 @@ class SampleRequest:
         starts = range(0, self.count, self.options.batch_size)
         for first in itertools.islice(starts, self.world.rank, None, self.world.size):
             indices = range(first, min(first + self.options.batch_size, self.count))
-            with _user_error():
+            with user_error():
                 samples = self.model(
                     seeds=[self.options.seed + i for i in indices],
                     labels=None if self.labels is None else [self.labels[i] for i in indices],
@@ -170,7 +169,7 @@ class SampleRequest:
         scale = detail.get("scale", scale["scale"] if isinstance(scale, dict) else scale)
         if options.guide and scale == 1:
             raise UserError(f"--guide {options.guide} has no effect at a guidance of 1: add --guidance W")
-        with _user_error():
+        with user_error():
             if detail:
                 detail.setdefault("scale", scale)
                 given["guidance"] = Guidance(**detail)
@@ -234,7 +233,7 @@ def _model(options: argparse.Namespace, path: Path, world: World) -> D2iT:
         options.precision == "auto" and world.device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with _user_error(), warnings.catch_warnings(record=True) as caught:
+    with user_error(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         given: dict[str, Any] = {"any_vae": options.any_vae, "guide": options.guide}
         model = D2iT.from_pretrained(path, device=world.device, dtype=dtype, **given)
@@ -243,12 +242,3 @@ def _model(options: argparse.Namespace, path: Path, world: World) -> D2iT:
     if options.cuda_graph and world.device.type != "cuda":
         raise UserError(f"--cuda-graph needs a GPU, this is {world.device}")
     return model.compile() if options.compile else model
-
-
-@contextlib.contextmanager
-def _user_error() -> Iterator[None]:
-    """Turn a ValueError of the model's into one line for the user."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error).splitlines()[0]) from None

@@ -24,7 +24,16 @@ from d2it.seeds import seed_of
 from d2it.training.config import Config
 from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
-from d2it.training.stage import build, extreme_share, initialize, loader, spread_over, to_device, uncompiled, user_error
+from d2it.training.stage import (
+    build,
+    extreme_share,
+    initialize,
+    loader,
+    model_errors,
+    spread_over,
+    to_device,
+    uncompiled,
+)
 
 
 class VaeLosses(nn.Module):
@@ -69,7 +78,7 @@ class DiscriminatorLosses(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
         images = pictures.from_uint8(batch["image"])
-        terms = self._criterion[0].discriminate(images, batch["reconstruction"], discriminator=self.network)
+        terms = self._criterion[0].discriminate(images, batch["reconstruction"])
         return terms["loss"], {f"discriminator/{name}": value for name, value in terms.items()}, batch
 
 
@@ -86,7 +95,7 @@ def build_vae(config: Config) -> DynamicVAE:
     """
     settings = config.dvae
     overrides = {k: v for k, v in settings.overrides.items() if k != "thresholds" or v not in (None, [], ())}
-    with user_error("configuration: dvae"):
+    with model_errors("configuration: dvae"):
         known = {**DynamicVAE.presets.get(settings.preset, {}), **overrides}
         grains = len(known.get("downsampling", DynamicVAEConfig.downsampling))
         # Three grains have no thresholds of their own; the calibration's come below.
@@ -113,9 +122,8 @@ def build_vae(config: Config) -> DynamicVAE:
             f"configuration: dvae.fine_ratios must have {plan.num_grains - 1} values for {plan.num_grains} grains"
         )
     calibration = Calibration.load(settings.calibration, region_size=plan.region_size)
-    entropy = {key: getattr(plan, key) for key in ("region_size", "num_bins", "value_range", "sigma", "normalize")}
     try:
-        calibration.require(image_size=(height, width), **entropy)
+        calibration.require(image_size=(height, width), **plan.entropy)
     except UserError as error:
         raise UserError(
             f"configuration: dvae.calibration={settings.calibration or 'null (the one shipped)'}: {error} "
@@ -174,7 +182,7 @@ class DvaeStage:
         vae = build_vae(config)
         self.start = initialize(vae, self.settings, self.name, config.run, world)
         self.vae = channels_last(vae)
-        with user_error("configuration: dvae.loss"):
+        with model_errors("configuration: dvae.loss"):
             self.criterion = VAELoss(self.settings.loss)
         self.networks: dict[str, nn.Module] = {"dvae": self.vae}
         if self.criterion.discriminator is not None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d2it.errors import UserError, run_command
+from d2it.errors import run_command, user_error
 from d2it.models.base import Model, saved_kind
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dit import DiT
@@ -213,11 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(<run>/averages/<stage>/sigma-S)")
     options = parser.parse_args(arguments)
     output = options.output or options.run / FOLDER / options.stage / f"sigma-{options.sigma_rel:g}"
-    try:
+    with user_error():
         model, step, error = rebuild(options.run, options.stage, options.sigma_rel, options.step)
-        model.save_pretrained(output)
-    except (ValueError, OSError) as failure:
-        raise UserError(str(failure).splitlines()[0]) from None
+    model.save_pretrained(output)
     print(f"{output}: sigma_rel {options.sigma_rel:g} after {step:,} steps, profile within {error:.1%}")
     if error > 0.1:
         print("warning: the snapshots do not span this profile: keep more of them, or ask for another", file=sys.stderr)

@@ -28,7 +28,7 @@ from d2it import distributed, pictures
 from d2it.data import DemoPhotos, ImageSource, LatentCache, build_cache, finish_cache, open_source
 from d2it.data.loader import default_workers
 from d2it.distributed import World
-from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_command
+from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_command, user_error
 from d2it.files import atomic_write, only_writer, sha256_of
 from d2it.models import DynamicVAE
 from d2it.sampling.pipeline import D2iT, has_parts
@@ -36,7 +36,7 @@ from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, loa
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
-from d2it.training.stage import check_batch, extreme_share, initialize, user_error
+from d2it.training.stage import check_batch, extreme_share, initialize, model_errors
 from d2it.training.summary import Summary, rehearse
 from d2it.training.transformers import ContentStage, GrainStage, LatentData
 
@@ -143,11 +143,11 @@ def check_models(config: Config, world: World) -> None:
             initialize(network, config.dvae, "dvae", config.run, world)
             vae = network.config
         elif folder.is_dir():
-            with user_error(str(folder)):
+            with model_errors(str(folder)):
                 vae, sha256 = DynamicVAE.read_config(folder), DynamicVAE.saved_hashes(folder)[0]
         else:
             return  # the first stage raises
-        with user_error("configuration: data.image_size"):
+        with model_errors("configuration: data.image_size"):
             data = LatentData.of_vae(vae, config.data.image_size, 0, sha256)
         for kind in (GrainStage, ContentStage):
             if kind.name in stages:
@@ -244,10 +244,8 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
         sheet = reconstructions(vae, source, min(8, config.sample.images), world.device)
         pictures.save_png(folder / "reconstructions.png", pictures.enlarge(sheet))
     if has_parts(folder):
-        try:
+        with user_error():
             draw_samples(config, world)
-        except ValueError as error:
-            raise UserError(str(error)) from None
     for path in sorted(folder.glob("*.png")):
         print(f"wrote {path}", file=sys.stderr, flush=True)
 
@@ -276,7 +274,7 @@ def draw_samples(config: Config, world: World) -> None:
 def _source(config: Config) -> ImageSource:
     data = config.data
     options: dict[str, Any] = {"augment": data.augment, "crop": data.crop, "upsample": data.upsample}
-    with user_error("configuration: data"):
+    with model_errors("configuration: data"):
         if data.path == "demo":
             source: ImageSource = DemoPhotos(data.image_size, crops=data.crops, **options)
         else:
@@ -299,7 +297,7 @@ def _vae(config: Config) -> DynamicVAE:
     folder = Path(config.run.dir) / "vae"
     if not folder.is_dir():
         raise UserError(f"{folder}: no trained VAE here; run the dvae stage, or copy the vae folder of another run")
-    with user_error(str(folder)):
+    with model_errors(str(folder)):
         return DynamicVAE.from_pretrained(folder)
 
 

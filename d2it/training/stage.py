@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 
 from d2it.data import Loader, default_workers
 from d2it.distributed import World
-from d2it.errors import UserError, reason_of
+from d2it.errors import UserError, user_error
 from d2it.models.base import Model
 from d2it.models.finetune import start_from
 from d2it.training.checkpoint import Checkpoints
@@ -21,13 +21,9 @@ from d2it.training.learner import Batch
 M = TypeVar("M", bound=Model)
 
 
-@contextlib.contextmanager
-def user_error(where: str) -> Iterator[None]:
-    """Turn what a configuration value or a file makes a model raise into a UserError of one line."""
-    try:
-        yield
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise UserError(f"{where}: {reason_of(error)}") from None
+def model_errors(where: str) -> contextlib.AbstractContextManager[None]:
+    """Turns what a configuration value or a file makes a model raise into a UserError of one line."""
+    return user_error(where, (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError))
 
 
 def build(kind: type[M], settings: StageConfig, key: str, **given: Any) -> M:
@@ -45,7 +41,7 @@ def build(kind: type[M], settings: StageConfig, key: str, **given: Any) -> M:
     clash = sorted(set(given) & set(settings.overrides))
     if clash:
         raise UserError(f"configuration: {key}.overrides.{clash[0]} follows from the data and the VAE: leave it out")
-    with user_error(f"configuration: {key}"):
+    with model_errors(f"configuration: {key}"):
         return kind.from_preset(settings.preset, **given, **settings.overrides)
 
 
@@ -81,7 +77,7 @@ def initialize(
     saved = Checkpoints(Path(run.dir) / "checkpoints" / key, world, {}).latest()
     if any(step is not None for step in world.gather(saved)):
         return ()
-    with user_error(f"configuration: {key}.init"):
+    with model_errors(f"configuration: {key}.init"):
         return start_from(network, settings.init, vae_sha256=vae_sha256, any_vae=any_vae)
 
 

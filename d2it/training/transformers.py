@@ -43,7 +43,7 @@ from d2it.seeds import seed_of
 from d2it.training.config import Config, LatentStageConfig
 from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
-from d2it.training.stage import build, initialize, loader, spread_over, to_device, uncompiled, user_error
+from d2it.training.stage import build, initialize, loader, model_errors, spread_over, to_device, uncompiled
 
 Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
@@ -256,7 +256,7 @@ class LatentStage(ABC):
             UserError: a learned variance on a path that has none.
         """
         learns_sigma = getattr(self.network.config, "learn_sigma", False)
-        with user_error(f"configuration: {self.name}"):
+        with model_errors(f"configuration: {self.name}"):
             return make_diffusion(self.config.diffusion, learn_sigma=learns_sigma, device=self.world.device)
 
     @functools.cached_property
