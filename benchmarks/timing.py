@@ -64,7 +64,7 @@ def time_calls(calls: list[Callable[[], object]], *, graph: bool = True, seconds
         if graph and once.ms < SMALL_MS and not synchronises(calls[0]):
             try:
                 timing = _time_graph(calls, stream, once.ms, seconds)
-            except RuntimeError:  # capture refuses it for another reason
+            except RuntimeError:  # it cannot be captured, for another reason
                 torch.cuda.synchronize()
         timing = timing or _time_events(calls, seconds)
     torch.cuda.current_stream().wait_stream(stream)

@@ -65,7 +65,7 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
-// x, of which the compiler knows nothing: what follows from it stays where it is used.
+// x, hidden from the optimiser: what is computed from it is computed where it is used, and not kept.
 __device__ inline unsigned opaque(unsigned x) {
   asm volatile("" : "+r"(x));
   return x;

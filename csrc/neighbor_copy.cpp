@@ -117,7 +117,7 @@ D2IT_CLONES_256 void occur(const uint8_t* __restrict in, int64_t rows, int64_t c
   }
 }
 
-// The grain map of one image as the row loops want it. T: an unsigned integer as wide as an element.
+// The grain map of one image as the row loops read it. T: an unsigned integer as wide as an element.
 template <typename T>
 struct Choice {
   using PairOfT = Unsigned<2 * sizeof(T)>;

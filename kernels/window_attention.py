@@ -7,7 +7,7 @@ the program's registers, written once at its end. The sums of all programs are t
 the same bits every time.
 
 Bound by memory on an H200 (bf16: 8 N D bytes a window and head forward, 14 N D backward): rows are read where
-the linear layer left them and written where the next one wants them, the backward reads inputs alone, and a
+the linear layer left them and written where the next one reads them, the backward reads inputs alone, and a
 position without a token costs its index.
 """
 
@@ -398,7 +398,7 @@ def window_attention_forward(q, k, v, bias, slots, segment_ids, scale: float) ->
     windows, n = q.shape[:2] if slots is None else slots.shape
     blocks = n > tiled_positions(q, slots, segment_ids)
     kept = (windows, q.shape[-2], n) if blocks else (0,)
-    # Of positions without a token nobody writes one; in a result they are not left to chance.
+    # No program writes the sums of positions without a token: they are set here, so that the result is defined.
     lse = torch.empty(kept, dtype=torch.float32, device=q.device)
     if slots is not None:
         lse.fill_(float("inf"))

@@ -1,6 +1,6 @@
 """What the window attention kernels share: their arguments, rows of heads, masks, and unnamed rows.
 
-Kernels take named tuples: one for each tensor, with its strides and what the compiler has to know of it, and None where
+Kernels take named tuples: one for each tensor, with its strides and its compile-time constants, and None where
 the tensor is absent. A launcher builds each once.
 
 A *row* is one token of one head: D elements. A dense tensor (W, N, H, D) has the row of position p of window w at
@@ -312,7 +312,7 @@ def clear_unnamed_rows(slots: torch.Tensor, *tensors: torch.Tensor) -> None:
     """Zero the rows of packed outputs (T, ...) that no slot names, and touch no other.
 
     A memset of everything would cost a quarter of the forward's traffic again; the flags cost 1 byte a row. They also
-    tell of a slot that names a row past the last: kernels take it for an empty one, and on a GPU it is an assertion.
+    record a slot that names a row past the last: kernels take it for an empty one, and on a GPU it is an assertion.
     """
     tokens = tensors[0].shape[0]
     unnamed = torch.ones(tokens + 1, dtype=torch.uint8, device=slots.device)

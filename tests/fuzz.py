@@ -179,7 +179,7 @@ class Fuzz:
             )
         return value
 
-    # ---- kinds: each returns whether the result is right; an exception is judged by the caller
+    # ---- kinds: each returns whether the result is right; the caller handles an exception
 
     def settings(self) -> bool:
         """Random values for one to three settings."""
@@ -270,7 +270,7 @@ class Fuzz:
         return isinstance(bad, (int, float)) and result is not None
 
 
-def judged(fuzz: Fuzz, act: Callable[[], bool]) -> str:
+def outcome_of(fuzz: Fuzz, act: Callable[[], bool]) -> str:
     """Run a case; return "right", "silent", "traceback", "executed" or "hung"."""
 
     def ring(number: int, frame: object) -> None:
@@ -319,7 +319,7 @@ def main() -> int:
         while time.monotonic() < end:
             name = chosen[case % len(chosen)]
             fuzz.rng.seed(f"{options.seed} {name} {case}")
-            verdict = judged(fuzz, getattr(fuzz, name))
+            verdict = outcome_of(fuzz, getattr(fuzz, name))
             counts[name][verdict] += 1
             if verdict != "right":
                 failures.append(f"{verdict}: {name}, case {case} of seed {options.seed}")

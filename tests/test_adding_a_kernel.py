@@ -37,7 +37,7 @@ def copy() -> Iterator[Path]:
 
 
 def follow(where: str, path: Path, code: str) -> None:
-    """Does what the document says above one block of code."""
+    """Follows the document's line above one block of code."""
     if where == "New file":
         assert not path.exists()
         path.write_text(code)

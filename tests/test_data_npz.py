@@ -1,4 +1,4 @@
-"""Arrays that are read back: judged by their headers, never unpickled, and one line over damage."""
+"""Arrays that are read back: checked by their headers, never unpickled, and one line over damage."""
 
 import io
 import os

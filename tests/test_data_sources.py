@@ -1,4 +1,4 @@
-"""Image sources: what each format yields, ADM's crop, and files that nobody vouches for."""
+"""Image sources: what each format yields, ADM's crop, and untrusted files."""
 
 import io
 import json

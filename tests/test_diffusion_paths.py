@@ -237,7 +237,7 @@ def test_every_prediction_gives_the_same_samples(path: str, scheduler: str) -> N
 
 
 def test_noise_can_be_predicted_on_the_linear_path() -> None:
-    """It starts a thousandth below pure noise, where x_0 can be told from it."""
+    """It starts a thousandth below pure noise, where x_0 still follows from it."""
     torch.testing.assert_close(
         draw("linear", "epsilon", "euler"), draw("linear", "velocity", "euler"), rtol=0.1, atol=0.1
     )

@@ -310,7 +310,7 @@ def test_ddpm_and_ddim_step_as_diffusers_do(name, learned, prediction, steps):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++", "heun"])
 def test_a_step_is_captured_once_and_replayed(name, monkeypatch):
-    """A trace holds what the host knew at the first step, as a CUDA graph does: later steps are right all the same."""
+    """A trace holds what the host had at the first step, as a CUDA graph does: later steps are right all the same."""
     traces = []
 
     def traced(run, *inputs):

@@ -150,7 +150,7 @@ def test_inception_has_the_shapes_and_the_state_of_the_2015_graph(tmp_path):
     assert torch.equal(again(pictures(2, 0, size=64)).pool, features.pool)
 
 
-def test_inception_weights_are_asked_for_and_judged(tmp_path):
+def test_inception_weights_are_required_and_checked(tmp_path):
     with pytest.raises(UserError, match="no Inception weights given: download"):
         Inception.from_file(None)
     with pytest.raises(UserError, match="no such file"):
@@ -297,13 +297,13 @@ def inception_weights(tmp_path_factory):
     return str(path)
 
 
-def test_the_command_judges_a_folder_against_statistics(tmp_path, inception_weights, capsys):
+def test_the_command_compares_a_folder_with_statistics(tmp_path, inception_weights, capsys):
     folder = str(save_folder(tmp_path / "samples", pictures(5, 10)))
     weights = ["--inception", inception_weights, "--any-inception", "--device", "cpu"]
     assert main(["statistics", folder, "--save", str(tmp_path / "s.npz"), *weights]) == 0
     report = tmp_path / "report.json"
-    judge = ["generation", "--samples", folder, "--reference", str(tmp_path / "s.npz"), "--metrics", "fid,precision"]
-    assert main([*judge, *weights, "--output", str(report)]) == 0
+    command = ["generation", "--samples", folder, "--reference", str(tmp_path / "s.npz"), "--metrics", "fid,precision"]
+    assert main([*command, *weights, "--output", str(report)]) == 0
     found = json.loads(report.read_text())
     assert abs(found["metrics"]["fid"]) < 1e-3
     assert found["metrics"]["precision"] == 1
@@ -313,7 +313,7 @@ def test_the_command_judges_a_folder_against_statistics(tmp_path, inception_weig
     assert "fid" in capsys.readouterr().out
 
 
-def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, inception_weights, monkeypatch, capsys):
+def test_the_command_samples_and_compares_a_checkpoint_in_a_stream(tmp_path, inception_weights, monkeypatch, capsys):
     from d2it.models import DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
     from d2it.sampling import D2iT
 
@@ -327,12 +327,12 @@ def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, incepti
     d2it = D2iT(vae.eval(), grain.eval(), content.eval())
     d2it.save_pretrained(tmp_path / "run")
     reference = save_folder(tmp_path / "reference", pictures(5, 10, size=side))
-    judge = ["generation", "--checkpoint", str(tmp_path / "run"), "--reference", str(reference), "--metrics", "fid"]
+    command = ["generation", "--checkpoint", str(tmp_path / "run"), "--reference", str(reference), "--metrics", "fid"]
     settings = ["--count", "5", "--batch-size", "2", "--steps", "2", "--scheduler", "ddim", "--seed", "7"]
     settings += ["--guidance", "2", "--guidance-mode", "power-cosine", "--cfg-channels", "3", "--fine-ratio", "0.25"]
     keep = ["--save", str(tmp_path / "samples.npz"), "--output", str(tmp_path / "report.json")]
     weights = ["--inception", inception_weights, "--any-inception", "--device", "cpu"]
-    assert main([*judge, *settings, *keep, *weights]) == 0
+    assert main([*command, *settings, *keep, *weights]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["metrics"]["fid"] > 0
     told = report["settings"]
@@ -356,7 +356,7 @@ def test_the_command_draws_and_judges_a_checkpoint_in_a_stream(tmp_path, incepti
         assert kept["arr_1"].tolist() == [0, 1, 2, 0, 1]
     assert not list(tmp_path.glob("*.rank*"))
 
-    # What is wrong with the reference is said before anything is drawn.
+    # What is wrong with the reference is an error before anything is drawn.
     monkeypatch.setattr(D2iT, "__call__", lambda self, number=None, **kw: None if number == 0 else 1 / 0)
     small = save_folder(tmp_path / "small", pictures(5, 10))
     assert main(["generation", "--checkpoint", str(tmp_path / "run"), "--reference", str(small), *weights]) == 2
@@ -450,9 +450,9 @@ def test_reconstruction_is_what_the_vae_gives_back(tmp_path, inception_weights):
     vae.save_pretrained(tmp_path / "vae")
     photos = pictures(5, 9, size=64)
     folder = save_folder(tmp_path / "photos", photos)
-    judge = ["reconstruction", "--checkpoint", str(tmp_path), "--data", str(folder), "--image-size", "64"]
+    words = ["reconstruction", "--checkpoint", str(tmp_path), "--data", str(folder), "--image-size", "64"]
     assert (
-        main([*judge, "--ratios", "0", "1", "--batch-size", "2", "--output", str(tmp_path / "r" / "report.json")]) == 0
+        main([*words, "--ratios", "0", "1", "--batch-size", "2", "--output", str(tmp_path / "r" / "report.json")]) == 0
     )
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     target = photos.float() / 127.5 - 1

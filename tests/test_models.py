@@ -250,7 +250,7 @@ def test_zero_initialised_correction_and_output():
 
 def test_forward_reads_no_value_on_the_host(monkeypatch):
     """Fake tensors have no values: whatever needs one (a synchronisation on a GPU) raises."""
-    # The operators judge the values of CPU tensors at once, those of a GPU on the GPU.
+    # The operators check the values of CPU tensors at once, those of a GPU on the GPU.
     monkeypatch.setattr("d2it.ops._check.values", lambda *args: None)
     with FakeTensorMode():
         model = DynamicContentTransformer.from_preset("tiny", image_size=64, num_classes=5)

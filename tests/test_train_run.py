@@ -1,4 +1,4 @@
-"""The whole path in small: train.py from photos to a D2iT that samples, and what it says to wrong input."""
+"""The whole path in small: train.py from photos to a D2iT that samples, and its errors over wrong input."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert said in lines[-1]
     assert lines[-1].startswith("error: ")
     assert not any("Traceback" in line for line in lines)
-    assert not (tmp_path / "fresh" / "checkpoints").exists()  # said before the first step, whichever stage it is about
+    assert not (tmp_path / "fresh" / "checkpoints").exists()  # before the first step, whichever stage it is about
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_curves_are_left_out_where_nothing_draws_them(
 def test_sigterm_outside_the_steps(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the cache stage, say: it ends in one line, and the handlers of whoever called are back."""
+    """In the cache stage, for one: it ends in one line, and the handlers of whoever called are back."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("d2it.training.run.build_cache", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
     assert main([*SMALL, f"run.dir={run}", "run.stages=[cache]"]) == 128 + signal.SIGTERM

@@ -408,7 +408,7 @@ def test_energy_is_the_gpus_own_counter(installed: bool, monkeypatch: pytest.Mon
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the size of files stands for a full disk."""
-    monkeypatch.setattr(threading, "excepthook", lambda *args: None)  # tensorboard's thread says it too
+    monkeypatch.setattr(threading, "excepthook", lambda *args: None)  # tensorboard's thread prints it too
     meters = Meters("toy", RunConfig(dir=str(tmp_path)), 4, 0, WORLD)
     meters.add({"toy/loss": torch.ones((), device=DEVICE)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -478,7 +478,7 @@ def test_the_host_of_a_step_reads_nothing_and_brings_nothing(
     kind: type[LatentStage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On fake tensors, which have no values to read; a tensor made from Python values would be copied to the device."""
-    # The operators judge the values of CPU tensors at once, those of a GPU on the GPU.
+    # The operators check the values of CPU tensors at once, those of a GPU on the GPU.
     monkeypatch.setattr("d2it.ops._check.values", lambda *args: None)
     given = batch(stage(kind))
 

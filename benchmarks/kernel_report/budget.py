@@ -78,7 +78,7 @@ class Case:
     cuda: tuple[CudaLaunch, ...] = ()
     """The launches of a case of CUDA kernels."""
     share: float | None = None
-    """Of the floor, that the goal asks for; or the goal is a time:"""
+    """Share of the floor that is the goal; or the goal is a time:"""
     ms: float | None = None
     unused: tuple[str, ...] = ()
     """"kernel.argument" of tensors that the kernel touches only for inputs which the case does not have."""

@@ -105,7 +105,7 @@ def threshold_of(known: np.ndarray, share: float, resolution: float, most: float
     place = (1 - share) * (len(known) - 1)
     low, high = known[math.floor(place)], known[math.ceil(place)]
     near = 2 * resolution
-    # All entries that cannot be told from the one asked for; without any, the place lies between two values.
+    # All entries that cannot be distinguished from the one asked for; without any, the place lies between two values.
     first = int(np.searchsorted(known, low - near))
     last = int(np.searchsorted(known, high + near, side="right")) - 1
     if high - low > near or first == last:

@@ -1,4 +1,4 @@
-"""Encoded image in, uint8 RGB crop out; written for files from strangers.
+"""Encoded image in, uint8 RGB crop out; the files need not be trusted.
 
 The size is read from the header and checked against a cap before a pixel is decoded, only a few formats are opened,
 and whatever a decoder raises becomes `Unreadable`, which the loader counts. Cropping follows ADM's `center_crop_arr`:
@@ -111,7 +111,7 @@ def _cut(image: Image.Image, cover: tuple[int, int], size: tuple[int, int], plac
     left, top = place(full[0] - size[1]), place(full[1] - size[0])
     window = (left, top, left + size[1], top + size[0])
     if full[0] * full[1] > _WASTE * width * height:
-        # A line of pixels would want gigabytes. Equal to resizing it whole to one level of rounding.
+        # A line of pixels would need gigabytes. Equal to resizing it whole to one level of rounding.
         across, down = image.width / full[0], image.height / full[1]
         box = (window[0] * across, window[1] * down, window[2] * across, window[3] * down)
         return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)

@@ -14,7 +14,7 @@ EDGE = 1e-3
 class LinearDiffusion(Diffusion):
     """x_t = (1 - t / T) x_0 + (t / T) eps, t a real number from 0 to T = 1000.
 
-    T is only the scale on which the network is told the time: the one that its timestep embedding is made for.
+    T is only the unit of the time that the network is given: the one that its timestep embedding is made for.
 
     Args:
         config: None is the linear path with the velocity predicted.

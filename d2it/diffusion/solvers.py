@@ -216,7 +216,7 @@ class Diffusers:
     Args:
         kind, settings: its class and arguments.
         steps: of the chain.
-        flow: the process and the kind of prediction, where the scheduler wants the velocity of the linear path.
+        flow: the process and the kind of prediction, where the scheduler takes the velocity of the linear path.
 
     Attributes:
         timesteps: at which the model runs, in order; schedulers in sigmas run it between whole ones.

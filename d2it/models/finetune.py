@@ -55,8 +55,8 @@ FREE = {
     "normalize",
     "scaling_factor",
 }
-#: Settings of which a model's owner is told when they differ, because they change what the weights were trained for.
-TOLD = ("diffusion", "min_grain", "refine_until", "thresholds")
+#: Settings whose changes are reported, because they change what the weights were trained for.
+REPORTED = ("diffusion", "min_grain", "refine_until", "thresholds")
 _LABELS = "condition.label.weight"
 
 
@@ -147,7 +147,7 @@ def carry_over(model: Model, source: Model) -> list[str]:
         ours.copy_(found)
         taken += ours.numel()
     total = sum(p.numel() for p in parameters.values())
-    for name in TOLD:
+    for name in REPORTED:
         before, now = (getattr(config, name, None) for config in (source.config, model.config))
         if before is not None and now is not None and before != now:
             notes.append(f"{name} changes: {_differences(before, now)}")

@@ -30,7 +30,7 @@ Fits = Callable[..., Reasons]
 _BACKENDS: dict[str, dict[str, Fits | None]] = {}
 _MACHINE: dict[tuple[str, str], Reasons] = {}
 _RUNS: dict[tuple[str, str, str], Fits | None] = {}
-"""(op, backend, device): of what this machine can run, so that a call that names no backend asks for nothing else."""
+"""(op, backend, device): of what this machine can run: all that a call without a named backend looks up."""
 
 
 def register_backend(

@@ -32,7 +32,7 @@ def plan_tokens(
         cells_per_region: cells along a region's side; the cell grid is (h, w) times it.
         window: cells along a window's side; divides both sides of the cell grid.
         min_grain: the coarsest grain that gets tokens.
-        capacity: rows to lay out; None is B * Hf * Wf, always enough. A smaller one comes from the host, which knows
+        capacity: rows to lay out; None is B * Hf * Wf, always enough. A smaller one comes from the host, which has
             the maps.
         code_sizes: cells along a latent code's side by grain, coarsest first, such as (4, 2, 1): descending divisors
             of `cells_per_region`, one for every grain of the map. None lays out every cell.

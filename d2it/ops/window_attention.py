@@ -238,7 +238,7 @@ def slots_from_cu_seqlens(cu_seqlens: Tensor, size: int) -> Tensor:
 
 
 def _lse(q: Tensor, slots: Tensor | None, segment_ids: Tensor | None, backend: str) -> Tensor:
-    # Windows that are one tile are computed again from the inputs; of larger ones the backward wants this back.
+    # Windows that are one tile are computed again from the inputs; for larger ones the backward reads this.
     windows, n = (q if slots is None else slots).shape[:2]
     kept = backend == "cuda" or (backend == "triton" and n > tiled_positions(q, slots, segment_ids))
     return q.new_empty((windows, q.shape[-2], n) if kept else (0,), dtype=torch.float32)
@@ -409,7 +409,7 @@ def _ready(windows: Windows, kept: torch.dtype = torch.float32) -> Windows:
 
 def _native(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     windows = _ready(Windows(*args))
-    # An empty tensor of slots has no address, which C++ cannot tell from windows without slots.
+    # An empty tensor of slots has no address, which C++ cannot distinguish from windows without slots.
     empty = windows.slots is not None and not windows.slots.numel()
     out = q.new_zeros(q.shape) if empty else q.new_empty(q.shape)
     if not empty and not torch.ops.d2it_C.window_attention(q, k, v, *windows, out):

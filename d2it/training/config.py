@@ -466,8 +466,8 @@ def _did_you_mean(error: Any) -> str:
 Rule = tuple[Callable[[Any], bool], str]
 
 
-def _between(low: float, high: float, wish: str, null: bool = False) -> Rule:
-    return lambda value: (null and value is None) or (value is not None and low <= value <= high), wish
+def _between(low: float, high: float, expected: str, null: bool = False) -> Rule:
+    return lambda value: (null and value is None) or (value is not None and low <= value <= high), expected
 
 
 def _one_of(*values: Any) -> Rule:
@@ -535,8 +535,8 @@ _RULES: dict[str, Rule] = {
 def _check(config: Config) -> None:
     """Raise a UserError that names the first setting whose value is out of range."""
 
-    def fail(key: str, wish: str) -> None:
-        raise UserError(f"configuration: {key} must be {wish}, got {_at(config, key.split('.'))!r}")
+    def fail(key: str, expected: str) -> None:
+        raise UserError(f"configuration: {key} must be {expected}, got {_at(config, key.split('.'))!r}")
 
     for key, _, default in _settings(Config):
         value = _at(config, key.split("."))
@@ -545,9 +545,9 @@ def _check(config: Config) -> None:
         if isinstance(default, list) and not all(isinstance(each, (int, float, str)) for each in value or ()):
             fail(key, "a list without lists in it")  # OmegaConf lets [[1]] through as a list of numbers
     rules = {f"{stage}.{key}": rule for stage in ("dvae", "grain", "content") for key, rule in _each(_STAGE_RULES)}
-    for key, (allowed, wish) in [*rules.items(), *_each(_RULES)]:
+    for key, (allowed, expected) in [*rules.items(), *_each(_RULES)]:
         if not allowed(_at(config, key.split("."))):
-            fail(key, wish)
+            fail(key, expected)
     linear = config.diffusion.path == "linear"
     known = FLOW_SCHEDULERS if linear else SCHEDULERS
     if config.sample.scheduler is None:

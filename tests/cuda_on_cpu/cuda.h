@@ -2,7 +2,7 @@
 // (tests/cuda_on_cpu). Blocks run one after the other, the lanes of a warp take turns: each runs up to its
 // next synchronisation, or to its end. So a lane that reads what another writes, and does not synchronise in
 // between, reads the wrong thing. Every access is checked to be aligned to its size, as it has to be on a
-// GPU; shared memory starts as ones and ends where the launch says.
+// GPU; shared memory starts as ones and ends where the launch ends it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -95,8 +95,8 @@ using std::min;
 inline float __log2f(float x) { return std::log2(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 
-// Bytes of shared memory that a block can have: an H100's, unless a test wants another GPU's. Kept also where no kernel
-// asks for any: the tests look it up by name.
+// Bytes of shared memory that a block can have: an H100's, unless a test sets another GPU's. Kept also where no kernel
+// uses any: the tests look it up by name.
 extern "C" {
 [[gnu::used]] inline int d2it_most_shared = 227 * 1024;
 }

@@ -292,10 +292,10 @@ class KernelSuite:
             if not first:
                 first = [t.clone() for t in got + grads]
                 for i, (g, w, e) in enumerate(zip(got, want, eager)):
-                    self._judge(f"output {i}", g, w, e, 2.0, self.forward_floor, call)
+                    self._compare(f"output {i}", g, w, e, 2.0, self.forward_floor, call)
                 assert len(grads) == len(want_grads)
                 for i, (g, w, e) in enumerate(zip(grads, want_grads, eager_grads)):
-                    self._judge(f"gradient {i}", g, w, e, 3.0, self.gradient_floor, call)
+                    self._compare(f"gradient {i}", g, w, e, 3.0, self.gradient_floor, call)
             else:
                 for i, (a, b) in enumerate(zip(first, got + grads)):
                     assert torch.equal(a, b), f"a repeat changed bits of result {i}"
@@ -358,7 +358,7 @@ class KernelSuite:
             grads = self._gradients(outputs, leaves, placed)
         return [t.detach() for t in outputs], grads
 
-    def _judge(
+    def _compare(
         self, what: str, got: Tensor, want: Tensor, eager: Tensor, factor: float, floor: float, call: Call
     ) -> None:
         assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"

@@ -130,7 +130,7 @@ class TestPlanTokens(KernelSuite):
 
     @pytest.mark.skipif(not INTERPRETED, reason="on a GPU a device-side assertion")
     @pytest.mark.parametrize(("grain", "capacity", "sizes", "match"), WRONG_MAPS)
-    def test_what_the_maps_hold_is_judged(self, backend, grain, capacity, sizes, match):
+    def test_what_the_maps_hold_is_checked(self, backend, grain, capacity, sizes, match):
         grains = torch.ones(1, 4, 4, dtype=torch.int64)
         grains[0, 1, 1] = grain
         with pytest.raises(ValueError, match=match):

@@ -29,7 +29,7 @@ _SAMPLE = 64
 def check_classes(
     description: str, found: int, labels: np.ndarray | None, num_classes: int, allow_missing: bool = False
 ) -> None:
-    """Raises UserError unless images of `found` classes are what a model of `num_classes` wants.
+    """Raises UserError unless images of `found` classes are what a model of `num_classes` needs.
 
     Args:
         description: of the images, for the message.

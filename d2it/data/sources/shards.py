@@ -117,7 +117,7 @@ class _Headers:
         """Returns the next `size` bytes.
 
         Raises:
-            tarfile.ReadError: more than a header can want.
+            tarfile.ReadError: more than a header can hold.
         """
         if not 0 <= size <= _HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
