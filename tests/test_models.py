@@ -317,10 +317,10 @@ def test_autocast_follows_float32(kind):
     dtypes = []
     block = model.transformer_blocks()[0]
     block.modulation.register_forward_hook(lambda m, i, o: dtypes.append(o[0].dtype))
-    block.register_forward_hook(lambda m, i, o: dtypes.append(o.dtype))
+    block.register_forward_hook(lambda m, i, o: dtypes.extend(x.dtype for x in o))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(*inputs)
-    assert dtypes == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert (out.float() - exact).std() < 0.03 * exact.std()
     out.float().backward(torch.randn_like(exact))
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())

@@ -208,10 +208,7 @@ class RefineNet(nn.Module):
         # A product with indicators, not a lookup: its gradient is a matrix product too, in a fixed order.
         h = self.embed(latent) + grain @ self.grain.weight.to(grain.dtype)
         h = (h + positions).to(positions.dtype)
-        c = self.condition(t, y)
-        for block in self.blocks:
-            h = block(h, c, sample, slots, segments)
-        return self.final(h, c, sample)
+        return layers.run_blocks(self.blocks, self.final, h, self.condition(t, y), sample, slots, segments)
 
 
 class DynamicContentTransformer(ClassConditional):

@@ -106,10 +106,8 @@ class Trunk(nn.Module):
         h = h + self.positions.to(h.dtype)
         if extra is not None:
             h = h + extra.to(h.dtype)
-        c = self.condition(t, y)  # (B, dim)
-        for block in self.blocks:
-            h = block(h, c)
-        return layers.unpatchify(self.final(h, c), self.grid, self.patch)
+        out = layers.run_blocks(self.blocks, self.final, h, self.condition(t, y))
+        return layers.unpatchify(out, self.grid, self.patch)
 
 
 class ClassConditional(Model):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -81,8 +82,13 @@ class Recomputable(nn.Module):
 
     recompute = False
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether a call made now is computed again in the backward pass."""
+        return self.recompute and torch.is_grad_enabled()
+
     def __call__(self, *args: Any) -> Any:
-        if not self.recompute or not torch.is_grad_enabled():
+        if not self.recomputes:
             return super().__call__(*args)
         # Blocks draw no random numbers, so there is no generator state to keep.
         return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False)
@@ -158,7 +164,10 @@ class Mlp(nn.Module):
 
 
 class Modulation(nn.Module):
-    """SiLU and a zero-initialised Linear: (B, C) -> `count` float32 tensors (B, C)."""
+    """SiLU and a zero-initialised Linear: (B, C) -> `count` float32 tensors (B, C), each contiguous.
+
+    Modulations of any count then have tensors of equal strides, which compiled blocks are made for.
+    """
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -166,7 +175,8 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(dim, count * dim)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        return _float32_linear(self.linear, F.silu(c)).chunk(self.count, dim=-1)
+        out = _float32_linear(self.linear, F.silu(c)).unflatten(-1, (self.count, -1))
+        return out.movedim(-2, 0).contiguous().unbind(0)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -191,65 +201,129 @@ def _float32_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Block(Recomputable):
-    """adaLN-Zero transformer block (Peebles and Xie, Sec. 3.2) around either kind of attention."""
+    """adaLN-Zero transformer block (Peebles and Xie, Sec. 3.2) around either kind of attention.
+
+    A branch ends where the next one begins: its gate, the addition, the norm and the modulation are one operator. So a
+    block takes its input modulated already, and modulates its output for whatever follows; `run_blocks` chains them.
+    """
 
     def __init__(self, dim: int, attn: Attention | WindowAttention, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.modulation = Modulation(dim, 6)
         self.attn = attn
         self.mlp = Mlp(dim, mlp_ratio)
-        self._compiled: Callable[..., Tensor] | None = None
+        self._body: Callable[..., tuple[Tensor, Tensor | None]] = type(self).body
+        self._compiled = False
 
     def forward(
         self,
         x: Tensor,
-        c: Tensor,
+        modulated: Tensor | None,
+        modulation: tuple[Tensor, ...],
+        following: tuple[Tensor, ...] | None,
         sample: Tensor | None = None,
         slots: Tensor | None = None,
         segments: Tensor | None = None,
-    ) -> Tensor:
-        modulation = self.modulation(c)
-        if self._compiled is None:
-            return self.body(x, modulation, sample, slots, segments)
-        if sample is not None:  # each batch has another number of packed rows: one graph for all
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-            torch._dynamo.maybe_mark_dynamic(sample, 0)
-        return self._compiled(self, x, modulation, sample, slots, segments)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Transform the residual stream.
+
+        Args:
+            x: residual stream.
+            modulated: `x` under this block's first shift and scale; None computes it here.
+            modulation: what `self.modulation` returns.
+            following: shift and scale (B, C) for the output; None leaves it as it is.
+            sample: the plan's, for packed rows.
+            slots: the plan's, for packed rows.
+            segments: (windows, w*w), for all cells in window order.
+
+        Returns:
+            The residual stream, and the same modulated by `following` (None without).
+        """
+        if self._compiled and sample is not None:  # each batch has another number of packed rows: one graph for all
+            for rows in (x, modulated, sample):
+                if rows is not None:
+                    torch._dynamo.maybe_mark_dynamic(rows, 0)
+        return self._body(self, x, modulated, modulation, following, sample, slots, segments)
 
     def body(
         self,
         x: Tensor,
+        modulated: Tensor | None,
         modulation: tuple[Tensor, ...],
+        following: tuple[Tensor, ...] | None,
         sample: Tensor | None,
         slots: Tensor | None,
         segments: Tensor | None,
-    ) -> Tensor:
-        """The block under the modulation of its images."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is compiled of `forward`."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        branch = self.attn(ops.adaln_modulate(x, shift_attn, scale_attn, sample=sample), slots, segments)
-        x = ops.gated_residual(x, branch, gate_attn, sample=sample)
-        branch = self.mlp(ops.adaln_modulate(x, shift_mlp, scale_mlp, sample=sample))
-        return ops.gated_residual(x, branch, gate_mlp, sample=sample)
+        if modulated is None:
+            modulated = ops.adaln_modulate(x, shift_attn, scale_attn, sample=sample)
+        branch = self.attn(modulated, slots, segments)
+        x, modulated = ops.gated_residual_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, sample=sample)
+        branch = self.mlp(modulated)
+        if following is None:
+            return ops.gated_residual(x, branch, gate_mlp, sample=sample), None
+        return ops.gated_residual_modulate(x, branch, gate_mlp, *following, sample=sample)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile of the body, in place; arguments as for `torch.compile`.
 
         The modulation and the block's hooks stay outside: FSDP2 shards both apart, and Dynamo cannot trace its hooks.
         """
-        self._compiled = torch.compile(type(self).body, *args, **kwargs)
+        self._body = torch.compile(type(self).body, *args, **kwargs)
+        self._compiled = True
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a zero-initialised Linear to the latent channels of a patch."""
+    """adaLN and a zero-initialised Linear to the latent channels of a patch; `run_blocks` applies the adaLN."""
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
         self.modulation = Modulation(dim, 2)
         self.linear = nn.Linear(dim, out_features)
 
-    def forward(self, x: Tensor, c: Tensor, sample: Tensor | None = None) -> Tensor:
-        shift, scale = self.modulation(c)
-        return self.linear(ops.adaln_modulate(x, shift, scale, sample=sample))
+    def forward(self, modulated: Tensor) -> Tensor:
+        return self.linear(modulated)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    final: FinalLayer,
+    x: Tensor,
+    c: Tensor,
+    sample: Tensor | None = None,
+    slots: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """Runs the blocks on the tokens `x`, then the final layer, all under the conditioning `c` (B, C).
+
+    A block that is computed again in the backward pass is handed the residual stream alone and returns it alone: one
+    tensor is kept for it, not two.
+
+    Args:
+        blocks: of `Block`, one or more.
+        final: the layer behind them.
+        x: (B, L, C), or packed rows (T, C).
+        c: conditioning.
+        sample: the plan's, for packed rows.
+        slots: the plan's, for packed rows.
+        segments: (windows, w*w), for all cells in window order.
+    """
+    parts: list[Any] = [*blocks, final]
+    # A modulation is made as late as possible, so that its gradient is ready, and reduced, early.
+    modulation = parts[0].modulation(c)
+    modulated = None
+    if not parts[0].recomputes:
+        modulated = ops.adaln_modulate(x, *modulation[:2], sample=sample)
+    for block, behind in itertools.pairwise(parts):
+        following = behind.modulation(c)
+        target = None if block.recomputes else following[:2]
+        x, modulated = block(x, modulated, modulation, target, sample, slots, segments)
+        modulation = following
+    if modulated is None:
+        modulated = ops.adaln_modulate(x, *modulation, sample=sample)
+    return final(modulated)
 
 
 class TimestepEmbedder(nn.Module):
