@@ -26,10 +26,6 @@ class LinearDiffusion(Diffusion):
         self.config = config or DiffusionConfig(path="linear", prediction="velocity")
         self.num_timesteps = NUM_TIMESTEPS
 
-    def to(self, device: torch.device | str) -> LinearDiffusion:
-        """Nothing to move: the coefficients are computed from t."""
-        return self
-
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         s = (t.float() / self.num_timesteps).view(-1, 1, 1, 1)
         return 1 - s, s

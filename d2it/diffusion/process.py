@@ -97,10 +97,6 @@ class Diffusion(abc.ABC):
     ) -> Tensor:
         """(B,) timesteps as training draws them."""
 
-    @abc.abstractmethod
-    def to(self, device: torch.device | str) -> Diffusion:
-        """Moves the tables to `device`, in place."""
-
     def q_sample(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t (B, C, H, W) of x_0, its noise and t (B,)."""
         a, s = self.coefficients(t)

@@ -54,6 +54,8 @@ def _always(fraction: float) -> bool:
     return True
 
 
+#: Of the kind of pass, the state, the timestep () and the guidance's weight ().
+Output = Callable[[Kind, Tensor, Tensor, Tensor], Tensor]
 _KINDS = [Kind(*kind) for kind in itertools.product((False, True), repeat=2)]
 
 
@@ -191,10 +193,9 @@ def denoise_content(
             return project_to_grains(x, grain_map, code_sizes=sizes)
 
     guided = guidance.channels or channels
-    own = _Output(model, labels, arguments, guided, autocast, device)
-    output: _Output | _GuidedOutput = own
+    output: Output = _Output(model, labels, arguments, guided, autocast, device)
     if guide is not None:
-        output = _GuidedOutput(own, _Output(guide, labels, of_guide, guided, autocast, device))
+        output = _guided(output, _Output(guide, labels, of_guide, guided, autocast, device), guided)
 
     def kind_of(fraction: float, guided: bool) -> Kind:
         return Kind(guided, refines(fraction), not guided or guide_refines(fraction))
@@ -261,23 +262,16 @@ class _Output:
         return guide_output(conditional, unconditional, weight, self.channels)
 
 
-class _GuidedOutput:
-    """The output of a model that a weaker one guides.
+def _guided(output: Output, reference: Output, channels: int) -> Output:
+    """The output of a model that a weaker one guides; `reference` is the weaker one's, for the same labels."""
 
-    Args:
-        output: of the model.
-        reference: of the weaker model, for the same labels.
-    """
-
-    def __init__(self, output: _Output, reference: _Output) -> None:
-        self.output, self.reference = output, reference
-
-    def __call__(self, kind: Kind, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        out = self.output(Kind(False, kind.refined), x, t, weight)
+    def both(kind: Kind, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        out = output(Kind(False, kind.refined), x, t, weight)
         if not kind.guided:
             return out
-        reference = self.reference(Kind(False, kind.guide_refined), x, t, weight)
-        return guide_output(out, reference, weight, self.output.channels)
+        return guide_output(out, reference(Kind(False, kind.guide_refined), x, t, weight), weight, channels)
+
+    return both
 
 
 class _Chain:
@@ -294,7 +288,7 @@ class _Chain:
     def __init__(
         self,
         solver: Solver,
-        output: _Output | _GuidedOutput,
+        output: Output,
         predicted: Callable[[Tensor], Tensor],
         grained: Callable[[Tensor], Tensor],
         cuda_graph: bool,

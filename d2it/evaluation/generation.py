@@ -34,7 +34,6 @@ OTHER_METRICS = ("fd", "kd", "precision", "recall")
 ALL_METRICS = ("fid", "sfid", "is", "fd", "kd", "precision", "recall", "accuracy", "top1")
 _OF_FEATURES = {"kd", "precision", "recall", "accuracy"}
 _OF_PROBABILITIES = {"is", "top1"}
-_OF_LABELS = {"accuracy", "top1"}
 _ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "labels", "count", "size", "extractor")
 
 
@@ -89,15 +88,12 @@ class Summary:
         arrays: dict[str, Any] = {"mu": self.pool.mean.cpu().numpy(), "sigma": self.pool.covariance.cpu().numpy()}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mean.cpu().numpy(), "sigma_s": self.spatial.covariance.cpu().numpy()}
-        arrays["count"] = np.array(self.count)
-        if self.size is not None:
-            arrays["size"] = np.array(self.size)
-        if self.features is not None:
-            arrays["features"] = self.features.cpu().numpy()
-        if self.labels is not None:
-            arrays["labels"] = self.labels.numpy()
-        if self.extractor:
-            arrays["extractor"] = np.array(self.extractor)
+        for name in ("count", "size", "features", "labels", "extractor"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                arrays[name] = value.cpu().numpy()
+            elif value:
+                arrays[name] = np.array(value)
         save_arrays(path, arrays)
 
 

@@ -68,12 +68,13 @@ def _device_reasons(backend: str, device: str | None) -> Reasons:
     return []
 
 
-def _device_of(args: Any) -> str | None:
+def device_of(args: Any) -> str | None:
+    """The type of the device of the first tensor among the arguments, or in a list there."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             return arg.device.type
         if isinstance(arg, (list, tuple)):
-            device = _device_of(arg)
+            device = device_of(arg)
             if device is not None:
                 return device
     return None
@@ -142,7 +143,7 @@ def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
         return [f"{op} has no backend {backend!r}; it has {', '.join(sorted(known))}"]
     kwargs.pop("backend", None)
     given = (*args, *kwargs.values())
-    reasons = _MACHINE[op, backend] + _device_reasons(backend, _device_of(given))
+    reasons = _MACHINE[op, backend] + _device_reasons(backend, device_of(given))
     if backend == "triton" and INTERPRET and not reasons and _interprets_bfloat16(given):
         reasons.append("Triton's interpreter (TRITON_INTERPRET=1) does not compute in bfloat16")
     fits = known[backend]
@@ -162,7 +163,7 @@ def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
         if reasons:
             raise ValueError(f"backend={backend!r} cannot run {op}: {'; '.join(reasons)}")
         return backend
-    device = _device_of(args) or "cpu"
+    device = device_of(args) or "cpu"
     for name in PREFERENCE.get(device, ("reference",)):
         if (op, name, device) in _RUNS:
             fits = _RUNS[op, name, device]

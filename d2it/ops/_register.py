@@ -23,6 +23,8 @@ from torch import _C, Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
+from d2it.ops._dispatch import device_of
+
 LIBRARY = torch.library.Library("d2it", "FRAGMENT")
 
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -88,7 +90,7 @@ def operator(
 
     def kernel(*args: Any) -> Any:
         *rest, backend = args
-        if check is not None and (name, backend) not in _SELF_CHECKING and _on_cpu(rest):
+        if check is not None and (name, backend) not in _SELF_CHECKING and device_of(rest) == "cpu":
             check(*rest)
         return _implementation(name, backend)(*rest)
 
@@ -126,15 +128,6 @@ def operator(
     if backward is not None:
         LIBRARY.impl(name, call, "Autograd")
     return enter
-
-
-def _on_cpu(args: Sequence[Any]) -> bool:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            return arg.device.type == "cpu"
-        if isinstance(arg, (list, tuple)) and arg:
-            return _on_cpu(arg)
-    return False
 
 
 def _function(

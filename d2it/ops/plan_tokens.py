@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,22 +154,14 @@ def check_tokens(
 
 
 def _plan_fake(
-    grain_map: Tensor,
-    cells_per_region: int,
-    window: int,
-    min_grain: int,
-    capacity: int,
-    code_sizes: Sequence[int],
-    backend: str,
+    grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int, *rest: Any
 ) -> tuple[Tensor, ...]:
     batch, h, w = grain_map.shape
     cells = batch * h * w * cells_per_region**2
 
-    def empty(*shape: int) -> Tensor:
-        return grain_map.new_empty(shape, dtype=torch.int32)
-
     n = window * window
-    return empty(capacity), empty(cells), empty(cells // n, n), empty(capacity), empty()
+    shapes = ((capacity,), (cells,), (cells // n, n), (capacity,), ())
+    return tuple(grain_map.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 _call_plan_tokens = operator(
@@ -182,11 +175,9 @@ _call_plan_tokens = operator(
 def _native_plan(
     grain_map: Tensor, cells_per_region: int, window: int, min_grain: int, capacity: int, code_sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    plan = _plan_fake(grain_map, cells_per_region, window, min_grain, capacity, code_sizes, "")
+    plan = _plan_fake(grain_map, cells_per_region, window, min_grain, capacity)
     if not torch.ops.d2it_C.plan_tokens(grain_map, cells_per_region, window, min_grain, code_sizes, *plan):
-        check_tokens(
-            grain_map, cells_per_region, min_grain, capacity, code_sizes
-        )  # raises: C++ only reports that it must
+        check_tokens(grain_map, cells_per_region, min_grain, capacity, code_sizes)  # raises what C++ only reports
     return plan
 
 

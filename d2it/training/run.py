@@ -253,12 +253,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
 def draw_samples(config: Config, world: World) -> None:
     """Assemble the D2iT, sample from it and write the pictures."""
     folder, sample = Path(config.run.dir), config.sample
-    settings = {
-        "scheduler": sample.scheduler,
-        "steps": sample.steps,
-        "grain_steps": sample.grain_steps,
-        "guidance": sample.guidance,
-    }
+    settings = {name: getattr(sample, name) for name in ("scheduler", "steps", "grain_steps", "guidance")}
     d2it = D2iT.from_parts(folder, class_names=_class_names(config), sampling=settings)
     d2it.save_description(folder)
     d2it.to(world.device)

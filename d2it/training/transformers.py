@@ -376,13 +376,8 @@ class GrainStage(LatentStage):
 
     @staticmethod
     def make(config: Config, data: LatentData) -> Transformer:
-        classes = config.data.num_classes
-        given: dict[str, Any] = {
-            "grid": data.grid,
-            "num_grains": data.num_grains,
-            "num_classes": classes,
-            "diffusion": config.diffusion,
-        }
+        given: dict[str, Any] = {"num_classes": config.data.num_classes, "diffusion": config.diffusion}
+        given |= {"grid": data.grid, "num_grains": data.num_grains}
         return build(DynamicGrainTransformer, config.grain, "grain", **given)
 
     def make_losses(self) -> nn.Module:
