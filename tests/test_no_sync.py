@@ -140,7 +140,7 @@ class Watch(TorchDispatchMode):
 @pytest.fixture
 def gpu_without_storage(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device whose tensors hold nothing, where operators choose as they do on a GPU."""
-    monkeypatch.setattr(_dispatch, "_device_of", lambda args: "cuda")
+    monkeypatch.setattr(_dispatch, "device_of", lambda args: "cuda")
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     clip_grad = importlib.import_module("torch.nn.utils.clip_grad")
