@@ -67,13 +67,12 @@ def kde_entropy(
         >>> [round(h, 2) for h in ops.kde_entropy(images, region_size=16)[0, 0].tolist()]
         [1.66, 4.38]
     """
-    bins = _validate(images, region_size, num_bins, value_range, sigma, normalize)
-    density: dict[str, Any] = {"num_bins": bins, "value_range": tuple(value_range), "sigma": sigma}
+    density = _density(images, region_size, num_bins, value_range, sigma, normalize)
     name = choose("kde_entropy", backend, images, region_size, **density)
     if name == "reference":
         check_values(images, *value_range)
-        return reference.kde_entropy(images, region_size, **density, normalize=normalize)
-    return _call_kde_entropy(images, region_size, bins, *value_range, sigma, normalize, name)
+        return reference.kde_entropy(images, region_size, **density)
+    return _call_kde_entropy(images, region_size, density["num_bins"], *value_range, sigma, normalize, name)
 
 
 def encode_grains(
@@ -106,14 +105,13 @@ def encode_grains(
         >>> grains.tolist()
         [[[0, 1], [0, 1]]]
     """
-    bins = _validate(images, region_size, num_bins, value_range, sigma, normalize)
-    density: dict[str, Any] = {"num_bins": bins, "value_range": tuple(value_range), "sigma": sigma}
+    density = _density(images, region_size, num_bins, value_range, sigma, normalize)
     limits = _thresholds(thresholds, images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
     name = choose("encode_grains", backend, images, limits, region_size, **density)
     if name == "reference":
         check_values(images, *value_range)
-        return reference.encode_grains(images, limits, region_size, **density, normalize=normalize)
-    return _call_encode_grains(images, limits, region_size, bins, *value_range, sigma, normalize, name)
+        return reference.encode_grains(images, limits, region_size, **density)
+    return _call_encode_grains(images, limits, region_size, density["num_bins"], *value_range, sigma, normalize, name)
 
 
 def grain_map(entropy: Tensor, thresholds: Tensor | Sequence[float], *, backend: str | None = None) -> Tensor:
@@ -168,15 +166,15 @@ def _thresholds(thresholds: Tensor | Sequence[float], device: torch.device, dtyp
 _REALS = _check.FLOATS | _check.INTEGERS
 
 
-def _validate(
+def _density(
     images: Tensor,
     region_size: int,
     num_bins: int | None,
     value_range: tuple[float, float],
     sigma: float,
     normalize: bool,
-) -> int:
-    """The number of bins; raises unless the arguments fit each other."""
+) -> dict[str, Any]:
+    """The arguments that describe the density, by name; raises unless all fit each other."""
     _check.tensor("images", images, ndim=4)
     if images.dtype not in (*_FAST_DTYPES, torch.float64):
         raise TypeError(f"images must be floating point or uint8, got {images.dtype}")
@@ -204,7 +202,7 @@ def _validate(
         instead="divide the images and value_range by it, and pass sigma=1.0",
     )
     _check.flag("normalize", normalize)
-    return bins
+    return {"num_bins": bins, "value_range": tuple(value_range), "sigma": sigma, "normalize": normalize}
 
 
 def check_values(images: Tensor, low: float, high: float) -> None:
@@ -229,9 +227,9 @@ def fits_fast(
     num_bins: int | None = None,
     value_range: tuple[float, float] = (-1.0, 1.0),
     sigma: float = 0.01,
+    normalize: bool = True,
     widest: float = 24.0,
     most_bins: int = 512,
-    **_: Any,
 ) -> list[str]:
     """What the fused backends ask of a call. `widest`: how many sigma apart the bins may lie; `most_bins`: how many
     there may be."""
@@ -258,43 +256,22 @@ def fits_fast(
     return reasons
 
 
-def _without_thresholds(
-    fits: Callable[..., list[str]], images: Tensor, thresholds: Any, *args: Any, **kwargs: Any
-) -> list[str]:
-    return fits(images, *args, **kwargs)
+def _without_thresholds(fits: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda images, thresholds, *args, **kwargs: fits(images, *args, **kwargs)
 
 
 # What differs: the CPU has the S * S bins of the largest regions, Triton halves of float16 in the place of float32.
 _LIMITS: dict[str, dict[str, Any]] = {"cpu": {"most_bins": 4096}, "cuda": {}, "triton": {"widest": 10.0}}
 
 
-def _native(
-    images: Tensor,
-    limits: Tensor | None,
-    region_size: int,
-    num_bins: int,
-    low: float,
-    high: float,
-    sigma: float,
-    normalize: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """(grain map or None, entropy) from csrc, on the device of `images`."""
+def _native(images: Tensor, limits: Tensor | None, region_size: int, *density: Any) -> tuple[Tensor | None, Tensor]:
+    """(grain map or None, entropy) from csrc, on the device of `images`; `density` as the schemas have it."""
     entropy = _empty(images, region_size)
     grains = None if limits is None else _empty(images, region_size, torch.int64)
-    in_range = torch.ops.d2it_C.kde_entropy(
-        images,
-        None if limits is None else limits.contiguous(),
-        region_size,
-        num_bins,
-        low,
-        high,
-        sigma,
-        normalize,
-        RANGE_SLACK * (high - low),
-        entropy,
-        grains,
-    )
-    if not in_range:
+    limits = None if limits is None else limits.contiguous()
+    _, low, high, *_ = density
+    slack = RANGE_SLACK * (high - low)
+    if not torch.ops.d2it_C.kde_entropy(images, limits, region_size, *density, slack, entropy, grains):
         check_values(images, low, high)  # raises: the operator only reports that a value is outside
     return grains, entropy
 
@@ -336,7 +313,7 @@ for _backend, _limits in _LIMITS.items():
     _fits = functools.partial(fits_fast, **_limits)
     _csrc = None if _backend == "triton" else "kde_entropy"
     register_backend("kde_entropy", _backend, _fits, native=_csrc)
-    register_backend("encode_grains", _backend, functools.partial(_without_thresholds, _fits), native=_csrc)
+    register_backend("encode_grains", _backend, _without_thresholds(_fits), native=_csrc)
 for _backend in ("cpu", "cuda"):
     implement("kde_entropy", _backend, _native_entropy, checks_values=_backend == "cpu")
     implement("encode_grains", _backend, _native, checks_values=_backend == "cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import implement, operator
-from d2it.ops.plan import TokenPlan, check_plan
+from d2it.ops.plan import TokenPlan, check_plan, check_range
 
 
 def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Tensor:
@@ -87,13 +87,6 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
     if name == "reference":
         return reference.unpack_tokens(packed, plan, base)
     return _call_unpack_tokens(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image, name)
-
-
-def check_range(rows_of: Tensor, rows: int, name: str) -> None:
-    """Raises unless every row that `rows_of`, the plan's `name`, contains is below `rows`."""
-    if rows_of.shape[0]:
-        most = rows_of.max()
-        _check.values(most < rows, f"plan.{name} must contain values below {rows}", lambda: str(int(most)))
 
 
 def _pack_fake(x: Tensor, index: Tensor, inverse: Tensor, backend: str) -> Tensor:

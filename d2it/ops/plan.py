@@ -146,27 +146,23 @@ def check_plan(plan: Any) -> None:
 
 def check_rows(plan: TokenPlan) -> None:
     """Raises unless `index` and `inverse` stay inside of each other and are each other's inverse."""
-    ways = (("plan.index", plan.index, plan.inverse), ("plan.inverse", plan.inverse, plan.index))
+    ways = (("index", plan.index, plan.inverse), ("inverse", plan.inverse, plan.index))
     for name, there, back in ways:
-        if there.shape[0]:
-            most = there.max()
-            _check.values(
-                most < back.shape[0], f"{name} must contain values below {back.shape[0]}", partial(_number, most)
-            )
+        check_range(there, back.shape[0], name)
     for name, there, back in ways:
         if there.shape[0] and back.shape[0]:
             start = torch.arange(there.shape[0], dtype=torch.int32, device=there.device)
             returned = back.index_select(0, there.clamp(0, back.shape[0] - 1))
             ok = ((there < 0) | (returned == start)).all()
-            _check.values(ok, f"{name} must be the inverse of the other of plan.index and plan.inverse", _no)
+            rule = f"plan.{name} must be the inverse of the other of plan.index and plan.inverse"
+            _check.values(ok, rule, lambda: "one that is not")
 
 
-def _no() -> str:
-    return "one that is not"
-
-
-def _number(value: Tensor) -> str:
-    return str(int(value))
+def check_range(rows_of: Tensor, rows: int, name: str) -> None:
+    """Raises unless every row that `rows_of`, the plan's `name`, contains is below `rows`."""
+    if rows_of.shape[0]:
+        most = rows_of.max()
+        _check.values(most < rows, f"plan.{name} must contain values below {rows}", lambda: str(int(most)))
 
 
 _INT32 = frozenset((torch.int32,))
