@@ -81,7 +81,7 @@ def test_every_stage_leaves_what_it_promises(run: Path) -> None:
         assert list((run / "logs" / name).glob("events*"))
     assert "discriminator/loss" in rows_of(run, "dvae")[-1]
     assert "discriminator/loss" not in rows_of(run, "dvae")[0]  # the discriminator starts at step 2
-    for picture in ("reconstructions", "samples", "samples_grains", "curves"):
+    for picture in ("reconstructions", "samples", "samples_grains", "denoising", "curves"):
         assert Image.open(run / f"{picture}.png").width >= 300
     assert load(run / "config.yaml").content.steps == 4
 

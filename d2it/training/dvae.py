@@ -288,9 +288,15 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
 @torch.no_grad()
 def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: torch.device) -> np.ndarray:
     """Return a picture of three rows: images of the source, their reconstructions, and those with the grain map."""
-    images = source.fetch(spread_over(len(source), count), replace=True)["image"]
-    mean, _, grains, _ = vae.encode(pictures.from_uint8(images.to(device)))
+    batch = source.fetch(spread_over(len(source), count), replace=True)
+    mean, _, grains, _ = vae.encode(pictures.from_uint8(batch["image"].to(device)))
+    originals = batch["image"].permute(0, 2, 3, 1).numpy()
     decoded = pictures.to_pictures(vae.decode(mean, grains))
-    drawn = pictures.overlay_grains(decoded, grains.cpu().numpy(), vae.config.num_grains)
-    originals = images.permute(0, 2, 3, 1).numpy()
-    return pictures.tile(np.concatenate([originals, decoded, drawn]), columns=len(images))
+    originals, decoded = (pictures.magnify(images, len(images)) for images in (originals, decoded))
+    drawn = pictures.outline_grains(decoded, grains.cpu().numpy(), vae.config.num_grains)
+    named = source.classes or [""] * (int(batch["label"].max()) + 1)
+    return pictures.sheet(
+        np.concatenate([originals, decoded, drawn]),
+        columns=[named[label] for label in batch["label"]],
+        rows=["photo", "rebuilt", "its grains"],
+    )

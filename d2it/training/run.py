@@ -32,6 +32,7 @@ from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_co
 from d2it.files import atomic_write, only_writer, sha256_of
 from d2it.models import DynamicVAE
 from d2it.sampling.pipeline import D2iT, has_parts
+from d2it.sampling.sheets import denoising_sheet, sample_sheets
 from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, load, to_yaml
 from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
@@ -242,7 +243,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
     if source is not None and (folder / "vae").is_dir():
         vae = _vae(config).to(world.device)
         sheet = reconstructions(vae, source, min(8, config.sample.images), world.device)
-        pictures.save_png(folder / "reconstructions.png", pictures.enlarge(sheet))
+        pictures.save_png(folder / "reconstructions.png", sheet)
     if has_parts(folder):
         with user_error():
             draw_samples(config, world)
@@ -257,13 +258,13 @@ def draw_samples(config: Config, world: World) -> None:
     d2it = D2iT.from_parts(folder, class_names=_class_names(config), sampling=settings)
     d2it.save_description(folder)
     d2it.to(world.device)
-    count = sample.images
-    labels = [i % d2it.num_classes for i in range(count)] if d2it.num_classes else None
-    samples = d2it(count, labels=labels, seed=config.run.seed, batch_size=sample.batch_size)
-    images, maps = samples.uint8(), samples.grain_maps.numpy()
-    pictures.save_png(folder / "samples.png", pictures.enlarge(pictures.tile(images)))
-    drawn = pictures.overlay_grains(images, maps, d2it.num_grains)
-    pictures.save_png(folder / "samples_grains.png", pictures.enlarge(pictures.tile(drawn)))
+    count, classes, seed = sample.images, d2it.num_classes, config.run.seed
+    labels = [i % classes for i in range(count)] if classes else None
+    samples = d2it(count, labels=labels, seed=seed, batch_size=sample.batch_size)
+    sheets = sample_sheets(d2it, samples.uint8(), samples.grain_maps.numpy(), labels)
+    for name, sheet in zip(("samples", "samples_grains"), sheets):
+        pictures.save_png(folder / f"{name}.png", sheet)
+    pictures.save_png(folder / "denoising.png", denoising_sheet(d2it, labels and labels[:4], seed=seed))
 
 
 def _source(config: Config) -> ImageSource:

@@ -396,8 +396,8 @@ class GrainStage(LatentStage):
         )
         both = torch.cat([true, maps.cpu()]).numpy()
         side = max(1, 96 // both.shape[1])
-        gray = np.full((len(both), both.shape[1] * side, both.shape[2] * side, 3), 128, np.uint8)
-        return pictures.tile(pictures.overlay_grains(gray, both, self.data.num_grains), columns=len(seeds))
+        drawn = pictures.colour_grains(both, self.data.num_grains, side)
+        return pictures.sheet(drawn, columns=len(seeds), rows=["of photos", "sampled"])
 
 
 class ContentStage(LatentStage):
@@ -456,5 +456,6 @@ class ContentStage(LatentStage):
         )
         vae = self.vae.to(self.world.device)
         images = pictures.to_pictures(vae.decode(latents / vae.scaling_factor, grains.to(self.world.device)))
-        drawn = pictures.overlay_grains(images, grains.numpy(), self.data.num_grains)
-        return pictures.tile(np.concatenate([images, drawn]), columns=len(seeds))
+        images = pictures.magnify(images, len(seeds))
+        drawn = pictures.outline_grains(images, grains.numpy(), self.data.num_grains)
+        return pictures.sheet(np.concatenate([images, drawn]), columns=len(seeds), rows=["sample", "its grains"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -16,11 +16,12 @@ from d2it.seeds import Draws
 
 
 class DemoPhotos(ImageSource):
-    """Square-ish crops of eight photos that scikit-image bundles, so that a demo needs no data.
+    """Crops of eight photos that scikit-image bundles, so that a demo needs no data.
 
-    Crop i is photo `i % 8`, a window of three quarters to all of what fits, at a place drawn from i: the same set
-    every time. The label is the photo. Astronaut, chelsea (a cat), coffee, rocket, Hubble deep field; gray: brick,
-    gravel, camera.
+    Each photo has a square frame around its subject, wide enough that stars, bricks and stones are more than a pixel
+    at 64 pixels. Crop i is photo `i % 8`, a window of 85 % to all of what fits the frame, at a place drawn from i: the
+    same set every time. The label is the photo. Astronaut, chelsea (a cat), coffee, rocket, Hubble deep field; gray:
+    brick, gravel, camera.
 
     Args:
         image_size: edge, or (height, width), in pixels.
@@ -28,16 +29,18 @@ class DemoPhotos(ImageSource):
         options: as for `ImageSource`.
     """
 
-    PHOTOS = (
-        "astronaut.png",
-        "chelsea.png",
-        "coffee.png",
-        "rocket.jpg",
-        "hubble_deep_field.jpg",
-        "brick.png",
-        "gravel.png",
-        "camera.png",
-    )
+    #: Photo -> (left, top, side) of its frame, in pixels.
+    FRAMES: ClassVar[dict[str, tuple[int, int, int]]] = {
+        "astronaut.png": (40, 0, 400),
+        "chelsea.png": (90, 0, 300),
+        "coffee.png": (75, 0, 400),
+        "rocket.jpg": (180, 127, 300),
+        "hubble_deep_field.jpg": (400, 350, 440),
+        "brick.png": (110, 150, 288),
+        "gravel.png": (128, 128, 256),
+        "camera.png": (60, 40, 360),
+    }
+    PHOTOS = tuple(FRAMES)
 
     def __init__(self, image_size: int | tuple[int, int], *, crops: int = 2048, **options: Any) -> None:
         super().__init__(image_size, **options)
@@ -69,14 +72,15 @@ class DemoPhotos(ImageSource):
         if number not in self._photos:
             self._photos[number] = decode(self._paths[number].read_bytes())
         photo = self._photos[number]
+        left, top, side = self.FRAMES[self.PHOTOS[number]]
         height, width = self.image_size
-        fit = min(photo.width / width, photo.height / height)  # the largest window, in units of the image size
+        fit = side / max(height, width)  # the largest window, in units of the image size
         draws = Draws(0, index)
-        # Large windows show the subject whole, which minutes suffice to learn; below 1 the crop would be too small.
-        scale = fit if fit <= 1 else max(1.0, fit * (0.75 + 0.25 * draws.uniform()))
+        # Little of place and size changes, which minutes suffice to learn; below 1 the crop would be too small.
+        scale = fit if fit <= 1 else max(1.0, fit * (0.85 + 0.15 * draws.uniform()))
         crop_width, crop_height = round(width * scale), round(height * scale)
-        left = draws.below(photo.width - crop_width + 1)
-        top = draws.below(photo.height - crop_height + 1)
+        left += draws.below(side - crop_width + 1)
+        top += draws.below(side - crop_height + 1)
         return photo.crop((left, top, left + crop_width, top + crop_height))
 
     def _identify(self, digest: Any) -> None:
