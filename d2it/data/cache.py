@@ -492,6 +492,12 @@ class LatentCache:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def reading(
+        self, *, shares: Callable[[float], Sequence[float]] | None = None, extras: Sequence[str] = ()
+    ) -> LatentCache:
+        """Returns this cache with other shares and extras, without hashing its files again."""
+        return LatentCache(self.folder, verify=False, shares=shares, extras=extras)
+
     def shares(self) -> list[float]:
         """Returns the k - 1 shares of all regions that are of grain i + 1 or finer in the default map."""
         regions = math.prod(self.grid) * (2 if self.flips else 1) * len(self)

@@ -180,8 +180,7 @@ class Calibration:
             UserError: a ratio outside [0, 1], ratios that do not descend, or two whose thresholds coincide.
         """
         asked = check_ratios(ratios)
-        known, most = np.array(self.entropies), _most(self.num_bins, self.normalize)
-        limits = [threshold_of(known, share, self.resolution, most) for share in asked]
+        limits = self.quantiles(asked)
         if any(low >= high for low, high in itertools.pairwise(limits)):
             raise UserError(
                 f"fine ratios {asked}: their thresholds coincide, {limits}; the entropies of these images are too alike"
@@ -196,6 +195,11 @@ class Calibration:
                     100 * got,
                 )
         return limits
+
+    def quantiles(self, shares: Sequence[float]) -> list[float]:
+        """Returns for each share the entropy, nats, that this share of the calibrated regions exceeds."""
+        known, most = np.array(self.entropies), _most(self.num_bins, self.normalize)
+        return [threshold_of(known, share, self.resolution, most) for share in shares]
 
     def shares(self, thresholds: Sequence[float]) -> list[float]:
         """Returns the share of the calibrated regions that exceeds each threshold, to 0.1 %."""

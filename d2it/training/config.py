@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -145,6 +146,8 @@ class DvaeConfig(StageConfig):
         fine_ratios: shares of regions above each of the k - 1 thresholds; the calibration turns them into thresholds.
         calibration: JSON file of `python -m d2it.data.calibrate`; null is one of those shipped, for 256 x 256
             images in regions of 16 or 32 pixels.
+        budget: range of the share of tokens that an image spends, drawn for each image, such as [0.25,1.0]; null is
+            the thresholds of fine_ratios for all.
         loss: weights of the loss terms and the discriminator.
         disc_lr: learning rate of the discriminator; null is lr.
     """
@@ -154,6 +157,7 @@ class DvaeConfig(StageConfig):
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
     fine_ratios: list[float] = field(default_factory=lambda: [0.5])
     calibration: str | None = None
+    budget: list[float] | None = None
     loss: VAELossConfig = field(default_factory=VAELossConfig)
     disc_lr: float | None = None
 
@@ -204,10 +208,13 @@ class ContentConfig(LatentStageConfig):
 
     Args:
         capacity_step: packed lengths are rounded up to this share of all cells, so that shapes repeat.
+        budget: range of the share of tokens that an image spends, drawn for each image and epoch, such as [0.25,1.0];
+            null is the map at the VAE's thresholds.
     """
 
     preset: str = "D2iT-XL"
     capacity_step: float = 0.0625
+    budget: list[float] | None = None
 
 
 @dataclass
@@ -364,6 +371,7 @@ def _meaning(kind: type, name: str) -> str:
     raise KeyError(f"{kind.__name__} does not explain {name}")
 
 
+@functools.cache
 def _texts() -> dict[str, Any]:
     """Return the settings that are text, or lists of text, with their types."""
     hints = {key: typing.get_type_hints(kind)[key.split(".")[-1]] for key, kind, _ in _settings(Config)}
@@ -522,6 +530,13 @@ _RULES: dict[str, Rule] = {
         # Their folders carry them with three decimals.
         lambda value: len(set(value)) == len(value) == 2 and all(0.01 <= s <= 0.28 and round(s, 3) == s for s in value),
         "two different widths in 0.01 ... 0.28, of three decimals at most",
+    ),
+    "dvae.budget content.budget": (
+        lambda value: (
+            value is None
+            or (len(value) == 2 and all(isinstance(v, (int, float)) for v in value) and 0 < value[0] <= value[1] <= 1)
+        ),
+        "null or [least, most], shares of the tokens in (0, 1]",
     ),
     "content.capacity_step": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "cache.batch_size cache.unit_size": _COUNT,

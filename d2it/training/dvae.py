@@ -20,6 +20,7 @@ from d2it.data import Calibration, ImageSource, SinglePass
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss
+from d2it.models.budget import BudgetRange, grain_tokens
 from d2it.seeds import seed_of
 from d2it.training.config import Config
 from d2it.training.learner import Batch, Learner, bf16
@@ -51,7 +52,11 @@ class VaeLosses(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
         images = pictures.from_uint8(batch["image"])
-        output = self.network(images)
+        grains = None
+        if "thresholds" in batch:  # each image's own, (B, k - 1)
+            entropy = self.network.grain_map(images)[1]
+            grains = (entropy[..., None] > batch["thresholds"][:, None, None]).sum(dim=-1)
+        output = self.network(images, grains)
         terms = self._criterion[0].generator(
             images,
             output,
@@ -133,6 +138,27 @@ def build_vae(config: Config) -> DynamicVAE:
     return build(DynamicVAE, dataclasses.replace(settings, overrides=overrides), "dvae", thresholds=thresholds)
 
 
+def budget_range(config: Config, vae: DynamicVAEConfig) -> tuple[BudgetRange, Calibration] | None:
+    """Return what `dvae.budget` draws each image's shares from, and the calibration that makes them thresholds.
+
+    Raises:
+        UserError: a budget that no map of this VAE spends, or thresholds that no calibration made.
+    """
+    budget = config.dvae.budget
+    if budget is None:
+        return None
+    if vae.num_grains == 1:
+        raise UserError("configuration: dvae.budget has no effect on a VAE of one grain: leave it out")
+    if config.dvae.overrides.get("thresholds"):
+        raise UserError(
+            "configuration: dvae.budget takes thresholds from a calibration: set dvae.overrides.thresholds=null, and "
+            "dvae.calibration to a file of python -m d2it.data.calibrate"
+        )
+    with model_errors("configuration: dvae"):
+        drawn = BudgetRange(budget[0], budget[1], grain_tokens(vae))
+    return drawn, Calibration.load(config.dvae.calibration, region_size=vae.region_size)
+
+
 def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) -> tuple[int, int]:
     """Return the costs of one image, counted on tensors without data.
 
@@ -188,6 +214,7 @@ class DvaeStage:
         if self.criterion.discriminator is not None:
             self.networks["discriminator"] = self.criterion.discriminator
         self.macs, self.kept = vae_costs(self.vae, self.criterion, source.image_size)
+        self.drawn = budget_range(config, vae.config)
 
     @functools.cached_property
     def learners(self) -> list[Learner]:
@@ -215,13 +242,26 @@ class DvaeStage:
 
     def batches(self, first: int) -> Generator[Batch]:
         with loader(self.config, self.settings, self.source, self.world, first) as stream:
-            for i, batch in enumerate(stream):
-                step = first + i // self.settings.accumulate
+            for number, batch in enumerate(stream, start=first * self.settings.accumulate):
+                step, micro = divmod(number, self.settings.accumulate)
+                batch |= self.thresholds(len(batch["image"]), step, micro)
                 yield to_device(batch, self.world.device) | {"step": step}
+
+    def thresholds(self, images: int, step: int, micro: int) -> Batch:
+        """Return each image's own thresholds where `dvae.budget` draws them: {"thresholds": (B, k - 1) nats}."""
+        if self.drawn is None:
+            return {}
+        drawn, calibration = self.drawn
+        seed = seed_of(self.config.run.seed, self.name, "budget", step, self.world.rank, micro)
+        uniform = torch.rand(images, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float64)
+        limits = torch.tensor([calibration.quantiles(drawn(each)) for each in uniform.tolist()], device="cpu")
+        return {"thresholds": limits.pin_memory() if self.world.device.type == "cuda" else limits}
 
     def notes(self) -> list[str]:
         loss, vae = self.settings.loss, self.vae.config
         thresholds = ", ".join(f"{t:.3f}" for t in vae.thresholds or ())
+        budget = self.settings.budget
+        drawn = "" if budget is None else f", in training at budgets of {budget[0]:g} ... {budget[1]:g}"
         lpips = (
             f"LPIPS {loss.perceptual_weight:g}" if self.criterion.lpips is not None else "no LPIPS (no weights given)"
         )
@@ -229,7 +269,7 @@ class DvaeStage:
         start = "no discriminator" if loss.disc_start is None else f"discriminator from step {loss.disc_start:,}"
         return [
             f"data: {self.source.description}",
-            f"fine above {thresholds} nats; L1, {lpips}{features}, KL, {start}",
+            f"fine above {thresholds} nats{drawn}; L1, {lpips}{features}, KL, {start}",
             *self.start,
         ]
 
@@ -243,7 +283,8 @@ class DvaeStage:
 
     def synthetic(self, images: int, device: torch.device) -> Batch:
         pixels = torch.randint(256, (images, 3, *self.source.image_size), dtype=torch.uint8, device=device)
-        return {"image": pixels, "step": self.settings.loss.disc_start or 0}
+        batch = to_device(self.thresholds(images, 0, 0), device)
+        return {"image": pixels, "step": self.settings.loss.disc_start or 0} | batch
 
     def warning(self, figures: dict[str, float]) -> str | None:
         share = figures["dvae/fine_ratio"]

@@ -34,7 +34,7 @@ from d2it.models import DynamicVAE
 from d2it.sampling.pipeline import D2iT, has_parts
 from d2it.sampling.sheets import denoising_sheet, sample_sheets
 from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, load, to_yaml
-from d2it.training.dvae import DvaeStage, build_vae, channels_last, reconstructions
+from d2it.training.dvae import DvaeStage, budget_range, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
 from d2it.training.stage import check_batch, extreme_share, initialize, model_errors
@@ -140,9 +140,10 @@ def check_models(config: Config, world: World) -> None:
     stages, folder, sha256 = set(config.run.stages), Path(config.run.dir) / "vae", None
     with torch.device("meta"):
         if "dvae" in stages:
-            network = build_vae(config)
-            initialize(network, config.dvae, "dvae", config.run, world)
-            vae = network.config
+            autoencoder = build_vae(config)
+            budget_range(config, autoencoder.config)
+            initialize(autoencoder, config.dvae, "dvae", config.run, world)
+            vae = autoencoder.config
         elif folder.is_dir():
             with model_errors(str(folder)):
                 vae, sha256 = DynamicVAE.read_config(folder), DynamicVAE.saved_hashes(folder)[0]
@@ -152,7 +153,9 @@ def check_models(config: Config, world: World) -> None:
             data = LatentData.of_vae(vae, config.data.image_size, 0, sha256)
         for kind in (GrainStage, ContentStage):
             if kind.name in stages:
-                kind.initialize(kind.make(config, data), config, world, data)
+                network = kind.make(config, data)
+                kind.reads(config, network)
+                kind.initialize(network, config, world, data)
 
 
 def rehearse_all(config: Config, world: World) -> None:

@@ -25,6 +25,7 @@ from d2it.diffusion import (
     grained_noise,
     grains_to_signal,
     make_diffusion,
+    random_grain_map,
     sample_content,
     sample_grain_maps,
 )
@@ -38,6 +39,7 @@ from d2it.models import (
     DynamicVAE,
     DynamicVAEConfig,
 )
+from d2it.models.budget import BudgetRange, grain_tokens
 from d2it.models.flops import FineTokens, count_macs, fine_tokens, kept_values
 from d2it.seeds import seed_of
 from d2it.training.config import Config, LatentStageConfig
@@ -147,6 +149,20 @@ def count_tokens(batch: Batch, config: ContentTransformerConfig, capacity_step: 
     return batch | {"fine": fine, "capacity": capacity}
 
 
+def budget_range(budget: list[float] | None, network: Transformer) -> BudgetRange | None:
+    """Return what `content.budget` draws the shares of each image from; None where the thresholds decide.
+
+    Raises:
+        UserError: a budget that no map of this network spends, or a network that takes no maps.
+    """
+    if budget is None:
+        return None
+    if not isinstance(network, DynamicContentTransformer):
+        raise UserError("configuration: content.budget has no effect on a plain DiT: leave it out")
+    with model_errors("configuration: content"):
+        return BudgetRange(budget[0], budget[1], grain_tokens(network.config))
+
+
 def _unchanged(batch: Batch) -> Batch:
     return batch
 
@@ -239,6 +255,9 @@ class LatentStage(ABC):
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
         self.network: Any = self.make(config, data)
         self.start = self.initialize(self.network, config, world, data)
+        if (reads := self.reads(config, self.network)) and data.cache is not None:
+            with torch.device("cpu"):
+                self.data = dataclasses.replace(data, cache=data.cache.reading(**reads))
         self.network.vae_sha256 = data.vae_sha256
         self.kind = type(self.network)  # FSDP2 changes the class
         self.networks: dict[str, nn.Module] = {self.name: self.network}
@@ -279,6 +298,15 @@ class LatentStage(ABC):
         given: dict[str, Any] = {"vae_sha256": data.vae_sha256, "any_vae": settings.any_vae}
         return initialize(network, settings, cls.name, config.run, world, **given)
 
+    @staticmethod
+    def reads(config: Config, network: Transformer) -> dict[str, Any]:
+        """Return the arguments of `LatentCache` by which the stage's batches differ from the default.
+
+        Raises:
+            UserError: settings that do not fit the network.
+        """
+        return {}
+
     @abstractmethod
     def make_losses(self) -> nn.Module:
         """Return the network's losses."""
@@ -309,15 +337,19 @@ class LatentStage(ABC):
         return batch
 
     def synthetic(self, images: int, device: torch.device) -> Batch:
-        """Return a micro-batch of noise, half of its regions fine."""
+        """Return a micro-batch of noise."""
         place: Any = {"device": "meta"} if device.type == "meta" else {}
         batch = {
             "mean": torch.randn(images, *self.data.latent_shape, **place),
             "std": torch.rand(images, *self.data.latent_shape, **place),
-            "grain_map": torch.randint(self.data.num_grains, (images, *self.data.grid), device="cpu"),
+            "grain_map": self.synthetic_maps(images),
             "label": torch.zeros(images, dtype=torch.int64, device="cpu"),
         }
         return to_device(self.with_timesteps(self.prepare(batch), 0), device)
+
+    def synthetic_maps(self, images: int) -> Tensor:
+        """Return grain maps on the host: all grains equally often, where no budget says what a batch spends at most."""
+        return torch.randint(self.data.num_grains, (images, *self.data.grid), device="cpu")
 
     def notes(self) -> list[str]:
         data = self.data
@@ -418,6 +450,11 @@ class ContentStage(LatentStage):
             return build(DiT, config.content, "content", downsampling=data.downsampling[0], **given)
         return build(DynamicContentTransformer, config.content, "content", downsampling=data.downsampling, **given)
 
+    @staticmethod
+    def reads(config: Config, network: Transformer) -> dict[str, Any]:
+        drawn = budget_range(config.content.budget, network)
+        return {} if drawn is None else {"shares": drawn}
+
     def make_losses(self) -> nn.Module:
         return ContentLosses(self.network, self.diffusion, self.data.scale)
 
@@ -439,6 +476,13 @@ class ContentStage(LatentStage):
         if self.world.device.type == "cuda":
             t = t.pin_memory()  # as the loader's tensors: the copy waits for nothing
         return count_tokens(batch | {"timesteps": t}, network, self.config.content.capacity_step)
+
+    def synthetic_maps(self, images: int) -> Tensor:
+        drawn = budget_range(self.config.content.budget, self.network)
+        if drawn is None:
+            return super().synthetic_maps(images)
+        generators = [torch.Generator().manual_seed(i) for i in range(images)]
+        return random_grain_map(self.data.grid, drawn(1.0), self.data.num_grains, generator=generators)
 
     def picture(self) -> np.ndarray:
         assert self.vae is not None
