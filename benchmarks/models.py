@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from d2it.devices import peak_flops
 from d2it.diffusion import random_grain_map
-from d2it.models.layers import FinalLayer, Modulation, WindowAttention
+from d2it.models.layers import FinalLayer, Modulation
+from d2it.nn import WindowAttention
 
 #: Size -> (preset of the DynamicContentTransformer, preset of the DiT of the same width and depth); "-3": three grains.
 SIZES = {

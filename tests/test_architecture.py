@@ -20,12 +20,13 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
 # What a module may import of d2it, by the longest prefix of its own name.
 SHARED = {"d2it.devices", "d2it.errors", "d2it.files", "d2it.seeds", "d2it.npz", "d2it.distributed", "d2it.pictures"}
 OPS = {"d2it.ops", "d2it.kernels"}
-MODELS = {*OPS, *SHARED, "d2it.models", "d2it.diffusion"}
+MODELS = {*OPS, *SHARED, "d2it.nn", "d2it.models", "d2it.diffusion"}
 DATA = {*OPS, *SHARED, "d2it.data"}
 SAMPLING = {*MODELS, *DATA, "d2it.sampling"}
 ALLOWED = {
     "d2it.kernels": {"d2it.kernels"},
     "d2it.ops": OPS,
+    "d2it.nn": {*OPS, "d2it.nn"},
     "d2it.diffusion": {*OPS, *SHARED, "d2it.diffusion"},
     "d2it.models": MODELS,
     "d2it.data": DATA,

@@ -52,7 +52,7 @@ def assert_agrees(out: Tensor, x: Tensor, qkv: torch.nn.Linear, table: Tensor, w
 
 
 def test_the_lines_of_the_readme_run_and_its_block_is_the_textbooks() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
     torch.manual_seed(0)
     names: dict = {}
     exec(compile(code, str(README), "exec"), names)

@@ -23,6 +23,7 @@ from d2it.models import layers
 from d2it.models.base import check_whole, pair, set_whole_tuples
 from d2it.models.dit import ClassConditional, TransformerConfig, Trunk
 from d2it.models.presets import CONTENT_PRESETS
+from d2it.nn import WindowAttention
 
 
 @dataclass
@@ -45,7 +46,7 @@ class ContentTransformerConfig(TransformerConfig):
         learn_sigma: the output has 2C channels, the second half interpolates the log-variance.
         refine_depth: blocks of RefineNet.
         window: side of RefineNet's windows in cells; it divides the latent grid.
-        relative_bias: "matrix" | "table" | "none" (`layers.WindowAttention`).
+        relative_bias: "matrix" | "table" | "none" (`d2it.nn.WindowAttention`).
         min_grain: the coarsest grain that RefineNet corrects; 1 is every grain but the coarsest.
         refine_until: share of the timesteps, counted from clean, at which RefineNet corrects anything: those with
             t / T below it; 1.0 is all of them.
@@ -167,7 +168,7 @@ class RefineNet(nn.Module):
         self.blocks = nn.ModuleList(
             layers.Block(
                 dim,
-                layers.WindowAttention(dim, config.heads, config.window, config.relative_bias),
+                WindowAttention(dim, config.heads, config.window, config.relative_bias),
                 config.mlp_ratio,
             )
             for _ in range(config.refine_depth)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2it import ops
+from d2it.nn import RELATIVE_BIASES, WindowAttention
 
 ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
-RELATIVE_BIASES = ("matrix", "table", "none")
 
 
 def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Tensor | None]) -> None:
@@ -107,47 +107,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, D)
         return self.proj(attention(qkv, self.backend).flatten(-2))
-
-
-class WindowAttention(nn.Module):
-    """Position-aware self-attention inside windows of w x w cells (Eq. 10).
-
-    Args:
-        relative_bias: "matrix", one learnable (w*w) x (w*w) matrix B_r per head; "table", Swin's (2w-1)^2 offsets per
-            head; "none".
-    """
-
-    def __init__(self, dim: int, heads: int, window: int, relative_bias: str) -> None:
-        super().__init__()
-        self.heads = heads
-        self.window = window
-        self.relative_bias = relative_bias
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        cells = window * window
-        if relative_bias == "matrix":
-            self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(1, heads, cells, cells))
-        elif relative_bias == "table":
-            self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        else:
-            self.bias = None
-
-    def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Packed rows (T, C) with `slots` (W, w*w), or all cells (B, L, C) in window order with `segments` (W, w*w):
-        a cell attends to those of its window with the same number."""
-        bias: Tensor | None = self.bias
-        if bias is not None and self.relative_bias == "table":
-            bias = ops.relative_position_bias(bias, self.window)
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if slots is not None:
-            out = ops.window_attention_qkvpacked(qkv, bias, slots=slots)  # (T, H, D)
-        else:
-            cells = self.window**2
-            windows = qkv.flatten(0, 1).unflatten(0, (-1, cells))  # (W, w*w, 3, H, D)
-            out = ops.window_attention_qkvpacked(windows, bias, segment_ids=segments).reshape(
-                *x.shape[:2], self.heads, -1
-            )
-        return self.proj(out.flatten(-2))
 
 
 class Mlp(nn.Module):
