@@ -526,7 +526,8 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     assert model.save_pretrained(tmp_path / "m", push_to_hub=True, private=True) == "url"
     assert pushed == [{"repo_id": "m", "private": True}]
     files = {str(path.relative_to(tmp_path / "m")) for path in (tmp_path / "m").rglob("*.*")}
-    assert files == {"d2it.json", *(f"{p}/{f}" for p in pipeline.PARTS for f in ("config.json", "model.safetensors"))}
+    beside = {"d2it.json", "README.md", "model_index.json", "pipeline.py"}
+    assert files == {*beside, *(f"{p}/{f}" for p in pipeline.PARTS for f in ("config.json", "model.safetensors"))}
     with pytest.raises(ValueError, match="there is no folder 'no such/repository/name' to read a D2iT from"):
         D2iT.from_pretrained("no such/repository/name", local_files_only=False)
 

@@ -153,12 +153,12 @@ class Model(nn.Module, Pretrained):
         Folders of earlier versions have no hashes and are read with a warning.
 
         Args:
-            pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
-                Hugging Face hub.
+            pretrained_model_name_or_path: a local folder, or a repository of the Hugging Face hub ("user/model"),
+                which is downloaded once and kept in the hub's cache.
             map_location: the device the weights are read to; they keep the dtype they were saved in.
             kwargs: settings that replace those in the file (`masked=True`, say), as long as they change no shape; and
-                those of the hub: `local_files_only` (True unless given), `revision`, `cache_dir`, `force_download`,
-                `token`.
+                those of the hub: `local_files_only` (no network: a local folder, or a repository in the cache),
+                `revision`, `cache_dir`, `force_download`, `token`.
 
         Raises:
             ValueError: no such folder, no model in it, one of another class or shape, or a file that is damaged.
@@ -263,8 +263,10 @@ class Model(nn.Module, Pretrained):
         return sum(p.numel() for p in self.parameters()) + frozen
 
 
-def local_folder(path: str | Path, what: str, *, local_files_only: bool = True, **download: Any) -> str:
-    """`path` where it is a folder or only those are read, else that of the hub's repository of this name, downloaded.
+def local_folder(path: str | Path, what: str, **download: Any) -> str:
+    """`path` where it is a folder, else that of the hub's repository of this name, downloaded unless it is cached.
+
+    A `Path` is a folder and nothing else, and so is text that cannot name a repository (/absolute, or a/b/c).
 
     Raises:
         TypeError: an argument that is none of `HUB`.
@@ -272,18 +274,16 @@ def local_folder(path: str | Path, what: str, *, local_files_only: bool = True, 
     """
     if unknown := set(download) - set(HUB):
         raise TypeError(f"{what}.from_pretrained has no argument {min(unknown)!r}")
-    if local_files_only or os.path.isdir(path):
+    if isinstance(path, Path) or os.path.isdir(path):
         return str(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(str(path), **download)
+        return snapshot_download(path, **download)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"there is no folder {str(path)!r} to read a {what} from, nor can it be had: {reason}"
-        ) from error
+        raise ValueError(f"there is no folder {path!r} to read a {what} from, nor can it be had: {reason}") from error
 
 
 def saved_kind(path: str | Path, kinds: Sequence[type[M]]) -> type[M]:

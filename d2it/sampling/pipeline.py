@@ -50,6 +50,7 @@ from d2it.models.dvae import DynamicVAE
 from d2it.models.grain import DynamicGrainTransformer
 from d2it.models.klvae import KLVAE
 from d2it.models.layers import Modulation
+from d2it.sampling.card import write_companions
 from d2it.seeds import derived_seed
 
 T = TypeVar("T")
@@ -103,6 +104,8 @@ class D2iT(Pretrained):
             fine-tuned alone, say).
         guide: a weaker content transformer that guides this one in place of the null label (autoguidance); it moves
             with the model and is not saved with it.
+        facts: what is known of its training, for the model card: "data" and "settings", each name -> value, and
+            "license" of the weights.
 
     Raises:
         ValueError: parts that do not fit each other, named.
@@ -118,6 +121,7 @@ class D2iT(Pretrained):
         sampling: dict[str, Any] | None = None,
         any_vae: bool = False,
         guide: DynamicContentTransformer | DiT | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         self.vae, self.grain_transformer, self.content_transformer = vae, grain_transformer, content_transformer
         content = content_transformer.config
@@ -143,6 +147,9 @@ class D2iT(Pretrained):
         if guide is not None:
             self._check_guide(guide)
         self.class_names, self.sampling = _description(class_names, sampling, content.num_classes)
+        if not isinstance(facts, (dict, type(None))):
+            raise ValueError(f"facts must be a dictionary, got {facts!r}")
+        self.facts = dict(facts or {})
 
     def _check_guide(self, guide: Model) -> None:
         check_guide(guide, self.content_transformer)
@@ -251,14 +258,15 @@ class D2iT(Pretrained):
         """Read what `save_pretrained`, or a training run, wrote to a folder.
 
         Args:
-            pretrained_model_name_or_path: a local folder; with `local_files_only=False` also a repository of the
-                Hugging Face hub.
+            pretrained_model_name_or_path: a local folder, or a repository of the Hugging Face hub ("user/model"),
+                which is downloaded once and kept in the hub's cache.
             device: where the parts go.
             dtype: of the weights of the transformers' blocks, see `to`; torch.bfloat16 halves their memory.
             any_vae: as for a new D2iT.
             guide: a local folder with the guide of a new D2iT: of a content transformer, or of a D2iT or a run that
                 has one.
-            hub: `local_files_only` (True unless given), `revision`, `cache_dir`, `force_download`, `token`.
+            hub: `local_files_only` (no network: a local folder, or a repository in the cache), `revision`,
+                `cache_dir`, `force_download`, `token`.
 
         Raises:
             ValueError: no such folder, no D2iT in it, a part that is damaged or of another model, or a device that is
@@ -267,7 +275,7 @@ class D2iT(Pretrained):
         path = Path(local_folder(pretrained_model_name_or_path, cls.__name__, **hub))
         if not (path / DESCRIPTION).is_file():
             raise ValueError(f"path must be a folder with a trained D2iT, got {str(path)!r}: no {DESCRIPTION}")
-        description = read_sealed(path / DESCRIPTION, {"class_names", "sampling"})
+        description = read_sealed(path / DESCRIPTION, {"class_names", "sampling", "facts"})
         weaker = None if guide is None else _read_guide(Path(guide))
         return cls.from_parts(path, any_vae=any_vae, guide=weaker, **description).to(device, dtype)
 
@@ -295,9 +303,17 @@ class D2iT(Pretrained):
         self.save_description(save_directory)
 
     def save_description(self, path: str | Path) -> None:
-        """Write what belongs to no part, into a folder that has the parts."""
-        sampling = {k: dataclasses.asdict(v) if isinstance(v, Guidance) else v for k, v in self.sampling.items()}
-        write_sealed(Path(path) / DESCRIPTION, {"class_names": self.class_names, "sampling": sampling})
+        """Write what belongs to no part into a folder that has the parts: d2it.json, the card, diffusers' index."""
+        content: dict[str, Any] = {"class_names": self.class_names, "sampling": self.described_sampling}
+        if self.facts:
+            content["facts"] = self.facts
+        write_sealed(Path(path) / DESCRIPTION, content)
+        write_companions(Path(path), self)
+
+    @property
+    def described_sampling(self) -> dict[str, Any]:
+        """`sampling` as JSON values."""
+        return {k: dataclasses.asdict(v) if isinstance(v, Guidance) else v for k, v in self.sampling.items()}
 
     @torch.no_grad()
     def __call__(

@@ -48,6 +48,7 @@ class RunConfig:
         publish_every: steps between two writes of the averaged weights and pictures; 0 is at the end only.
         skip_limit: steps in a row without a finite gradient that stop the run.
         wandb: project of Weights & Biases; needs the wandb package.
+        license: of the published weights, for their model card, such as apache-2.0 or cc-by-nc-4.0.
     """
 
     dir: str = "runs/d2it"
@@ -61,6 +62,7 @@ class RunConfig:
     publish_every: int = 10_000
     skip_limit: int = 20
     wandb: str | None = None
+    license: str | None = None
 
 
 @dataclass

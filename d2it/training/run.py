@@ -258,7 +258,7 @@ def draw_samples(config: Config, world: World) -> None:
     """Assemble the D2iT, sample from it and write the pictures."""
     folder, sample = Path(config.run.dir), config.sample
     settings = {name: getattr(sample, name) for name in ("scheduler", "steps", "grain_steps", "guidance")}
-    d2it = D2iT.from_parts(folder, class_names=_class_names(config), sampling=settings)
+    d2it = D2iT.from_parts(folder, class_names=_class_names(config), sampling=settings, facts=_facts(config))
     d2it.save_description(folder)
     d2it.to(world.device)
     count, classes, seed = sample.images, d2it.num_classes, config.run.seed
@@ -268,6 +268,19 @@ def draw_samples(config: Config, world: World) -> None:
     for name, sheet in zip(("samples", "samples_grains"), sheets):
         pictures.save_png(folder / f"{name}.png", sheet)
     pictures.save_png(folder / "denoising.png", denoising_sheet(d2it, labels and labels[:4], seed=seed))
+
+
+def _facts(config: Config) -> dict[str, Any]:
+    """What a model card says of the training."""
+    cache, data = _cache_folder(config), config.data
+    known = {"images": len(LatentCache(cache, verify=False))} if (cache / "index.json").exists() else {}
+    settings: dict[str, Any] = {"seed": config.run.seed}
+    for name in config.run.stages:
+        if name != "cache":
+            stage = getattr(config, name)
+            settings[name] = f"{stage.preset}, {stage.steps:,} steps of {stage.batch_size}, learning rate {stage.lr:g}"
+    facts = {"data": {"source": data.path, **known, "size": list(data.image_size)}, "settings": settings}
+    return facts | ({"license": config.run.license} if config.run.license else {})
 
 
 def _source(config: Config) -> ImageSource:
