@@ -98,6 +98,13 @@ def extension(target: str) -> dict:
                     raise
                 print(f"d2it: the C++ operators could not be built and are left out: {error}")
 
+        def copy_file(self, infile, outfile, *args, **kwargs):
+            """Copies beside the target and renames: a process that loads the library finds the old or the new one."""
+            partial = f"{outfile}.{os.getpid()}.tmp"
+            super().copy_file(infile, partial, *args, **kwargs)
+            os.replace(partial, outfile)
+            return outfile, True
+
     return {
         "ext_modules": [
             cpp_extension.CppExtension(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import stat
 import time
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from d2it.errors import UserError
+from d2it.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,27 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metad
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+
+
+def load_saved(path: str | os.PathLike[str]) -> Any:
+    """Returns what torch.save wrote to a regular file: tensors on the host, containers, numbers, `argparse.Namespace`.
+
+    The file is a pickle; anything else in it is refused, and nothing in it is executed.
+
+    Raises:
+        ValueError: it cannot be read or holds something else; one line that names the file.
+    """
+    import torch
+
+    try:
+        with open_regular(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(reason_of(error)) from None
+    except Exception as error:  # as many kinds as a pickle can be wrong; torch's text advises to trust the file
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it names {name[1]}, which no weights need" if name else "torch.save wrote no such file"
+        raise ValueError(f"{path} cannot be read as weights: {why}") from None
 
 
 def prepare_file(path: str | os.PathLike[str], name: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2it.errors import UserError
+from d2it.errors import UserError, reason_of
 from d2it.files import atomic_write, open_regular
 
 if TYPE_CHECKING:
@@ -312,5 +312,5 @@ def _one_line(path: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{path}: not a readable array file ({reason})") from None

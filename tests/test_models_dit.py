@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import pickle
 
 import pytest
 import torch
@@ -131,9 +133,40 @@ def test_checkpoints_of_something_else(tmp_path):
     del state["pos_embed"]
     with pytest.raises(ValueError, match="it has no pos_embed"):
         convert.convert_dit(state, heads=HEADS)
-    (tmp_path / "broken.pt").write_bytes(b"not a pickle")
-    with pytest.raises(ValueError, match="cannot be read as weights"):
-        convert.load_dit(tmp_path / "broken.pt")
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "pickle", "fifo", "folder", "missing", "list", "numbers", "shapes"])
+def test_a_file_that_is_no_dit_is_one_line(tmp_path, kind):
+    """Nothing of what torch says to a developer, such as how to trust the file."""
+    path = tmp_path / "x.pt"
+    shapes = {
+        "x_embedder.proj.weight": torch.zeros(16, 4, 0, 0),
+        "pos_embed": torch.zeros(1, 4, 16),
+        "final_layer.linear.weight": torch.zeros(32, 16),
+        "y_embedder.embedding_table.weight": torch.zeros(4, 16),
+        "blocks.0.mlp.fc1.weight": torch.zeros(64, 16),
+    }
+    saved = {"list": [1], "numbers": dict.fromkeys(shapes, 5), "shapes": shapes}
+    said = {
+        "fifo": "not a regular file",
+        "folder": "a folder, not a file",
+        "missing": "No such file or directory",
+        "list": "must hold a state dict, got list",
+        "numbers": "x_embedder.proj.weight must be a tensor, got int",
+        "shapes": r"x_embedder.proj.weight must have 4 dimensions, none of them 0, got \(16, 4, 0, 0\)",
+    }
+    if kind in ("text", "empty", "pickle"):
+        path.write_bytes({"text": b"not a pickle", "empty": b"", "pickle": pickle.dumps(print)}[kind])
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in saved:
+        torch.save(saved[kind], path)
+    with pytest.raises(ValueError, match=said.get(kind, "x.pt cannot be read as weights: ")) as raised:
+        convert.load_dit(path)
+    assert len(str(raised.value).splitlines()) == 1
+    assert "torch.load" not in str(raised.value)
 
 
 # ---- multiply-accumulates -------------------------------------------------------------------------------------------

@@ -51,6 +51,41 @@ def test_a_wheel_has_the_kernels_and_the_data(wheel):
     assert all(name.startswith(("d2it/", "d2it-")) for name in names), "something would shadow other packages"
 
 
+def test_a_build_replaces_the_library_at_once(tmp_path):
+    """A process that starts during `make build` finds the old library or the new one, never a part or none."""
+    code = """
+import os, runpy, sys, threading, setuptools
+found = {}
+setuptools.setup = lambda **given: found.update(given)
+runpy.run_path("setup.py")
+command = found["cmdclass"]["build_ext"](setuptools.Distribution())
+new, target = sys.argv[1:]
+seen, done = set(), threading.Event()
+def look():
+    while not done.is_set():
+        try:
+            seen.add(os.stat(target).st_size)
+        except FileNotFoundError:
+            seen.add(None)
+watch = threading.Thread(target=look)
+watch.start()
+for i in range(20):
+    os.utime(new, (2e9 + i, 2e9 + i))  # what is not newer is not copied
+    command.copy_file(new, target)
+done.set()
+watch.join()
+print(seen, os.listdir(os.path.dirname(target)))
+"""
+    new, target = tmp_path / "new.so", tmp_path / "package" / "_C.so"
+    target.parent.mkdir()
+    for path in (new, target):
+        path.write_bytes(bytes(2**22))
+    environment = {**os.environ, "D2IT_BUILD": "cpu"}
+    command = [sys.executable, "-c", code, new, target]
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert made.stdout == f"{{{2**22}}} ['_C.so']\n", made.stderr
+
+
 def test_without_operators_the_package_runs_in_python_and_says_why(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """

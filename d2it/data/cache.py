@@ -42,7 +42,7 @@ from torch import Tensor
 from d2it.data.calibration import QUANTILES, EntropySketch, shares_above, threshold_of
 from d2it.data.loader import SinglePass
 from d2it.data.sources import ImageSource, check_classes
-from d2it.errors import UserError
+from d2it.errors import UserError, reason_of
 from d2it.files import atomic_write, read_json, save_tensors, sha256_of
 from d2it.ops import neighbor_copy
 from d2it.seeds import Draws
@@ -172,7 +172,7 @@ def _quantiles(folder: Path, units: list[_Unit]) -> tuple[list[float], float]:
         for values in entropies():
             sketch.add(values)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: cannot read the latent cache: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder}: cannot read the latent cache: {reason_of(error)}") from None
     if not sketch.total:
         raise UserError(f"{folder}: no image could be read")
     return sketch.quantiles(np.linspace(0, 1, QUANTILES)).tolist(), sketch.width
@@ -441,7 +441,7 @@ class LatentCache:
                 with safe_open(path, "pt") as file:
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+                raise UserError(f"{path} is damaged: {reason_of(error)}") from None
             if check:
                 try:
                     self._check_tensors(unit, tensors)

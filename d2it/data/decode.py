@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
+from d2it.errors import reason_of
 from d2it.seeds import Draws
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -84,7 +85,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except Image.UnidentifiedImageError:
         raise Unreadable(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     except Exception as error:  # a fuzzed file makes Pillow's parsers raise nearly anything
-        raise Unreadable(str(error).strip().split("\n")[0] or type(error).__name__) from None
+        raise Unreadable(reason_of(error)) from None
 
 
 def _wide(image: Image.Image) -> np.ndarray:

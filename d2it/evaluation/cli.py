@@ -18,7 +18,7 @@ from torch import Tensor
 
 import d2it
 from d2it.distributed import World, joined
-from d2it.errors import UserError, run_command, user_error
+from d2it.errors import UserError, reason_of, run_command, user_error
 from d2it.evaluation.extractors import EXTRACTORS, open_extractor
 from d2it.evaluation.generation import (
     ALL_METRICS,
@@ -327,8 +327,7 @@ def _image_size(folder: Path) -> tuple[int, int]:
     except UserError:
         raise
     except Exception as error:  # YAML and OmegaConf have many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{file} is damaged: no image size in it ({reason}); give --image-size") from None
+        raise UserError(f"{file} is damaged: no image size in it ({reason_of(error)}); give --image-size") from None
 
 
 def _inception(options: argparse.Namespace, world: World) -> tuple[Any, dict[str, Any]]:

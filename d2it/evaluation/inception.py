@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2it.errors import UserError
-from d2it.files import sha256_of
+from d2it.errors import UserError, reason_of
+from d2it.files import load_saved, sha256_of
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"  # the first digits, which the file carries in its name
@@ -206,12 +206,12 @@ class Inception(nn.Module):
             if not found.startswith(sha256):
                 raise UserError(f"{path}: SHA-256 {found[:8]}..., expected {sha256}...; {WHERE}")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_saved(path)
             model = cls()
             # The 2015 graph has no auxiliary head; some ports keep the counters of batch norm, some do not.
             missing, unexpected = model.load_state_dict(state, strict=False)
         except Exception as error:
-            raise UserError(f"{path}: not Inception weights ({str(error).splitlines()[0]}); {WHERE}") from None
+            raise UserError(f"{path}: not Inception weights ({reason_of(error)}); {WHERE}") from None
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:
             name = (missing or list(unexpected))[0]

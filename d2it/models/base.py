@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from d2it.errors import UserError
+from d2it.errors import UserError, reason_of
 from d2it.files import atomic_write, read_json, read_sealed, save_tensors, sha256_of, write_sealed
 
 try:
@@ -182,7 +182,7 @@ class Model(nn.Module, Pretrained):
                 raise ValueError(f"its SHA-256 is {found[:12]}..., not {wanted[:12]}...: damaged, or of another save")
             tensors = load_file(file, device=str(map_location))
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{file} cannot be read: {reason_of(error)}") from error
         with torch.device("meta"):  # nothing is allocated or initialised that the file is about to replace
             model = cls(config)
         load_weights(model, tensors, source=path, assign=True)
@@ -282,7 +282,7 @@ def local_folder(path: str | Path, what: str, **download: Any) -> str:
     try:
         return snapshot_download(path, **download)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"there is no folder {path!r} to read a {what} from, nor can it be had: {reason}") from error
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2it.files import load_saved
 from d2it.models.base import load_weights
 from d2it.models.dit import DiT, DiTConfig
 
@@ -30,6 +29,15 @@ _NAMES = (
     (r"final_layer\.adaLN_modulation\.1\.(weight|bias)", r"trunk.final.modulation.linear.\1"),
 )
 
+#: Dimensions of the tensors that the configuration is read off.
+_RANKS = {
+    "x_embedder.proj.weight": 4,  # (dim, C, p, p)
+    "pos_embed": 3,  # (1, L, dim)
+    "final_layer.linear.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+}
+
 
 def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None, num_classes: int | None = None) -> DiT:
     """Our DiT with the weights of the original's state dict (the same memory if float32), in evaluation mode.
@@ -46,17 +54,20 @@ def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None, num_cl
         ValueError: names, shapes or positions that are not the original's.
     """
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
-    try:
-        embed = state["x_embedder.proj.weight"]  # (dim, C, p, p)
-        positions = state.pop("pos_embed")[0]  # (L, dim)
-        final = state["final_layer.linear.weight"]
-        labels = state["y_embedder.embedding_table.weight"]
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"not a state dict of DiT: it has no {error.args[0]}") from error
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"not a state dict of DiT: {error}") from error
-    dim, channels, patch = embed.shape[:3]
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"not a state dict of DiT: {name} must be a tensor, got {type(tensor).__name__}")
+    for name, rank in _RANKS.items():
+        if name not in state:
+            raise ValueError(f"not a state dict of DiT: it has no {name}")
+        if state[name].ndim != rank or not state[name].numel():
+            got = tuple(state[name].shape)
+            raise ValueError(f"not a state dict of DiT: {name} must have {rank} dimensions, none of them 0, got {got}")
+    positions = state.pop("pos_embed")[0]  # (L, dim)
+    final = state["final_layer.linear.weight"]
+    labels = state["y_embedder.embedding_table.weight"]
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    dim, channels, patch = state["x_embedder.proj.weight"].shape[:3]
     if heads is None:
         if dim not in HEADS:
             raise ValueError(f"heads must be given for a width of {dim}")
@@ -105,8 +116,7 @@ def convert_dit(state: Mapping[str, Tensor], *, heads: int | None = None, num_cl
 def load_dit(path: str | os.PathLike[str], *, heads: int | None = None, num_classes: int | None = None) -> DiT:
     """`convert_dit` of a file: a bare state dict, or a checkpoint of train.py, whose "ema" is taken, else its "model".
 
-    The file is a pickle; it is read as tensors, containers, numbers and `argparse.Namespace` (train.py's "args"), and
-    nothing in it is executed.
+    The file is a pickle, read by `d2it.files.load_saved`: nothing in it is executed.
 
     Args:
         path: the file.
@@ -116,11 +126,7 @@ def load_dit(path: str | os.PathLike[str], *, heads: int | None = None, num_clas
     Raises:
         ValueError: unreadable, or not the original's.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # as many kinds as a pickle can be wrong
-        raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    content = load_saved(path)
     state = content
     if isinstance(content, dict):
         state = next((content[key] for key in ("ema", "model") if content.get(key)), content)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2it.errors import reason_of
 from d2it.models.base import Model
 
 
@@ -69,8 +70,8 @@ class KLVAE(Model):
         try:
             network = AutoencoderKL.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # as many kinds as files can be missing or wrong
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{str(path)!r} is no folder with an AutoencoderKL of diffusers: {reason}") from error
+            line = f"{str(path)!r} is no folder with an AutoencoderKL of diffusers: {reason_of(error)}"
+            raise ValueError(line) from error
         model = cls(KLVAEConfig({k: v for k, v in network.config.items() if not k.startswith("_")}))
         model.network.load_state_dict(network.state_dict())
         return model.eval()

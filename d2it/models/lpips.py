@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2it.files import sha256_of
+from d2it.errors import reason_of
+from d2it.files import load_saved, sha256_of
 from d2it.models.layers import without_autocast
 
 #: VGG-16 up to relu5_3: convolutions by width, "pool" between the five stages.
@@ -139,14 +140,15 @@ def convert_lpips(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
+        try:
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises one of a dozen kinds
-        raise ValueError(f"{file} cannot be read as weights: {error}") from error
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read as weights: {reason_of(error)}") from None
+    state = load_saved(file)
     if not isinstance(state, dict):
         raise ValueError(f"{file} must hold a state dict, got {type(state).__name__}")
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}

@@ -42,6 +42,7 @@ from d2it.diffusion.sampling import (
     denoise_grain_maps,
 )
 from d2it.diffusion.solvers import whole_number
+from d2it.errors import reason_of
 from d2it.files import read_sealed, write_sealed
 from d2it.models.base import CONFIG_FILE, Model, Pretrained, local_folder, saved_kind
 from d2it.models.content import DynamicContentTransformer
@@ -209,7 +210,7 @@ class D2iT(Pretrained):
             for part in (self.vae, *self._networks):
                 part.to(device)
         except (RuntimeError, AssertionError, TypeError) as error:  # torch's kinds for a device that it does not have
-            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"device {device!r} cannot be used: {reason_of(error)}") from error
         if dtype is not None:
             for transformer in self._networks:
                 for block in transformer.transformer_blocks():

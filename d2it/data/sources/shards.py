@@ -14,7 +14,7 @@ import numpy as np
 
 from d2it.data.decode import EXTENSIONS, MAX_BYTES, Unreadable
 from d2it.data.sources.base import ImageSource, Names, report_left_out
-from d2it.errors import UserError
+from d2it.errors import UserError, reason_of
 from d2it.files import open_regular
 
 # The most that one header (a long name, a list of sparse parts) may hold.
@@ -167,8 +167,7 @@ def _scan_shard(path: str) -> tuple[dict[str, _Sample], list[str]]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (RecursionError, MemoryError, ArithmeticError, ValueError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a readable tar shard: {reason}") from None
+        raise UserError(f"{path} is not a readable tar shard: {reason_of(error)}") from None
     for key, sample in images.items():
         sample.label = labels.get(key)
     # A second picture of a sample that has one ("0.seg.png" beside "0.png") is a companion, and no image of the set.
