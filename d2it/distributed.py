@@ -74,6 +74,11 @@ class World:
             values /= self.size
         return values
 
+    def say(self, text: str) -> None:
+        """Print lines on stderr, from rank 0 alone."""
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

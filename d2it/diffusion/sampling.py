@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,6 @@ def _always(fraction: float) -> bool:
     return True
 
 
-#: Of the kind of pass, the state, the timestep () and the guidance's weight ().
-Output = Callable[[Kind, Tensor, Tensor, Tensor], Tensor]
 _KINDS = [Kind(*kind) for kind in itertools.product((False, True), repeat=2)]
 
 
@@ -167,7 +165,6 @@ def denoise_content(
     keep = 2 * channels if isinstance(solver, Ddpm) and solver.learned_range else channels
     twice = guidance.scale != 1.0 and guide is None
     arguments: dict[Kind, dict[str, Any]] = {kind: {} for kind in _KINDS}
-    of_guide = arguments
     refines = guide_refines = _always
     if grain_map is None:
 
@@ -179,11 +176,6 @@ def denoise_content(
         grain_map = grain_map.to(device)
         arguments = _model_plans(model, grain_map, guided=twice)
         refines = config.refines
-        if guide is not None:
-            same = all(getattr(guide.config, key) == getattr(config, key) for key in PLANNED)
-            of_guide = arguments if same else _model_plans(guide, grain_map, guided=False)
-            weaker: Any = guide
-            guide_refines = weaker.config.refines
         sizes = config.code_sizes
 
         def grained(x: Tensor) -> Tensor:
@@ -192,10 +184,16 @@ def denoise_content(
         def project(x: Tensor) -> Tensor:
             return project_to_grains(x, grain_map, code_sizes=sizes)
 
+    reference = None
     guided = guidance.channels or channels
-    output: Output = _Output(model, labels, arguments, guided, autocast, device)
     if guide is not None:
-        output = _guided(output, _Output(guide, labels, of_guide, guided, autocast, device), guided)
+        of_guide, theirs = arguments, cast(Any, guide.config)
+        if grain_map is not None:
+            guide_refines = theirs.refines
+            if any(getattr(theirs, key) != getattr(config, key) for key in PLANNED):
+                of_guide = _model_plans(guide, grain_map, guided=False)
+        reference = _Output(guide, labels, of_guide, guided, autocast, device)
+    output = _Output(model, labels, arguments, guided, autocast, device, reference)
 
     def kind_of(fraction: float, guided: bool) -> Kind:
         return Kind(guided, refines(fraction), not guided or guide_refines(fraction))
@@ -233,6 +231,7 @@ class _Output:
         labels: (B,) or None.
         arguments: of the model for every kind of pass.
         channels: how many of the first are guided.
+        guide: the output of a weaker model that guides; None: this model without its label does.
     """
 
     def __init__(
@@ -243,35 +242,29 @@ class _Output:
         channels: int,
         autocast: torch.dtype | None,
         device: torch.device,
+        guide: _Output | None = None,
     ) -> None:
         self.model, self.arguments, self.channels, self.autocast = model, arguments, channels, autocast
+        self.guide = guide
         labels = None if labels is None else labels.to(device)
         both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
         self.labels = {False: labels, True: both}
 
     def __call__(self, kind: Kind, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         """`t` and `weight` are (); the weight counts in a guided pass."""
-        guided = kind.guided
-        x = torch.cat([x, x]) if guided else x
+        twice = kind.guided and self.guide is None
+        both = torch.cat([x, x]) if twice else x
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            x = x.to(next(self.model.parameters()).dtype)
-            out = self.model(x, t.expand(x.shape[0]), self.labels[guided], **self.arguments[kind]).float()
-        if not guided:
-            return out
-        conditional, unconditional = out.chunk(2)
-        return guide_output(conditional, unconditional, weight, self.channels)
-
-
-def _guided(output: Output, reference: Output, channels: int) -> Output:
-    """The output of a model that a weaker one guides; `reference` is the weaker one's, for the same labels."""
-
-    def both(kind: Kind, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        out = output(Kind(False, kind.refined), x, t, weight)
+            both = both.to(next(self.model.parameters()).dtype)
+            arguments = self.arguments[Kind(twice, kind.refined)]
+            out = self.model(both, t.expand(both.shape[0]), self.labels[twice], **arguments).float()
         if not kind.guided:
             return out
-        return guide_output(out, reference(Kind(False, kind.guide_refined), x, t, weight), weight, channels)
-
-    return both
+        if self.guide is None:
+            out, reference = out.chunk(2)
+        else:
+            reference = self.guide(Kind(False, kind.guide_refined), x, t, weight)
+        return guide_output(out, reference, weight, self.channels)
 
 
 class _Chain:
@@ -288,7 +281,7 @@ class _Chain:
     def __init__(
         self,
         solver: Solver,
-        output: Output,
+        output: _Output,
         predicted: Callable[[Tensor], Tensor],
         grained: Callable[[Tensor], Tensor],
         cuda_graph: bool,

@@ -24,32 +24,27 @@ from d2it.diffusion.grains import randn
 from d2it.diffusion.linear import EDGE, LinearDiffusion
 from d2it.diffusion.process import Diffusion, DiffusionConfig, shifted
 
-_FROM_THE_END = {"timestep_spacing": "trailing"}  # from T - 1; the singlestep solver has no other
 #: name -> (class in diffusers, settings).
 _DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **_FROM_THE_END}),
-    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **_FROM_THE_END}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "dpm++s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "lower_order_final": True}),
-    "unipc": ("UniPCMultistepScheduler", _FROM_THE_END),
-    "deis": ("DEISMultistepScheduler", _FROM_THE_END),
-    "sa": ("SASolverScheduler", _FROM_THE_END),
-    "euler": ("EulerDiscreteScheduler", _FROM_THE_END),
-    "euler-a": ("EulerAncestralDiscreteScheduler", _FROM_THE_END),
-    "heun": ("HeunDiscreteScheduler", _FROM_THE_END),
-    "dpm2": ("KDPM2DiscreteScheduler", _FROM_THE_END),
-    "dpm2-a": ("KDPM2AncestralDiscreteScheduler", _FROM_THE_END),
-    "lms": ("LMSDiscreteScheduler", _FROM_THE_END),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, **_FROM_THE_END}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "sa": ("SASolverScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
 }
-
 #: On the linear path, which these integrate as a flow.
 _FLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
+    **{name: _DIFFUSERS[name] for name in ("dpm++", "sde-dpm++", "unipc", "deis")},
 }
 
 SCHEDULERS = ("ddpm", "ddim", *_DIFFUSERS)
@@ -299,12 +294,10 @@ def make_scheduler(
         if name in ("euler", "heun"):
             return Flow(diffusion, steps, prediction, heun=name == "heun")
         kind, settings = _FLOW[name]
-        settings = {"num_train_timesteps": diffusion.num_timesteps, **settings}
-        shift = diffusion.config.shift
-        if name.startswith("flow-"):
-            settings |= {"shift": shift}
-        else:
-            settings |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        flow: dict[str, Any] = {"shift": diffusion.config.shift}
+        if not name.startswith("flow-"):
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": diffusion.config.shift}
+        settings = {"num_train_timesteps": diffusion.num_timesteps, **settings, **flow}
         return Diffusers(kind, settings, steps, (diffusion, prediction))
     assert isinstance(diffusion, GaussianDiffusion)
     if name == "ddpm":
@@ -314,8 +307,9 @@ def make_scheduler(
     if name == "lms" and importlib.util.find_spec("scipy") is None:
         raise ValueError("scheduler 'lms' needs the package scipy, which is not installed")
     kind, settings = _DIFFUSERS[name]
-    spoken = {"v": "v_prediction"}.get(prediction, prediction)
-    shared = {**diffusion.scheduler_arguments(), "prediction_type": spoken}
+    shared = {**diffusion.scheduler_arguments(), "prediction_type": "v_prediction" if prediction == "v" else prediction}
+    if name != "dpm++s":  # the singlestep solver has no other spacing than from T - 1
+        shared["timestep_spacing"] = "trailing"
     return Diffusers(kind, {**shared, **settings}, steps)
 
 

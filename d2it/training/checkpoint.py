@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from d2it.distributed import World
 from d2it.errors import UserError, reason_of
-from d2it.files import flush_folder, open_regular, read_json, sha256_of
+from d2it.files import atomic_write, flush_folder, open_regular, read_json, sha256_of
 
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
@@ -76,7 +76,8 @@ class Checkpoints:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 path = self.folder / f".probe-{self.world.rank}"
-                _write(path, b"x")
+                with atomic_write(path) as partial:
+                    partial.write_bytes(b"x")
                 path.unlink()
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot write checkpoints here: {error.strerror}") from None
@@ -216,8 +217,8 @@ class Checkpoints:
             manifest = {"step": step, "world_size": world.size, "identity": self.identity, "files": hashes}
 
             def commit() -> None:
-                _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-                flush_folder(temporary)
+                with atomic_write(temporary / MANIFEST) as partial:  # which flushes the folder too
+                    partial.write_text(json.dumps(manifest, indent=1))
                 os.rename(temporary, final)
                 flush_folder(self.folder)
                 for old in self.steps()[: -self.keep]:
@@ -361,13 +362,6 @@ def _hashes(folder: Path, world: World) -> dict[str, Any]:
     if world.first:
         mine.append(folder / INDEX)
     return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in mine}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _reason(error: BaseException) -> str:

@@ -113,14 +113,10 @@ def build_vae(config: Config) -> DynamicVAE:
         )
     if plan.num_grains == 1 or "thresholds" in overrides:
         if settings.calibration is not None:
-            raise UserError(
-                f"configuration: dvae.calibration={settings.calibration} has no effect "
-                + (
-                    "on a VAE of one grain: leave it out"
-                    if plan.num_grains == 1
-                    else "beside dvae.overrides.thresholds: set dvae.overrides.thresholds=null to use the calibration"
-                )
-            )
+            why = "beside dvae.overrides.thresholds: set dvae.overrides.thresholds=null to use the calibration"
+            if plan.num_grains == 1:
+                why = "on a VAE of one grain: leave it out"
+            raise UserError(f"configuration: dvae.calibration={settings.calibration} has no effect {why}")
         return build(DynamicVAE, settings, "dvae")
     if len(settings.fine_ratios) != plan.num_grains - 1:
         raise UserError(

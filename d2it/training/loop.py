@@ -7,7 +7,6 @@ same command again.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,9 +131,9 @@ def train(
                 meters.add({f"{x.name}/skipped_steps": x.guard[0] for x in stage.learners})
                 figures = meters.report(done, learning_rate(settings, step))
                 warning = None if warned else stage.warning(figures)
-                if warning and world.first:
-                    print(f"warning: {warning}", file=sys.stderr, flush=True)
-                warned = warned or warning is not None
+                if warning:
+                    world.say(f"warning: {warning}")
+                    warned = True
                 check_guard(stage, run, done, checkpoints, min(2, settings.steps) if last else run.skip_limit)
                 checkpoints.settle()
             publishing = last or (run.publish_every and done % run.publish_every == 0 and not signal)

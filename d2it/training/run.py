@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import torch
 
 from d2it import distributed, pictures
 from d2it.data import DemoPhotos, ImageSource, LatentCache, build_cache, finish_cache, open_source
-from d2it.data.loader import default_workers
 from d2it.distributed import World
 from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_command, user_error
 from d2it.files import atomic_write, only_writer, sha256_of
@@ -37,7 +35,7 @@ from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, loa
 from d2it.training.dvae import DvaeStage, budget_range, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
-from d2it.training.stage import check_batch, extreme_share, initialize, model_errors
+from d2it.training.stage import check_batch, extreme_share, initialize, model_errors, workers
 from d2it.training.summary import Summary, rehearse
 from d2it.training.transformers import ContentStage, GrainStage, LatentData
 
@@ -99,9 +97,6 @@ def run(config: Config, world: World) -> None:
     folder = Path(config.run.dir)
     source = _source(config) if {"dvae", "cache"} & set(config.run.stages) else None
     check_models(config, world)
-    for name in config.run.stages:
-        if name != "cache":
-            check_batch(getattr(config, name), name, world)
 
     def record() -> None:
         with atomic_write(folder / "config.yaml") as path:
@@ -120,12 +115,8 @@ def run(config: Config, world: World) -> None:
                 assert source is not None
                 encode(config, world, source, begin)
                 continue
-            settings = getattr(config, name)
-            outline = Summary(_stage(name, config, world, source, outline=True), settings, world)
-            if world.first:
-                print(outline.text, file=sys.stderr, flush=True)
-            outline.require_memory()
-            train(_stage(name, config, world, source), settings, config.run, world, begin)
+            summarize(name, config, world, source)
+            train(_stage(name, config, world, source), getattr(config, name), config.run, world, begin)
         begin()
         world.together(lambda: finish(config, world, source) if world.first else None)
 
@@ -134,10 +125,13 @@ def check_models(config: Config, world: World) -> None:
     """Build the network of every stage without memory for its weights, so that what does not fit fails now.
 
     Raises:
-        UserError: a preset or setting that does not exist, one that does not fit the others, or weights to start from
-            that do not fit.
+        UserError: a preset or setting that does not exist, one that does not fit the others, a batch that cannot be
+            split over the ranks, or weights to start from that do not fit.
     """
     stages, folder, sha256 = set(config.run.stages), Path(config.run.dir) / "vae", None
+    for name in config.run.stages:
+        if name != "cache":
+            check_batch(getattr(config, name), name, world)
     with torch.device("meta"):
         if "dvae" in stages:
             autoencoder = build_vae(config)
@@ -158,6 +152,17 @@ def check_models(config: Config, world: World) -> None:
                 kind.initialize(network, config, world, data)
 
 
+def summarize(name: str, config: Config, world: World, source: ImageSource | None, *, dry: bool = False) -> None:
+    """Print the summary of a stage; the arguments are those of `_stage`.
+
+    Raises:
+        UserError: it needs more memory than there is.
+    """
+    summary = Summary(_stage(name, config, world, source, dry=dry, outline=True), getattr(config, name), world)
+    world.say(summary.text)
+    summary.require_memory()
+
+
 def rehearse_all(config: Config, world: World) -> None:
     """Print the summary of every stage, then what two steps on noise cost; nothing is written.
 
@@ -169,15 +174,8 @@ def rehearse_all(config: Config, world: World) -> None:
     for name in STAGES:
         if name == "cache" or name not in config.run.stages:
             continue
-        settings = getattr(config, name)
-        check_batch(settings, name, world)
-        outline = Summary(_stage(name, config, world, source, dry=True, outline=True), settings, world)
-        if world.first:
-            print(outline.text, file=sys.stderr, flush=True)
-        outline.require_memory()
-        text = rehearse(_stage(name, config, world, source, dry=True), settings, world)
-        if world.first:
-            print(text, file=sys.stderr, flush=True)
+        summarize(name, config, world, source, dry=True)
+        world.say(rehearse(_stage(name, config, world, source, dry=True), getattr(config, name), world))
 
 
 def encode(config: Config, world: World, source: ImageSource, begin: Callable[[], None]) -> None:
@@ -198,8 +196,8 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
         nonlocal done
         before, done = done, done + images
         share = -(-len(source) // world.size)
-        if world.first and (before * 10 // share != done * 10 // share):
-            print(f"cache: {min(done, share)}/{share} images", file=sys.stderr, flush=True)
+        if before * 10 // share != done * 10 // share:
+            world.say(f"cache: {min(done, share)}/{share} images")
 
     def build() -> None:
         build_cache(
@@ -207,7 +205,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
             source,
             moments,
             facts={
-                "vae": sha256_of(Path(config.run.dir) / "vae" / "model.safetensors"),
+                "vae": vae.weights_sha256,
                 "thresholds": vae.thresholds.tolist(),
                 "downsampling": list(vae.downsampling),
                 "scaling_factor": float(vae.scaling_factor),
@@ -217,7 +215,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
             batch_size=config.cache.batch_size,
             unit_size=config.cache.unit_size,
             flips=config.cache.flips,
-            workers=_workers(config, world),
+            workers=workers(config, world),
             pin_memory=world.device.type == "cuda",
             progress=progress,
         )
@@ -228,7 +226,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
     if world.first and vae.config.num_grains > 1:
         share = LatentCache(target, verify=False).shares()[0]
         if warning := extreme_share(share):
-            print(f"warning: cache: {warning}", file=sys.stderr, flush=True)
+            world.say(f"warning: cache: {warning}")
 
 
 def finish(config: Config, world: World, source: ImageSource | None) -> None:
@@ -242,7 +240,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
     if curves and importlib.util.find_spec("matplotlib"):
         pictures.save_curves(folder / "curves.png", curves)
     elif curves:
-        print(f"{folder / 'curves.png'} is left out: matplotlib is not installed", file=sys.stderr, flush=True)
+        world.say(f"{folder / 'curves.png'} is left out: matplotlib is not installed")
     if source is not None and (folder / "vae").is_dir():
         vae = _vae(config).to(world.device)
         sheet = reconstructions(vae, source, min(8, config.sample.images), world.device)
@@ -251,7 +249,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
         with user_error():
             draw_samples(config, world)
     for path in sorted(folder.glob("*.png")):
-        print(f"wrote {path}", file=sys.stderr, flush=True)
+        world.say(f"wrote {path}")
 
 
 def draw_samples(config: Config, world: World) -> None:
@@ -315,10 +313,6 @@ def _vae(config: Config) -> DynamicVAE:
 
 def _cache_folder(config: Config) -> Path:
     return Path(config.cache.path) if config.cache.path else Path(config.run.dir) / "cache"
-
-
-def _workers(config: Config, world: World) -> int:
-    return default_workers(world.local_size) if config.data.workers is None else config.data.workers
 
 
 def _stage(

@@ -90,19 +90,22 @@ def loader(
     process: Callable[[Batch], Batch] | None = None,
 ) -> Loader:
     """Return a loader of this rank's micro-batches from step `first` on."""
-    parts = world.size * settings.accumulate
-    workers = config.data.workers
     return Loader(
         source,
-        settings.batch_size // parts,
+        settings.batch_size // (world.size * settings.accumulate),
         seed=config.run.seed,
         rank=world.rank,
         world_size=world.size,
         start=first * settings.batch_size,
-        workers=default_workers(world.local_size) if workers is None else workers,
+        workers=workers(config, world),
         pin_memory=world.device.type == "cuda",
         process=process,
     )
+
+
+def workers(config: Config, world: World) -> int:
+    """Return the number of decoding processes of a rank."""
+    return default_workers(world.local_size) if config.data.workers is None else config.data.workers
 
 
 def check_batch(settings: StageConfig, key: str, world: World) -> None:
