@@ -61,11 +61,7 @@ class World:
 
     def gather(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         """Return `item` of every rank, in rank order, on every rank."""
-        if self.size == 1:
-            return [item]
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=group or self.control)
-        return items
+        return gathered(item, group or self.control)
 
     def mean(self, values: Tensor) -> Tensor:
         """Average `values` over the ranks, in place."""
@@ -100,6 +96,15 @@ class World:
         if failures:
             raise UserError(failures[0], shared=True)
         return result
+
+
+def gathered(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return `item` of every rank, in rank order, on every rank; of this process alone where it has joined no run."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return items
 
 
 def start(device: str = "auto") -> World:

@@ -27,6 +27,7 @@ from d2it.evaluation.generation import (
     check_metrics,
     check_sizes,
     compare,
+    default_metrics,
     open_reference,
     spread,
     summarize,
@@ -214,7 +215,7 @@ def _check_generation(options: argparse.Namespace) -> None:
 
 def _metrics(options: argparse.Namespace, extractor: Any) -> list[str]:
     if options.metrics is None:
-        return list(METRICS if getattr(extractor, "name", "inception") == "inception" else OTHER_METRICS)
+        return list(default_metrics(extractor))
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     with user_error("--metrics", (UserError,)):
         check_metrics(metrics, extractor)
@@ -239,7 +240,7 @@ def _statistics(options: argparse.Namespace, world: World) -> dict[str, Any]:
     found = summarize(
         _share(images.batches(options.batch_size), world),
         extractor,
-        metrics=METRICS if getattr(extractor, "name", "inception") == "inception" else OTHER_METRICS,
+        metrics=default_metrics(extractor),
         device=world.device,
         labels=labels,
         total=math.ceil(images.count / world.size),

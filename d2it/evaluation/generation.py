@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from d2it.distributed import gathered
 from d2it.errors import UserError, user_error
 from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import Features
@@ -28,7 +28,7 @@ from d2it.evaluation.metrics import (
 )
 from d2it.npz import NpzReader, save_arrays
 
-# What is computed where nothing is asked for: of Inception, and of any other network.
+# Of Inception, and of any other network.
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 OTHER_METRICS = ("fd", "kd", "precision", "recall")
 ALL_METRICS = ("fid", "sfid", "is", "fd", "kd", "precision", "recall", "accuracy", "top1")
@@ -42,6 +42,11 @@ class Extractor(Protocol):
 
     def __call__(self, images: Tensor) -> Features:
         """Returns the features of one batch."""
+
+
+def default_metrics(extractor: Extractor) -> tuple[str, ...]:
+    """Returns what is computed where nothing is asked for."""
+    return METRICS if getattr(extractor, "name", "inception") == "inception" else OTHER_METRICS
 
 
 def check_metrics(metrics: Sequence[str], extractor: Extractor | None = None) -> None:
@@ -145,7 +150,7 @@ def summarize(
                 numbers.append(next(numbered))
             bar.update(images.shape[0])
     widths = (pool.dimensions, spatial.dimensions if spatial else 0) if pool else None
-    found = [item for item in _of_ranks((size, widths)) if item[1]]
+    found = [item for item in gathered((size, widths)) if item[1]]
     if not found:
         raise UserError("no images to evaluate")
     size, widths = found[0]
@@ -153,7 +158,7 @@ def summarize(
         pool = GaussianStatistics(widths[0], device)
         spatial = GaussianStatistics(widths[1], device) if widths[1] else None
     assert pool is not None
-    count = sum(_of_ranks(pool.count))
+    count = sum(gathered(pool.count))
     if count < 2:
         raise UserError(f"statistics need at least 2 images, got {count}")
     return Summary(
@@ -365,15 +370,6 @@ def spread(reports: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[
     )
 
 
-def _of_ranks(item: Any) -> list[Any]:
-    """Returns `item` of every rank, in their order."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [item]
-    items: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
-    return items
-
-
 def _rows_of_ranks(parts: list[Tensor]) -> Tensor | None:
-    rows = [part for mine in _of_ranks(parts) for part in mine]
+    rows = [part for mine in gathered(parts) for part in mine]
     return torch.cat(rows) if rows else None

@@ -326,14 +326,14 @@ _call_window_attention_qkvpacked = _define(
 # ---- What a backend can take: `x` is q or qkv, called `name` ---------------------------------------------------------
 
 
-def _dtype_reasons(name: str, x: Tensor, *_: Any, **windows: Any) -> list[str]:
+def _dtype_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:
     known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return [] if known else [f"{name} must be float32, float16 or bfloat16, not {x.dtype}"]
 
 
-def _size_reasons(x: Tensor, bias: Tensor | None, slots: Tensor | None) -> list[str]:
-    reasons = [] if bias is None else _dtype_reasons("bias", bias)
-    n, width = (x if slots is None else slots).shape[1], x.shape[-1]
+def _size_reasons(x: Tensor, windows: Windows) -> list[str]:
+    reasons = [] if windows.bias is None else _dtype_reasons("bias", windows.bias, windows)
+    n, width = windows.shape(x)[1], x.shape[-1]
     if n > 256:
         reasons.append(f"windows must have at most 256 positions, not {n}")
     if not 1 <= width <= 128:
@@ -341,10 +341,8 @@ def _size_reasons(x: Tensor, bias: Tensor | None, slots: Tensor | None) -> list[
     return reasons
 
 
-def _triton_reasons(
-    name: str, x: Tensor, bias: Tensor | None = None, *, slots: Tensor | None = None, **windows: Any
-) -> list[str]:
-    return _dtype_reasons(name, x) + _size_reasons(x, bias, slots)
+def _triton_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:
+    return _dtype_reasons(name, x, windows) + _size_reasons(x, windows)
 
 
 CUDA_WIDTHS = (32, 64, 72, 96, 128)
@@ -358,20 +356,12 @@ def _cuda_shared(n: int, width: int, segmented: bool) -> int:
     return 1056 + cdiv(n, 32) * 32 * (16 if segmented else 8) + 4 * rows * pitch + 64 * (6 * pitch + 8) + 80 * rows
 
 
-def _cuda_reasons(
-    name: str,
-    x: Tensor,
-    bias: Tensor | None = None,
-    *,
-    slots: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    scale: float | None = None,
-) -> list[str]:
+def _cuda_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:
     halves = x.dtype in (torch.float16, torch.bfloat16)
     reasons = [] if halves else [f"{name} must be float16 or bfloat16, not {x.dtype}"]
-    reasons += _size_reasons(x, bias, slots)
+    reasons += _size_reasons(x, windows)
     if not reasons and x.is_cuda:
-        needed = _cuda_shared((x if slots is None else slots).shape[1], x.shape[-1], segment_ids is not None)
+        needed = _cuda_shared(windows.shape(x)[1], x.shape[-1], windows.segment_ids is not None)
         if needed > _EVERY_GPU:
             there = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
             if needed > there:
@@ -379,19 +369,20 @@ def _cuda_reasons(
     return reasons
 
 
-def _cuda_chosen(
-    name: str, x: Tensor, bias: Tensor | None = None, *, slots: Tensor | None = None, **windows: Any
-) -> list[str]:
+def _cuda_chosen(name: str, x: Tensor, windows: Windows) -> list[str]:
     """`_cuda_reasons`, and windows of at most 64 positions: they are single tiles of the Triton kernels."""
-    small = (x if slots is None else slots).shape[1] <= 64
-    return ["windows are small"] if small else _cuda_reasons(name, x, bias, slots=slots, **windows)
+    return ["windows are small"] if windows.shape(x)[1] <= 64 else _cuda_reasons(name, x, windows)
 
 
-def _fits(op: str, reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def _fits(op: str, reasons: Callable[[str, Tensor, Windows], list[str]]) -> Callable[..., list[str]]:
     """`reasons` as a function of the arguments of `op`."""
-    if op == "window_attention":
-        return lambda q, k, v, bias=None, **windows: reasons("q", q, bias, **windows)
-    return lambda qkv, bias=None, **windows: reasons("qkv", qkv, bias, **windows)
+
+    def packed(
+        qkv: Tensor, bias: Any = None, *, slots: Any = None, segment_ids: Any = None, scale: Any = None
+    ) -> list[str]:
+        return reasons("q" if op == "window_attention" else "qkv", qkv, Windows(bias, slots, segment_ids, scale))
+
+    return packed if op != "window_attention" else lambda q, k, v, *rest, **given: packed(q, *rest, **given)
 
 
 # ---- C++ on CPU, which keeps nothing for the backward ----------------------------------------------------------------

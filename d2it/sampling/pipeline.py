@@ -385,13 +385,12 @@ class D2iT(Pretrained):
         Raises:
             ValueError: arguments that do not fit each other or the model; nothing has been computed then.
         """
-        own = self.sampling
-        diffusion = self.content_transformer.config.diffusion
-        scheduler = scheduler if scheduler is not None else own.get("scheduler", default_scheduler(diffusion))
-        steps = steps if steps is not None else own.get("steps", 250)
-        grain_steps = grain_steps if grain_steps is not None else own.get("grain_steps", steps)
-        grain_scheduler = grain_scheduler if grain_scheduler is not None else own.get("grain_scheduler")
-        strength = _guidance("guidance", guidance if guidance is not None else own.get("guidance", 1.0))
+        content = self.content_transformer.config
+        scheduler = self._setting("scheduler", scheduler, default_scheduler(content.diffusion))
+        steps = self._setting("steps", steps, 250)
+        grain_steps = self._setting("grain_steps", grain_steps, steps)
+        grain_scheduler = self._setting("grain_scheduler", grain_scheduler, None)
+        strength = _guidance("guidance", self._setting("guidance", guidance, 1.0))
         if guide is not None:
             self._check_guide(guide)
             if strength.scale == 1.0:
@@ -406,7 +405,6 @@ class D2iT(Pretrained):
             if not isinstance(self.content_transformer, DiT):
                 raise ValueError("grain_map must be given: this model has no Grain Transformer")
             grain_map = torch.full(self.region_grid, self.num_grains - 1)
-        content = self.content_transformer.config
         check_guidance("guidance", strength, content.in_channels, content, guide is not None)
         process = make_diffusion(content.diffusion, learn_sigma=content.learn_sigma)
         solver = make_scheduler(scheduler, process, steps, learned_range=content.learn_sigma)
@@ -421,9 +419,7 @@ class D2iT(Pretrained):
         shared: dict[str, Any] = {"autocast": autocast, "cuda_graph": cuda_graph}
         if grain_map is None:
             network: Any = self.grain_transformer
-            grain_guide = _guidance(
-                "grain_guidance", grain_guidance if grain_guidance is not None else own.get("grain_guidance", 1.0)
-            )
+            grain_guide = _guidance("grain_guidance", self._setting("grain_guidance", grain_guidance, 1.0))
             check_guidance("grain_guidance", grain_guide, self.num_grains, network.config)
             if grain_scheduler is None:
                 grain_scheduler = grain_scheduler_for(scheduler, network.config.diffusion)
@@ -469,6 +465,10 @@ class D2iT(Pretrained):
             return Samples(torch.empty(0, 3, *self.image_size), empty, numbers)
         images, grain_maps = zip(*sampled)
         return Samples(torch.cat(images), torch.cat(grain_maps), numbers)
+
+    def _setting(self, name: str, given: Any, otherwise: Any) -> Any:
+        """An argument of a call: as given, else this model's own default, else that of all models."""
+        return given if given is not None else self.sampling.get(name, otherwise)
 
     def class_numbers(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
         """The numbers of classes that are given by number or by name.
