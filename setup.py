@@ -1,15 +1,15 @@
 """Builds the C++ and CUDA operators; everything else about the package is in pyproject.toml.
 
-One library, ``d2it/_C.abi3.so``, holds the operators for both devices. It uses torch's stable ABI only:
+One library, `d2it/_C.abi3.so`, holds the operators for both devices. It uses torch's stable ABI only:
 one build serves every torch from 2.11 on, with CUDA or without.
 
-``D2IT_BUILD`` selects what to build:
+`D2IT_BUILD` selects what to build:
     unset   CUDA and CPU where torch has CUDA and nvcc is there; CPU alone where there is a compiler; nothing
             where there is no compiler or no torch, or where the build fails (the package then runs in Python)
     none    nothing
     cpu     the CPU operators; a failure is an error
     cuda    the CPU and CUDA operators, also with a CPU torch; a failure is an error
-``TORCH_CUDA_ARCH_LIST`` selects for which GPUs (default "8.0;9.0;10.0+PTX").
+`TORCH_CUDA_ARCH_LIST` selects for which GPUs (default "8.0;9.0;10.0+PTX").
 """
 
 import os
@@ -59,7 +59,7 @@ def what_to_build() -> str:
 
 
 def extension(target: str) -> dict:
-    """The arguments of setup() that build the operators for ``target``, cpu or cuda."""
+    """The arguments of setup() that build the operators for `target`, cpu or cuda."""
     from torch.utils import cpp_extension
 
     flags = {

@@ -1,7 +1,7 @@
 """One measurement: what is run, against what, how it is checked, and the rows that come of it.
 
 - Calls take turns over enough copies of the inputs that none is found in the L2 cache.
-- Forward and backward are measured apart: the backward is ``torch.autograd.grad`` on a graph that is kept.
+- Forward and backward are measured apart: the backward is `torch.autograd.grad` on a graph that is kept.
 - Bytes and operations are counted from the shapes by the script, and set against a copy bandwidth and a matrix
   product rate measured in the same run.
 - A result is compared with the reference before it is timed; a wrong one gets no speed-up.

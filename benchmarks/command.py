@@ -1,7 +1,7 @@
 """The command line that every benchmark of an operator has.
 
-A script declares its measurements as :class:`bench.Bench` objects and ends in ``command.main(...)``; run alone it
-prints a table and writes ``benchmarks/results/<device>/<operator>.json``. On a CPU the same scripts run at small
+A script declares its measurements as `bench.Bench` objects and ends in `command.main(...)`; run alone it
+prints a table and writes `benchmarks/results/<device>/<operator>.json`. On a CPU the same scripts run at small
 sizes, and print that they do.
 """
 

@@ -138,7 +138,7 @@ def cases() -> Iterator[tuple[int, int, int, int, float, torch.dtype]]:
 
 
 def cost(batch: int, side: int, channels: int, dtype: torch.dtype) -> Cost:
-    """Read the pixels, write an entropy a region."""
+    """Reads the pixels, writes an entropy a region."""
     pixels = batch * side**2
     return Cost(pixels * channels * dtype.itemsize + 4 * pixels // REGION**2)
 

@@ -58,7 +58,7 @@ def plan_by_nonzero(given: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def cost(batch: int) -> Cost:
-    """Read the maps; write a number for every cell and slot, and two for each of the rows, half as many."""
+    """Reads the maps; writes a number for every cell and slot, and two for each of the rows, half as many."""
     return Cost(batch * SIDE**2 * 8 + 2 * 4 * batch * CELLS + 2 * 4 * (batch * CELLS // 2))
 
 

@@ -1,6 +1,6 @@
 """The rows of the result files, and how they are read. Standard library only.
 
-A result file is ``benchmarks/results/<device>/<operator>.json``: "operator", "complete", the header of
+A result file is `benchmarks/results/<device>/<operator>.json`: "operator", "complete", the header of
 `machine.header`, "rates" and "rows"; a row is one contender in one case and direction.
 """
 

@@ -1,4 +1,4 @@
-"""The cases of every ``*_bench.py`` under pytest-benchmark.
+"""The cases of every `*_bench.py` under pytest-benchmark.
 
     pytest --benchmark-only benchmarks [-k 'window and forward'] [--benchmark-max-time 0.2]
 

@@ -44,7 +44,7 @@ def _quantiles(samples: list[float], calls: int, how: str) -> Timing:
 
 
 def time_calls(calls: list[Callable[[], object]], *, graph: bool = True, seconds: float | None = None) -> Timing:
-    """Time of one call. The calls do the same work on different memory and take turns.
+    """The times of one call. The calls do the same work on different memory and take turns.
 
     Args:
         calls: at least one; on a GPU, enough that their inputs exceed the L2 cache.

@@ -25,7 +25,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's dense bf16 peak, or None where it is not known."""
+    """Returns the device's dense bf16 peak, or None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -33,7 +33,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def nvml(device: torch.device) -> tuple[Any, Any] | None:
-    """Return NVML and its handle of a GPU, or None where there is no NVML."""
+    """Returns NVML and its handle of a GPU, or None where there is no NVML."""
     if device.type != "cuda":
         return None
     try:
@@ -59,7 +59,7 @@ class Energy:
         self._nvml = nvml(device)
 
     def joules(self) -> float | None:
-        """Return the joules used since the driver was loaded, or None."""
+        """Returns the joules used since the driver was loaded, or None."""
         if self._nvml is None:
             return None
         library, handle = self._nvml
@@ -71,14 +71,14 @@ class Energy:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the most memory held so far: allocated on a GPU, resident in this process on a CPU."""
+    """Returns the most memory held so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def memory_limit(device: torch.device) -> int:
-    """Return the bytes that a process can hold: those of the GPU, or of the host within the limits of the process."""
+    """Returns the bytes that a process can hold: those of the GPU, or of the host within the limits of the process."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

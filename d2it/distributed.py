@@ -60,28 +60,28 @@ class World:
         return self.rank == 0
 
     def gather(self, item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Return `item` of every rank, in rank order, on every rank."""
+        """Returns `item` of every rank, in rank order, on every rank."""
         return gathered(item, group or self.control)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Average `values` over the ranks, in place."""
+        """Averages `values` over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
         return values
 
     def say(self, text: str) -> None:
-        """Print lines on stderr, from rank 0 alone."""
+        """Prints lines on stderr, from rank 0 alone."""
         if self.first:
             print(text, file=sys.stderr, flush=True)
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Waits for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def together(self, act: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
-        """Run `act` on this rank and return its result.
+        """Runs `act` on this rank and returns its result.
 
         Raises:
             UserError: on all ranks, if `act` failed with an OSError or UserError on any: a rank that raised alone would
@@ -99,7 +99,7 @@ class World:
 
 
 def gathered(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return `item` of every rank, in rank order, on every rank; of this process alone where it has joined no run."""
+    """Returns `item` of every rank, in rank order, on every rank; of this process alone where it has joined no run."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return [item]
     items: list[Any] = [None] * dist.get_world_size(group)
@@ -108,7 +108,7 @@ def gathered(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def start(device: str = "auto") -> World:
-    """Join the run that torchrun's environment describes, or be a run of one process.
+    """Joins the run that torchrun's environment describes; without one, this process is a run of its own.
 
     Args:
         device: "auto", "cpu" or "cuda".
@@ -152,7 +152,7 @@ def start(device: str = "auto") -> World:
 
 
 def _environment(name: str, default: int | None, least: int) -> int:
-    """Return an environment variable of torchrun as a number."""
+    """Returns an environment variable of torchrun as a number."""
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
@@ -166,7 +166,7 @@ _starts = itertools.count()
 
 
 def _attempt() -> str:
-    """Return a name for this meeting of the ranks, the same on all of them and never used before.
+    """Returns a name for this meeting of the ranks, the same on all of them and never used before.
 
     The store may outlive a meeting: torchrun restarts ranks, and a process may leave a run and join the next. Under an
     old name, the rank that comes first would find the address of a process that has gone.
@@ -176,14 +176,14 @@ def _attempt() -> str:
 
 
 def stop() -> None:
-    """Leave the run."""
+    """Leaves the run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def joined(device: str = "auto") -> Iterator[World]:
-    """Join the run as `start` does, and leave it at the end of the context."""
+    """Joins the run as `start` does, and leaves it at the end of the context."""
     world = start(device)
     try:
         yield world
@@ -193,7 +193,7 @@ def joined(device: str = "auto") -> Iterator[World]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise `Interrupted`, for stages without steps, between stages, and for the pictures."""
+    """Makes SIGINT and SIGTERM raise `Interrupted`, for stages without steps, between stages, and for the pictures."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(number)
@@ -259,7 +259,7 @@ class StopSignal:
 
     @staticmethod
     def _counts(number: signal.Signals, first: signal.Signals, since: float) -> bool:
-        """Return whether a signal after `first` is a second request to stop, and not the same one sent twice."""
+        """Returns whether a signal after `first` is a second request to stop, and not the same one sent twice."""
         return number == first == signal.SIGINT or time.monotonic() - since >= SECOND_SIGNAL
 
     def _end_if_stuck(self) -> None:
@@ -277,7 +277,7 @@ class StopSignal:
                 return
 
     def agreed(self) -> signal.Signals | None:
-        """Return the signal that some rank had caught by the last call, or None; call once a step on every rank."""
+        """Returns the signal that some rank had caught by the last call, or None; call once a step on every rank."""
         if self.world.size == 1:
             return self.caught
         before, flag = self._pending, torch.tensor([int(self.caught or 0)], dtype=torch.int32)
@@ -291,6 +291,6 @@ class StopSignal:
         return signal.Signals(int(before[0])) if before[0] else None
 
     def at_last(self) -> signal.Signals | None:
-        """Return the signal that some rank has caught by now, or None; call after the last step on every rank."""
+        """Returns the signal that some rank has caught by now, or None; call after the last step on every rank."""
         caught = max(self.world.gather(int(self.caught or 0)))
         return signal.Signals(caught) if caught else None

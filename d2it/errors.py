@@ -38,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run the body of a command and return its exit code; every entry point goes through here.
+    """Runs the body of a command and returns its exit code; every entry point goes through here.
 
     Args:
         main: returns the exit code, None for 0.
@@ -79,7 +79,7 @@ def user_error(where: str = "", kinds: tuple[type[Exception], ...] = (ValueError
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception means that memory ran out, on the host or on a GPU."""
+    """Returns whether an exception means that memory ran out, on the host or on a GPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
@@ -87,7 +87,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the line of an exception that states what happened."""
+    """Returns the line of an exception that states what happened."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

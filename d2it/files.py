@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
+    """Yields a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
     A crash at any moment leaves the old file or the new one, never a part. On an exception the temporary file is
     removed and `path` stays as it was. The file gets the permissions that the umask gives a new file.
@@ -52,7 +52,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; a failure is an OSError, as for any other file, and not safetensors' own exception."""
+    """Writes a safetensors file; a failure is an OSError, as for any other file, and not safetensors' own exception."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -84,7 +84,7 @@ def load_saved(path: str | os.PathLike[str]) -> Any:
 
 
 def prepare_file(path: str | os.PathLike[str], name: str) -> None:
-    """Make the folder of a file that is written at the end of the work; commands call it before they start.
+    """Makes the folder of a file that is written at the end of the work; commands call it before they start.
 
     Args:
         path: of the file.
@@ -191,7 +191,7 @@ def _seal(content: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that one process may write at a time; the folder is made if it is not there.
+    """Holds the lock of a folder that one process may write at a time; the folder is made if it is not there.
 
     The lock is that of `<folder>/run.lock`, which the operating system gives up when the process ends, however it ends.
     The file itself holds the owner's host, process id and start, and stays.
@@ -223,7 +223,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def flush_folder(path: Path) -> None:
-    """Make the names in a folder reach the disk."""
+    """Makes the names in a folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -235,7 +235,7 @@ def flush_folder(path: Path) -> None:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a regular file's content as a hex string."""
+    """Returns the SHA-256 of a regular file's content as a hex string."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 22):

@@ -16,12 +16,12 @@ _ORDER, _AUGMENT = 1, 2
 
 
 def seed_of(*parts: int | str) -> int:
-    """Return a 63-bit seed for these parts (run seed, step, rank, ...), the same on every machine and version."""
+    """Returns a 63-bit seed for these parts (run seed, step, rank, ...), the same on every machine and version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """Return a seed of its own for each purpose, so that the noise of a map and of its content are independent."""
+    """Returns a seed of its own for each purpose, so that the noise of a map and of its content are independent."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -31,7 +31,7 @@ def _philox(seed: int, counter: int, stream: int) -> np.random.Philox:
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the (count,) int64 order of one epoch."""
+    """Returns the (count,) int64 order of one epoch."""
     return np.argsort(_philox(seed, epoch, _ORDER).random_raw(count), kind="stable")
 
 
@@ -47,9 +47,9 @@ class Draws:
         self._bits = _philox(seed, position, _AUGMENT)
 
     def uniform(self) -> float:
-        """Return the next number in [0, 1)."""
+        """Returns the next number in [0, 1)."""
         return (self._bits.random_raw() >> 11) * 2.0**-53
 
     def below(self, bound: int) -> int:
-        """Return the next integer in [0, bound); bound must be far below 2^53."""
+        """Returns the next integer in [0, bound); bound must be far below 2^53."""
         return int(self.uniform() * bound)

@@ -1,6 +1,6 @@
 """Packing the cells of a plan into rows, and merging rows back over a base (paper 3.2.3, Eqs. 7 and 9).
 
-Both directions are gathers: packing reads cells by ``index``, merging reads rows by ``inverse``. Each output
+Both directions are gathers: packing reads cells by `index`, merging reads rows by `inverse`. Each output
 element is written exactly once, so there is no memset and no atomic, and the backward of either is the other.
 Bytes: rows are read once and written once, the base is read only where no row is.
 """

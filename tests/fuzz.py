@@ -127,7 +127,7 @@ class Fuzz:
     # ---- damage
 
     def damaged(self, name: str) -> Path:
-        """Return a copy of a file or folder in which one file is damaged."""
+        """Returns a copy of a file or folder in which one file is damaged."""
         target = self.folder / "work" / name
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         target.parent.mkdir(parents=True)
@@ -271,7 +271,7 @@ class Fuzz:
 
 
 def outcome_of(fuzz: Fuzz, act: Callable[[], bool]) -> str:
-    """Run a case; return "right", "silent", "traceback", "executed" or "hung"."""
+    """Runs a case; returns "right", "silent", "traceback", "executed" or "hung"."""
 
     def ring(number: int, frame: object) -> None:
         raise Hung

@@ -306,7 +306,7 @@ def test_further_arrays_are_kept_by_name(tmp_path):
 
 
 def older(folder):
-    """Turn a cache into one of version 1: the latents of one map."""
+    """Turns a cache into one of version 1: the latents of one map."""
     index = json.loads((folder / "index.json").read_text())
     for unit in index["units"]:
         path = folder / unit["file"]

@@ -52,7 +52,7 @@ def saved(tmp_path: Path) -> Checkpoints:
 
 
 def reseal(folder: Path) -> None:
-    """Give the manifest the hashes of the files as they are now: whoever changes a file can do that too."""
+    """Gives the manifest the hashes of the files as they are now: whoever changes a file can do that too."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         manifest["files"][name]["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()

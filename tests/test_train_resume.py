@@ -56,7 +56,7 @@ def test_fifty_kills_change_nothing(server: Server, tmp_path: Path, background: 
 
 
 def kill_at(server: Server, folder: Path, step: int, later: float, **settings: object) -> int:
-    """Start a run and SIGKILL it `later` seconds after it came to `step`; returns the step that it was at."""
+    """Starts a run and SIGKILL it `later` seconds after it came to `step`; returns the step that it was at."""
     progress = folder / "step-0"
     progress.unlink(missing_ok=True)
     (pid,) = server.start(folder, **settings)

@@ -35,7 +35,7 @@ class Server:
         )
 
     def start(self, folder: Path, **settings: object) -> list[int]:
-        """Start a run; returns the pids of its ranks."""
+        """Starts a run; returns the pids of its ranks."""
         line = " ".join(f"{k}={v}" for k, v in {"dir": folder, **settings}.items())
         assert self.process.stdin is not None
         self.log.seek(0)
@@ -44,7 +44,7 @@ class Server:
         return [int(pid) for pid in self.line().split()]
 
     def finish(self) -> tuple[int, str, str]:
-        """Wait for the run: the worst exit code (a kill: minus the signal), the printed hash, stderr."""
+        """Waits for the run: the worst exit code (a kill: minus the signal), the printed hash, stderr."""
         found = ""
         while not (line := self.line()).startswith("exit "):
             found = line.removeprefix("hash ") if line.startswith("hash ") else found

@@ -147,7 +147,7 @@ class Dynamic(Toy):
 
 
 def spoil(learner: Learner, what: str) -> None:
-    """Make one value of the weights, their average or the moments infinite, as an overflow would."""
+    """Makes one value of the weights, their average or the moments infinite, as an overflow would."""
     p = learner.parameters[0]
     of = {"weights": p, "average": learner.ema.shadow["first.weight"], "moments": learner.optimizer.state[p]["exp_avg"]}
     of[what].data.view(-1)[0] = float("inf")

@@ -89,7 +89,7 @@ class GaussianDiffusion(Diffusion):
         return spaced
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
-        """Move the tables to `device`, in place."""
+        """Moves the tables to `device`, in place."""
         self.tables = {name: table.to(device) for name, table in self.tables.items()}
         return self
 

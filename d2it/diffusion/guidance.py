@@ -57,7 +57,7 @@ class Guidance:
 
 
 def guide(output: Tensor, reference: Tensor, scale: Tensor, channels: int) -> Tensor:
-    """Return reference + scale (output - reference) on the first `channels`, the output on the rest.
+    """Returns reference + scale (output - reference) on the first `channels`, the output on the rest.
 
     Args:
         output: of the model, (B, C, H, W).

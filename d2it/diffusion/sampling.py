@@ -386,13 +386,13 @@ _GUIDING = ("num_classes", "image_size", "downsampling", "in_channels")
 
 
 def check_cuda_graph(device: torch.device) -> None:
-    """Raise ValueError unless the device has CUDA graphs."""
+    """Raises ValueError unless the device has CUDA graphs."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph needs a model on a GPU, got one on {device}")
 
 
 def check_guidance(name: str, guidance: Guidance, channels: int, config: Any, by_model: bool = False) -> None:
-    """Raise ValueError where the model has fewer channels than are guided, no classes, or no null label.
+    """Raises ValueError where the model has fewer channels than are guided, no classes, or no null label.
 
     A weaker model guides (`by_model`) without classes and null labels too.
     """
@@ -410,7 +410,7 @@ def check_guidance(name: str, guidance: Guidance, channels: int, config: Any, by
 
 
 def check_guide(guide: nn.Module, model: nn.Module) -> None:
-    """Raise ValueError, naming what differs, unless one model can guide the other."""
+    """Raises ValueError, naming what differs, unless one model can guide the other."""
     if type(guide) is not type(model):
         raise ValueError(f"guide must be a {type(model).__name__} as the model is, got {type(guide).__name__}")
     ours: Any = model.config
@@ -449,7 +449,7 @@ def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> Tensor 
 
 
 def check_grain_map(grain_map: Tensor, batch: int, config: Any) -> None:
-    """Raise ValueError unless the maps are one an image, of the model's size and with its grains."""
+    """Raises ValueError unless the maps are one an image, of the model's size and with its grains."""
     expected = (batch, *config.region_grid)
     if tuple(grain_map.shape) != expected or grain_map.dtype != torch.int64:
         raise ValueError(f"grain_map must be int64 {expected}, got {grain_map.dtype} {tuple(grain_map.shape)}")

@@ -120,7 +120,7 @@ class Spaced(Stepper):
         self.prediction = prediction
 
     def to(self, device: torch.device | str) -> Spaced:
-        """Move the tables to `device`, in place."""
+        """Moves the tables to `device`, in place."""
         self.spaced.to(device)
         return self
 

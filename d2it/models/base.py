@@ -43,7 +43,7 @@ def pair(name: str, value: int | Iterable[int]) -> tuple[int, int]:
 
 
 def check_share(config: Any, *names: str) -> None:
-    """Raise ValueError unless the named fields of a configuration are numbers in [0, 1]."""
+    """Raises ValueError unless the named fields of a configuration are numbers in [0, 1]."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -51,7 +51,7 @@ def check_share(config: Any, *names: str) -> None:
 
 
 def check_whole(config: Any, **least: int) -> None:
-    """Raise ValueError unless the named fields of a configuration are whole numbers of at least these values."""
+    """Raises ValueError unless the named fields of a configuration are whole numbers of at least these values."""
     for name, bound in least.items():
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < bound:
@@ -59,7 +59,7 @@ def check_whole(config: Any, **least: int) -> None:
 
 
 def set_whole_tuples(config: Any, *names: str) -> None:
-    """Turn the named fields of a configuration into tuples.
+    """Turns the named fields of a configuration into tuples.
 
     Raises:
         ValueError: one that is not a non-empty sequence of whole numbers above 0.
@@ -76,7 +76,7 @@ class Pretrained(PyTorchModelHubMixin):
     """What is written to a folder, or to a repository of the Hugging Face hub. A subclass has `_save_pretrained`."""
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write config.json with the SHA-256 of its weights, and safetensors; each file whole or not at all.
+        """Writes config.json with the SHA-256 of its weights, and safetensors; each file whole or not at all.
 
         Keyword arguments are those of `huggingface_hub.ModelHubMixin.save_pretrained` and matter only with
         `push_to_hub=True`.
@@ -148,7 +148,7 @@ class Model(nn.Module, Pretrained):
         map_location: str | torch.device = "cpu",
         **kwargs: Any,
     ) -> M:
-        """Read the model that `save_pretrained` wrote, in evaluation mode.
+        """Reads the model that `save_pretrained` wrote, in evaluation mode.
 
         Folders of earlier versions have no hashes and are read with a warning.
 
@@ -197,7 +197,7 @@ class Model(nn.Module, Pretrained):
 
     @classmethod
     def saved_hashes(cls, path: str | Path) -> tuple[str | None, str | None]:
-        """Return the SHA-256 of the weights and of their VAE's, as the configuration in `path` has them, or None."""
+        """Returns the SHA-256 of the weights and of their VAE's, as the configuration in `path` has them, or None."""
         description = cls._describe(path)
         return description.get("weights"), description.get("vae")
 

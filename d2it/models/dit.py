@@ -96,7 +96,7 @@ class Trunk(nn.Module):
         self.final = layers.FinalLayer(dim, config.out_channels * self.patch**2)
 
     def reset_buffers(self, device: torch.device | None) -> None:
-        """Compute the positions on `device`; they are not saved."""
+        """Computes the positions on `device`; they are not saved."""
         grid = (self.grid[0] // self.patch, self.grid[1] // self.patch)
         self.register_buffer("positions", layers.sincos_positions(grid, self.dim, device), persistent=False)
 
@@ -121,7 +121,7 @@ class ClassConditional(Model):
                 part.reset_buffers(device)
 
     def check_input(self, trunk: Trunk, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        """Raise ValueError unless x is (B, in_channels, *grid) and t (B,), on the model's device and x in its dtype."""
+        """Raises ValueError unless x is (B, in_channels, *grid) and t (B,), on the model's device, x in its dtype."""
         c, (h, w) = self.config.in_channels, self.config.grid
         if x.ndim != 4 or x.shape[1:] != (c, h, w):
             raise ValueError(f"x must be (B, {c}, {h}, {w}), got {tuple(x.shape)}")
@@ -161,7 +161,7 @@ class PlainTransformer(ClassConditional):
         return list(self.trunk.blocks)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, *, force_drop_ids: Tensor | None = None) -> Tensor:
-        """Predict from `x`.
+        """Predicts from `x`.
 
         Args:
             x: (B, C, H, W), noised.

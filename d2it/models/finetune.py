@@ -63,7 +63,7 @@ _LABELS = "condition.label.weight"
 def start_from(
     model: Model, folder: str | Path, *, vae_sha256: str | None = None, any_vae: bool = False
 ) -> tuple[str, ...]:
-    """Give a new model the weights in a folder, as far as they fit (see the head of this module).
+    """Gives a new model the weights in a folder, as far as they fit (see the head of this module).
 
     Args:
         model: new, its weights as they are initialised. On the meta device only the configurations are read and
@@ -105,7 +105,7 @@ def start_from(
 
 @torch.no_grad()
 def carry_over(model: Model, source: Model) -> list[str]:
-    """Copy and interpolate the weights of `source` into `model`; return lines that describe it.
+    """Copies and interpolates the weights of `source` into `model`; returns lines that describe it.
 
     Args:
         model: new.
@@ -155,7 +155,7 @@ def carry_over(model: Model, source: Model) -> list[str]:
 
 
 def interpolate_grid(values: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
-    """Interpolate values on a grid bicubically, with antialiasing where the grid shrinks.
+    """Interpolates values on a grid bicubically, with antialiasing where the grid shrinks.
 
     Args:
         values: (h * w, C), row-major.
@@ -172,7 +172,7 @@ def interpolate_grid(values: Tensor, before: tuple[int, int], after: tuple[int, 
 
 
 def interpolate_bias(bias: Tensor, before: int, after: int) -> Tensor:
-    """Interpolate the bias matrices of windows over the query's and then over the key's place in the window.
+    """Interpolates the bias matrices of windows over the query's and then over the key's place in the window.
 
     Args:
         bias: (1, H, n, n), n = `before`^2 places, row-major.
@@ -191,7 +191,7 @@ def interpolate_bias(bias: Tensor, before: int, after: int) -> Tensor:
 
 
 def _resized(name: str, found: Tensor, model: Model, source: Model) -> tuple[Tensor, str]:
-    """Return weights for another grid or window, and from what they were interpolated."""
+    """Returns weights for another grid or window, and from what they were interpolated."""
     before, after = source.config, model.config
     if name == "refine.positions":
         sizes = " to ".join(f"{h} x {w}" for h, w in (before.grid, after.grid))
@@ -206,7 +206,7 @@ def _resized(name: str, found: Tensor, model: Model, source: Model) -> tuple[Ten
 
 
 def _require_same(model: Model, source: Model, path: Path) -> None:
-    """Raise ValueError, naming the setting, unless the two configurations agree in all that is not free."""
+    """Raises ValueError, naming the setting, unless the two configurations agree in all that is not free."""
     ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(source.config)
     if isinstance(source, DiT) and not isinstance(model, DiT):
         theirs["downsampling"] = (theirs["downsampling"], *ours["downsampling"][1:])
@@ -230,7 +230,7 @@ def _differences(before: Any, now: Any) -> str:
 
 
 def _folded(notes: list[str], new: list[str]) -> list[str]:
-    """Return the notes, those of equal blocks as one, and what is new."""
+    """Returns the notes, those of equal blocks as one, and what is new."""
     lines: dict[str, int] = {}
     for note in notes:
         name, _, text = note.partition(": ")

@@ -79,7 +79,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_path(cls, path: str | os.PathLike[str], *, check: bool = True) -> LPIPS:
-        """Read weights from `path`: a file, or every .pth, .pt and .safetensors file of a folder.
+        """Reads weights from `path`: a file, or every .pth, .pt and .safetensors file of a folder.
 
         Together they hold torchvision's VGG-16 (`features.0.weight` ...) and the heads of LPIPS v0.1 for VGG
         (`lin0.model.1.weight` ...), or, where `check` is False, the whole LPIPS module of the reference implementation

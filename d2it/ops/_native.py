@@ -1,4 +1,4 @@
-"""The C++ and CUDA operators, ``torch.ops.d2it_C``: loaded once, at first use; or why they are absent."""
+"""The C++ and CUDA operators, `torch.ops.d2it_C`: loaded once, at first use; or why they are absent."""
 
 import functools
 from pathlib import Path
@@ -10,7 +10,7 @@ _LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 
 @functools.cache
 def _load() -> str | None:
-    """Load the library; what stands in the way, or None."""
+    """Loads the library; returns why it cannot be loaded, or None."""
     if not _LIBRARY.exists():
         return (
             "d2it was installed without its C++ operators (torch or a compiler was missing at the time): "
@@ -24,7 +24,7 @@ def _load() -> str | None:
 
 
 def why_not(op: str, device_type: str) -> list[str]:
-    """Why ``torch.ops.d2it_C.<op>`` cannot run on ``device_type`` ("cpu", "cuda"); empty if it can."""
+    """Returns why `torch.ops.d2it_C.<op>` cannot run on `device_type` ("cpu", "cuda"); empty if it can."""
     if reason := _load():
         return [reason]
     if not hasattr(torch.ops.d2it_C, op):

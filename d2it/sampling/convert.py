@@ -17,7 +17,7 @@ from d2it.sampling.pipeline import D2iT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the original's file, write a folder for `DiT.from_pretrained`, or with a VAE for `D2iT.from_pretrained`."""
+    """Reads the file, writes a folder for `DiT.from_pretrained`, or with a VAE for `D2iT.from_pretrained`."""
     parser = argparse.ArgumentParser(
         prog="python -m d2it.sampling.convert", description="Weights of the original DiT for this package."
     )

@@ -28,7 +28,7 @@ from d2it.seeds import derived_seed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of model, classes, maps and sampler; count, seed, batch size and device are the command's own."""
+    """Adds the options of model, classes, maps and sampler; a command has its own count, seed, batch size, device."""
     parser.add_argument(
         "--any-vae", action="store_true", help="accept a VAE other than the one whose latents the model was trained on"
     )

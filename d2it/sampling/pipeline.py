@@ -198,7 +198,7 @@ class D2iT(Pretrained):
         return next(self.content_transformer.transformer_blocks()[0].attn.parameters()).dtype  # type: ignore[union-attr]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> D2iT:
-        """Move all parts to `device`, and the weights of the transformers' blocks to `dtype`, in place.
+        """Moves all parts to `device`, and the weights of the transformers' blocks to `dtype`, in place.
 
         What lies outside the blocks, the modulations in them and the VAE stay float32: little memory and time, and
         their rounding would reach every token.
@@ -256,7 +256,7 @@ class D2iT(Pretrained):
         guide: str | Path | None = None,
         **hub: Any,
     ) -> D2iT:
-        """Read what `save_pretrained`, or a training run, wrote to a folder.
+        """Reads what `save_pretrained`, or a training run, wrote to a folder.
 
         Args:
             pretrained_model_name_or_path: a local folder, or a repository of the Hugging Face hub ("user/model"),
@@ -282,7 +282,7 @@ class D2iT(Pretrained):
 
     @classmethod
     def from_parts(cls, path: str | Path, **settings: Any) -> D2iT:
-        """Read the parts in the folder `path`; `settings` are those of a new D2iT.
+        """Reads the parts in the folder `path`; `settings` are those of a new D2iT.
 
         Raises:
             ValueError: a part that is missing, damaged, of another model, or does not fit the others.
@@ -304,7 +304,7 @@ class D2iT(Pretrained):
         self.save_description(save_directory)
 
     def save_description(self, path: str | Path) -> None:
-        """Write what belongs to no part into a folder that has the parts: d2it.json, the card, diffusers' index."""
+        """Writes what belongs to no part into a folder that has the parts: d2it.json, the card, diffusers' index."""
         content: dict[str, Any] = {"class_names": self.class_names, "sampling": self.described_sampling}
         if self.facts:
             content["facts"] = self.facts
@@ -337,7 +337,7 @@ class D2iT(Pretrained):
         cuda_graph: bool = False,
         callback: Callback | None = None,
     ) -> Samples:
-        """Sample.
+        """Samples images and their grain maps.
 
         A sample depends on its own seed, label and grain map alone: see the head of this module for how exactly.
 
@@ -521,7 +521,7 @@ class D2iT(Pretrained):
 
 
 def _read_guide(path: Path) -> DynamicContentTransformer | DiT:
-    """Read a content transformer from its own folder, or from that of a D2iT or a run."""
+    """Reads a content transformer from its own folder, or from that of a D2iT or a run."""
     part = "content_transformer"
     path = path if (path / CONFIG_FILE).is_file() else path / part
     guide: Any = saved_kind(path, PARTS[part]).from_pretrained(path)

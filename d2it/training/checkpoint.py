@@ -63,7 +63,7 @@ class Checkpoints:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
     def prepare(self, size: int) -> None:
-        """Fail now rather than at the first save; remove what a killed run left half-written.
+        """Fails now rather than at the first save, and removes what a killed run left half-written.
 
         Args:
             size: bytes a checkpoint will take.
@@ -94,28 +94,28 @@ class Checkpoints:
         self.world.barrier()
 
     def steps(self) -> list[int]:
-        """Return the steps of which there is a checkpoint, ascending."""
+        """Returns the steps of which there is a checkpoint, ascending."""
         if not self.folder.is_dir():
             return []
         found = (_NAME.fullmatch(p.name) for p in self.folder.iterdir() if p.is_dir())
         return sorted(int(m[1]) for m in found if m)
 
     def path(self, step: int) -> Path:
-        """Return the folder of the checkpoint of `step`."""
+        """Returns the folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
     def latest(self) -> int | None:
-        """Return the step of the newest checkpoint, or None."""
+        """Returns the step of the newest checkpoint, or None."""
         steps = self.steps()
         return steps[-1] if steps else None
 
     def refuge(self) -> str:
-        """Return in words which checkpoint a run that fails now can go back to."""
+        """Returns in words which checkpoint a run that fails now can go back to."""
         last = self.latest()
         return "there is no earlier checkpoint" if last is None else f"the last good checkpoint is {self.path(last)}"
 
     def save(self, step: int, tensors: dict[str, Any]) -> Path:
-        """Save; with `background`, return once the tensors are copied.
+        """Saves the tensors; with `background`, returns once they are copied.
 
         Args:
             step: steps done; names the checkpoint. One that is there already is left alone.
@@ -142,7 +142,7 @@ class Checkpoints:
         return final
 
     def settle(self) -> None:
-        """Take the result of the save in the background if it has ended on every rank; does not wait for it.
+        """Takes the result of the save in the background if it has ended on every rank; does not wait for it.
 
         Raises:
             UserError: it could not be written.
@@ -151,7 +151,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save in the background.
+        """Waits for the save in the background.
 
         Raises:
             UserError: it could not be written.
@@ -161,7 +161,7 @@ class Checkpoints:
             pending.result()
 
     def newest(self) -> int | None:
-        """Return the step of the newest checkpoint on any rank, or None.
+        """Returns the step of the newest checkpoint on any rank, or None.
 
         Raises:
             UserError: it is of something else, or its manifest is damaged.
@@ -173,7 +173,7 @@ class Checkpoints:
         return max(steps)
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
-        """Load the checkpoint of `step` into `tensors`, in place.
+        """Loads the checkpoint of `step` into `tensors`, in place.
 
         Raises:
             UserError: a file is missing or damaged, or a tensor in it does not fit.
@@ -199,7 +199,7 @@ class Checkpoints:
         self.world.together(read)
 
     def close(self) -> None:
-        """Wait for the save in the background and end its thread."""
+        """Waits for the save in the background and ends its thread."""
         self.wait()
         if self._thread is not None:
             self._thread.shutdown()
@@ -234,7 +234,7 @@ class Checkpoints:
         return final
 
     def _manifest(self, path: Path) -> dict[str, Any]:
-        """Read the manifest of a checkpoint and check it against the folder's name and this stage's identity."""
+        """Reads the manifest of a checkpoint and checks it against the folder's name and this stage's identity."""
 
         def damaged(what: str) -> UserError:
             return UserError(f"{path}: damaged checkpoint, {what}; {_ADVICE}")
@@ -260,7 +260,7 @@ class Checkpoints:
         return manifest
 
     def _verify(self, path: Path) -> dict[str, Any]:
-        """Check this rank's share of the files against the manifest; return the manifest's files."""
+        """Checks this rank's share of the files against the manifest; returns the manifest's files."""
         files = self._manifest(path)["files"]
         for name in sorted(files)[self.world.rank :: self.world.size]:
             try:
@@ -357,7 +357,7 @@ def _dcp_save(tensors: dict[str, Any], path: Path, world: World) -> None:
 
 
 def _hashes(folder: Path, world: World) -> dict[str, Any]:
-    """Return size and SHA-256 of the files that this rank wrote."""
+    """Returns size and SHA-256 of the files that this rank wrote."""
     mine = sorted(folder.glob(f"__{world.rank}_*"))
     if world.first:
         mine.append(folder / INDEX)
@@ -365,14 +365,14 @@ def _hashes(folder: Path, world: World) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the line that states what happened, of the first rank's failure where ranks failed."""
+    """Returns the line that states what happened, of the first rank's failure where ranks failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
 
 
 def _difference(theirs: Any, ours: Any, key: str = "") -> str | None:
-    """Return in words the first place where two identities differ, or None."""
+    """Returns in words the first place where two identities differ, or None."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for name in [*ours, *(n for n in theirs if n not in ours)]:
             if name == "fingerprint" and name not in theirs:  # earlier versions did not record it

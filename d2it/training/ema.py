@@ -38,7 +38,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, and any other tensor as it is."""
+    """Returns this rank's shard of a DTensor, and any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -61,7 +61,7 @@ class Ema:
         self.shadow = {n: p.detach().clone() for n, p in self.parameters.items()}
 
     def update(self) -> None:
-        """Take the parameters as they are now into the average."""
+        """Takes the parameters as they are now into the average."""
         self._take(1.0 - self.decay)
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class Ema:
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Give the module the averaged parameters, for as long as the context lasts."""
+        """Gives the module the averaged parameters, for as long as the context lasts."""
         self._swap()
         try:
             yield
@@ -104,12 +104,12 @@ class PowerEma(Ema):
         self.title = f"the average of width {sigma:g}"
 
     def update_at(self, step: int) -> None:
-        """Take the parameters after optimiser step `step` (the first is 0) into the average."""
+        """Takes the parameters after optimiser step `step` (the first is 0) into the average."""
         self._take(1.0 - (1.0 - 1.0 / (step + 1)) ** (self.exponent + 1.0))
 
 
 def power_exponent(sigma: float) -> float:
-    """Return gamma of the profile tau^gamma whose width is sigma_rel (Karras et al. 2024, Algorithm 2).
+    """Returns gamma of the profile tau^gamma whose width is sigma_rel (Karras et al. 2024, Algorithm 2).
 
     Raises:
         ValueError: a width that no such profile has.
@@ -123,7 +123,7 @@ def power_exponent(sigma: float) -> float:
 def rebuilding_weights(
     steps: Sequence[int], sigmas: Sequence[float], step: int, sigma: float
 ) -> tuple[np.ndarray, float]:
-    """Return the combination of averages that is nearest to another one in least squares (Karras et al. 2024, Alg. 2).
+    """Returns the combination of averages that is nearest to another one in least squares (Karras et al. 2024, Alg. 2).
 
     Args:
         steps: of the averages, after how many optimiser steps each was taken.
@@ -152,13 +152,13 @@ def _products(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np
 
 
 def snapshot_folder(run: str | Path, stage: str, step: int, sigma: float) -> Path:
-    """Return the folder of a snapshot after `step` steps."""
+    """Returns the folder of a snapshot after `step` steps."""
     return Path(run) / FOLDER / stage / f"step-{step:08d}" / f"{sigma:.3f}"
 
 
 @torch.no_grad()
 def rebuild(run: str | Path, stage: str, sigma: float, step: int | None = None) -> tuple[Model, int, float]:
-    """Rebuild an average of any width from a run's snapshots.
+    """Rebuilds an average of any width from a run's snapshots.
 
     Args:
         run: folder of the run.
@@ -199,7 +199,7 @@ def rebuild(run: str | Path, stage: str, sigma: float, step: int | None = None) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rebuild an average of a run's weights and write it as a model's folder."""
+    """Rebuilds an average of a run's weights and writes it as a model's folder."""
     parser = argparse.ArgumentParser(
         prog="python -m d2it.training.ema",
         description="An average of any width from the snapshots of a run (<stage>.snapshot_every).",

@@ -29,7 +29,7 @@ Batch = dict[str, Any]
 
 
 def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -> float:
-    """Return the rate of this step: linear warm-up to `peak` (`settings.lr`), then constant or cosine to zero."""
+    """Returns the rate of this step: linear warm-up to `peak` (`settings.lr`), then constant or cosine to zero."""
     rate = settings.lr if peak is None else peak
     if step < settings.warmup:
         return rate * (step + 1) / settings.warmup
@@ -40,14 +40,14 @@ def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -
 
 
 def bf16(settings: StageConfig, device: torch.device) -> bool:
-    """Return whether a stage computes in bfloat16 autocast; weights stay float32."""
+    """Returns whether a stage computes in bfloat16 autocast; weights stay float32."""
     if settings.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return settings.precision == "bf16"
 
 
 def snapshot_sigmas(settings: StageConfig) -> list[float]:
-    """Return the widths of the power-function averages that the stage keeps."""
+    """Returns the widths of the power-function averages that the stage keeps."""
     kept = isinstance(settings, LatentStageConfig) and settings.snapshot_every
     return cast(LatentStageConfig, settings).snapshot_sigmas if kept else []
 
@@ -104,7 +104,7 @@ class Learner:
         self.guard = torch.zeros(3, device=world.device)
 
     def backward(self, batch: Batch, last: bool) -> tuple[dict[str, Tensor], Batch]:
-        """Add the gradients of one micro-batch; reduce them over the ranks with the step's last one."""
+        """Adds the gradients of one micro-batch, and reduces them over the ranks with the step's last one."""
         with gradient_sync(self.module, self.network, last):
             with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                 loss, logs, batch = self.module(batch)
@@ -112,7 +112,7 @@ class Learner:
         return logs, batch
 
     def update(self, step: int) -> Tensor:
-        """Update weights and average, without a host synchronisation; return the gradient's norm.
+        """Updates weights and average, without a host synchronisation; returns the gradient's norm.
 
         A norm that is not finite skips the update inside the fused kernel. Gradients are reduced before, so every rank
         has the same norm and takes the same decision.
@@ -136,20 +136,20 @@ class Learner:
         return norm
 
     def state(self) -> dict[str, Any]:
-        """Return its tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
+        """Returns the tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
         model, optimizer = get_state_dict(self.losses, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "ema": self.ema.shadow, "guard": self.guard}
         return state | {f"power{i}": average.shadow for i, average in enumerate(self.powers)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned, after a checkpoint was read into it (average and guard: in place)."""
+        """Takes over what `state` returned, after a checkpoint was read into it (average and guard: in place)."""
         set_state_dict(
             self.losses, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
 
     @torch.no_grad()
     def not_finite(self) -> str | None:
-        """Return the name of a tensor of weights, average or moments that is not finite; waits for the device."""
+        """Returns the name of a tensor of weights, average or moments that is not finite; waits for the device."""
         named = {f"the weights {name}": p.detach() for name, p in self.ema.parameters.items()}
         for average in (self.ema, *self.powers):
             named |= {f"{average.title} of {name}": shadow for name, shadow in average.shadow.items()}
@@ -162,12 +162,12 @@ class Learner:
         return next(itertools.compress(mine, bad), None)
 
     def snapshot(self, run: str | Path, step: int) -> None:
-        """Write the power-function averages after `step` steps; called on all ranks."""
+        """Writes the power-function averages after `step` steps; called on all ranks."""
         for average in self.powers:
             self.share(snapshot_folder(run, self.name, step, average.sigma), average)
 
     def share(self, folder: Path, average: Ema | None = None) -> None:
-        """Write the network with its averaged weights as safetensors, from rank 0; called on all ranks."""
+        """Writes the network with its averaged weights as safetensors, from rank 0; called on all ranks."""
         with (average or self.ema).applied():
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(self.network, options=options)

@@ -42,37 +42,37 @@ class Stage(Protocol):
         """The networks with their losses and optimisers, made at the first access."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must be of to be resumed here, as JSON values."""
+        """Returns what a checkpoint must be of to be resumed here, as JSON values."""
 
     def active(self, step: int) -> list[Learner]:
-        """Return the learners of this step, in the order in which the batch passes through them."""
+        """Returns the learners of this step, in the order in which the batch passes through them."""
 
     def batches(self, first: int) -> Generator[Batch]:
-        """Yield this rank's micro-batches on the device from step `first` on, without end."""
+        """Yields this rank's micro-batches on the device from step `first` on, without end."""
 
     def synthetic(self, images: int, device: torch.device) -> Batch:
-        """Return a micro-batch of noise: for costs, rehearsals and benchmarks."""
+        """Returns a micro-batch of noise: for costs, rehearsals and benchmarks."""
 
     def notes(self) -> list[str]:
-        """Return lines for the start-up summary."""
+        """Returns lines for the start-up summary."""
 
     def work(self, batch: Batch) -> Work:
-        """Return what a micro-batch costs on this rank."""
+        """Returns what a micro-batch costs on this rank."""
 
     def activations(self, batch: Batch) -> int:
-        """Return the bytes that a micro-batch keeps for the backward pass, about."""
+        """Returns the bytes that a micro-batch keeps for the backward pass, about."""
 
     def publish(self, meters: Meters, step: int) -> None:
-        """Write the averaged weights to share, and pictures for tensorboard; called on all ranks."""
+        """Writes the averaged weights to share, and pictures for tensorboard; called on all ranks."""
 
     def warning(self, figures: dict[str, float]) -> str | None:
-        """Return what a report's figures should make the user look at, or None."""
+        """Returns what a report's figures should make the user look at, or None."""
 
 
 def train(
     stage: Stage, settings: StageConfig, run: RunConfig, world: World, begin: Callable[[], None] = lambda: None
 ) -> None:
-    """Train the stage to its last step, from the newest checkpoint if there is one.
+    """Trains the stage to its last step, from the newest checkpoint if there is one.
 
     Args:
         stage: what is trained.
@@ -159,7 +159,7 @@ def train(
 
 
 def restore(stage: Stage, checkpoints: Checkpoints, step: int) -> None:
-    """Load the checkpoint of `step` into the stage's learners.
+    """Loads the checkpoint of `step` into the stage's learners.
 
     Raises:
         UserError: it is damaged, of something else, or not finite.
@@ -177,7 +177,7 @@ def restore(stage: Stage, checkpoints: Checkpoints, step: int) -> None:
 
 
 def check_guard(stage: Stage, run: RunConfig, step: int, checkpoints: Checkpoints, limit: int) -> None:
-    """Raise a UserError if `limit` steps in a row, or `run.skip_limit` since the last look, had no finite gradient.
+    """Raises a UserError if `limit` steps in a row, or `run.skip_limit` since the last look, had no finite gradient.
 
     Reads the device: for steps that report.
     """
@@ -195,7 +195,7 @@ def check_guard(stage: Stage, run: RunConfig, step: int, checkpoints: Checkpoint
 
 
 def check_finite(stage: Stage, world: World, step: int, checkpoints: Checkpoints) -> None:
-    """Raise a UserError on all ranks if weights, average or moments are not finite on any; reads the device."""
+    """Raises a UserError on all ranks if weights, average or moments are not finite on any; reads the device."""
     found = _not_finite(stage, world)
     if found:
         checkpoints.wait()

@@ -97,27 +97,27 @@ class Meters:
             )
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add 0-dim device tensors; `report` returns the mean of each."""
+        """Adds 0-dim device tensors; `report` returns the mean of each."""
         for key, value in values.items():
             value = value.detach()
             self._sums[key] = self._sums[key] + value if key in self._sums else value.float()
             self._counts[key] = self._counts.get(key, 0) + 1
 
     def count(self, work: Work) -> None:
-        """Add what a micro-batch of this rank costs."""
+        """Adds what a micro-batch of this rank costs."""
         self._images += work.images
         self._tokens += work.tokens
         self._macs += work.macs
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Count the time in the context as a wait for a batch."""
+        """Counts the time in the context as a wait for a batch."""
         start = time.perf_counter()
         yield
         self._loading += time.perf_counter() - start
 
     def report(self, step: int, rate: float) -> dict[str, float]:
-        """Wait for the device, average over steps and ranks, write, start anew; return the figures."""
+        """Waits for the device, averages over steps and ranks, writes, starts anew; returns the figures."""
         now, joules = None, self._energy.joules()
         keys = list(self._sums)
         device = self.world.device
@@ -153,7 +153,7 @@ class Meters:
         return figures
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """Write a picture (H, W, 3) uint8 to tensorboard and wandb; called on all ranks."""
+        """Writes a picture (H, W, 3) uint8 to tensorboard and wandb; called on all ranks."""
 
         def write() -> None:
             if self._board is not None and self._log is not None:
@@ -167,7 +167,7 @@ class Meters:
         self.world.together(write)
 
     def close(self) -> None:
-        """Close tensorboard, wandb and the progress bar."""
+        """Closes tensorboard, wandb and the progress bar."""
         for each in (self._bar, self._board):
             if each is not None:
                 with contextlib.suppress(OSError):  # what closes a run that failed must not hide why
@@ -211,7 +211,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a stage's log ("step" and numbers), up to the first that a kill or a flipped bit damaged."""
+    """Returns the lines of a stage's log ("step" and numbers), up to the first that a kill or a flipped bit damaged."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_bytes().splitlines():

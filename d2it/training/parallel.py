@@ -21,7 +21,7 @@ from d2it.models.layers import Modulation
 def spread(
     losses: nn.Module, network: nn.Module, blocks: list[nn.Module], world: World, parallel: str, bf16: bool
 ) -> nn.Module:
-    """Return the losses ready for this world: as they are, in DDP, or with their network fully sharded (FSDP2).
+    """Returns the losses ready for this world: as they are, in DDP, or with their network fully sharded (FSDP2).
 
     Args:
         losses: what is trained.
@@ -61,7 +61,7 @@ def spread(
 
 @contextlib.contextmanager
 def gradient_sync(losses: nn.Module, network: nn.Module, now: bool) -> Iterator[None]:
-    """Reduce the gradients of the backward in this context over the ranks if `now`; else leave them for a later one."""
+    """Reduces the gradients of the backward in this context over the ranks if `now`, or leaves them for later."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(now)
     if isinstance(losses, DistributedDataParallel) and not now:

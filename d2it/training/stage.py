@@ -27,7 +27,7 @@ def model_errors(where: str) -> contextlib.AbstractContextManager[None]:
 
 
 def build(kind: type[M], settings: StageConfig, key: str, **given: Any) -> M:
-    """Return a new model.
+    """Returns a new model.
 
     Args:
         kind: class of the model.
@@ -55,7 +55,7 @@ def initialize(
     vae_sha256: str | None = None,
     any_vae: bool = False,
 ) -> tuple[str, ...]:
-    """Give a new network the weights of `<stage>.init`; a stage that has a checkpoint resumes from that instead.
+    """Gives a new network the weights of `<stage>.init`; a stage that has a checkpoint resumes from that instead.
 
     Args:
         network: new; on the meta device the configurations alone are compared.
@@ -89,7 +89,7 @@ def loader(
     first: int,
     process: Callable[[Batch], Batch] | None = None,
 ) -> Loader:
-    """Return a loader of this rank's micro-batches from step `first` on."""
+    """Returns a loader of this rank's micro-batches from step `first` on."""
     return Loader(
         source,
         settings.batch_size // (world.size * settings.accumulate),
@@ -104,12 +104,12 @@ def loader(
 
 
 def workers(config: Config, world: World) -> int:
-    """Return the number of decoding processes of a rank."""
+    """Returns the number of decoding processes of a rank."""
     return default_workers(world.local_size) if config.data.workers is None else config.data.workers
 
 
 def check_batch(settings: StageConfig, key: str, world: World) -> None:
-    """Raise UserError unless the batch can be split over ranks and micro-batches."""
+    """Raises UserError unless the batch can be split over ranks and micro-batches."""
     parts = world.size * settings.accumulate
     if settings.batch_size % parts:
         raise UserError(
@@ -119,23 +119,23 @@ def check_batch(settings: StageConfig, key: str, world: World) -> None:
 
 
 def uncompiled(settings: StageConfig) -> contextlib.AbstractContextManager[Any]:
-    """Return a context without compilation, for what is rare and has shapes of its own, such as pictures."""
+    """Returns a context without compilation, for what is rare and has shapes of its own, such as pictures."""
     return torch.compiler.set_stance("force_eager") if settings.compile else contextlib.nullcontext()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy the tensors without waiting (the loader's are page-locked); everything else stays as it is."""
+    """Copies the tensors without waiting (the loader's are page-locked); everything else stays as it is."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def spread_over(total: int, count: int) -> list[int]:
-    """Return `count` of `total` places, evenly spread but not at equal distances: some sources repeat their classes."""
+    """Returns `count` of `total` places, evenly spread, not at equal distances: some sources repeat their classes."""
     count = min(count, total)
     return [(i * total // count + i) % total for i in range(count)]
 
 
 def extreme_share(share: float) -> str | None:
-    """Return a warning if almost no region, or almost every one, is finer than the coarsest grain."""
+    """Returns a warning if almost no region, or almost every one, is finer than the coarsest grain."""
     if 0.02 <= share <= 0.98:
         return None
     return (

@@ -68,7 +68,7 @@ class Summary:
         self.text = "\n".join(lines + [f"  {note}" for note in stage.notes()])
 
     def require_memory(self) -> None:
-        """Raise a UserError if the stage cannot fit the device.
+        """Raises a UserError if the stage cannot fit the device.
 
         A GPU's allocator reports what does not fit, so there only the state counts; a CPU's process would be killed.
         """
@@ -87,7 +87,7 @@ class Summary:
 
 
 def rehearse(stage: Stage, settings: StageConfig, world: World) -> str:
-    """Take two steps on noise; return the second one's seconds and speed, and the most memory held, in words."""
+    """Takes two steps on noise; returns the second one's seconds and speed, and the most memory held, in words."""
     seconds, micro = 0.0, settings.batch_size // (world.size * settings.accumulate)
     for step in range(2):
         _wait(world)

@@ -1,6 +1,6 @@
 """The correctness suite that every fast backend of an operator goes through; see docs/adding_a_kernel.md.
 
-A test file declares its operator by a subclass of :class:`KernelSuite`: its corner shapes, a generator of
+A test file declares its operator by a subclass of `KernelSuite`: its corner shapes, a generator of
 random ones, how arguments are made from a shape, which of them have gradients, and mutations of the kernel
 that the suite has to notice. The tests are inherited. Each runs on every fast backend of the machine: C++ on
 CPU, Triton on the GPU or, without one, in the interpreter, CUDA.
@@ -208,7 +208,7 @@ class Mutation:
 
 
 class KernelSuite:
-    """Subclass it as ``class TestOperator(KernelSuite)`` and fill in what follows."""
+    """Subclass it as `class TestOperator(KernelSuite)` and fill in what follows."""
 
     op: ClassVar[str]
     """Name in `d2it.ops` and in `d2it.ops.reference`."""
