@@ -50,8 +50,9 @@ class Gray(NamedTuple):
     """How pixels become values, which count from the middle of the range.
 
     value = `scale` * (`weight_r` (R - `middle`) + `weight_g` (G - `middle`) + `weight_b` (B - `middle`) + `offset`):
-    far from 0, differences keep the digits that a weighted sum would round away. A channel holds `least` to `most`.
-    `middle` is None for bytes, whose weighted sum is exact without it and whose values need no check.
+    far from 0, differences keep the digits that a weighted sum would round away. `middle` is None where it is 0, and
+    for bytes, whose weighted sum is exact without it. A channel holds `least` to `most`, which is not `CHECKED` of
+    bytes.
     """
 
     weight_r: float
@@ -62,6 +63,7 @@ class Gray(NamedTuple):
     least: float
     most: float
     middle: float | None
+    CHECKED: tl.constexpr
 
 
 class Bins(NamedTuple):
@@ -187,7 +189,7 @@ def kde_entropy_kernel(
         o_x = o_pixel % REGION
         p_pixel = p_region + o_y.to(tl.int64) * images.stride_row + o_x.to(tl.int64) * images.stride_column
         b_value, b_ok = _gray(images, gray, p_pixel, m_pixel)
-        if gray.middle is not None:
+        if gray.CHECKED:
             tl.device_assert(b_ok, "kde_entropy: images must be finite and inside value_range")
         # The first row of the window, and where the pixel lies from its first bin, in units of 1 / per_sigma.
         b_first = tl.floor((b_value * bins.per_unit + bins.middle - bins.REACH) * 0.0625)
@@ -234,8 +236,8 @@ def _launch(
         return grains, entropy
     center = (low + high) / 2
     weights = (1.0, 0.0, 0.0) if channels == 1 else GRAY_WEIGHTS
-    middle = None if images.dtype == torch.uint8 else float(round(center))
-    if middle is None:  # weights in 1 / 10,000: the weighted sum is exact in float32
+    byte, middle = images.dtype == torch.uint8, float(round(center))
+    if byte:  # weights in 1 / 10,000: the weighted sum is exact in float32
         scale = (high - low) / 255 / 10000
         offset = (low * sum(weights) - center) / scale
         weights = tuple(float(round(10000 * w)) for w in weights)
@@ -251,7 +253,15 @@ def _launch(
     with device_guard(images):
         kde_entropy_kernel[(entropy.numel(),)](
             Images(images, constant(channels), *images.stride()),
-            Gray(*weights, offset, scale, low - slack, high + slack, middle),
+            Gray(
+                *weights,
+                offset,
+                scale,
+                least=low - slack,
+                most=high + slack,
+                middle=None if byte or not middle else middle,
+                CHECKED=constant(int(not byte)),
+            ),
             Bins(
                 per_unit=1 / spacing,
                 middle=(num_bins - 1) / 2,
@@ -295,6 +305,7 @@ def _compile_cases() -> Iterator[CompileCase]:
     for size, channels, bins, low, dtype in (
         *((16, 3, bins, -1.0, dtype) for bins in (256, 32) for dtype in (full, halves, byte)),
         (16, 3, 256, 0.0, full),
+        (16, 3, 256, -3.0, full),  # its middle is not 0
         (16, 1, 256, 0.0, byte),
         (16, 3, 512, 0.0, full),
         (8, 3, 64, -1.0, full),
