@@ -39,7 +39,12 @@ Run = Callable[[dict[str, Any]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the work costs at least: every input read once, every output written once; 2 operations a MAC."""
+    """What the work costs at least.
+
+    Attributes:
+        bytes: every input read once, every output written once.
+        flops: two for each multiply-accumulate.
+    """
 
     bytes: int
     flops: int = 0
@@ -47,26 +52,32 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """One measurement: the same inputs through every contender."""
+    """One measurement: the same inputs through every contender.
+
+    Attributes:
+        case: short name, such as "n64-D72-fill0.5-bfloat16".
+        shape: what `case` abbreviates; kept with the result.
+        dtype: of the inputs.
+        inputs: seed -> arguments on the device. Called once for each copy of the inputs.
+        contenders: name -> a function that sets the contender up, or raises Skip, and returns what runs it on inputs.
+            Ours are named "d2it ..." and come first.
+        forward: what a forward pass costs at least.
+        backward: what a backward pass costs at least; None measures none.
+        gradients: inputs with a gradient; needed for a backward.
+        expected: the reference, given the inputs with floating point widened. None: nothing to check, no speed-ups.
+        operator: result file that the rows go to, where a script measures several operators; the script's own if empty.
+    """
 
     case: str
-    """Short name, such as "n64-D72-fill0.5-bfloat16"."""
     shape: dict[str, Any]
-    """What `case` abbreviates; kept with the result."""
     dtype: torch.dtype
     inputs: Callable[[int], dict[str, Any]]
-    """Seed -> arguments on the device. Called once for each copy of the inputs."""
     contenders: dict[str, Callable[[], Run]]
-    """Name -> a function that sets the contender up, or raises Skip, and returns what runs it on inputs. Ours are
-    named "d2it ..." and come first."""
     forward: Cost
     backward: Cost | None = None
     gradients: tuple[str, ...] = ()
-    """Inputs with a gradient; needed for a backward."""
     expected: Run | None = None
-    """The reference, given the inputs with floating point widened. None: nothing to check, no speed-ups."""
     operator: str = ""
-    """Result file that the rows go to, where a script measures several operators; the script's own if empty."""
 
 
 def own(op: str, operator: Callable[[dict[str, Any], str], Any]) -> dict[str, Callable[[], Run]]:
@@ -138,7 +149,12 @@ def distance(got: list[Tensor], want: list[Tensor], tolerance: float) -> tuple[f
 
 @dataclasses.dataclass
 class Results:
-    """What a contender or the reference gave: every output, and the gradient of every input that has one."""
+    """What a contender or the reference gave.
+
+    Attributes:
+        outputs: every output.
+        gradients: that of every input that has one.
+    """
 
     outputs: list[Tensor]
     gradients: list[Tensor]
@@ -224,6 +240,14 @@ def run_bench(bench: Bench, seconds: float | None = None) -> list[Row]:
 
 @dataclasses.dataclass
 class _Timed:
+    """A row of the results whose time is still to be measured.
+
+    Attributes:
+        row: of the results.
+        calls: makes the calls that are timed, which do the same work on different memory.
+        cost: what a call costs at least.
+    """
+
     row: Row
     calls: Callable[[], list[Callable[[], object]]]
     cost: Cost

@@ -17,9 +17,20 @@ Measured = tuple[float, str]
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
+    """A figure that the project wants to reach.
+
+    Attributes:
+        work: what is measured.
+        text: the goal in words.
+        figures: what was measured for it, from the results of one device.
+        target: the figure that is wanted.
+        shown: format of a figure.
+        at_most: whether a figure must not exceed the target; else it must reach it.
+        cpu: whether it is a goal of CPUs; else of GPUs.
+    """
+
     work: str
     text: str
-    """The goal in words."""
     figures: Callable[[Results], Iterator[Measured]]
     target: float
     shown: str = "{:.0%}"

@@ -39,23 +39,38 @@ SIZES = {
 
 @dataclasses.dataclass
 class Job:
-    """A contender that is ready: one call of it is timed."""
+    """A contender that is ready: one call of it is timed.
+
+    Attributes:
+        call: what is timed.
+        images: of one call.
+        flops: of one call: two for each multiply-accumulate of the tokens that exist.
+        error: against the reference; None where there is nothing to compare with.
+        tolerance: the largest error of a right result.
+        host: whether nothing of it runs on a GPU.
+        close: frees what the contender holds.
+    """
 
     call: Callable[[], object]
     images: int
     flops: int = 0
-    """Of one call: 2 a multiply-accumulate of the tokens that exist."""
     error: float | None = None
-    """Against the reference; None where there is nothing to compare with."""
     tolerance: float = 0.0
     host: bool = False
-    """Nothing of it runs on a GPU."""
     close: Callable[[], object] = lambda: None
 
 
 @dataclasses.dataclass
 class Case:
-    """Contenders that share a line of the table. Each has its preset, and what sets it up or raises Skip."""
+    """Contenders that share a line of the table.
+
+    Attributes:
+        name: of the case.
+        shape: what the name abbreviates.
+        dtype: in which the contenders compute.
+        direction: what is measured of them.
+        contenders: name -> its preset, and what sets it up or raises Skip.
+    """
 
     name: str
     shape: dict[str, Any]

@@ -92,16 +92,21 @@ METRICS = (
 
 @dataclasses.dataclass
 class Outcome:
-    """How a part ended."""
+    """How a part ended.
+
+    Attributes:
+        part: its name.
+        state: "passed", "failed", "stopped at its limit" or "skipped: ...".
+        seconds: that it took.
+        tail: the end of what it printed.
+        optional: whether its limit is no failure.
+    """
 
     part: str
     state: str
-    """"passed", "failed", "stopped at its limit" or "skipped: ..."."""
     seconds: float = 0.0
     tail: str = ""
-    """The end of what it printed."""
     optional: bool = False
-    """Its limit is no failure."""
 
     @property
     def bad(self) -> bool:

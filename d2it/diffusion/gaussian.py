@@ -14,7 +14,7 @@ from d2it.diffusion.process import NUM_TIMESTEPS, Diffusion, DiffusionConfig, dr
 
 
 class GaussianDiffusion(Diffusion):
-    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) for t = 0 ... T-1, betas linear.
+    """The paper's process: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) for t = 0 ... T-1, betas linear.
 
     Args:
         num_timesteps: T.

@@ -12,7 +12,7 @@ EDGE = 1e-3
 
 
 class LinearDiffusion(Diffusion):
-    """x_t = (1 - t / T) x_0 + (t / T) eps, t a real number from 0 to T = 1000.
+    """The linear process: x_t = (1 - t / T) x_0 + (t / T) eps, t a real number from 0 to T = 1000.
 
     T is only the unit of the time that the network is given: the one that its timestep embedding is made for.
 

@@ -231,6 +231,8 @@ class _Output:
         labels: (B,) or None.
         arguments: of the model for every kind of pass.
         channels: how many of the first are guided.
+        autocast: of the model, or None.
+        device: where the model is.
         guide: the output of a weaker model that guides; None: this model without its label does.
     """
 
@@ -271,6 +273,7 @@ class _Chain:
     """From noise to data: (state, the model's last output).
 
     Args:
+        solver: of the steps.
         output: the model's output.
         predicted: the solver's input, from the model's output.
         grained: makes a state one value a code.

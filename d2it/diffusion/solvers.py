@@ -109,6 +109,7 @@ class Spaced(Stepper):
     """What DDPM and DDIM share: the diffusion over the chosen timesteps alone, its tables read at the step's place.
 
     Args:
+        diffusion: the schedule.
         timesteps: ascending.
         prediction: "epsilon", "v" or "sample" (x_0).
     """

@@ -13,6 +13,10 @@ class GaussianStatistics:
     """Mean and covariance of features, streamed in float64.
 
     Sums are kept relative to the first batch's mean, so that the covariance loses no digits to a large mean.
+
+    Args:
+        dimensions: of the features.
+        device: where the sums are.
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu") -> None:

@@ -44,7 +44,7 @@ class KLVAEConfig:
 
 
 class KLVAE(Model):
-    """diffusers' AutoencoderKL with the methods of `DynamicVAE` that sampling needs.
+    """The AutoencoderKL of diffusers with the methods of `DynamicVAE` that sampling needs.
 
     `KLVAE.from_diffusers("sd-vae-ft-ema")` reads a folder with diffusers' config.json and weights.
     """

@@ -305,7 +305,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, but for an index that is unpickled from the admitted types and stays within the folder.
+    """PyTorch's reader, with an index that is unpickled from the admitted types and stays within the folder.
 
     Args:
         path: folder of the checkpoint.
@@ -329,7 +329,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """torch's planner, but for values that are no tensors: numbers and tuples are read, anything else is refused."""
+    """PyTorch's planner, but of values that are no tensors only numbers and tuples are read; others are refused."""
 
     def create_local_plan(self) -> LoadPlan:
         plan = super().create_local_plan()
