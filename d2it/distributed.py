@@ -70,7 +70,7 @@ class World:
             values /= self.size
         return values
 
-    def say(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """Prints lines on stderr, from rank 0 alone."""
         if self.first:
             print(text, file=sys.stderr, flush=True)

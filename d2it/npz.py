@@ -85,7 +85,7 @@ class NpzReader:
         self._stack.close()
 
     def header(self, name: str) -> Header:
-        """Returns the description of an array, held against the size of its member."""
+        """Returns the description of an array, checked against the size of its member."""
         with _one_line(self.path), self._member(name) as (_, header, _):
             return header
 

@@ -1,4 +1,4 @@
-"""What docs/architecture.md, the README and the docstrings state about the code, held against the code."""
+"""What docs/architecture.md, the README and the docstrings state about the code, compared with the code."""
 
 from __future__ import annotations
 

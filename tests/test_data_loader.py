@@ -295,7 +295,7 @@ def test_signals_to_the_whole_group_leave_the_workers_to_the_main_process(ending
             try:
                 os.killpg(process.pid, 0)
             except ProcessLookupError:
-                return  # nobody of the group is left
+                return  # the group has no process left
             time.sleep(0.05)
         pytest.fail("worker processes outlived the main process")
     finally:

@@ -266,7 +266,7 @@ def test_statistics_and_images_in_one_file_as_adm_ships_them(tmp_path):
 def test_sets_that_cannot_be_compared_say_so(tmp_path):
     extractor = SmallExtractor()
     small, large = (summarize([pictures(8, 7, size=s)], extractor) for s in (16, 32))
-    with pytest.raises(UserError, match="samples of 16 x 16 pixels cannot be held against a reference of 32 x 32"):
+    with pytest.raises(UserError, match="samples of 16 x 16 pixels cannot be compared with a reference of 32 x 32"):
         compare(small, large)
     with pytest.raises(UserError, match="unknown metric 'kid'"):
         compare(small, small, ["kid"])
@@ -360,7 +360,9 @@ def test_the_command_samples_and_compares_a_checkpoint_in_a_stream(tmp_path, inc
     monkeypatch.setattr(D2iT, "__call__", lambda self, number=None, **kw: None if number == 0 else 1 / 0)
     small = save_folder(tmp_path / "small", pictures(5, 10))
     assert main(["generation", "--checkpoint", str(tmp_path / "run"), "--reference", str(small), *weights]) == 2
-    assert f"samples of {side} x {side} pixels cannot be held against a reference of 16 x 16" in capsys.readouterr().err
+    assert (
+        f"samples of {side} x {side} pixels cannot be compared with a reference of 16 x 16" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_the_call_that_is_changed_is_right(op: str) -> None:
 
 @pytest.mark.parametrize(("op", "name", "value"), CASES)
 def test_a_wrong_argument_is_named(op: str, name: str, value: Any) -> None:
-    # An argument that the others are held against, like `q`, may be named by one of theirs.
+    # An argument that the others are compared with, like `q`, may be named by one of theirs.
     partners = {"q": "k", "x": "plan|branch|shift|gate", "entropy": "thresholds", "grain_map": "latents"}
     with pytest.raises((ValueError, TypeError)) as caught:
         getattr(ops, op)(**CALLS[op] | {name: value})

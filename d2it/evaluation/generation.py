@@ -300,7 +300,7 @@ def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | No
     """Raises UserError where both resolutions are known and differ."""
     if samples and reference and tuple(samples) != tuple(reference):
         raise UserError(
-            f"samples of {samples[0]} x {samples[1]} pixels cannot be held against a reference of "
+            f"samples of {samples[0]} x {samples[1]} pixels cannot be compared with a reference of "
             f"{reference[0]} x {reference[1]}"
         )
 

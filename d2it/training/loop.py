@@ -132,7 +132,7 @@ def train(
                 figures = meters.report(done, learning_rate(settings, step))
                 warning = None if warned else stage.warning(figures)
                 if warning:
-                    world.say(f"warning: {warning}")
+                    world.announce(f"warning: {warning}")
                     warned = True
                 check_guard(stage, run, done, checkpoints, min(2, settings.steps) if last else run.skip_limit)
                 checkpoints.settle()

@@ -159,7 +159,7 @@ def summarize(name: str, config: Config, world: World, source: ImageSource | Non
         UserError: it needs more memory than there is.
     """
     summary = Summary(_stage(name, config, world, source, dry=dry, outline=True), getattr(config, name), world)
-    world.say(summary.text)
+    world.announce(summary.text)
     summary.require_memory()
 
 
@@ -175,7 +175,7 @@ def rehearse_all(config: Config, world: World) -> None:
         if name == "cache" or name not in config.run.stages:
             continue
         summarize(name, config, world, source, dry=True)
-        world.say(rehearse(_stage(name, config, world, source, dry=True), getattr(config, name), world))
+        world.announce(rehearse(_stage(name, config, world, source, dry=True), getattr(config, name), world))
 
 
 def encode(config: Config, world: World, source: ImageSource, begin: Callable[[], None]) -> None:
@@ -197,7 +197,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
         before, done = done, done + images
         share = -(-len(source) // world.size)
         if before * 10 // share != done * 10 // share:
-            world.say(f"cache: {min(done, share)}/{share} images")
+            world.announce(f"cache: {min(done, share)}/{share} images")
 
     def build() -> None:
         build_cache(
@@ -226,7 +226,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
     if world.first and vae.config.num_grains > 1:
         share = LatentCache(target, verify=False).shares()[0]
         if warning := extreme_share(share):
-            world.say(f"warning: cache: {warning}")
+            world.announce(f"warning: cache: {warning}")
 
 
 def finish(config: Config, world: World, source: ImageSource | None) -> None:
@@ -240,7 +240,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
     if curves and importlib.util.find_spec("matplotlib"):
         pictures.save_curves(folder / "curves.png", curves)
     elif curves:
-        world.say(f"{folder / 'curves.png'} is left out: matplotlib is not installed")
+        world.announce(f"{folder / 'curves.png'} is left out: matplotlib is not installed")
     if source is not None and (folder / "vae").is_dir():
         vae = _vae(config).to(world.device)
         sheet = reconstructions(vae, source, min(8, config.sample.images), world.device)
@@ -249,7 +249,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
         with user_error():
             draw_samples(config, world)
     for path in sorted(folder.glob("*.png")):
-        world.say(f"wrote {path}")
+        world.announce(f"wrote {path}")
 
 
 def draw_samples(config: Config, world: World) -> None:
