@@ -102,25 +102,19 @@ def pack_tokens_forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Ten
 
 
 def unpack_tokens_forward(
-    packed: torch.Tensor,
+    packed: torch.Tensor | None,
     base: torch.Tensor | None,
     index: torch.Tensor,
     inverse: torch.Tensor,
     batch: int,
     cells: int,
 ) -> torch.Tensor:
-    """packed (capacity, C), any strides -> (B, cells, C): cell i is row inverse[i], or base (or 0) where that is -1."""
-    return _gather_rows(inverse, packed, base, packed.new_empty((batch, cells, packed.shape[1])))
+    """packed (capacity, C), any strides -> (B, cells, C): cell i is row inverse[i], or base (or 0) where that is -1.
 
-
-def unpack_tokens_backward(
-    grad: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, base_needs: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad (B, L, C), any strides -> the gradients of packed (capacity, C) and of base (B, L, C, or empty)."""
-    grad_packed = pack_tokens_forward(grad, index, inverse)
-    if not base_needs:
-        return grad_packed, grad.new_empty((0,))
-    return grad_packed, _gather_rows(inverse, None, grad, grad.new_empty(grad.shape))
+    Without packed rows (and with base) their cells are zero.
+    """
+    like = next(x for x in (packed, base) if x is not None)
+    return _gather_rows(inverse, packed, base, like.new_empty((batch, cells, like.shape[-1])))
 
 
 @compile_cases
@@ -136,6 +130,6 @@ def _compile_cases() -> Iterator[CompileCase]:
             yield f"{name}-pack", partial(pack_tokens_forward, x, index, inverse)
             yield f"{name}-unpack", partial(unpack_tokens_forward, packed, None, index, inverse, batch, cells)
             yield f"{name}-merge", partial(unpack_tokens_forward, packed, x, index, inverse, batch, cells)
-            yield f"{name}-merge-dbase", partial(_gather_rows, inverse, None, x, torch.empty_like(x))
+            yield f"{name}-merge-dbase", partial(unpack_tokens_forward, None, x, index, inverse, batch, cells)
     latents = torch.empty((batch, 12, cells), dtype=torch.bfloat16, device="meta").transpose(1, 2)
     yield "C12-bfloat16-pack-latents", partial(pack_tokens_forward, latents, index, inverse)

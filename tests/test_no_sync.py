@@ -175,7 +175,7 @@ def test_a_step_of_the_content_stage_reads_no_value(gpu_without_storage: torch.d
     with Watch() as watch:
         steps_of(stage, 2)
     ran = {name for name, backend in watch.calls if backend == "triton"}
-    assert ran >= {"plan_tokens", "pack_tokens", "unpack_tokens", "unpack_tokens_backward"}
+    assert ran >= {"plan_tokens", "pack_tokens", "unpack_tokens"}
     assert ran >= {"adaln_modulate", "adaln_modulate_backward", "gated_residual", "gated_residual_backward"}
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.zeros(3, device=gpu_without_storage).sum().item()

@@ -7,7 +7,7 @@ regions are drawn at random, as the benchmarks draw them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import attn_bench
@@ -147,6 +147,11 @@ def modulation() -> Iterator[Case]:
                 yield Case(op, f"{prefix}-{name}", direction, cost, call, trips, share=MOVER_SHARE)
 
 
+def in_turn(*calls: Callable[[], object]) -> Callable[[], object]:
+    """One call that makes all of these."""
+    return lambda: [call() for call in calls]
+
+
 def movers() -> Iterator[Case]:
     from d2it.kernels import pack_tokens, plan_tokens
 
@@ -160,7 +165,8 @@ def movers() -> Iterator[Case]:
         forward = partial(pack_tokens.pack_tokens_forward, x, index, inverse)
         yield Case("pack_tokens", f"pack-{name}", "forward", pack[0], forward, {}, share=MOVER_SHARE)
         forward = partial(pack_tokens.unpack_tokens_forward, packed, x, index, inverse, batch, cells)
-        backward = partial(pack_tokens.unpack_tokens_backward, x, index, inverse, True)
+        base = partial(pack_tokens.unpack_tokens_forward, None, x, index, inverse, batch, cells)
+        backward = in_turn(partial(pack_tokens.pack_tokens_forward, x, index, inverse), base)
         yield Case("unpack_tokens", f"merge-{name}", "forward", merge[0], forward, {}, share=MOVER_SHARE)
         yield Case("unpack_tokens", f"merge-{name}", "backward", merge[1], backward, {}, share=MOVER_SHARE)
     maps = meta(batch, 16, 16, dtype=I64)

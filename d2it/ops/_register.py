@@ -101,8 +101,6 @@ def operator(
     if backward is None and composite is not None:
         setup, backward = _composite_setup, partial(_pull_back, composite)
     flatten = _flatten if "[]" in schema else _as_leaves
-    function: Any = None  # the autograd function below, which calls `enter` for every transform but its own
-    apply: Any = None
 
     def below(*args: Any) -> Any:
         with _C._AutoDispatchBelowAutograd():
@@ -118,33 +116,13 @@ def operator(
         if torch.compiler.is_compiling():
             return op(*args)
         if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return function.apply(*flatten(args))
+            return Function.apply(*flatten(args))
         return call(*args)
 
-    function = _function(name, below, enter, setup, backward, linear, composite)
-    # The C++ method itself: torch.autograd.Function's binds the arguments to a signature first, which takes longer than
-    # the call.
-    apply = super(torch.autograd.Function, function).apply
-    if backward is not None:
-        LIBRARY.impl(name, call, "Autograd")
-    return enter
-
-
-def _function(
-    name: str,
-    below: Callable[..., Any],
-    enter: Callable[..., Any],
-    setup: Callable[..., None] | None,
-    backward: Callable[..., Sequence[Any]] | None,
-    linear: bool,
-    composite: Callable[..., Any] | None,
-) -> Any:
-    """The `torch.autograd.Function` of an operator: `below` runs it without autograd, `enter` with whatever is active.
-
-    Its arguments are the lengths of the lists among the operator's arguments, then all leaves, see `_flatten`.
-    """
-
     class Function(torch.autograd.Function):
+        """Takes the lengths of the lists among the operator's arguments, then all leaves, see `_flatten`. Transforms
+        call `enter`, for the sake of those around them."""
+
         @staticmethod
         def forward(lengths: Lengths, *leaves: Any) -> Any:
             output = below(*_unflatten(lengths, leaves))
@@ -189,22 +167,33 @@ def _function(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], lengths: Lengths, *leaves: Any) -> Any:
-            """One call for each element of the batch; of an empty batch, one call on zeros for the shapes."""
-            batched = [isinstance(x, Tensor) and d is not None for x, d in zip(leaves, in_dims[1:])]
-            rows = [x.movedim(d, 0) if b else x for x, b, d in zip(leaves, batched, in_dims[1:])]
-            if not info.batch_size:
-                rows = [x.new_zeros((1, *x.shape[1:])) if b else x for x, b in zip(rows, batched)]
-
-            def at(i: int) -> tuple[Any, ...]:
-                results = enter(*_unflatten(lengths, [x[i] if b else x for x, b in zip(rows, batched)]))
-                return tuple(results) if isinstance(results, (list, tuple)) else (results,)
-
-            parts = [at(i) for i in range(info.batch_size or 1)]
-            stacked = tuple(torch.stack(part)[: info.batch_size] for part in zip(*parts))
-            return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
+            return _one_by_one(enter, info.batch_size, in_dims[1:], lengths, leaves)
 
     Function.__name__ = f"{name}_autograd"
-    return Function
+    # The C++ method itself: torch.autograd.Function's binds the arguments to a signature first, which takes longer than
+    # the call.
+    apply = super(torch.autograd.Function, Function).apply
+    if backward is not None:
+        LIBRARY.impl(name, call, "Autograd")
+    return enter
+
+
+def _one_by_one(
+    enter: Callable[..., Any], size: int, in_dims: Sequence[Any], lengths: Lengths, leaves: Sequence[Any]
+) -> Any:
+    """The vmap of an operator: a call for each element of the batch; of an empty batch, one on zeros for the shapes."""
+    batched = [isinstance(x, Tensor) and d is not None for x, d in zip(leaves, in_dims)]
+    rows = [x.movedim(d, 0) if b else x for x, b, d in zip(leaves, batched, in_dims)]
+    if not size:
+        rows = [x.new_zeros((1, *x.shape[1:])) if b else x for x, b in zip(rows, batched)]
+
+    def at(i: int) -> tuple[Any, ...]:
+        results = enter(*_unflatten(lengths, [x[i] if b else x for x, b in zip(rows, batched)]))
+        return tuple(results) if isinstance(results, (list, tuple)) else (results,)
+
+    parts = [at(i) for i in range(size or 1)]
+    stacked = tuple(torch.stack(part)[:size] for part in zip(*parts))
+    return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
 
 
 # ---- Derivatives through plain PyTorch -------------------------------------------------------------------------------

@@ -106,41 +106,22 @@ def _pack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
 
 
 def _unpack_fake(
-    packed: Tensor, base: Tensor | None, index: Tensor, inverse: Tensor, batch: int, cells: int, backend: str
+    packed: Tensor | None, base: Any, index: Tensor, inverse: Tensor, batch: int, cells: int, backend: str
 ) -> Tensor:
-    return packed.new_empty((batch, cells, packed.shape[1]))
+    like = base if packed is None else packed
+    return like.new_empty((batch, cells, like.shape[-1]))
 
 
 def _unpack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    _, base, index, inverse, _, _, ctx.backend = inputs
+    _, _, index, inverse, ctx.batch, ctx.cells, ctx.backend = inputs
     ctx.save_for_backward(index, inverse)
-    ctx.base_needs = base is not None and ctx.needs[1]
 
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    index, inverse = ctx.saved_tensors
-    grad_packed, grad_base = _call_unpack_tokens_backward(grad, index, inverse, ctx.base_needs, ctx.backend)
-    return grad_packed, grad_base if ctx.base_needs else None, None, None, None, None, None
-
-
-def _unpack_backward_fake(
-    grad: Tensor, index: Tensor, inverse: Tensor, base_needs: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    grad_base = grad.new_empty(grad.shape if base_needs else (0,))
-    return grad.new_empty((index.shape[0], grad.shape[2])), grad_base
-
-
-def _unpack_backward_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    grad, index, inverse, ctx.base_needs, ctx.backend = inputs
-    ctx.save_for_backward(index, inverse)
-    ctx.batch, ctx.cells = grad.shape[0], grad.shape[1]
-
-
-def _unpack_backward_backward(ctx: Any, packed: Tensor, base: Tensor) -> Sequence[Any]:
-    index, inverse = ctx.saved_tensors
-    given = base if ctx.base_needs else None
-    grad = _call_unpack_tokens(packed, given, index, inverse, ctx.batch, ctx.cells, ctx.backend)
-    return grad, None, None, None, None
+    plan = ctx.saved_tensors
+    grad_packed = _call_pack_tokens(grad, *plan, ctx.backend) if ctx.needs[0] else None
+    grad_base = _call_unpack_tokens(None, grad, *plan, ctx.batch, ctx.cells, ctx.backend) if ctx.needs[1] else None
+    return grad_packed, grad_base, None, None, None, None, None
 
 
 _call_pack_tokens = operator(
@@ -151,22 +132,14 @@ _call_pack_tokens = operator(
     check=lambda x, index, inverse: check_range(index, x.shape[0] * x.shape[1], "index"),
     linear=True,
 )
+# `packed` is None for the gradient of `base`: what flows back where there is no token, zero elsewhere.
 _call_unpack_tokens = operator(
-    "unpack_tokens(Tensor packed, Tensor? base, Tensor index, Tensor inverse, SymInt batch, "
+    "unpack_tokens(Tensor? packed, Tensor? base, Tensor index, Tensor inverse, SymInt batch, "
     "SymInt cells, str backend) -> Tensor",
     fake=_unpack_fake,
     setup=_unpack_setup,
     backward=_unpack_backward,
-    check=lambda packed, base, index, inverse, *rest: check_range(inverse, packed.shape[0], "inverse"),
-    linear=True,
-)
-_call_unpack_tokens_backward = operator(
-    "unpack_tokens_backward(Tensor grad, Tensor index, Tensor inverse, bool base_needs, str backend) -> "
-    "(Tensor grad_packed, Tensor grad_base)",
-    fake=_unpack_backward_fake,
-    setup=_unpack_backward_setup,
-    backward=_unpack_backward_backward,
-    check=lambda grad, index, *rest: check_range(index, grad.shape[0] * grad.shape[1], "index"),
+    check=lambda packed, base, index, inverse, *rest: check_range(inverse, index.shape[0], "inverse"),
     linear=True,
 )
 
@@ -178,22 +151,11 @@ def _native_pack(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return packed
 
 
-def _native_unpack(
-    packed: Tensor, base: Tensor | None, index: Tensor, inverse: Tensor, batch: int, cells: int
-) -> Tensor:
+def _native_unpack(packed: Tensor | None, base: Any, index: Tensor, inverse: Tensor, batch: int, cells: int) -> Tensor:
     out = _unpack_fake(packed, base, index, inverse, batch, cells, "")
     if not torch.ops.d2it_C.gather_rows(inverse, packed, base, out):
-        check_range(inverse, packed.shape[0], "inverse")
+        check_range(inverse, index.shape[0], "inverse")
     return out
-
-
-def _native_unpack_backward(grad: Tensor, index: Tensor, inverse: Tensor, base_needs: bool) -> tuple[Tensor, Tensor]:
-    grad_packed, grad_base = _unpack_backward_fake(grad, index, inverse, base_needs, "")
-    if not torch.ops.d2it_C.gather_rows(index, grad, None, grad_packed):
-        check_range(index, grad.shape[0] * grad.shape[1], "index")
-    if base_needs:
-        torch.ops.d2it_C.gather_rows(inverse, None, grad, grad_base)
-    return grad_packed, grad_base
 
 
 for _op in ("pack_tokens", "unpack_tokens"):
@@ -203,5 +165,3 @@ for _op in ("pack_tokens", "unpack_tokens"):
     implement(_op, "triton", f"d2it.kernels.pack_tokens:{_op}_forward")
 implement("pack_tokens", "cpu", _native_pack, checks_values=True)
 implement("unpack_tokens", "cpu", _native_unpack, checks_values=True)
-implement("unpack_tokens_backward", "cpu", _native_unpack_backward, checks_values=True)
-implement("unpack_tokens_backward", "triton", "d2it.kernels.pack_tokens:unpack_tokens_backward")
