@@ -259,6 +259,9 @@ class Loader(_Stream):
         pin_memory: page-locked batches, where there is a GPU.
         process: run on each batch inside the worker; must be picklable where processes are spawned.
 
+    Attributes:
+        images_seen: images that all ranks together have been given: the position in the stream.
+
     Raises:
         UserError: while iterating; an image too small, too many unreadable ones, a dead worker.
     """
@@ -287,12 +290,7 @@ class Loader(_Stream):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self._seen = start
-
-    @property
-    def images_seen(self) -> int:
-        """Images that all ranks together have been given: the position in the stream."""
-        return self._seen
+        self.images_seen = start
 
     def _requests(self, position: int) -> Iterator[list[tuple[int, int]]]:
         count, epoch, order = self._population, -1, np.empty(0, np.int64)
@@ -312,10 +310,10 @@ class Loader(_Stream):
 
     def __next__(self) -> Batch:
         if not self._holder:
-            self._start(self._requests(self._seen))
+            self._start(self._requests(self.images_seen))
         batch = self._next()
         batch.pop("unreadable", None)
-        self._seen += self.world_size * self.batch_size
+        self.images_seen += self.world_size * self.batch_size
         return batch
 
 

@@ -78,7 +78,11 @@ def report_left_out(description: str, left_out: Sequence[str], kept: int) -> Non
 
 
 class Names:
-    """Byte strings in two arrays: forked workers copy a list's pages, and a rectangular array pads to the longest."""
+    """Byte strings in two arrays: forked workers copy a list's pages, and a rectangular array pads to the longest.
+
+    Args:
+        names: the strings.
+    """
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)

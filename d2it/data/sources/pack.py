@@ -34,8 +34,7 @@ class NpzPack(ImageSource):
                     raise UserError(
                         f"{path} has no array {key!r}: a pack holds jpeg, offsets and optionally labels, classes"
                     )
-                if key == "jpeg":
-                    self._bytes = archive.map(key, expansion=4)  # encoded images do not compress
+            self._bytes = archive.map("jpeg", expansion=4)  # encoded images do not compress
             offsets = archive.array("offsets")
             labels, classes = (archive.array(key) if key in archive.names else None for key in ("labels", "classes"))
         if self._bytes.dtype != np.uint8 or self._bytes.ndim != 1:
