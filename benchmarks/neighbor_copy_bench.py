@@ -67,6 +67,17 @@ def rival(widen: Callable[[Tensor, int], Tensor], compiled: bool) -> Run:
     return lambda given: function(widen, **given)
 
 
+def costs(batch: int, channels: int, side: int, fills: Sequence[float], dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """Floors of forward and backward: of every region its own grain, and the finest grid; its gradient, and every
+    grain's."""
+    # Of a coarser grain, a fine cell is a quarter, a sixteenth, ... of an element.
+    finest = batch * channels * (side << len(fills) - 1) ** 2 * dtype.itemsize
+    shares = [0.25**i for i in range(len(fills) - 1, -1, -1)]
+    regions = batch * side**2 * 8
+    read = sum(fill * share for fill, share in zip(fills, shares))
+    return Cost(bytes=int(finest * (read + 1)) + regions), Cost(bytes=int(finest * (1 + sum(shares))) + regions)
+
+
 def benches() -> Iterator[Bench]:
     gpu = machine.device() == "cuda"
     half, tenth, three = (0.5, 0.5), (0.9, 0.1), (0.3, 0.3, 0.4)
@@ -97,11 +108,7 @@ def benches() -> Iterator[Bench]:
         for name, widen in (("repeat_interleave", repeat), ("interpolate", interpolate)):
             contenders[f"eager {name} + where"] = partial(rival, widen, False)
             contenders[f"compiled {name} + where"] = partial(rival, widen, True)
-        # Of a coarser grain, a fine cell is a quarter, a sixteenth, ... of an element.
-        finest = batch * channels * (side << len(fills) - 1) ** 2 * dtype.itemsize
-        shares = [0.25**i for i in range(len(fills) - 1, -1, -1)]
-        regions = batch * side**2 * 8
-        read = sum(fill * share for fill, share in zip(fills, shares))
+        forward, backward = costs(batch, channels, side, fills, dtype)
         yield Bench(
             case=f"B{batch}-C{channels}-{side}x{side}-fill{'-'.join(map(str, fills[1:]))}-{str(dtype)[6:]}"
             f"{'-channels_last' if layout is pixels else ''}",
@@ -109,9 +116,8 @@ def benches() -> Iterator[Bench]:
             dtype=dtype,
             inputs=partial(inputs, batch, channels, side, fills, dtype, layout),
             contenders=contenders,
-            # Forward: of every region its own grain, and the finest grid. Backward: its gradient, and every grain's.
-            forward=Cost(bytes=int(finest * (read + 1)) + regions),
-            backward=Cost(bytes=int(finest * (1 + sum(shares))) + regions),
+            forward=forward,
+            backward=backward,
             gradients=("latents",),
             expected=lambda given: ops.reference.neighbor_copy(**given),
         )

@@ -162,20 +162,26 @@ __device__ void add_taps(const Bins& bins, float* density, const float2* pixels,
   const int lane = threadIdx.x % kWarp;
   const int width = kWidth ? kWidth : bins.width, row = max(width, kWarp), size = bins.density;
   const float4* pairs = reinterpret_cast<const float4*>(pixels) + lane / kGroup;
+  // Pixels come in multiples of 16, or are filled up by some that are far from every bin.
+  constexpr int kAtOnce = kGroups > 2 ? 1 : 4;
   const int steps = (count + kCopies * kGroups - 1) / (kCopies * kGroups);
-#pragma unroll 4
-  for (int i = 0; i < steps; ++i) {
-    const float4 pair = pairs[i * kGroups];
-    for (int slot = 0; slot < (kWidth ? 1 : width / kWarp); ++slot) {
-      const float own = static_cast<float>(slot * kWarp + lane % kGroup);
-      float value0, value1;
-      const int row0 = tap<kWidth>(bins, {pair.x, pair.y}, own, width, value0);
-      const int row1 = tap<kWidth>(bins, {pair.z, pair.w}, own, width, value1);
-      float* at0 = density + row0 * row + slot * kWarp + lane;
-      float* at1 = density + size + row1 * row + slot * kWarp + lane;
-      const float sum0 = *at0 + value0, sum1 = *at1 + value1;
-      *at0 = sum0;
-      *at1 = sum1;
+#pragma unroll 1
+  for (int first = 0; first < steps; first += kAtOnce) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float4 pair = pairs[(first + i) * kGroups];
+#pragma unroll 1
+      for (int slot = 0; slot < (kWidth ? 1 : width / kWarp); ++slot) {
+        const float own = static_cast<float>(slot * kWarp + lane % kGroup);
+        float value0, value1;
+        const int row0 = tap<kWidth>(bins, {pair.x, pair.y}, own, width, value0);
+        const int row1 = tap<kWidth>(bins, {pair.z, pair.w}, own, width, value1);
+        float* at0 = density + row0 * row + slot * kWarp + lane;
+        float* at1 = density + size + row1 * row + slot * kWarp + lane;
+        const float sum0 = *at0 + value0, sum1 = *at1 + value1;
+        *at0 = sum0;
+        *at1 = sum1;
+      }
     }
   }
 }
@@ -227,6 +233,7 @@ __device__ void finish(const Bins& bins, const Results& out, int region, const f
   const int width = kWidth ? kWidth : bins.width, row = max(width, kWarp), size = bins.density;
   const float mean = 1.0f / pixels;
   float total = 0.0f, weighted = 0.0f;
+#pragma unroll 1
   for (int bin = threadIdx.x % kWarp; bin < bins.count; bin += kWarp) {
     const float* entry = density + (bin / width + 1) * row + bin % width;
     float p = 0.0f;
@@ -241,6 +248,7 @@ __device__ void finish(const Bins& bins, const Results& out, int region, const f
 }
 
 __device__ inline void clear(float* density, int count) {
+#pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < count / 4; i += kWarp)
     reinterpret_cast<float4*>(density)[i] = make_float4(0, 0, 0, 0);
 }

@@ -208,8 +208,14 @@ struct Work {
           for (int e = 0; e < 4; ++e) {
             float& x = s[i][2 * j + e / 2][2 * r + e % 2];
             x = d2it::exp2_fast(fmaf(added[e], kLog2e, fmaf(x, scale, -lse[e])));
-            if (edge && (key >= count || query + e >= count)) x = 0.0f;
-            if (at.segments && x != 0.0f && at.segments[key] != at.segments[query + e]) x = 0.0f;
+          }
+          if (edge || at.segments) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const bool there = key < count && query + e < count;
+              if (!there || (at.segments && at.segments[key] != at.segments[query + e]))
+                s[i][2 * j + e / 2][2 * r + e % 2] = 0.0f;
+            }
           }
         }
       }
@@ -308,22 +314,26 @@ struct Work {
     const bool tailed = kTail && group == kUnits % kGroups;
     float c[kMost][2][4] = {}, tail[1][4] = {};
     const auto sum = [&](auto with_tail) {
-#pragma unroll 4
-      for (int key = 0; key < count; key += 16, ds += 16 * kPairsPitch, keys += 16 * kRow) {
-        uint32_t x[4];
-        d2it::load_matrices_transposed(x, ds);
+#pragma unroll 1
+      for (int start = 0; start < count; start += kKeys, ds += kKeys * kPairsPitch, keys += kKeys * kRow) {
 #pragma unroll
-        for (int u = 0; u < kMost; ++u) {
-          if (kUnits % kGroups != 0 && group + u * kGroups >= kUnits) break;
-          uint32_t y[4];
-          d2it::load_matrices_transposed(y, keys + u * kGroups * 16);
-          d2it::multiply_add<T>(c[u][0], x, y[0], y[1]);
-          d2it::multiply_add<T>(c[u][1], x, y[2], y[3]);
-        }
-        if constexpr (with_tail.value) {
-          uint32_t y[2];
-          d2it::load_matrices_transposed(y, keys + (kUnits - kUnits % kGroups) * 16);
-          d2it::multiply_add<T>(tail[0], x, y[0], y[1]);
+        for (int j = 0; j < kKeys / 16; ++j) {
+          if (start + j * 16 >= count) break;
+          uint32_t x[4];
+          d2it::load_matrices_transposed(x, ds + j * (16 * kPairsPitch));
+#pragma unroll
+          for (int u = 0; u < kMost; ++u) {
+            if (kUnits % kGroups != 0 && group + u * kGroups >= kUnits) break;
+            uint32_t y[4];
+            d2it::load_matrices_transposed(y, keys + j * (16 * kRow) + u * kGroups * 16);
+            d2it::multiply_add<T>(c[u][0], x, y[0], y[1]);
+            d2it::multiply_add<T>(c[u][1], x, y[2], y[3]);
+          }
+          if constexpr (with_tail.value) {
+            uint32_t y[2];
+            d2it::load_matrices_transposed(y, keys + j * (16 * kRow) + (kUnits - kUnits % kGroups) * 16);
+            d2it::multiply_add<T>(tail[0], x, y[0], y[1]);
+          }
         }
       }
     };
@@ -453,7 +463,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_backward(const __grid_c
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) sum_blocks(const float* sums, T* dbias, int64_t bias_windows,
                                                           int heads, int n, int splits, bool per_head) {
-  constexpr int kSide = kWarp;
+  constexpr int kSide = kWarp, kAtOnce = 8; // blocks
   __shared__ float tile[kSide][kSide + 1];
   const int side = (n + kSide - 1) / kSide, pitch = sums_pitch(n);
   const int64_t matrix = blockIdx.x / (side * side);
@@ -462,19 +472,29 @@ __global__ void __launch_bounds__(kThreads, 1) sum_blocks(const float* sums, T* 
   const int lane = threadIdx.x % kWarp;
   const int first_head = per_head ? static_cast<int>(matrix % heads) : 0,
             last_head = per_head ? first_head + 1 : heads;
+#pragma unroll 1
   for (int i = threadIdx.x / kWarp; i < kSide; i += kWarps) {
     float sum = 0.0f;
     if (key + i < n && query + lane < n) {
-      for (int split = 0; split < splits; ++split) {
-        for (int head = first_head; head < last_head; ++head) {
-          const int64_t block = (split * bias_windows + residue) * heads + head;
-          sum += __ldg(sums + (block * n + key + i) * pitch + query + lane);
+#pragma unroll 1
+      for (int head = first_head; head < last_head; ++head) {
+#pragma unroll 1
+        for (int first = 0; first < splits; first += kAtOnce) {
+          float parts[kAtOnce];
+#pragma unroll
+          for (int s = 0; s < kAtOnce; ++s) {
+            const int64_t block = ((first + s) * bias_windows + residue) * heads + head;
+            parts[s] = first + s < splits ? __ldg(sums + (block * n + key + i) * pitch + query + lane) : 0.0f;
+          }
+#pragma unroll
+          for (int s = 0; s < kAtOnce; ++s) sum += parts[s];
         }
       }
     }
     tile[i][lane] = sum;
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x / kWarp; i < kSide; i += kWarps) {
     if (query + i < n && key + lane < n)
       dbias[(matrix * n + query + i) * n + key + lane] = d2it::to<T>(tile[lane][i]);

@@ -10,8 +10,9 @@ from kernel_report.budget import Case, Count, excuse, measured, over_tokens, unr
 from kernel_report.compile import nvcc
 from kernel_report.flow import executions, natural_loops, outermost
 from kernel_report.gpus import PRODUCTS, occupancy
-from kernel_report.ptx import Traffic, read_function, split_functions, traffic_by_pointer
-from kernel_report.sass import read_sass
+from kernel_report.ptx import Traffic, read_function, split_functions, traffic_by_line, traffic_by_pointer
+from kernel_report.sass import read_lines, read_sass
+from kernel_report.source import Runs, Statement, find_statement, read_source
 
 from d2it.ops import _native
 
@@ -301,6 +302,94 @@ def test_pointers_in_structures_are_found_through_registers() -> None:
     image, out = frozenset({(0, 0)}), frozenset({(1, 8)})
     moved = traffic_by_pointer(statements, [], {(0, 0), (1, 8)})
     assert moved == {image: Traffic(16, 0), out: Traffic(0, 4)}
+
+
+SOURCE = """
+__device__ inline int twice(int x) { // a for (comment
+  return x + x;
+}
+__global__ void k(int n) {
+#pragma unroll 1
+  for (int i = 0; i < n;
+       ++i) {
+    if (i % 2) {
+      a[i] = twice(i);
+    } else {
+      b[i] = 1;
+    }
+  }
+  c[0] = twice(n);
+}
+"""
+
+LINES = """
+	//## File "/src/k.cu", line 7
+        /*0000*/                   ISETP.GE.AND P0, PT, R1, c[0x0][0x210], PT ;
+        /*0010*/               @P0 BRA `(.L_x_2) ;
+.L_x_1:
+	//## File "/src/k.cu", line 3 inlined at "/src/k.cu", line 10
+	//## File "/src/k.cu", line 10
+        /*0020*/                   IMAD.SHL.U32 R2, R2, 0x2, RZ ;
+        /*0030*/                   STS.64 [R3], R2 ;
+	//## File "/src/k.cu", line 12
+        /*0040*/                   STS [R3], R2 ;
+	//## File "/src/k.cu", line 7
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+	//## File "/src/k.cu", line 3 inlined at "/src/k.cu", line 15
+	//## File "/src/k.cu", line 15
+        /*0060*/                   IMAD.SHL.U32 R2, R2, 0x2, RZ ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   BRA `(.L_x_3);
+"""
+
+
+def test_instructions_run_as_often_as_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "k.cu").write_text(SOURCE)
+    files = read_source(tmp_path / "k.cu")
+    assert find_statement(files, "for (int i = 0; i < n; ++i) {") == Statement("k.cu", 7, 13, loop=True)
+    assert find_statement(files, "if (i % 2) {") == Statement("k.cu", 9, 10, loop=False)
+    assert find_statement(files, "} else {") == Statement("k.cu", 11, 12, loop=False)
+    assert find_statement(files, "c[0] =") == Statement("k.cu", 15, 15, loop=False)
+    for text in ("for (comment", "= twice("):
+        with pytest.raises(ValueError, match="times in k"):
+            find_statement(files, text)
+    code = read_lines(LINES)
+    stated = {"for (int i = 0; i < n;": 8.0, "if (i % 2) {": 0.25}
+    # Line 7 runs 8 times, lines 3 and 10 twice, line 12 8 times; behind the loop line 3 comes from another call.
+    assert code.issued_by_line(Runs(files, stated)) == (3 * 8 + 2 * 2 + 8 + 2, 2 * 256 + 8 * 128)
+    with pytest.raises(ValueError, match="has no trips"):
+        code.issued_by_line(Runs(files, {"if (i % 2) {": 0.25}))
+
+
+def test_traffic_follows_lines_and_indexed_structures(tmp_path: Path) -> None:
+    ptx = """
+.entry k(.param .align 8 .b8 k_param_0[96], .param .u64 k_param_1)
+{
+	.loc	1 7 3
+	mov.b64 	%rd1, k_param_0;
+	ld.param.b64 	%rd2, [k_param_1];
+	mov.b64 	%rd3, %rd1;
+$L__BB0_1:
+	.loc	1 10 5
+	ld.param.b64 	%rd4, [%rd3];
+	.loc	1 3 3, function_name $L__info_string0, inlined_at 1 10 5
+	ld.global.v4.b32 	{%r1, %r2, %r3, %r4}, [%rd4];
+	.loc	1 0 3
+	add.s64 	%rd3, %rd3, 48;
+	.loc	1 7 3
+	@%p1 bra 	$L__BB0_1;
+	.loc	1 15 3
+	st.global.b32 	[%rd2], %r1;
+	ret;
+}
+	.file	1 "/src/k.cu"
+"""
+    (tmp_path / "k.cu").write_text(SOURCE)
+    runs = Runs(read_source(tmp_path / "k.cu"), {"for (int i = 0; i < n;": 8.0, "if (i % 2) {": 0.25})
+    either, out = frozenset({(0, 0), (0, 48)}), frozenset({(1, 0)})
+    assert traffic_by_line(ptx, runs.of, {(0, 0), (0, 48), (1, 0)}) == {either: Traffic(2 * 16, 0), out: Traffic(0, 4)}
 
 
 COPY = """

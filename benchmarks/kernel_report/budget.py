@@ -33,8 +33,9 @@ from kernel_report.compile import (
 )
 from kernel_report.exceptions import BUDGET_EXCEPTIONS
 from kernel_report.gpus import ARCHS, Product, occupancy
-from kernel_report.ptx import Pointer, loop_accesses, split_functions, traffic_by_pointer
-from kernel_report.sass import Code, read_sass
+from kernel_report.ptx import Pointer, loop_accesses, split_functions, traffic_by_line, traffic_by_pointer
+from kernel_report.sass import Code, read_lines, read_sass
+from kernel_report.source import Runs, read_source
 
 PLENTY_IPC, FEW_IPC, FEW_WARPS = 2.5, 1.5, 12
 
@@ -56,10 +57,13 @@ class CudaLaunch:
     """Of a block."""
     shared_bytes: int
     """Of a block, asked for at the launch."""
-    trips: list[float]
-    """How often each loop runs, of the machine code and of the PTX alike: nvcc unrolls before it writes PTX."""
+    runs: dict[str, float]
+    """The beginning of a statement of the source -> how often it runs each time the code around it does: the trips of
+    each loop that the compiler leaves, the share of the times that a branch is taken; 1 where nothing is stated."""
     tensors: dict[Pointer, int]
     """The bytes behind each pointer among the parameters."""
+    lanes: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The beginning of a statement -> the share of a warp's lanes that its accesses to global memory are of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,23 +157,24 @@ def count_cuda(launch: CudaLaunch, arch: str) -> Count:
     """Counts one launch of a CUDA kernel.
 
     Raises:
-        ValueError: The machine code or the PTX has other loops than trips are stated for.
+        ValueError: What is stated of the source is not in it, or nothing is stated of a loop.
     """
-    row, sass, ptx = find_cuda(str(ROOT / "csrc" / launch.source), arch, launch.kernel)
-    ((_, code),) = read_sass(sass).items()
-    ((_, statements),) = split_functions(ptx).items()
-    for loops in (len(code.loops), len(loop_accesses(statements))):
-        if loops != len(launch.trips):
-            raise ValueError(f"{launch.kernel} has {loops} loops, but trips are stated for {len(launch.trips)}")
-    issued, shared = code.issued(launch.trips)
+    path = ROOT / "csrc" / launch.source
+    row, sass, ptx = find_cuda(str(path), arch, launch.kernel)
+    files = read_source(path)
+    runs, lanes = Runs(files, launch.runs), Runs(files, launch.lanes)
+    issued, shared = read_lines(sass).issued_by_line(runs)
     moved = everything = 0.0
-    for pointers, traffic in traffic_by_pointer(statements, launch.trips, launch.tensors).items():
+    by_pointer = traffic_by_line(ptx, lambda frames: runs.of(frames) * lanes.of(frames), launch.tensors)
+    for pointers, traffic in by_pointer.items():
         size = sum(launch.tensors[pointer] for pointer in pointers)
         read, written = (each * launch.threads * launch.blocks for each in (traffic.read, traffic.written))
         moved += min(read, size) + min(written, size)
         everything += read + written
     per_block, sms = launch.threads / 32, ARCHS[arch]["sms"]
-    resident = 64 * occupancy(arch, row["registers"], launch.threads, row["shared_bytes"] + launch.shared_bytes)
+    # The compiler's figure has the kilobyte in it that the system reserves, which `occupancy` adds.
+    static = max(row["shared_bytes"] - 1024, 0)
+    resident = 64 * occupancy(arch, row["registers"], launch.threads, static + launch.shared_bytes)
     all_warps = per_block * launch.blocks
     warps = min(resident, all_warps / sms)
     return Count(row["kernel"], moved, everything, issued * all_warps, shared * all_warps, warps)

@@ -13,12 +13,14 @@ from functools import partial
 import attn_bench
 import kde_entropy_bench
 import modulate_bench
+import neighbor_copy_bench
 import pack_tokens_bench
 import plan_tokens_bench
 import torch
 from goals import ATTENTION_SHARE, ENTROPY_US, MOVER_SHARE, PLAN_US
 
-from kernel_report.budget import Case, CudaLaunch, Trips
+from kernel_report import budget_cuda
+from kernel_report.budget import Case, Trips
 from kernel_report.compile import Launch, nvcc
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -100,6 +102,12 @@ def attention() -> Iterator[Case]:
             yield made("forward", forward, call)
             given = (out, qkv, bias, slots, None, out, lse, scale, True)
             yield made("backward", backward, partial(window_attention.window_attention_qkvpacked_backward, *given))
+            if n > 64 and nvcc():
+                shape = (n, HEADS, WIDTH, fill, CELLS)
+                cleared = budget_cuda.unnamed_rows(rows, HEADS * WIDTH * 2, CELLS)
+                made = partial(made, call=None, unused=())
+                yield made("forward", forward, cuda=(budget_cuda.attention_forward(*shape), *cleared))
+                yield made("backward", backward, cuda=(*budget_cuda.attention_backward(*shape), *cleared))
 
 
 def modulation() -> Iterator[Case]:
@@ -184,21 +192,23 @@ def entropy() -> Iterator[Case]:
     floor, ms = kde_entropy_bench.cost(batch, 256, 3, F32), batch * ENTROPY_US / 1e3
     name = f"B{batch}-256x256-C3-bins256-float32"
     yield Case("kde_entropy", name, "forward", floor, call, {}, ms=ms)
+    if nvcc():
+        yield Case("kde_entropy", name, "forward", floor, None, {}, (budget_cuda.entropy(batch),), ms=ms)
+
+
+def neighbor_copy() -> Iterator[Case]:
     if nvcc() is None:
         return
-    regions, warps, step = batch * 16 * 16, 4, 128
-    # A window of 16 bins: 16 rows of them and one on either side, 32 floats each, in two copies; then a step's pixels.
-    density = 2 * (16 + 2) * 32
-    shared = warps * 4 * (density + 2 * step)
-    # Clearing takes 9 stores of 16 bytes a lane: one alone, then 8 at once outside of the loop over 16. Two steps of
-    # pixels, in each 32 pairs four at a time. 8 bins a lane, four at a time. No thresholds.
-    trips = [1.0, 0.0, 2.0, 8.0, 0.0, 2.0, 0.0]
-    tensors = {(0, 0): images.numel() * 4, (3, 0): regions * 4, (3, 8): 0, (3, 16): 0}
-    launch = CudaLaunch(
-        "kde_entropy_cuda.cu", "entropy_of_vectors<float, 16, 3, false>", regions // warps, 32 * warps, shared, trips,
-        tensors,
-    )  # fmt: skip
-    yield Case("kde_entropy", name, "forward", floor, None, {}, (launch,), ms=ms)
+    shape = {"batch": 256, "channels": 256, "side": 16}
+    launches = {
+        "": budget_cuda.neighbor_copy_rows(**shape),
+        "-channels_last": budget_cuda.neighbor_copy_pixels(**shape),
+    }
+    forward, backward = neighbor_copy_bench.costs(256, 256, 16, (0.5, 0.5), BF16)
+    for layout, (merge, split) in launches.items():
+        made = partial(Case, "neighbor_copy", f"B256-C256-16x16-fill0.5-bfloat16{layout}", call=None, trips={})
+        yield made("forward", forward, cuda=(merge,), share=MOVER_SHARE)
+        yield made("backward", backward, cuda=(split,), share=MOVER_SHARE)
 
 
 def cases() -> Iterator[Case]:
@@ -207,3 +217,4 @@ def cases() -> Iterator[Case]:
     yield from modulation()
     yield from movers()
     yield from entropy()
+    yield from neighbor_copy()

@@ -8,8 +8,8 @@ memory are ptxas's own, read off the cubin.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -232,42 +232,54 @@ def nvcc() -> str | None:
 
 def compile_cuda(source: str, arch: str) -> list[dict]:
     """Rows for every kernel of one .cu file."""
-    cubin, ptx = build_cuda(source, arch)
-    return [_cuda_row(mangled, arch, numbers) for mangled, numbers in read(cubin, ptx).items()]
+    folder = build_cuda(source, arch)
+    found = read((folder / "cubin").read_bytes(), (folder / "ptx").read_text())
+    return [_cuda_row(mangled, arch, numbers) for mangled, numbers in found.items()]
 
 
 def find_cuda(source: str, arch: str, kernel: str) -> tuple[dict, str, str]:
     """One kernel of a .cu file by its name with template arguments, "k<float, 16>": its row of the report, its machine
-    code and its PTX, each as a listing of this function alone.
+    code with the lines of the source, as `nvdisasm -gi` prints it, and its PTX, each of this function alone.
 
     Raises:
         ValueError: The file has no such kernel.
     """
-    cubin, ptx = build_cuda(source, arch)
-    for mangled, numbers in read(cubin, ptx).items():
-        row = _cuda_row(mangled, arch, numbers)
-        if kernel in (row["kernel"], f"{row['kernel']}<{row['config']}>"):
-            listing = re.split(r"(?=^\s*Function : )", disassemble(cubin), flags=re.MULTILINE)
-            own = next(part for part in listing if re.match(rf"\s*Function : {re.escape(mangled)}\n", part))
-            return row, own, next(p for p in re.split(r"(?=\.entry\s)", ptx) if re.match(rf"\.entry\s+{mangled}\b", p))
+    folder = build_cuda(source, arch)
+    whole = (folder / "ptx").read_text()
+    files = "".join(re.findall(r"^\s*\.file\s.*\n", whole, flags=re.MULTILINE))
+    ptx = {re.match(r"\.entry\s+(\w+)", p)[1]: p + files for p in _ENTRIES.split(whole)[1:]}
+    for mangled in ptx:
+        name = _cuda_name(mangled)
+        if kernel in (name[0], f"{name[0]}<{name[1]}>"):
+            usage = _output(cuobjdump(), "-res-usage", str(folder / "cubin"))
+            own = re.search(rf"Function {re.escape(mangled)}:\n.*", usage)[0]
+            ((_, numbers),) = read_usage(own, ptx[mangled]).items()
+            return _cuda_row(mangled, arch, numbers), (folder / f"{mangled}.sass").read_text(), ptx[mangled]
     raise ValueError(f"{source} has no kernel {kernel}")
 
 
+_ENTRIES = re.compile(r"(?=\.entry\s)")
+
+
 @functools.cache
-def build_cuda(source: str, arch: str) -> tuple[bytes, str]:
-    """The machine code and the PTX that nvcc makes of a .cu file."""
+def build_cuda(source: str, arch: str) -> Path:
+    """The folder with what nvcc makes of a .cu file: "cubin", "ptx" and, of every kernel, its machine code with the
+    lines of the source."""
     import torch
 
     include = Path(torch.__file__).parent / "include"
-    flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # as in setup.py
+    flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-lineinfo"]  # as in setup.py, and lines
     flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
     headers = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc").glob("*.cuh"))
     key = hashlib.sha256(" ".join([arch, *flags, torch.__version__, _output(nvcc(), "--version")]).encode())
     for path in [Path(source), *headers]:
         key.update(path.read_bytes())
     kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}"
-    if not kept.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(f"{kept}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes want the same
+        if kept.exists():
+            return kept
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             kernels = Path(folder) / "kernels"
             kernels.mkdir()
@@ -278,9 +290,12 @@ def build_cuda(source: str, arch: str) -> tuple[bytes, str]:
             if made.returncode:
                 raise SystemExit(f"nvcc on {source}:\n{made.stderr}")
             shutil.copy(Path(folder) / f"{Path(source).stem}.ptx", kernels / "ptx")
-            with contextlib.suppress(OSError):  # another process made the same
-                kernels.rename(kept)
-    return (kept / "cubin").read_bytes(), (kept / "ptx").read_text()
+            listing = _output(str(Path(cuobjdump()).with_name("nvdisasm")), "-gi", "-c", str(kernels / "cubin"))
+            parts = re.split(r"^\.text\.(\w+):$", listing, flags=re.MULTILINE)
+            for mangled, code in zip(parts[1::2], parts[2::2]):
+                (kernels / f"{mangled}.sass").write_text(code)
+            kernels.rename(kept)
+    return kept
 
 
 def read_library(library: Path, archs: list[str]) -> list[dict]:
@@ -299,13 +314,18 @@ def read_library(library: Path, archs: list[str]) -> list[dict]:
     return rows
 
 
-def _cuda_row(mangled: str, arch: str, found: dict) -> dict:
+def _cuda_name(mangled: str) -> tuple[str, str]:
+    """The name of a kernel, and its template arguments or "-"."""
     name = _demangle(mangled).replace("(anonymous namespace)::", "")
     kernel, _, parameters = name.partition("<")
-    kernel = kernel.partition("(")[0].rpartition(" ")[2].rpartition("::")[2]
+    return kernel.partition("(")[0].rpartition(" ")[2].rpartition("::")[2], parameters.rpartition(">(")[0] or "-"
+
+
+def _cuda_row(mangled: str, arch: str, found: dict) -> dict:
+    kernel, config = _cuda_name(mangled)
     return {
         "kernel": kernel,
-        "config": parameters.rpartition(">(")[0] or "-",
+        "config": config,
         "arch": arch,
         "source": _source_of(kernel),
         **found,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from kernel_report.flow import Graph, executions, natural_loops, outermost
+from kernel_report.source import Frames
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)")
 _LABEL = re.compile(r"^(\$?\w+):")
@@ -47,8 +48,8 @@ def split_functions(ptx: str) -> dict[str, list[str]]:
     functions: dict[str, list[str]] = {}
     for part in re.split(r"(?=\.entry\s)", ptx)[1:]:
         name = _ENTRY.match(part)[1]
-        body = _braced(part)
-        body = re.sub(r"//.*|^\s*\.loc\b.*", "", body, flags=re.MULTILINE)
+        body = re.sub(r"//.*", "", _braced(part))
+        body = re.sub(r"^(\s*\.loc\b.*)$", r"\1;", body, flags=re.MULTILINE)
         # A label ends its line, or stands before an instruction of inline assembly; braces open scopes there.
         statements = re.split(r";|\n(?=\s*\$?\w+:)|(?<=\w:)\s", f"{body}\n")
         functions[name] = [stripped for text in statements if (stripped := text.strip().lstrip("{} \t\n"))]
@@ -177,20 +178,56 @@ def traffic_by_pointer(
         ValueError: An address that comes from none of them.
     """
     blocks, graph = basic_blocks(statements)
-    origins = _origins([instruction for block in blocks for instruction in block], pointers)
+    times = executions(graph, natural_loops(graph), trips)
+    counted = [(each, t) for block, t in zip(blocks, times) for each in block]
+    return _traffic(counted, pointers)
+
+
+def traffic_by_line(
+    ptx: str, times: Callable[[Frames], float], pointers: Collection[Pointer]
+) -> dict[frozenset[Pointer], Traffic]:
+    """The same of one function's whole PTX, made with line information.
+
+    Args:
+        times: how often an instruction of these lines runs.
+    """
+    names = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', ptx, flags=re.MULTILINE))
+    ((_, statements),) = split_functions(ptx).items()
+    frames: Frames = ()
+    before: dict[tuple[str, ...], Frames] = {}
+    counted = []
+    for text in statements:
+        if match := _LINE.match(text):
+            *place, around = match.group(1, 2, 3, 4)
+            outer = before.get(tuple(around.split())) if around else ()
+            if place[1] != "0":  # what the compiler made of several lines stands by the last
+                frames = ((names[place[0]], int(place[1])), *(outer or ()))
+                before[tuple(place)] = frames
+        elif (match := _INSTRUCTION.match(text)) and not text.startswith(".") and not _LABEL.match(text):
+            counted.append(((match[2], match[3]), times(frames)))
+    return _traffic(counted, pointers)
+
+
+_LINE = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+\s+\d+\s+\d+))?")
+
+
+def _traffic(
+    counted: list[tuple[Instruction, float]], pointers: Collection[Pointer] | None
+) -> dict[frozenset[Pointer], Traffic]:
+    """Of instructions, each with how often it runs."""
+    origins = _origins([instruction for instruction, _ in counted], pointers)
     moved: dict[frozenset[Pointer], Traffic] = {}
-    for block, times in zip(blocks, executions(graph, natural_loops(graph), trips)):
-        for opcode, operands in block:
-            kind, bits = read_instruction(opcode, operands)
-            if not bits or not times:
-                continue
-            address = _address(opcode, operands)
-            key = frozenset().union(*(origins.get(register, ()) for register in _REGISTER.findall(address)))
-            if not key:
-                raise ValueError(f"{opcode} {operands}: its address comes from no pointer among the parameters")
-            before, size = moved.get(key, Traffic()), times * bits / 8
-            read, written = (size, 0.0) if kind == "load" else (0.0, size)
-            moved[key] = Traffic(before.read + read, before.written + written)
+    for (opcode, operands), times in counted:
+        kind, bits = read_instruction(opcode, operands)
+        if not bits or not times:
+            continue
+        address = _address(opcode, operands)
+        key = frozenset().union(*(origins.get(register, ()) for register in _REGISTER.findall(address)))
+        if not key:
+            raise ValueError(f"{opcode} {operands}: its address comes from no pointer among the parameters")
+        before, size = moved.get(key, Traffic()), times * bits / 8
+        read, written = (size, 0.0) if kind == "load" else (0.0, size)
+        moved[key] = Traffic(before.read + read, before.written + written)
     return moved
 
 
@@ -209,30 +246,48 @@ def _parameter(address: str, structures: dict[str, Pointer]) -> Pointer | None:
     return (number, start + int(offset or 0)) if number >= 0 else None
 
 
-def _parameter_addresses(instructions: list[Instruction]) -> dict[str, Pointer]:
-    """Register -> the parameter, and the place in it, whose address it holds: nvcc reads structures through such."""
+def _parameter_addresses(instructions: list[Instruction]) -> tuple[dict[str, Pointer], dict[str, int]]:
+    """Register -> the parameter, and the place in it, whose address it holds: nvcc reads structures through such; and
+    register -> the parameter, where the place depends on an index or on the turn of a loop."""
     found: dict[str, Pointer] = {}
-    before = -1
-    while len(found) > before:
-        before = len(found)
+    indexed: dict[str, int] = {}
+    changed = True
+    while changed:
+        changed = False
         for opcode, operands in instructions:
-            target, *sources = (part.strip() for part in operands.split(","))
-            if opcode in ("mov.b64", "mov.u64", "cvta.param.u64") and len(sources) == 1:
-                address = sources[0]
-            elif opcode in ("add.s64", "add.u64") and sources[-1].lstrip("-").isdigit():
-                address = "+".join(sources)
-            else:
+            if opcode not in _MAKES_ADDRESS:
                 continue
-            if (parameter := _parameter(address, found)) is not None:
+            target, *sources = (part.strip() for part in operands.split(","))
+            number = next((indexed[source] for source in sources if source in indexed), None)
+            parameter = None
+            if number is None:
+                if opcode in ("mov.b64", "mov.u64", "cvta.param.u64"):
+                    parameter = _parameter(sources[0], found)
+                elif opcode in ("add.s64", "add.u64") and sources[-1].lstrip("-").isdigit():
+                    parameter = _parameter("+".join(sources), found)
+                else:
+                    number = next((found[source][0] for source in sources if source in found), None)
+            if parameter is not None and found.get(target, parameter) != parameter:
+                number = parameter[0]  # two places
+            if number is not None:
+                changed |= indexed.setdefault(target, number) != number or found.pop(target, None) is not None
+            elif parameter is not None and target not in indexed:
+                changed |= target not in found
                 found[target] = parameter
-    return found
+    return found, indexed
+
+
+_MAKES_ADDRESS = (
+    *("mov.b64", "mov.u64", "cvta.param.u64", "add.s64", "add.u64"),
+    *("mad.wide.u32", "mad.wide.s32", "mad.lo.s64"),
+)
 
 
 def _origins(instructions: list[Instruction], pointers: Collection[Pointer] | None) -> dict[str, set[Pointer]]:
     """Register -> the pointers that its value is made from. What is loaded from memory is made from none, but for
     addresses that lanes hand to each other through shared memory: each may be any that is stored there."""
     origins: dict[str, set[Pointer]] = {}
-    structures = _parameter_addresses(instructions)
+    structures, indexed = _parameter_addresses(instructions)
     flows: list[tuple[list[str], list[str]]] = []
     for opcode, operands in instructions:
         name = opcode.partition(".")[0]
@@ -247,6 +302,10 @@ def _origins(instructions: list[Instruction], pointers: Collection[Pointer] | No
             if named and ".param" in opcode and opcode.endswith("64"):
                 for register in _REGISTER.findall(operands.partition("[")[0]):
                     origins.setdefault(register, set()).add(pointer)
+            elif ".param" in opcode and opcode.endswith("64"):
+                number = indexed.get(re.split(r"[\[+\]]", operands)[1].strip())
+                for register in _REGISTER.findall(operands.partition("[")[0]):
+                    origins.setdefault(register, set()).update(p for p in pointers or () if p[0] == number)
         elif name not in _WRITES_NO_REGISTER:
             target, _, sources = operands.partition("}" if operands.startswith("{") else ",")
             flows.append((_REGISTER.findall(target), _REGISTER.findall(sources)))

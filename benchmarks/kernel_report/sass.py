@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from kernel_report.flow import Graph, Loop, executions, natural_loops
+from kernel_report.flow import Graph, Loop, executions, natural_loops, reachable
+from kernel_report.source import Frames, Runs
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)\n", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
@@ -27,6 +28,8 @@ class Instruction:
     guard: str
     opcode: str
     operands: str
+    frames: Frames = ()
+    """The lines of the source that it comes from, where the listing has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,27 @@ class Code:
                 shared += times * sum(shared_bytes(each.opcode) for each in block)
         return instructions, shared
 
+    def issued_by_line(self, runs: Runs) -> tuple[float, float]:
+        """The same, each instruction as often as its line runs.
+
+        Raises:
+            ValueError: A loop of the machine code begins at no line whose trips are stated.
+        """
+        for loop in self.loops:
+            inner = set().union(*(other.blocks for other in self.loops if other.blocks < loop.blocks))
+            own = [each for block in loop.blocks - inner for each in self.blocks[block]]
+            if not any(runs.names_loop(each.frames) or not runs.of(each.frames) for each in own):
+                raise ValueError(f"the loop of {own[0].frames} has no trips")
+        instructions = shared = 0.0
+        live = reachable(self.graph)
+        for i, block in enumerate(self.blocks):
+            if i in live and not any(each.opcode.startswith("CALL") for each in block):
+                for each in block:
+                    times = runs.of(each.frames)
+                    instructions += times
+                    shared += times * shared_bytes(each.opcode)
+        return instructions, shared
+
 
 def shared_bytes(opcode: str) -> int:
     """Bytes of shared memory that a warp moves by one instruction."""
@@ -77,12 +101,50 @@ def read_sass(listing: str) -> dict[str, Code]:
     return {name: read_code(body) for name, body in zip(parts[1::2], parts[2::2])}
 
 
+_FRAME = re.compile(r'^\s*//## File "([^"]+)", line (\d+)')
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+
+
+def read_lines(listing: str) -> Code:
+    """The flow graph of one function, from a listing of `nvdisasm -gi`, each instruction with its lines."""
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    frames: list[tuple[str, int]] = []
+    complete = True
+    instructions = []
+    for line in listing.splitlines():
+        if match := _FRAME.match(line):
+            frames = [] if complete else frames
+            complete = False
+            frames.append((match[1].rpartition("/")[2], int(match[2])))
+        elif match := _LABEL.match(line):
+            waiting.append(match[1])
+        elif match := _INSTRUCTION.match(line):
+            complete = True
+            address = int(match[1], 16)
+            labels |= dict.fromkeys(waiting, address)
+            waiting = []
+            instructions.append(Instruction(address, match[2] or "", match[3], match[4].strip(), tuple(frames)))
+    return _code(
+        [
+            dataclasses.replace(
+                each, operands=re.sub(r"`\((\.L_x_\d+)\)", lambda m: f"{labels[m[1]]:#x}", each.operands)
+            )
+            for each in instructions
+        ]
+    )
+
+
 def read_code(body: str) -> Code:
     """The flow graph of one function's listing."""
     instructions = [
         Instruction(int(match[1], 16), match[2] or "", match[3], match[4].strip())
         for match in _INSTRUCTION.finditer(body)
     ]
+    return _code(instructions)
+
+
+def _code(instructions: list[Instruction]) -> Code:
     targets = {each.address: _target(each) for each in instructions}
     starts = {target for target in targets.values() if target is not None}
     blocks: list[list[Instruction]] = [[]]

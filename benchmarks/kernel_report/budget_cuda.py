@@ -1,0 +1,318 @@
+"""The CUDA kernels at the shapes of the goals: their launches, and how often the statements of their sources run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import neighbor_copy_bench
+import torch
+from torch import Tensor
+
+from kernel_report.budget import CudaLaunch
+from kernel_report.gpus import ARCHS
+
+SMS = ARCHS["sm_90"]["sms"]
+NEVER, ONCE = 0.0, 1.0
+
+
+def mean(n: int, fill: float, of: Callable[[int], float]) -> float:
+    """The mean over windows of n cells of what `of` gives for their tokens, where each region of four cells is fine
+    with probability `fill`."""
+    regions = n // 4
+    return sum(math.comb(regions, k) * fill**k * (1 - fill) ** (regions - k) * of(4 * k) for k in range(regions + 1))
+
+
+def tiles(count: int) -> int:
+    """Of 16 rows."""
+    return math.ceil(count / 16)
+
+
+class Layout:
+    """Where the pointers of the structures of csrc/window_attention_*.h lie."""
+
+    SLOTS, SEGMENTS, BIAS, PROBLEM, HEADS = 0, 32, 48, 96, 48
+
+    @staticmethod
+    def heads(number: int) -> tuple[int, int]:
+        return 0, Layout.PROBLEM + number * Layout.HEADS
+
+
+def shared_by_windows(fill: float) -> dict[str, float]:
+    """What forward and backward have in common: rows of whole vectors, a bias in float32, no segments. Regions of
+    2 x 2 cells are fine or not, so positions lie two in a row, and four only where all exist."""
+    return {
+        "for (int i = first; i < first + kPerVector; ++i) to[i]": NEVER,
+        "if (at.segments) at.segments[place] =": NEVER,
+        "store_elements(row[r], at, width, x);": NEVER,
+        "store_elements(row[r], at, width, four.x);": NEVER,
+        "store_elements(row[r], at + 2, width, four.y);": NEVER,
+        "T pair[2];": NEVER,
+        "if (column < width) row[column] = pair[0];": NEVER,
+        "if (column + 1 < width) row[column + 1] = pair[1];": NEVER,
+        "if (run == 4) return at<float4>(x);": ONCE if fill == 1 else 0.25,
+        "const float2 a = at<float2>(x), b = at<float2>(z);": float(fill != 1),
+        "return make_float4(at<float>(x), at<float>(y), at<float>(z), at<float>(w));": NEVER,
+        "const unsigned x = (first + column.x) * 2u, y =": NEVER,
+        "const unsigned z = (first + column.z) * 2u, w =": NEVER,
+        "bits = at<uint2>(x);": NEVER,
+        "bits = {at<uint32_t>(x), at<uint32_t>(z)};": NEVER,
+        "bits = {at<uint16_t>(x) |": NEVER,
+        "const float2 a = d2it::unpack<T>(bits.x)": NEVER,
+    }
+
+
+def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -> CudaLaunch:
+    windows = cells // n
+    splits = min(16 * SMS // heads, windows)
+    rows = round(fill * cells) * heads * width * 2
+    everything = mean(n, fill, tiles)
+    blocks_of_keys = mean(n, fill, lambda count: tiles(count) * math.ceil(count / 64)) / everything
+    passes = mean(n, fill, lambda count: math.ceil(tiles(count) / 4))
+    part = mean(n, fill, lambda count: tiles(count) ** 2) / mean(
+        n, fill, lambda count: tiles(count) * math.ceil(count / 64) * 4
+    )
+    edge = mean(n, fill, lambda count: float(count % 16 > 0) * tiles(count)) / mean(
+        n, fill, lambda count: tiles(count) ** 2
+    )
+    second = mean(n, fill, lambda count: max(tiles(count) - 8, 0))
+    runs = {
+        "for (; window < p.windows; window += p.splits) {": windows / splits,
+        "for (int place = thread / kPerRow; place < rows;": passes,
+        "const auto copy_queries = [&](int first) {": 2 / passes,
+        "for (int first = warp * kTile; first < count; first += kWarps * kTile) {": everything / 8,
+        "copy_queries(first + kWarps * kTile);": second / everything,
+        "for (int start = 0; start < count; start += kKeys) {": blocks_of_keys,
+        "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; auto& part": part,
+        "if (start + j * 16 < count) { const int4 where": part,
+        "if (start + j * 16 + 16 > count || at.segments) { #pragma unroll": edge * part,
+        "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; const auto& part": part,
+        **shared_by_windows(fill),
+    }
+    lanes = {"if (vector < kWidth / kPerVector) copy_vector(to + place": width / 8 / (math.ceil(width / 32) * 4)}
+    pitch = (width // 8 | 1) * 8
+    shared = 8 * 4 + 256 * 4 + 8 * n + (2 * n + 128) * pitch * 2
+    tensors = {Layout.heads(i): rows for i in range(4)}
+    tensors |= {
+        (0, Layout.SLOTS): cells * 4,
+        (0, Layout.SEGMENTS): 0,
+        (0, Layout.BIAS): heads * n * n * 4,
+        (0, 288): cells * heads * 4,
+    }
+    kernel = f"attention_forward<__nv_bfloat16, {width}>"
+    return CudaLaunch("window_attention_cuda.cu", kernel, splits * heads, 256, shared, runs, tensors, lanes)
+
+
+def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) -> tuple[CudaLaunch, CudaLaunch]:
+    """The one pass, and the sum of its blocks' parts of the bias's gradient, which is in float32 as the bias is."""
+    windows = cells // n
+    splits = max(1, min(windows, SMS // heads))
+    size, row = round(fill * cells) * heads * width * 2, (math.ceil(n / 32) * 32 + 8) * 4
+    pitch = (width // 8 | 1) * 8
+    shared = 1056 + 8 * n + 4 * n * pitch + 64 * (6 * pitch + 8) + 80 * n
+    resident = min((ARCHS["sm_90"]["block_shared"] - shared) // row, n)
+
+    def blocks(count: int) -> int:
+        return math.ceil(count / 32)
+
+    def second(count: int) -> int:
+        """Warps that have a second tile of keys."""
+        return max(tiles(count) - 8, 0)
+
+    def alone(count: int) -> int:
+        """Warps that have one."""
+        return min(tiles(count), 8) - second(count)
+
+    each = mean(n, fill, blocks)
+    more = mean(n, fill, lambda count: max(blocks(count) - 1, 0))
+    still_more = mean(n, fill, lambda count: max(blocks(count) - 2, 0))
+    with_one = mean(n, fill, lambda count: blocks(count) * alone(count))
+    with_two = mean(n, fill, lambda count: blocks(count) * second(count))
+    halves = mean(n, fill, lambda count: tiles(count) * second(count))
+    depth = mean(n, fill, lambda count: blocks(count) * tiles(count))
+    walks = mean(n, fill, lambda count: blocks(count) * math.ceil(count / 64))
+    # Pairs of 32 queries and the keys of a warp of which some are not there: those of the last rows.
+    edges = mean(n, fill, lambda count: float(count % 16 > 0) * 2 * tiles(count)) / depth
+    whole = float(fill == 1)
+    copies = 4  # that the compiler makes of the loops over the sum
+    runs = {
+        "for (int i = threadIdx.x; i < static_cast<int>(b.block / 16); i += kThreads)": n * row / 16 / 256 / copies,
+        "for (int i = threadIdx.x; i < static_cast<int>(b.resident * b.row / 16); i += kThreads)": resident
+        * row
+        / 16
+        / 256
+        / copies,
+        "for (; window < p.windows; window += step) {": windows / splits,
+        "for (int place = thread / kPerRow; place < rows;": mean(n, fill, lambda count: math.ceil(tiles(count) / 4)),
+        "if constexpr (kWidth <= 72) { work.template": ONCE,
+        "work.template walk<false, true>(bias);": NEVER,
+        "if (threadIdx.x < kHalf) {": 0.5,
+        "copy(to.grad, b.grad);": 0.5,
+        "copy(to.out, b.out);": 0.5,
+        "if (blocks > 1) fetch(1);": mean(n, fill, lambda count: float(blocks(count) > 1)),
+        "for (int block = 0; block < blocks; ++block) {": each,
+        "if (block + 2 < blocks) fetch(block + 2);": still_more / each,
+        "if (block + 1 < blocks) sum_delta(block + 1);": more / each,
+        "multiply_rows<T, kWidth, 1, 1>(c, from.grad + first": 0.25,
+        "step<1, 2, kDk, kDv>(": with_one / each / 8,
+        "} else if (tiles == 2) { #pragma": with_two / each / 8,
+        "for (int from = 0; from < kBlock && block * kBlock + from < count; from += 16)": halves / with_two
+        if with_two
+        else NEVER,
+        "if (run == 4) return *reinterpret_cast<const float4*>(at(column.x));": whole,
+        "const auto x = *reinterpret_cast<const float2*>(at(column.x)),": 1 - whole,
+        "return make_float4(*at(column.x), *at(column.y), *at(column.z), *at(column.w));": NEVER,
+        "*reinterpret_cast<float4*>(at(column.x)) = x;": whole,
+        "*reinterpret_cast<float2*>(at(column.x)) = {x.x, x.y};": 1 - whole,
+        "if (there > 2) *reinterpret_cast<float2*>(at(column.z)) = {x.z, x.w};": 1 - whole,
+        "*at(column.x) = x.x;": NEVER,
+        "if (there > 1) *at(column.y) = x.y;": NEVER,
+        "if (there > 2) *at(column.z) = x.z;": NEVER,
+        "if (there > 3) *at(column.w) = x.w;": NEVER,
+        "if (edge || at.segments) {": edges,
+        "for (int start = 0; start < count; start += kKeys, ds +=": walks / each,
+        "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; uint32_t x[4];": depth / walks / 4,
+        "sum(std::integral_constant<bool, kTail>());": 0.25,
+        "sum(std::false_type());": 0.75,
+        "if (tailed) store_columns(tail, factor, row,": 0.25,
+        "for (int i = 0; i < 2; ++i) { if (i >= tiles) break; const int lane": mean(n, fill, tiles) / 16,
+        **shared_by_windows(fill),
+    }
+    lanes = {
+        "if (vector < kWidth / kPerVector) copy_vector(to + place": width / 8 / (math.ceil(width / 32) * 4),
+        "if (vector < kWidth / kPerVector) copy_vector(rows + place": width / 8 / (math.ceil(width / 32) * 4),
+        "if (threadIdx.x % kPerRow == 0) {": 0.25,
+    }
+    total = splits * heads * n * row
+    tensors = {Layout.heads(i): size for i in range(5)}
+    tensors |= {(0, 344 + 48 * i): size for i in range(3)}
+    tensors |= {
+        (0, Layout.SLOTS): cells * 4,
+        (0, Layout.SEGMENTS): 0,
+        (0, Layout.BIAS): heads * n * n * 4,
+        (0, 336): cells * heads * 4,
+        (0, 488): total,
+    }
+    kernel = f"attention_backward<__nv_bfloat16, {width}>"
+    own = CudaLaunch(
+        "window_attention_cuda.cu", kernel, splits * heads, 256, shared + resident * row, runs, tensors, lanes
+    )
+    side = math.ceil(n / 32)
+    runs = {
+        "for (int i = threadIdx.x / kWarp; i < kSide; i += kWarps) { float sum": 4.0,
+        "for (int first = 0; first < splits; first += kAtOnce) {": math.ceil(splits / 8),
+        "for (int head = first_head; head < last_head; ++head) {": ONCE,
+        "for (int i = threadIdx.x / kWarp; i < kSide; i += kWarps) { if (query + i < n": 4.0,
+    }
+    tensors = {(0, 0): total, (1, 0): heads * n * n * 4}
+    last = CudaLaunch("window_attention_cuda.cu", "sum_blocks<float>", heads * side**2, 256, 0, runs, tensors)
+    return own, last
+
+
+def unnamed_rows(rows: int, row_bytes: int, cells: int) -> tuple[CudaLaunch, CudaLaunch]:
+    """What clears the rows that no slot names, where every row has a slot."""
+    file = "window_attention_cuda.cu"
+    mark = CudaLaunch(
+        file, "mark_named", math.ceil(cells / 256), 256, 0, {}, {(0, Layout.SLOTS): cells * 4, (1, 0): rows}
+    )
+    runs = {"for (int i = 0; i < to.count; ++i) { for (int column": NEVER}
+    tensors = {(0, 48 * i): rows * row_bytes for i in range(3)} | {(1, 0): rows}
+    return mark, CudaLaunch(file, "clear_unnamed<__nv_bfloat16>", math.ceil(rows / 8), 256, 0, runs, tensors)
+
+
+OVER_CHANNELS = "for (int u = 0; u < kChannelsPerThread; ++u) {"
+OVER_GRAINS = (
+    "for (int i = 0; i < grads.count; ++i) { const View<T>& view = grads.view[i]; const int shift = grads.shift[i]; "
+    "T* to = view.at(b, c,"
+)
+OVER_ROWS = "for (int y = 0; y < kRegion >> shift; ++y) { #pragma unroll 1 for (int x = 0; x < kRegion >> shift; ++x)"
+
+
+def share_with(regions: Tensor, grain: int, columns: int) -> float:
+    """Of the groups of so many adjacent regions of a row, the share in which one has this grain."""
+    return (regions.unflatten(-1, (-1, columns)) == grain).any(-1).float().mean().item()
+
+
+def neighbor_copy_rows(batch: int, channels: int, side: int) -> tuple[CudaLaunch, CudaLaunch]:
+    """Forward and backward in bfloat16 of two grains on a map of side x side regions, half of them fine, columns
+    adjacent: a thread has eight columns, which are four regions, and four channels."""
+    grain_map = neighbor_copy_bench.grain_map(batch, side, (0.5, 0.5), torch.Generator().manual_seed(0))
+    # Memory moves sectors of 32 bytes: 8 regions of the finest grain, 16 of the coarse one.
+    coarse, fine = share_with(grain_map, 0, 16), share_with(grain_map, 1, 8)
+    cells = batch * channels * side**2 * 2
+    sizes = {"map": grain_map.numel() * 8, "grains": (cells, 4 * cells), "all": 4 * cells}
+    # Each of these is one of the two turns of the loop over grains; of a grain the sectors are read that hold it.
+    runs = {
+        "for (int i = 0; i < latents.count; ++i) {": 2.0,
+        "if (shift == 0) { blend(": 0.5,
+        "} else if (shift == 1) { blend(": 0.5,
+        "} else if (shift == 2 || sizeof(T) == 4) {": NEVER,
+        "blend([](const T* p) { return load_repeated<sizeof(T) == 2 ? 3 : 2>(p); });": NEVER,
+    }
+    lanes = {"if (shift == 0) { blend(": fine, "} else if (shift == 1) { blend(": coarse}
+    positions = side * 2 * side * 2 // 8
+    forward = CudaLaunch(
+        "neighbor_copy_cuda.cu", "merge_rows<unsigned short>", batch * channels * positions // 4 // 256, 256, 0, runs,
+        {(0, 0): sizes["grains"][0], (0, 48): sizes["grains"][1], (1, 0): sizes["map"], (2, 0): sizes["all"]}, lanes,
+    )  # fmt: skip
+    runs = {
+        f"{OVER_CHANNELS} const int64_t c = first + u * blockDim.y; if (c >= channels)": 4.0,
+        f"{OVER_GRAINS} region_y": 2.0,
+        "if (shift == 0) { write_cells<0>": 0.5,
+        "} else if (shift == 1) { write_cells<1>": 0.5,
+    }
+    backward = CudaLaunch(
+        "neighbor_copy_cuda.cu", "sum_rows<__nv_bfloat16, 2>", batch * channels * positions // 2 // 4 // 256, 256, 0,
+        runs, {(0, 0): sizes["all"], (1, 0): sizes["map"], (2, 0): sizes["grains"][0], (2, 48): sizes["grains"][1]},
+    )  # fmt: skip
+    return forward, backward
+
+
+def neighbor_copy_pixels(batch: int, channels: int, side: int) -> tuple[CudaLaunch, CudaLaunch]:
+    """The same with channels adjacent: a thread has eight channels of a region of 2 x 2 pixels."""
+    cells, regions = batch * channels * side**2 * 2, batch * side**2
+    blocks = regions * channels // 8 // 256
+    # The four pixels of a coarse region are one cell, which is read once.
+    forward = CudaLaunch(
+        "neighbor_copy_cuda.cu", "merge_pixels<2>", blocks, 256, 0, {},
+        {(0, 0): cells, (0, 48): 4 * cells, (1, 0): regions * 8, (2, 0): 4 * cells},
+        {"row[i] = __ldg(": 0.5 + 0.5 / 4},
+    )  # fmt: skip
+    # Of two grains one is another's, with zeros in its one or four cells, and one the region's own, half of the
+    # time with four cells and half of the time with the sum of four.
+    runs = {
+        f"{OVER_GRAINS} top": 2.0,
+        "if (grain != i) {": 0.5,
+        f"{OVER_ROWS} store(": 1.5,
+        "for (int x = 0; x < kRegion >> shift; ++x) store(": 2.5 / 1.5,
+        "} else if (shift == 0) { #pragma": 0.25,
+        "for (int y = 0; y < kRegion; ++y) { T row": 2.0,
+        f"{OVER_ROWS} {{ const": 0.25,
+        "for (int x = 0; x < kRegion >> shift; ++x) { const": ONCE,
+        "for (int l = 0; l < 1 << shift; ++l) { #pragma unroll 2": 2.0,
+        "for (int m = 0; m < 1 << shift; ++m) { T in": ONCE,
+    }
+    backward = CudaLaunch(
+        "neighbor_copy_cuda.cu", "sum_pixels<__nv_bfloat16, 2>", blocks, 256, 0, runs,
+        {(0, 0): 4 * cells, (1, 0): regions * 8, (2, 0): cells, (2, 48): 4 * cells},
+    )  # fmt: skip
+    return forward, backward
+
+
+def entropy(batch: int) -> CudaLaunch:
+    """Images of 256 x 256 in float32, three channels, 256 bins."""
+    regions, warps, step = batch * 16 * 16, 4, 128
+    # A window of 16 bins: 16 rows of them and one on either side, 32 floats each, in two copies; then a step's pixels.
+    density = 2 * (16 + 2) * 32
+    runs = {
+        "for (int i = threadIdx.x % kWarp; i < count / 4; i += kWarp)": density / 4 / 32,
+        "for (int start = 0; start < pixels; start += kCount * kWarp) {": 2.0,
+        "for (int first = 0; first < steps; first += kAtOnce) {": step / 4 / 4,
+        "for (int slot = 0; slot < (kWidth": ONCE,
+        "for (int bin = threadIdx.x % kWarp; bin < bins.count; bin += kWarp) {": 256 / 32,
+        "if (out.grains) {": NEVER,
+    }
+    tensors = {(0, 0): batch * 3 * 256 * 256 * 4, (3, 0): regions * 4, (3, 8): 0, (3, 16): 0}
+    kernel = "entropy_of_vectors<float, 16, 3, false>"
+    shared = warps * 4 * (density + 2 * step)
+    return CudaLaunch("kde_entropy_cuda.cu", kernel, regions // warps, 32 * warps, shared, runs, tensors)
