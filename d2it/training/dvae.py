@@ -331,9 +331,9 @@ def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: to
     decoded = pictures.to_pictures(vae.decode(mean, grains))
     originals, decoded = (pictures.magnify(images, len(images)) for images in (originals, decoded))
     drawn = pictures.outline_grains(decoded, grains.cpu().numpy(), vae.config.num_grains)
-    named = source.classes or [""] * (int(batch["label"].max()) + 1)
+    names = source.classes
     return pictures.sheet(
         np.concatenate([originals, decoded, drawn]),
-        columns=[named[label] for label in batch["label"]],
+        columns=[names[label] for label in batch["label"]] if names else len(originals),
         rows=["photo", "rebuilt", "its grains"],
     )
