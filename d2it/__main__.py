@@ -26,6 +26,8 @@ COMMANDS = {
         "sample",
         "turn weights of the original DiT into a model",
     ),
+    "completion": ("d2it.completion:main", "sample", "print completion for bash, zsh or tcsh"),
+    "studio": ("d2it.studio.cli:main", "studio", "a page to paint grain maps, sample and rebuild photos"),
 }
 
 

@@ -32,6 +32,7 @@ ALLOWED = {
     "d2it.data": DATA,
     "d2it.sampling": SAMPLING,
     "d2it.evaluation": {*SAMPLING, "d2it.evaluation"},
+    "d2it.studio": {*SAMPLING, "d2it.studio"},
     "d2it.training": {*SAMPLING, "d2it.training"},
     **dict.fromkeys(SHARED, SHARED),
 }

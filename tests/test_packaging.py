@@ -40,7 +40,12 @@ def wheel(tmp_path_factory):
 def test_a_wheel_has_the_kernels_and_the_data(wheel):
     assert wheel.name == f"d2it-{d2it.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = [*ROOT.glob("d2it/**/*.py"), *ROOT.glob("d2it/**/*.json"), ROOT / "d2it" / "py.typed"]
+    expected = [
+        *ROOT.glob("d2it/**/*.py"),
+        *ROOT.glob("d2it/**/*.json"),
+        *ROOT.glob("d2it/**/*.js"),
+        ROOT / "d2it" / "py.typed",
+    ]
     expected = {str(path.relative_to(ROOT)) for path in expected}
     expected |= {
         f"d2it/{path.relative_to(ROOT)}"
@@ -152,6 +157,27 @@ def test_a_command_that_is_not_there_or_not_installed(monkeypatch, capsys):
     monkeypatch.setattr("importlib.import_module", missing)
     assert main(["train"]) == 2
     assert "d2it train needs the package omegaconf: pip install 'd2it[train]'" in capsys.readouterr().err
+
+
+def completed(script: str, *words: str) -> set[str]:
+    """What bash offers for the last of `words`."""
+    line = " ".join(f"'{word}'" for word in words)
+    code = (
+        f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_d2it; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    made = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    return set(made.stdout.split())
+
+
+def test_bash_completes_commands_options_and_settings():
+    made = command("-m", "d2it", "completion", "bash")
+    assert made.returncode == 0, made.stderr
+    assert completed(made.stdout, "d2it", "sa") == {"sample"}
+    assert completed(made.stdout, "d2it", "sample", "--gui") >= {"--guidance", "--guide", "--guidance-mode"}
+    assert completed(made.stdout, "d2it", "train", "content.ste") == {"content.steps="}
+    assert "imagenet256_xl" in completed(made.stdout, "d2it", "train", "--config", "image")
+    assert completed(made.stdout, "d2it", "evaluate", "rec") == {"reconstruction"}
+    assert command("-m", "d2it", "completion", "fish").returncode == 2
 
 
 def test_configurations_by_name(tmp_path):

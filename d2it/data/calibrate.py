@@ -23,7 +23,8 @@ from d2it.errors import UserError, run_command
 from d2it.files import prepare_file
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m d2it.data.calibrate",
         description=__doc__,
@@ -42,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--description", help="provenance to store instead of the source's own description")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--workers", type=int, default=default_workers())
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
     if len(options.image_size) > 2 or min(options.image_size) < 1:
         raise UserError(f"--image-size is one or two positive numbers, got {options.image_size}")
     for name, value, low, high in (

@@ -10,10 +10,15 @@ from d2it.data.cache import LatentCache
 from d2it.errors import run_command
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(prog="python -m d2it.data.verify_cache", description=__doc__)
     parser.add_argument("folder")
-    cache = LatentCache(parser.parse_args(arguments).folder, verify=True)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    cache = LatentCache(parser().parse_args(arguments).folder, verify=True)
     channels, height, width = cache.latent_shape
     print(f"{cache.description}; {len(cache):,} images cached, {len(cache.skipped)} unreadable")
     print(

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command of evaluate.py. Returns the exit code of `run_command`."""
 
     def act() -> None:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         with joined(options.device) as world:
             _prepare(options)
             report = options.run(options, world)
@@ -71,7 +71,8 @@ def _prepare(options: argparse.Namespace) -> None:
         prepare_file(path, f"--{name}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description="Compare samples and reconstructions with real images.",

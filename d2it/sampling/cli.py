@@ -34,14 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw samples; return the exit code of `run_command`."""
 
     def act() -> None:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         with joined(options.device) as world:
             run(options, world)
 
     return run_command(act)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="sample.py",
         description="Sample from a trained D2iT. Image i follows from seed + i, its label and its grain map alone.",

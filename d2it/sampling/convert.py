@@ -16,8 +16,8 @@ from d2it.models.klvae import KLVAE
 from d2it.sampling.pipeline import D2iT
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the file, writes a folder for `DiT.from_pretrained`, or with a VAE for `D2iT.from_pretrained`."""
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m d2it.sampling.convert", description="Weights of the original DiT for this package."
     )
@@ -36,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="classes; needed where the label table has no row for the null label (trained with class_dropout_prob=0)",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the file, writes a folder for `DiT.from_pretrained`, or with a VAE for `D2iT.from_pretrained`."""
+    options = parser().parse_args(arguments)
     with user_error():
         model = load_dit(options.checkpoint, heads=options.heads, num_classes=options.num_classes)
         if options.vae:

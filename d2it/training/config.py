@@ -352,6 +352,11 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def setting_names() -> list[str]:
+    """Return the keys of all settings, as section.key."""
+    return [key for key, _, _ in _settings(Config)]
+
+
 def _settings(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
     """Yield (key, dataclass that has it, default) of every setting."""
     for each in dataclasses.fields(kind):

@@ -40,13 +40,8 @@ from d2it.training.summary import Summary, rehearse
 from d2it.training.transformers import ContentStage, GrainStage, LatentData
 
 
-def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
-    """Run the command line of `train.py` and return the exit code of `run_command`.
-
-    Args:
-        arguments: of the command line.
-        default: the configuration where `--config` is not given; None is the defaults of the schema.
-    """
+def parser(default: Path | None = None) -> argparse.ArgumentParser:
+    """The command's options; `default` is as for `main`."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train D2iT: the stages dvae, cache, grain and content, then pictures. The same command resumes.",
@@ -60,9 +55,19 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         "--dry-run", action="store_true", help="print and check every stage, take two steps on noise, write nothing"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, listed below")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
+    """Run the command line of `train.py` and return the exit code of `run_command`.
+
+    Args:
+        arguments: of the command line.
+        default: the configuration where `--config` is not given; None is the defaults of the schema.
+    """
 
     def act() -> None:
-        options = parser.parse_intermixed_args(arguments)
+        options = parser(default).parse_intermixed_args(arguments)
         config = load(options.config, options.overrides)
         with distributed.joined(config.run.device) as world, distributed.interruptible():
             try:
