@@ -65,7 +65,7 @@ def batch_of(options: argparse.Namespace, made: ContentStage) -> Batch:
 
 
 def gradients(made: ContentStage, batch: Batch) -> list[Tensor]:
-    """Of one batch, with the same noise, timesteps and dropped labels whoever computes them."""
+    """Of one batch, with the same noise, timesteps and dropped labels for every contender."""
     learner = made.learners[0]
     torch.manual_seed(0)
     learner.backward(batch, last=True)

@@ -336,7 +336,7 @@ PROGRAMS_PER_SM = {"fwd": 32, "dq": 32, "dkv": 32, "dbias": 8}
 
 
 def _splits(kernel: str, q: torch.Tensor, call: Call, blocks: int) -> tuple[int, int]:
-    """The grid of a kernel that takes a window in so many blocks, and the splits of the windows."""
+    """The grid of a kernel that takes a window in `blocks` blocks, and the splits of the windows."""
     programs = blocks * call.heads * call.bias_windows
     repeats = cdiv(call.windows, call.bias_windows)
     splits = max(1, min(repeats, num_sms(q) * PROGRAMS_PER_SM[kernel] // programs))

@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     )
     reconstruction.add_argument("--upsample", action="store_true", help="enlarge smaller images, as ADM does")
     reconstruction.add_argument("--ratios", type=float, nargs="+", default=[0, 0.25, 0.5, 0.7, 1], help="fine ratios")
-    reconstruction.add_argument("--count", type=int, help="the first so many images")
+    reconstruction.add_argument("--count", type=int, help="the first N images (all)")
     reconstruction.add_argument("--lpips", metavar="PATH", help="LPIPS weights (below); without them it is left out")
     reconstruction.add_argument("--any-lpips", action="store_true", help="take weights of another hash")
     reconstruction.set_defaults(run=_reconstruction)

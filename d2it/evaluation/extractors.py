@@ -32,7 +32,7 @@ class EfficientNetLite(nn.Module):
 
     Attributes:
         name: as given.
-        settings: what a report must hold of it.
+        settings: what a report must state about it.
 
     Raises:
         UserError: the packages are not installed.
@@ -64,7 +64,7 @@ class LocalModel(nn.Module):
 
     Attributes:
         name: the architecture and the first digits of the weights' hash.
-        settings: what a report must hold of it.
+        settings: what a report must state about it.
 
     Raises:
         UserError: no such model there, or transformers is not installed.
@@ -114,7 +114,7 @@ def open_extractor(
         any_inception: take weights of another hash.
 
     Returns:
-        The extractor (on the CPU), and what a report must hold of it.
+        The extractor (on the CPU), and what a report must state about it.
 
     Raises:
         UserError: no weights, other weights, or a package that is not installed.

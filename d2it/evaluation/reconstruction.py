@@ -44,7 +44,7 @@ def evaluate_reconstruction(
         lpips: perceptual distance (B, 3, H, W), (B, 3, H, W) in [-1, 1] -> (B,); None leaves it out.
 
     Returns:
-        For each ratio: `fine_ratio`, `fine_share` (of regions above the coarsest grain, as it resulted), `codes`
+        For each ratio: `fine_ratio`, `fine_share` (of regions above the coarsest grain, as it turned out), `codes`
         (latent codes an image), `psnr` (dB, the mean over 8-bit images), `ssim`, and where asked for `lpips`, `rfid`.
 
     Raises:
