@@ -8,6 +8,7 @@ arguments (`Calibration.kde`) together with the thresholds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -328,9 +329,9 @@ def calibrate(
     if height % region_size or width % region_size:
         raise UserError(f"region_size={region_size} does not divide the image size {height} x {width}")
     bins = region_size**2 if num_bins is None else num_bins
-    kde = {"num_bins": bins, "value_range": value_range, "sigma": sigma, "normalize": normalize}
-    measure = _Entropies(region_size, kde, torch.device(device))
-    in_worker = measure.device.type == "cpu"
+    kde: dict[str, Any] = {"num_bins": bins, "value_range": value_range, "sigma": sigma, "normalize": normalize}
+    measure = functools.partial(_entropies, device=device, region_size=region_size, **kde)
+    in_worker = torch.device(device).type == "cpu"
     sketch = EntropySketch(_most(bins, normalize))
     images = skipped = 0
     with SinglePass(
@@ -362,13 +363,7 @@ def calibrate(
     )
 
 
-class _Entropies:
+def _entropies(batch: Batch, device: torch.device | str, **kde: Any) -> Batch:
     """A batch of images in, its entropies out: {"entropy": float32 (B, h, w) on the host, "unreadable"}."""
-
-    def __init__(self, region_size: int, kde: dict[str, Any], device: torch.device) -> None:
-        self.region_size, self.kde, self.device = region_size, kde, device
-
-    def __call__(self, batch: Batch) -> Batch:
-        images = batch["image"].to(self.device, non_blocking=True)
-        entropy = kde_entropy(images, self.region_size, **self.kde)
-        return {"entropy": entropy.cpu(), "unreadable": batch["unreadable"]}
+    entropy = kde_entropy(batch["image"].to(device, non_blocking=True), **kde)
+    return {"entropy": entropy.cpu(), "unreadable": batch["unreadable"]}

@@ -84,10 +84,10 @@ def grain_scheduler_for(scheduler: str, config: DiffusionConfig | None = None) -
 
 
 class Stepper:
-    """What our own solvers share: they keep nothing from step to step.
+    """What the solvers share; our own keep nothing from step to step.
 
     Attributes:
-        timesteps: at which the model runs, in order.
+        timesteps: at which the model runs, in order; schedulers of diffusers in sigmas run it between whole ones.
         num_timesteps: T of the diffusion that the timesteps count.
         init_noise_sigma: the standard deviation of the first state.
         noise_steps: how many of the first steps take a normal draw as `noise`.
@@ -206,18 +206,13 @@ class Flow(Stepper):
         return torch.where(corrects > 0, second, x + delta * velocity), x, velocity
 
 
-class Diffusers:
+class Diffusers(Stepper):
     """A scheduler of diffusers.
 
     Args:
         kind, settings: its class and arguments.
         steps: of the chain.
         flow: the process and the kind of prediction, where the scheduler takes the velocity of the linear path.
-
-    Attributes:
-        timesteps: at which the model runs, in order; schedulers in sigmas run it between whole ones.
-        num_timesteps: T of the diffusion that the timesteps count.
-        init_noise_sigma: the standard deviation of the first state.
     """
 
     def __init__(
@@ -226,7 +221,7 @@ class Diffusers:
         import diffusers
 
         self.scheduler, self.flow = getattr(diffusers, kind)(**settings), flow
-        self.num_timesteps: int = settings["num_train_timesteps"]
+        self.num_timesteps = settings["num_train_timesteps"]
         self.scheduler.set_timesteps(steps)
         self.timesteps = [float(t) for t in self.scheduler.timesteps]
         if flow is not None:  # some round their timesteps, but step by their sigmas
