@@ -17,7 +17,7 @@ _DARK = 20  # beside every line, so that it is seen on any picture
 
 
 def colour_grains(grain_maps: np.ndarray, num_grains: int = 2, side: int = 12) -> np.ndarray:
-    """Draw grain maps alone: every region a square of its grain's colour, from blue (coarsest) to red (finest).
+    """Draws grain maps alone: every region a square of its grain's colour, from blue (coarsest) to red (finest).
 
     Args:
         grain_maps: (N, h, w) integers.
@@ -36,7 +36,7 @@ def colour_grains(grain_maps: np.ndarray, num_grains: int = 2, side: int = 12) -
 
 
 def outline_grains(images: np.ndarray, grain_maps: np.ndarray, num_grains: int = 2) -> np.ndarray:
-    """Draw a line around the regions of each grain or finer; the pixels elsewhere stay as they are.
+    """Draws a line around the regions of each grain or finer; the pixels elsewhere stay as they are.
 
     Lines are yellow around the finest grain and blue around the second-coarsest of more than two, with dark edges, and
     lie inside the regions that they surround. Enlarge small images first (`magnify`), so that lines are thin on them.
@@ -85,7 +85,7 @@ def to_pictures(images: Tensor) -> np.ndarray:
 
 
 def magnify(images: np.ndarray, columns: int, least: int = 1024) -> np.ndarray:
-    """Repeat the pixels of (N, H, W, 3) images until `columns` of them side by side are at least `least` wide."""
+    """Repeats the pixels of (N, H, W, 3) images until `columns` of them side by side are at least `least` wide."""
     times = -(-least // (columns * images.shape[2]))
     return images.repeat(times, 1).repeat(times, 2)
 
@@ -93,7 +93,7 @@ def magnify(images: np.ndarray, columns: int, least: int = 1024) -> np.ndarray:
 def sheet(
     images: np.ndarray, *, columns: int | Sequence[str], rows: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> np.ndarray:
-    """Return images as one picture on white, row by row, with names at the top, at the left, or over each image.
+    """Returns images as one picture on white, row by row, with names at the top, at the left, or over each image.
 
     Names that are too long for an image's width are cut.
 
@@ -139,13 +139,13 @@ def sheet(
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture; the file appears whole or not at all."""
+    """Writes a picture; the file appears whole or not at all."""
     with atomic_write(path) as partial:
         Image.fromarray(picture).save(partial, "png")
 
 
 def save_curves(path: Path, curves: dict[str, tuple[list[int], list[float]]]) -> None:
-    """Write a picture with one panel a curve.
+    """Writes a picture with one panel a curve.
 
     Args:
         path: of the PNG file.

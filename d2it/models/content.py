@@ -191,7 +191,7 @@ class RefineNet(nn.Module):
         slots: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Compute the correction of the rough noise.
+        """Computes the correction of the rough noise.
 
         Args:
             features: (T, F + k) or (B, L, F + k): eps_2, z_noised and the grain as k indicators.
@@ -265,7 +265,7 @@ class DynamicContentTransformer(ClassConditional):
         force_drop_ids: Tensor | None = None,
         refine: bool = True,
     ) -> Tensor:
-        """Predict the noise of `x`.
+        """Predicts the noise of `x`.
 
         Args:
             x: noised latents.

@@ -347,12 +347,12 @@ class DynamicVAE(Model):
         return self.decoder.head.conv.weight
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Replace the entropy thresholds: k-1 ascending values (ValueError otherwise)."""
+        """Replaces the entropy thresholds: k-1 ascending values (ValueError otherwise)."""
         self.config.thresholds = self.config.check_thresholds(thresholds)
         self.thresholds.copy_(torch.tensor(self.config.thresholds))
 
     def set_scaling_factor(self, factor: float) -> None:
-        """Replace the latents' scaling factor, a positive number (ValueError otherwise)."""
+        """Replaces the latents' scaling factor, a positive number (ValueError otherwise)."""
         self.config.scaling_factor = self.config.check_scaling_factor(factor)
         self.scaling_factor.fill_(factor)
 
@@ -361,7 +361,7 @@ class DynamicVAE(Model):
         return ops.encode_grains(images, self.thresholds, **self.config.entropy)
 
     def encode(self, images: Tensor, grain_map: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Encode images into the moments of their posterior.
+        """Encodes images into the moments of their posterior.
 
         Args:
             images: (B, 3, H, W) in [-1, 1] (`d2it.pictures.from_uint8` makes them of uint8).
@@ -389,7 +389,7 @@ class DynamicVAE(Model):
         return mean, logvar.clamp(-30, 20), grain_map, entropy
 
     def encode_all(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Encode images into the moments of every grain, of which any grain map takes its own.
+        """Encodes images into the moments of every grain, of which any grain map takes its own.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
@@ -434,7 +434,7 @@ class DynamicVAE(Model):
         return self.decoder(z, grain_map)
 
     def forward(self, images: Tensor, grain_map: Tensor | None = None, *, generator: Generators = None) -> VAEOutput:
-        """Encode, draw from the posterior, decode: the whole of a training step that must go through DDP."""
+        """Encodes, draws from the posterior, decodes: the whole of a training step that must go through DDP."""
         mean, logvar, grain_map, _ = self.encode(images, grain_map)
         z = self.sample(mean, logvar, grain_map, generator)
         return VAEOutput(self.decode(z, grain_map), mean, logvar, grain_map)

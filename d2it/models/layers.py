@@ -27,7 +27,7 @@ ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 
 
 def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Tensor | None]) -> None:
-    """Raise ValueError, naming the input, unless all are on the device of `weight` and the floating ones in its dtype.
+    """Raises ValueError, naming the input, unless all are on the device of `weight` and the floating ones in its dtype.
 
     Under autocast any floating dtype will do.
     """
@@ -61,7 +61,7 @@ def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
 
 
 def check_attention_backend(name: str) -> None:
-    """Raise ValueError where the backend is unknown or its package is not installed."""
+    """Raises ValueError where the backend is unknown or its package is not installed."""
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {name!r}")
     if name != "sdpa" and importlib.util.find_spec(name) is None:
@@ -69,7 +69,7 @@ def check_attention_backend(name: str) -> None:
 
 
 def check_relative_bias(name: str) -> None:
-    """Raise ValueError where `WindowAttention` has no such bias."""
+    """Raises ValueError where `WindowAttention` has no such bias."""
     if name not in RELATIVE_BIASES:
         raise ValueError(f"relative_bias must be one of {', '.join(RELATIVE_BIASES)}, got {name!r}")
 
@@ -184,7 +184,7 @@ class Block(Recomputable):
         slots: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Transform the residual stream.
+        """Transforms the residual stream.
 
         Args:
             x: residual stream.

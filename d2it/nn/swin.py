@@ -14,7 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def swap_swin(model: M) -> M:
-    """Let a Swin Transformer (v1) of timm or transformers compute its window attention with `d2it.ops`.
+    """Lets a Swin Transformer (v1) of timm or transformers compute its window attention with `d2it.ops`.
 
     Outputs and gradients stay equal but for rounding. Parameters, their names, buffers and hooks stay as they are: the
     state dict, an optimiser made before, compilation and saving work as with the model itself. Only the method

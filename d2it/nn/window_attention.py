@@ -65,7 +65,7 @@ class WindowAttention(nn.Module):
         self.bias = None if relative_bias == "none" else nn.Parameter(torch.zeros(shape[relative_bias]))
 
     def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Attend inside every window.
+        """Attends inside every window.
 
         Args:
             x: packed rows (T, C) with `slots`; or all cells in window order, (W, w*w, C) or (B, L, C).

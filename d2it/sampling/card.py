@@ -23,7 +23,7 @@ __all__ = ["D2iTPipeline"]
 
 
 def write_companions(folder: Path, model: Any) -> None:
-    """Write README.md, model_index.json and pipeline.py for the D2iT `model`; another text in README.md stays."""
+    """Writes README.md, model_index.json and pipeline.py for the D2iT `model`; another text in README.md stays."""
     card = folder / CARD
     if not card.exists() or _MARK in card.read_text(errors="replace"):
         _write(card, model_card(model, folder.resolve().name, scores_of(folder)))

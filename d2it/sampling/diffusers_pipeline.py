@@ -46,14 +46,14 @@ class D2iTComponent(ModelMixin):
     def from_pretrained(  # type: ignore[override]
         cls, path: str, torch_dtype: torch.dtype | None = None, **_: Any
     ) -> D2iTComponent:
-        """Read a D2iT; `torch_dtype` is that of the weights of the transformers' blocks."""
+        """Reads a D2iT; `torch_dtype` is that of the weights of the transformers' blocks."""
         return cls(D2iT.from_pretrained(path, local_files_only=True, dtype=torch_dtype or torch.float32))
 
     def save_pretrained(self, path: str, **_: Any) -> None:  # type: ignore[override]
         self.d2it.save_pretrained(path)
 
     def to(self, *args: Any, **kwargs: Any) -> D2iTComponent:  # type: ignore[override]
-        """Move the parts, and cast the transformers' blocks alone, as `D2iT.to` does."""
+        """Moves the parts, and casts the transformers' blocks alone, as `D2iT.to` does."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         self.d2it.to(device, dtype)
         return self
@@ -93,7 +93,7 @@ class D2iTPipeline(DiffusionPipeline):
         return self.d2it.d2it
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the D2iT as `D2iT.save_pretrained` does; the folder is read by this class and by `D2iT`."""
+        """Writes the D2iT as `D2iT.save_pretrained` does; the folder is read by this class and by `D2iT`."""
         self.model.save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class D2iTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, float, dict[str, Tensor]], Any] | None = None,
     ) -> D2iTPipelineOutput | tuple[Any, Tensor]:
-        """Sample images.
+        """Samples images.
 
         Args:
             class_labels: classes by number or name, one for each image; None draws them.

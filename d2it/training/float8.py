@@ -15,7 +15,7 @@ RECIPES: dict[str, tuple[int, int] | None] = {"tensorwise": (8, 9), "rowwise": (
 
 
 def to_float8(blocks: list[nn.Module], recipe: str, device: torch.device, key: str) -> None:
-    """Replace, in place, the Linears of attention and MLP by torchao's Float8Linear; before compilation and sharding.
+    """Replaces, in place, the Linears of attention and MLP by torchao's Float8Linear; before compilation and sharding.
 
     The modulations stay float32, and so do Linears with a side that is no multiple of 16, which the hardware needs.
 
