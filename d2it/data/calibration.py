@@ -329,8 +329,8 @@ def calibrate(
     if height % region_size or width % region_size:
         raise UserError(f"region_size={region_size} does not divide the image size {height} x {width}")
     bins = region_size**2 if num_bins is None else num_bins
-    kde: dict[str, Any] = {"num_bins": bins, "value_range": value_range, "sigma": sigma, "normalize": normalize}
-    measure = functools.partial(_entropies, device=device, region_size=region_size, **kde)
+    density = {"num_bins": bins, "value_range": value_range, "sigma": sigma, "normalize": normalize}
+    measure = functools.partial(_entropies, device=device, kde={"region_size": region_size, **density})
     in_worker = torch.device(device).type == "cpu"
     sketch = EntropySketch(_most(bins, normalize))
     images = skipped = 0
@@ -363,7 +363,7 @@ def calibrate(
     )
 
 
-def _entropies(batch: Batch, device: torch.device | str, **kde: Any) -> Batch:
+def _entropies(batch: Batch, device: torch.device | str, kde: dict[str, Any]) -> Batch:
     """A batch of images in, its entropies out: {"entropy": float32 (B, h, w) on the host, "unreadable"}."""
     entropy = kde_entropy(batch["image"].to(device, non_blocking=True), **kde)
     return {"entropy": entropy.cpu(), "unreadable": batch["unreadable"]}
