@@ -70,13 +70,17 @@ def load(command: str) -> Callable[[Sequence[str]], int | None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or 2 with one line where the user can put it right."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if words else 2
-    if words[0] in ("-V", "--version"):
-        print(d2it.__version__)
-        return 0
-    return run_command(lambda: load(words[0])(words[1:]))
+
+    def act() -> int | None:
+        if not words or words[0] in ("-h", "--help"):
+            print(usage(), flush=True)
+            return 0 if words else 2
+        if words[0] in ("-V", "--version"):
+            print(d2it.__version__)
+            return 0
+        return load(words[0])(words[1:])
+
+    return run_command(act)
 
 
 if __name__ == "__main__":

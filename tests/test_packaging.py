@@ -137,6 +137,11 @@ print(sorted({"torch", "numpy"} & set(sys.modules)))
     assert all(f"  {name} " in made.stdout for name in COMMANDS)
     assert command("-m", "d2it", "--version").stdout.strip() == d2it.__version__
     assert command("-m", "d2it").returncode == 2
+    # A reader that has gone, as `| head` may, is no error to show.
+    script = f"'{sys.executable}' -m d2it --help | true; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    gone = subprocess.run(["bash", "-c", f"sleep 0; {script}"], env=environment, capture_output=True, text=True)
+    assert "Traceback" not in gone.stderr
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -19,12 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from d2it.data import LatentCache
+from d2it import pictures
+from d2it.data import DemoPhotos, LatentCache
 from d2it.models import DiT
 from d2it.sampling import D2iT
 from d2it.training.config import load
 from d2it.training.dvae import DvaeStage
+from d2it.training.report import costs, quality
 from d2it.training.run import main
+from d2it.training.stage import spread_over
 from tests.train_server import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -379,3 +382,51 @@ def test_three_grains_by_the_override_that_the_demo_names(tmp_path: Path) -> Non
     assert d2it.content_transformer.config.refines_codes
     assert d2it(2, grain_map=torch.tensor([[0, 1], [2, 1]]), labels=[0]).images.shape == (2, 3, 32, 32)
     assert all(np.isfinite(row["content/loss"]) for row in rows_of(folder, "content"))
+
+
+def test_the_page_of_a_run_and_the_loss_of_images_that_nothing_is_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "held").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / "held" / f"{i}.png")
+    folder = tmp_path / "run"
+    held = ["data.num_classes=null", "run.publish_every=2", f"data.held_out={tmp_path / 'held'}"]
+    assert main([*SMALL, *held, f"run.dir={folder}"]) == 0
+    for name in ("dvae", "grain", "content"):
+        losses = [row[f"{name}/held_out_loss"] for row in rows_of(folder, name)]
+        assert np.isfinite(losses).all()
+        assert losses[0] != losses[1], "the averaged weights have changed"
+        assert [p.name for p in sorted((folder / "logs" / "pictures" / name).iterdir())] == [
+            "00000002.png",
+            "00000004.png",
+        ]
+    page = (folder / "report.html").read_text()
+    for part in (
+        "<h2>Stage dvae</h2>",
+        "content at step 2",
+        "content at step 4",
+        "Entropy of the regions",
+        "PSNR",
+        "GMAC",
+        "held out loss",
+    ):
+        assert part in page
+    assert page.count("data:image/png;base64,") >= 4 + 6  # the results, and two published pictures a stage
+    assert page.count("<svg") == 3 + 2
+    assert 'src="http' not in page
+    assert main([*SMALL, "data.held_out=/missing", f"run.dir={tmp_path / 'other'}"]) == 2
+
+
+def test_figures_of_the_page_are_those_of_the_model(run: Path) -> None:
+    model = D2iT.from_pretrained(run).content_transformer
+    rows = costs(model, "cpu")
+    assert [row["tokens"] for row in rows] == ["4", "8", "12", "16", "20"]  # 2 x 2 regions, 4 more for a fine one
+    assert [float(row["GMAC"]) for row in rows] == sorted(float(row["GMAC"]) for row in rows)
+    vae, source = D2iT.from_pretrained(run).vae, DemoPhotos(32, crops=16)
+    found = quality(vae, source, "cpu")
+    images = source.fetch(spread_over(16, 16), replace=True)["image"]
+    with torch.no_grad():
+        fine = torch.ones(16, 2, 2, dtype=torch.int64)
+        rebuilt = pictures.to_uint8(vae.decode(vae.encode(pictures.from_uint8(images), fine)[0], fine))
+    error = (rebuilt.double() - images.double()).square().mean().item()
+    assert found[-1] == pytest.approx(10 * np.log10(255**2 / error))

@@ -26,7 +26,7 @@ from d2it.errors import UserError
 from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss, VAELossConfig, layers
 from d2it.models.layers import FinalLayer, Modulation
 from d2it.ops._dispatch import PREFERENCE
-from d2it.training.config import Config, RunConfig
+from d2it.training.config import Config, RunConfig, StageConfig
 from d2it.training.ema import Ema
 from d2it.training.learner import Batch
 from d2it.training.meters import Meters
@@ -375,7 +375,7 @@ def test_wandb_goes_on_in_the_run_of_the_same_folder(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run = RunConfig(dir=str(tmp_path), wandb="project")
     for first in (0, 2):
-        meters = Meters("toy", run, 4, first, WORLD)
+        meters = Meters("toy", run, StageConfig(steps=4), first, WORLD)
         meters.add({"toy/loss": torch.ones((), device=DEVICE)})
         with meters.loading():
             pass
@@ -385,11 +385,11 @@ def test_wandb_goes_on_in_the_run_of_the_same_folder(tmp_path: Path, monkeypatch
     assert logged[0][1]["toy/loss"] == 1
     assert 0 <= logged[0][1]["loader_wait"] <= 1
     assert started[0]["id"] == started[1]["id"]
-    Meters("other", run, 4, 0, WORLD).close()
+    Meters("other", run, StageConfig(steps=4), 0, WORLD).close()
     assert started[2]["id"] != started[0]["id"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="the wandb package is not installed"):
-        Meters("toy", run, 4, 4, WORLD)
+        Meters("toy", run, StageConfig(steps=4), 4, WORLD)
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -409,7 +409,7 @@ def test_energy_is_the_gpus_own_counter(installed: bool, monkeypatch: pytest.Mon
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit on the size of files stands for a full disk."""
     monkeypatch.setattr(threading, "excepthook", lambda *args: None)  # tensorboard's thread prints it too
-    meters = Meters("toy", RunConfig(dir=str(tmp_path)), 4, 0, WORLD)
+    meters = Meters("toy", RunConfig(dir=str(tmp_path)), StageConfig(steps=4), 0, WORLD)
     meters.add({"toy/loss": torch.ones((), device=DEVICE)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))

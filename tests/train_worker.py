@@ -112,6 +112,8 @@ class Toy:
     def work(self, batch: Batch) -> Work:
         return Work(self.settings.batch_size // (self.world.size * self.settings.accumulate), 0, 0)
 
+    held_out = None
+
     def publish(self, meters: Any, step: int) -> None:
         pass
 

@@ -81,6 +81,7 @@ class DataConfig:
         crop: center (ADM's) or random.
         upsample: enlarge images smaller than image_size instead of refusing them.
         workers: decoding processes of a rank; null is this rank's share of the cores, 8 at most.
+        held_out: images that nothing is trained on, as path; each report has the loss of 64 of them.
     """
 
     path: str = MISSING
@@ -93,6 +94,7 @@ class DataConfig:
     crop: str = "center"
     upsample: bool = False
     workers: int | None = None
+    held_out: str | None = None
 
 
 @dataclass

@@ -28,6 +28,7 @@ from d2it.training.meters import Meters, Work
 from d2it.training.stage import (
     build,
     extreme_share,
+    held_out_images,
     initialize,
     loader,
     model_errors,
@@ -252,6 +253,11 @@ class DvaeStage:
         uniform = torch.rand(images, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float64)
         limits = torch.tensor([calibration.quantiles(drawn(each)) for each in uniform.tolist()], device="cpu")
         return {"thresholds": limits.pin_memory() if self.world.device.type == "cuda" else limits}
+
+    @functools.cached_property
+    def held_out(self) -> Batch | None:
+        batch = held_out_images(self.config)
+        return batch and to_device({"image": batch["image"], "step": -1}, self.world.device)  # without discriminator
 
     def notes(self) -> list[str]:
         loss, vae = self.settings.loss, self.vae.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from pathlib import Path
@@ -110,6 +111,16 @@ class Learner:
                 loss, logs, batch = self.module(batch)
             (loss / self.settings.accumulate).backward()
         return logs, batch
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        """Returns the figures of a batch under the averaged weights, from random numbers of its own; trains nothing."""
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        eager = torch.compiler.set_stance("force_eager") if self.settings.compile else contextlib.nullcontext()
+        with self.ema.applied(), eager, torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+                return self.losses(batch)[1]
 
     def update(self, step: int) -> Tensor:
         """Updates weights and average, without a host synchronisation; returns the gradient's norm.

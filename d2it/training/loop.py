@@ -56,6 +56,10 @@ class Stage(Protocol):
     def notes(self) -> list[str]:
         """Returns lines for the start-up summary."""
 
+    @property
+    def held_out(self) -> Batch | None:
+        """A batch that is not trained on, on the device, whose loss each report measures; or None."""
+
     def work(self, batch: Batch) -> Work:
         """Returns what a micro-batch costs on this rank."""
 
@@ -103,7 +107,7 @@ def train(
         restore(stage, checkpoints, first)
     begin()
     batches = stage.batches(first)
-    meters = Meters(stage.name, run, settings.steps, first, world)
+    meters = Meters(stage.name, run, settings, first, world)
     warned = False
 
     with (
@@ -129,6 +133,9 @@ def train(
             last, signal = done == settings.steps, stop.agreed()
             if done % run.log_every == 0 or last or signal:
                 meters.add({f"{x.name}/skipped_steps": x.guard[0] for x in stage.learners})
+                if stage.held_out is not None:
+                    found = stage.learners[0].evaluate(stage.held_out, seed_of(run.seed, stage.name, "held out"))
+                    meters.add({name.replace("/", "/held_out_"): value for name, value in found.items()})
                 figures = meters.report(done, learning_rate(settings, step))
                 warning = None if warned else stage.warning(figures)
                 if warning:

@@ -6,6 +6,7 @@ Everything accumulates on the device or in host integers; `report` is the only p
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -22,7 +23,11 @@ from d2it.devices import Energy, memory_gib, peak_flops
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.files import atomic_write
-from d2it.training.config import RunConfig
+from d2it.pictures import save_png
+from d2it.training.config import RunConfig, StageConfig
+
+#: Where published pictures are kept, below the folder of logs: pictures/<stage>/<step>.png.
+PICTURES = "pictures"
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,13 @@ class Meters:
     Args:
         name: of the stage.
         run: where to write and what.
-        steps: last step of the stage.
+        settings: of the stage.
         first: the step to go on from; later lines of an earlier, killed run are dropped.
         world: the ranks.
     """
 
-    def __init__(self, name: str, run: RunConfig, steps: int, first: int, world: World) -> None:
-        self.name, self.steps, self.world = name, steps, world
+    def __init__(self, name: str, run: RunConfig, settings: StageConfig, first: int, world: World) -> None:
+        self.name, self.steps, self.world = name, settings.steps, world
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._images = self._tokens = self._macs = 0
@@ -68,10 +73,11 @@ class Meters:
         self._board: Any = None
         self._bar: Any = None
         self._wandb: Any = None
-        world.together(lambda: self._open(run) if world.first else None)
+        world.together(lambda: self._open(run, settings) if world.first else None)
 
-    def _open(self, run: RunConfig) -> None:
+    def _open(self, run: RunConfig, settings: StageConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
         from tqdm import tqdm
 
         folder = Path(run.dir) / "logs"
@@ -81,6 +87,9 @@ class Meters:
         with atomic_write(self._log) as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self._first))
         self._board = SummaryWriter(str(folder / self.name), purge_step=self._first + 1)
+        values = {k: v if type(v) in (bool, int, float, str) else str(v) for k, v in flat(settings).items()}
+        for summary in hparams(values, {f"{self.name}/loss": 0.0}):
+            self._board.file_writer.add_summary(summary)
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.steps, initial=self._first, desc=self.name, unit="step", dynamic_ncols=True)
         if run.wandb:
@@ -153,12 +162,15 @@ class Meters:
         return figures
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """Writes a picture (H, W, 3) uint8 to tensorboard and wandb; called on all ranks."""
+        """Writes a picture (H, W, 3) uint8 to tensorboard, wandb and a file; called on all ranks."""
 
         def write() -> None:
             if self._board is not None and self._log is not None:
                 with _writing(self._log.parent):
                     self._board.add_image(name, image, step, dataformats="HWC")
+                    kept = self._log.parent / PICTURES / self.name
+                    kept.mkdir(parents=True, exist_ok=True)
+                    save_png(kept / f"{step:08d}.png", image)
             if self._wandb is not None:
                 import wandb
 
@@ -200,6 +212,16 @@ class Meters:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass and of those in it, as section.name."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        inner = flat(value) if dataclasses.is_dataclass(value) else None
+        found |= {field.name: value} if inner is None else {f"{field.name}.{k}": v for k, v in inner.items()}
+    return found
 
 
 @contextlib.contextmanager

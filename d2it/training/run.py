@@ -9,6 +9,7 @@ A stage that has reached its last step is passed over, so the same command resum
     <run.dir>/vae/ grain_transformer/ content_transformer/ d2it.json
                                     the model to share: `D2iT.from_pretrained(<run.dir>)`
     <run.dir>/*.png                 reconstructions, samples, loss curves
+    <run.dir>/report.html           all of it on one page
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, loa
 from d2it.training.dvae import DvaeStage, budget_range, build_vae, channels_last, reconstructions
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
-from d2it.training.stage import check_batch, extreme_share, initialize, model_errors, workers
+from d2it.training.report import REPORT, write_report
+from d2it.training.stage import check_batch, extreme_share, held_out_images, initialize, model_errors, workers
 from d2it.training.summary import Summary, rehearse
 from d2it.training.transformers import ContentStage, GrainStage, LatentData
 
@@ -133,6 +135,7 @@ def check_models(config: Config, world: World) -> None:
         UserError: a preset or setting that does not exist, one that does not fit the others, a batch that cannot be
             split over the ranks, or weights to start from that do not fit.
     """
+    held_out_images(config)
     stages, folder, sha256 = set(config.run.stages), Path(config.run.dir) / "vae", None
     for name in config.run.stages:
         if name != "cache":
@@ -253,7 +256,9 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
     if has_parts(folder):
         with user_error():
             draw_samples(config, world)
-    for path in sorted(folder.glob("*.png")):
+    if importlib.util.find_spec("matplotlib"):
+        write_report(folder, source=source, cache=_cache_folder(config), device=world.device)
+    for path in sorted([*folder.glob("*.png"), *folder.glob(REPORT)]):
         world.announce(f"wrote {path}")
 
 

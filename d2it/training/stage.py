@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from d2it.data import Loader, default_workers
+from d2it.data import Loader, default_workers, open_source
 from d2it.distributed import World
 from d2it.errors import UserError, user_error
 from d2it.models.base import Model
@@ -106,6 +106,25 @@ def loader(
 def workers(config: Config, world: World) -> int:
     """Returns the number of decoding processes of a rank."""
     return default_workers(world.local_size) if config.data.workers is None else config.data.workers
+
+
+HELD_OUT = 64  # images of data.held_out whose loss is measured
+
+
+def held_out_images(config: Config) -> Batch | None:
+    """Return up to `HELD_OUT` images of `data.held_out`, spread over it, and their labels; None where it is not set.
+
+    Raises:
+        UserError: no images there, or more classes than the run has.
+    """
+    data = config.data
+    if data.held_out is None:
+        return None
+    with model_errors("configuration: data.held_out"):
+        source = open_source(data.held_out, data.image_size, upsample=data.upsample)
+    if data.num_classes is not None:
+        source.require_classes(data.num_classes, allow_missing=True)
+    return source.fetch(spread_over(len(source), HELD_OUT), replace=True)
 
 
 def check_batch(settings: StageConfig, key: str, world: World) -> None:

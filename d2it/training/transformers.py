@@ -45,7 +45,16 @@ from d2it.seeds import seed_of
 from d2it.training.config import Config, LatentStageConfig
 from d2it.training.learner import Batch, Learner, bf16
 from d2it.training.meters import Meters, Work
-from d2it.training.stage import build, initialize, loader, model_errors, spread_over, to_device, uncompiled
+from d2it.training.stage import (
+    build,
+    held_out_images,
+    initialize,
+    loader,
+    model_errors,
+    spread_over,
+    to_device,
+    uncompiled,
+)
 
 Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
@@ -335,6 +344,20 @@ class LatentStage(ABC):
     def with_timesteps(self, batch: Batch, number: int) -> Batch:
         """Return this rank's micro-batch, the `number`th of the run, with its timesteps if the host draws them."""
         return batch
+
+    @functools.cached_property
+    def held_out(self) -> Batch | None:
+        images = held_out_images(self.config)
+        if images is None or self.vae is None:
+            return None
+        vae, found = self.vae.to(self.world.device), []
+        with torch.no_grad():
+            for part in images["image"].split(16):
+                mean, logvar, grains, _ = vae.encode(pictures.from_uint8(part.to(self.world.device)))
+                found.append((mean.cpu(), (0.5 * logvar).exp().cpu(), grains.cpu()))
+        mean, std, grains = (torch.cat(each) for each in zip(*found))
+        batch = {"mean": mean, "std": std, "grain_map": grains, "label": images["label"]}
+        return to_device(self.with_timesteps(self.prepare(batch), 0), self.world.device)
 
     def synthetic(self, images: int, device: torch.device) -> Batch:
         """Return a micro-batch of noise."""
