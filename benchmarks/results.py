@@ -1,8 +1,8 @@
-"""Makes docs/results.md, the README's table and the plots from the result files alone.
+"""Makes docs/results.md, docs/evidence.md, the README's table and the plots from the result files alone.
 
-    python benchmarks/results.py            # rewrite docs/results.md and the table in README.md
+    python benchmarks/results.py            # rewrite both documents and the table in README.md
     python benchmarks/results.py --check    # exit status 1 where they are not what the files give
-    python benchmarks/results.py --plots    # also draw <operator>.png beside each file (matplotlib)
+    python benchmarks/results.py --plots    # also draw the plots beside the files (matplotlib)
 
 Needs the standard library alone, and matplotlib for the plots. A figure that no file holds does not appear.
 """
@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from goals import goal_table
-from rows import Result, Row, cases, devices, fastest, is_cpu, load, note, ours, right, speedup
+from quality import report
+from rows import RESULTS, Result, Row, cases, devices, fastest, is_cpu, load, note, ours, right, speedup
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -187,12 +188,13 @@ def plot(result: Result, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something would")
-    parser.add_argument("--plots", action="store_true", help="draw <operator>.png beside each file")
+    parser.add_argument("--plots", action="store_true", help="draw the plots beside the files")
     args = parser.parse_args()
     folders = devices()
     readme = ROOT / "README.md"
     wanted = {
         ROOT / "docs" / "results.md": document(folders),
+        ROOT / "docs" / "evidence.md": report.document(RESULTS / "quality"),
         readme: with_table(readme.read_text(), summary(folders)),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
@@ -201,6 +203,7 @@ def main() -> int:
         if not args.check:
             path.write_text(wanted[path])
     if args.plots:
+        report.plots(RESULTS / "quality")
         for folder in folders:
             for operator, result in load(folder).items():
                 if any("ms" in row for row in result["rows"]):

@@ -596,3 +596,20 @@ def test_the_image_size_of_a_run_is_read_from_what_a_model_writes(tmp_path):
     model = DynamicContentTransformer.from_preset("tiny", image_size=32, num_classes=3)
     model.save_pretrained(tmp_path / "content_transformer")
     assert _image_size(tmp_path / "vae") == (32, 32)
+
+
+def test_frechet_distance_without_eigh(monkeypatch):
+    """Where `eigh` does not converge, as it may not with fewer samples than features, the distance is the same."""
+    rng = torch.Generator().manual_seed(0)
+    both = []
+    for _ in range(2):
+        statistics = GaussianStatistics(24)
+        statistics.update(torch.randn(9, 24, generator=rng, dtype=torch.float64))
+        both.append(statistics.gaussian())
+    wanted = both[0].frechet_distance(both[1])
+
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    assert both[0].frechet_distance(both[1]) == pytest.approx(wanted, rel=1e-6)

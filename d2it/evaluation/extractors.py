@@ -29,6 +29,8 @@ class EfficientNetLite(nn.Module):
 
     Args:
         name: a key of `LITE`.
+        side: pixels that images are resized to; None is the network's own. A smaller one is faster, for small images;
+            its distances are no others', so it becomes part of the name.
 
     Attributes:
         name: as given.
@@ -38,13 +40,13 @@ class EfficientNetLite(nn.Module):
         UserError: the packages are not installed.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, side: int | None = None) -> None:
         super().__init__()
         with user_error("--extractor"):
             self.network, path = efficientnet_lite(name)
-        self.side = LITE[name][2]
+        self.side = LITE[name][2] if side is None else side
         self.eval()
-        self.name = name
+        self.name = name if side is None else f"{name} at {side}"
         self.settings = {"weights_sha256": sha256_of(path), "resize": f"bicubic {self.side}, antialiased"}
 
     def forward(self, images: Tensor) -> Features:

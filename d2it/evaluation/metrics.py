@@ -78,7 +78,12 @@ class Gaussian:
         The trace of the root is the sum of the square roots of the eigenvalues of C^(1/2) C' C^(1/2), a symmetric
         matrix: real, and never negative but for rounding.
         """
-        values, vectors = torch.linalg.eigh(self.covariance)
+        try:
+            values, vectors = torch.linalg.eigh(self.covariance)
+        except torch.linalg.LinAlgError:
+            # LAPACK's divide and conquer may not converge where most eigenvalues are zero, as with fewer samples than
+            # features; of such a matrix the singular value decomposition is the same.
+            vectors, values, _ = torch.linalg.svd(self.covariance)
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         overlap = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp(min=0).sqrt().sum()
         distance = (self.mean - other.mean).square().sum()

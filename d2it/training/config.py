@@ -214,11 +214,13 @@ class ContentConfig(LatentStageConfig):
         capacity_step: packed lengths are rounded up to this share of all cells, so that shapes repeat.
         budget: range of the share of tokens that an image spends, drawn for each image and epoch, such as [0.25,1.0];
             null is the map at the VAE's thresholds.
+        dynamic_loss: weigh every latent code alike (Eq. 11); false weighs every cell alike, the ablation of Table 3.
     """
 
     preset: str = "D2iT-XL"
     capacity_step: float = 0.0625
     budget: list[float] | None = None
+    dynamic_loss: bool = True
 
 
 @dataclass

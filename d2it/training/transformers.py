@@ -92,11 +92,14 @@ class ContentLosses(nn.Module):
         network: predicts the noise.
         diffusion: the schedule.
         scale: latents times this have unit variance.
+        dynamic: whether every code weighs alike; otherwise every cell does.
     """
 
-    def __init__(self, network: DynamicContentTransformer | DiT, diffusion: Diffusion, scale: float) -> None:
+    def __init__(
+        self, network: DynamicContentTransformer | DiT, diffusion: Diffusion, scale: float, dynamic: bool = True
+    ) -> None:
         super().__init__()
-        self.network, self.diffusion, self.scale = network, diffusion, scale
+        self.network, self.diffusion, self.scale, self.dynamic = network, diffusion, scale, dynamic
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
         config, grains = self.network.config, batch["grain_map"]
@@ -123,7 +126,7 @@ class ContentLosses(nn.Module):
             xt=noised,
             noise=noise,
             t=t,
-            grain_map=grains if codes else None,
+            grain_map=grains if codes and self.dynamic else None,
             **codes,
         )
         loss = terms.loss.mean()
@@ -479,7 +482,7 @@ class ContentStage(LatentStage):
         return {} if drawn is None else {"shares": drawn}
 
     def make_losses(self) -> nn.Module:
-        return ContentLosses(self.network, self.diffusion, self.data.scale)
+        return ContentLosses(self.network, self.diffusion, self.data.scale, self.config.content.dynamic_loss)
 
     @property
     def prepare(self) -> Callable[[Batch], Batch]:
