@@ -30,6 +30,7 @@ using torch::stable::Tensor;
 
 constexpr int kLanes = 8;
 constexpr int kRows = 4;
+constexpr int kDepth = 32; // products that one sum takes up before it is added to the others: see `multiply`
 constexpr int kQueries = 64;
 constexpr int64_t kPairsPerThread = 1 << 19; // multiply-adds; fewer are not worth waking a thread for
 constexpr int64_t kRuns = 128;               // of windows, at most, whose bias gradients are summed apart
@@ -64,23 +65,28 @@ D2IT_INLINE void multiply_columns(const float* a, int64_t a_row, int64_t a_colum
                                   int64_t b_pitch, int64_t rows, int64_t depth, float* c, int64_t c_pitch,
                                   bool add) {
   for (int64_t i = 0; i < rows; i += kRows, a += kRows * a_row, c += kRows * c_pitch) {
-    V sums[kRows][kWidth];
-    for (int r = 0; r < kRows; ++r)
-      for (int j = 0; j < kWidth; ++j) sums[r][j] = add ? as<V>(c + r * c_pitch + j * kLanes) : V{};
     const float *in = a, *line = b;
-    for (int64_t k = 0; k < depth; ++k, in += a_column, line += b_pitch) {
-      V v[kWidth];
-      for (int j = 0; j < kWidth; ++j) v[j] = as<V>(line + j * kLanes);
+    for (int64_t begin = 0; begin < depth; begin += kDepth) {
+      V sums[kRows][kWidth] = {};
+      for (int64_t k = begin; k < std::min<int64_t>(begin + kDepth, depth); ++k) {
+        V v[kWidth];
+        for (int j = 0; j < kWidth; ++j) v[j] = as<V>(line + j * kLanes);
+        for (int r = 0; r < kRows; ++r)
+          for (int j = 0; j < kWidth; ++j) sums[r][j] += in[r * a_row] * v[j];
+        in += a_column, line += b_pitch;
+      }
       for (int r = 0; r < kRows; ++r)
-        for (int j = 0; j < kWidth; ++j) sums[r][j] += in[r * a_row] * v[j];
+        for (int j = 0; j < kWidth; ++j) {
+          V& sum = as<V>(c + r * c_pitch + j * kLanes);
+          sum = add || begin ? sum + sums[r][j] : sums[r][j];
+        }
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int j = 0; j < kWidth; ++j) as<V>(c + r * c_pitch + j * kLanes) = sums[r][j];
   }
 }
 
 // c (rows x columns) = or += a (rows x depth) b (depth x columns). Rows are taken up to a multiple of kRows,
-// columns of kLanes: a and c have room for them.
+// columns of kLanes: a and c have room for them. Sums of kDepth products each are summed: one sum over all of
+// a long row would lose a bit more than the libraries' products do.
 D2IT_CLONES void multiply(const float* a, int64_t a_row, int64_t a_column, const Matrix& b, int64_t rows,
                           int64_t columns, int64_t depth, const Matrix& c, bool add) {
   int64_t j = 0;

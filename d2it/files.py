@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -138,7 +139,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: the file cannot be read, or it is not one JSON object of finite numbers; names the file.
     """
     try:
-        content = json.loads(read_bytes(path, 2**28), parse_constant=_refuse_constant)
+        content = json.loads(read_bytes(path, 2**28), parse_constant=_refuse_constant, parse_float=_finite)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -149,8 +150,40 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def check_yaml(text: str) -> str:
+    """Returns a YAML text unless it is nested so deeply that a reader would overflow the stack, as those in C do.
+
+    Raises:
+        ValueError: more than 32 levels, or no YAML.
+    """
+    import yaml
+
+    level = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if level > 32:
+                raise ValueError("nested more than 32 levels deep")
+    except yaml.YAMLError as error:
+        raise ValueError(yaml_reason(error)) from None
+    return text
+
+
+def yaml_reason(error: BaseException) -> str:
+    """Returns what is wrong with a YAML text, and in which line, as one line."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    return f"{problem} in line {mark.line + 1}" if problem and mark else reason_of(error)
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is not a finite number")
+    return number
 
 
 def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:

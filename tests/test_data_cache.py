@@ -14,7 +14,7 @@ from d2it import ops
 from d2it.data import ImageSource, LatentCache, Loader, build_cache, finish_cache, verify_cache
 from d2it.data.decode import Unreadable
 from d2it.errors import UserError
-from d2it.files import sha256_of
+from d2it.files import sha256_of, write_sealed
 
 FACTS = {"vae_sha256": "ab12", "thresholds": [4.04], "downsampling": (8, 16), "scaling_factor": 0.9}
 
@@ -342,6 +342,11 @@ def test_a_cache_of_version_1_is_read_with_its_own_map(tmp_path):
 # Damage
 
 
+def seal(folder, index):
+    """Writes an index as `finish_cache` does."""
+    write_sealed(folder / "index.json", {key: value for key, value in index.items() if key != "sha256"})
+
+
 @pytest.mark.parametrize("trial", range(12))
 def test_one_changed_bit_anywhere_is_refused(tmp_path, trial):
     make(tmp_path)
@@ -353,6 +358,80 @@ def test_one_changed_bit_anywhere_is_refused(tmp_path, trial):
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
         LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"num_classes": 5', '"num_classes": 6'),
+        ("4.04", "4.14"),
+        ('"unit-00002.safetensors"', '"unit-00003.safetensors"'),
+    ],
+)
+def test_an_edited_index_is_refused(tmp_path, old, new):
+    make(tmp_path)
+    text = (tmp_path / "index.json").read_text()
+    assert old in text
+    (tmp_path / "index.json").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=r"index\.json has changed since it was saved"):
+        LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mean.0", float("nan"), "mean.0 has values that are not finite"),
+        ("std.1", float("inf"), "std.1 has values that are not finite"),
+        ("entropy", float("-inf"), "entropy has values that are not finite"),
+        ("label", -2, r"labels -2 \.\.\."),
+        ("label", 5, r"labels .* 5 of 5 classes"),
+    ],
+)
+def test_values_that_no_build_writes_are_refused(tmp_path, name, value, message):
+    """By whoever wrote the cache: the hashes are as they should be."""
+    make(tmp_path)
+    path = tmp_path / "unit-00001.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    changed = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    units = [unit | changed if unit["file"] == path.name else unit for unit in index["units"]]
+    seal(tmp_path, index | {"units": units})
+    with pytest.raises(UserError, match=message):
+        LatentCache(tmp_path)
+
+
+def test_grains_beyond_the_thresholds_are_refused(tmp_path):
+    make(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["plan"]["facts"]["thresholds"] = index["plan"]["facts"]["thresholds"][:-1]
+    seal(tmp_path, index)
+    with pytest.raises(UserError, match=r"it has mean\.\d, for \d grains"):
+        LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_lost_file_of_an_unfinished_cache_is_encoded_again(tmp_path, damage):
+    whole = make(tmp_path / "whole")
+    build_cache(tmp_path / "c", Tiles(), encode, facts=FACTS, unit_size=15)
+    path = tmp_path / "c" / "unit-00001.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[:-10])
+    build_cache(tmp_path / "c", Tiles(), encode, facts=FACTS, unit_size=15)
+    finish_cache(tmp_path / "c")
+    assert LatentCache(tmp_path / "c").fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["entropy", "mean.1", "std.0"])
+def test_an_encoder_that_leaves_something_out_is_refused_at_its_first_batch(tmp_path, name):
+    def less(images):
+        return {key: value for key, value in encode(images).items() if key != name}
+
+    with pytest.raises(ValueError, match=f"encode must return .*; {name} is missing"):
+        build_cache(tmp_path, Tiles(), less, facts=FACTS)
 
 
 def test_a_truncated_or_missing_file_is_refused_without_hashing(tmp_path):
@@ -372,7 +451,7 @@ def test_a_header_that_disagrees_with_the_index_is_refused_without_hashing(tmp_p
     index = json.loads((tmp_path / "index.json").read_text())
     fewer = [{**index["units"][0], "images": 14}, {**index["units"][1], "images": 16}, *index["units"][2:]]
     for spoiled in (index | {"plan": index["plan"] | {"flips": False}}, index | {"units": fewer}):
-        (tmp_path / "index.json").write_text(json.dumps(spoiled))
+        seal(tmp_path, spoiled)
         with pytest.raises(UserError, match="is damaged"):
             LatentCache(tmp_path, verify=False)
 
@@ -389,13 +468,12 @@ def test_a_header_that_disagrees_with_the_index_is_refused_without_hashing(tmp_p
         lambda index: index | {"units": [{**index["units"][0], "file": "/etc/passwd"}]},
         lambda index: index | {"units": 7},
         lambda index: index | {"plan": index["plan"] | {"flips": "yes"}},
-        lambda index: [index],
+        lambda index: index | {"more": 1},
     ],
 )
 def test_a_damaged_index_is_refused(tmp_path, spoil):
     make(tmp_path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(spoil(index)))
+    seal(tmp_path, spoil(json.loads((tmp_path / "index.json").read_text())))
     with pytest.raises(UserError, match=r"index\.json") as caught:
         LatentCache(tmp_path)
     assert "\n" not in str(caught.value)
@@ -533,8 +611,7 @@ def plan(**change):
 )
 def test_an_index_of_other_types_or_without_hashes_is_one_line(tmp_path, spoil):
     make(tmp_path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(spoil(index)))
+    seal(tmp_path, spoil(json.loads((tmp_path / "index.json").read_text())))
     with pytest.raises(UserError, match=r"index\.json is damaged") as caught:
         LatentCache(tmp_path)
     assert "\n" not in str(caught.value)

@@ -56,6 +56,7 @@ def test_bytes_up_to_the_limit(tmp_path):
         b"3",
         b'{"a": NaN}',
         b'{"a": -Infinity}',
+        b'{"a": 1e999}',
         b"\xff\xfe",
         b"[" * 100_000,
         b'{"a": 1}x',

@@ -281,6 +281,13 @@ def test_empty_class_folders_are_named(tmp_path, caplog):
     assert "folders without an image: dog, emu" in caplog.text
 
 
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    put(tmp_path / "cat" / "0.png")
+    put(tmp_path / os.fsdecode(b"caf\xe9") / "0.png")  # Latin-1
+    with pytest.raises(UserError, match="its name is not UTF-8: rename it"):
+        open_source(tmp_path, 16)
+
+
 @pytest.mark.parametrize(
     ("names", "warned"),
     [

@@ -98,6 +98,10 @@ def test_classes_by_name():
     assert torch.equal(model(labels=["dog"], seed=5).images, model(labels=[1], seed=5).images)
     with pytest.raises(ValueError, match="labels: this model is unconditional"):
         make(0)(labels=["cat"])
+    model.class_names = ["cat", "dog", "cat"]  # ImageNet has two cranes
+    assert model.class_numbers(["dog", 2, "0"]) == [1, 2, 0]
+    with pytest.raises(ValueError, match="labels: 'cat' is the name of the classes 0, 2: give the number"):
+        model(labels=["cat"])
     model.class_names = None
     with pytest.raises(ValueError, match=r"labels: this model has no class names, only numbers 0 ... 2, got 'cat'"):
         model(labels=["cat"])

@@ -104,8 +104,11 @@ STAGE_ERRORS = [
         ("run.device=tpu", "auto or cpu or cuda"),
         ("run.stages=dvae", "must be a list of texts"),
         ("run.stages=[train]", "among dvae"),
-        ("run.dir=", "must be text that is not empty"),
-        ("data.path=", "must be text that is not empty"),
+        ("run.dir=", "must be Unicode text that is not empty"),
+        ("data.path=", "must be Unicode text that is not empty"),
+        ("run.dir=a\udcffb", "must be Unicode text"),  # bytes that are no UTF-8
+        ("run.dir=~nobody-of-this-name/x", "no home folder ~nobody-of-this-name"),
+        ("data.path=~nobody-of-this-name", "no home folder"),
         ("data.image_size=100000000", "16,384 at most"),
         ("data.image_size=[1,2,3]", "a side or [height, width]"),
         ("data.image_size={a: 1}", "a side or [height, width]"),
@@ -135,6 +138,9 @@ STAGE_ERRORS = [
         ("run.dir.x=5", "run"),
         ("run.diir=5", "did you mean dir?"),
         ("dvae.overrides.x=[", "configuration"),
+        ("dvae.overrides.x=" + "[" * 100_000, "nested more than 32 levels deep"),
+        ("data.class_names=" + "[" * 100_000, "nested more than 32 levels deep"),
+        ("dvae.lr=" + "{a: " * 100_000, "nested more than 32 levels deep"),
         ("dvae.overrides.x=${nothing}", "not found"),
         ("dvae.overrides.x=!!python/object/apply:os.system [true]", "constructor"),
     ],
@@ -164,10 +170,14 @@ def test_a_value_out_of_range_is_one_line_with_its_name(override: str, said: str
         "data: {path: null}\n",
         "run: {seed: !!python/name:os.system }\n",
         "[" * 5000,
+        "[" * 100_000,  # a reader in C would overflow the stack and end the process
+        "run: " + "{a: " * 50_000,
+        "run:\n" + "".join(f"{' ' * i}a:\n" for i in range(1, 1000)),
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{c}: &{c} [{','.join(9 * ['*' + b])}]\n" for b, c in zip("abcdefgh", "bcdefghi")),
         "a: &a [*a]\n",
         "\x00",
         "\udcff",
-        "run:\n  dir: x\n  dir: y\n",
     ],
 )
 def test_a_damaged_configuration_file_is_one_line(text: str, tmp_path: Path) -> None:
@@ -175,6 +185,12 @@ def test_a_damaged_configuration_file_is_one_line(text: str, tmp_path: Path) -> 
     with pytest.raises(UserError) as caught:
         load(tmp_path / "c.yaml", ["data.path=demo"] if "path" not in text else [])
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run:\n  dir: x\n  dir: y\n")
+    with pytest.raises(UserError, match=r"c\.yaml: not a YAML configuration: found duplicate key dir in line 3$"):
+        load(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("name", ["imagenet256_b", "imagenet256_l"])

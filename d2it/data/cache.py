@@ -8,7 +8,8 @@ A cache is a folder of units, each the encoding of `unit_size` consecutive image
                              entropy        (n, F, h, w)       float32, of the regions
                              label, index   (n,)               int64; label -1 where the source has none
                              ...            (n, F, ...)        whatever else the encoder returned, by name
-    index.json               what the cache was made from, every unit's size and SHA-256, quantiles of the entropies
+    index.json               what the cache was made from, every unit's size and SHA-256, quantiles of the entropies,
+                             and its own SHA-256
 
 F is 2, the image and its mirror image (each encoded: a VAE is not symmetric), or 1. The grain map is not stored: it is
 the number of thresholds that an entropy exceeds, and the thresholds are chosen when a batch is read. Units are dealt to
@@ -42,8 +43,8 @@ from torch import Tensor
 from d2it.data.calibration import QUANTILES, EntropySketch, shares_above, threshold_of
 from d2it.data.loader import SinglePass
 from d2it.data.sources import ImageSource, check_classes
-from d2it.errors import UserError, reason_of
-from d2it.files import atomic_write, read_json, save_tensors, sha256_of
+from d2it.errors import UserError, reason_of, user_error
+from d2it.files import atomic_write, read_json, read_sealed, save_tensors, sha256_of, write_sealed
 from d2it.ops import neighbor_copy
 from d2it.seeds import Draws
 
@@ -51,6 +52,8 @@ FORMAT = "d2it latent cache"
 VERSION = 2
 # Opening a cache up to this size hashes all of it (about a second); above, sizes and headers only.
 VERIFY_BYTES = 2 * 2**30
+
+_KEYS = {"format", "version", "images", "plan", "entropies", "resolution", "skipped", "units"}  # of the index
 
 # Of the means and deviations in the files.
 _DTYPE = torch.float16
@@ -98,6 +101,11 @@ def build_cache(
         raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
     if "thresholds" not in facts:
         raise ValueError(f"facts must have thresholds, got {', '.join(facts)}")
+    try:
+        limits = _ascending(list(facts["thresholds"]))
+    except (TypeError, ValueError):
+        raise ValueError(f"facts: thresholds must be ascending numbers, got {facts['thresholds']!r}") from None
+    names = ["entropy", *(f"{name}.{g}" for name in ("mean", "std") for g in range(len(limits) + 1))]
     folder = Path(folder)
     plan = _plan(source, facts, unit_size, flips)
     try:
@@ -110,7 +118,9 @@ def build_cache(
             _require_plan(folder, made, plan)
             return
         mine = [u for u in range(rank, plan["units"], world_size) if not _is_done(folder, u, plan)]
-        _encode_units(folder, source, encode, plan, mine, batch_size, progress, workers=workers, pin_memory=pin_memory)
+        _encode_units(
+            folder, source, encode, names, plan, mine, batch_size, progress, workers=workers, pin_memory=pin_memory
+        )
     except OSError as error:
         raise UserError(f"{folder}: cannot write the latent cache: {error.strerror or error}") from None
 
@@ -149,8 +159,7 @@ def finish_cache(folder: str | os.PathLike[str]) -> None:
         "units": units,
     }
     try:
-        with atomic_write(folder / "index.json") as path:
-            path.write_text(json.dumps(index, indent=1))
+        write_sealed(folder / "index.json", index)
         for path in folder.glob("unit-*.json"):
             path.unlink()
     except OSError as error:
@@ -229,14 +238,17 @@ def _is_done(folder: Path, unit: int, plan: dict) -> bool:
     record = (folder / _unit_name(unit)).with_suffix(".json")
     if not record.exists():
         return False
-    _require_plan(folder, read_json(record).get("plan"), plan)
-    return True
+    content = read_json(record)
+    _require_plan(folder, content.get("plan"), plan)
+    file = folder / _unit_name(unit)
+    return file.is_file() and file.stat().st_size == content.get("bytes")
 
 
 def _encode_units(
     folder: Path,
     source: ImageSource,
     encode: Encode,
+    names: Sequence[str],
     plan: dict,
     units: list[int],
     batch_size: int,
@@ -254,7 +266,7 @@ def _encode_units(
         for batch, indices in zip(stream, batches):
             skipped += [f"{name}: {reason}" for _, name, reason in batch["unreadable"]]
             if len(batch["index"]):
-                rows.append(_encode_batch(batch, encode, plan["flips"]))
+                rows.append(_encode_batch(batch, encode, names, plan["flips"]))
             if progress is not None:
                 progress(len(indices))
             if indices.stop % size == 0 or indices.stop == len(source):
@@ -262,10 +274,17 @@ def _encode_units(
                 rows, skipped = [], []
 
 
-def _encode_batch(batch: dict[str, Any], encode: Encode, flips: bool) -> dict[str, Tensor]:
-    """Returns rows of a unit on the host: what the encoder returned of all views (B, F, ...), label and index (B,)."""
+def _encode_batch(batch: dict[str, Any], encode: Encode, names: Sequence[str], flips: bool) -> dict[str, Tensor]:
+    """Returns rows of a unit on the host: what the encoder returned of all views (B, F, ...), label and index (B,).
+
+    Raises:
+        ValueError: the encoder did not return all of `names`.
+        UserError: values that are not finite.
+    """
     views = [batch["image"], batch["image"].flip(3)] if flips else [batch["image"]]
     encoded = [encode(view) for view in views]
+    if missing := [name for name in names if name not in encoded[0]]:
+        raise ValueError(f"encode must return {', '.join(names)}; {missing[0]} is missing")
     rows = {}
     for name in encoded[0]:
         value = torch.stack([each[name] for each in encoded], dim=1)
@@ -377,6 +396,9 @@ class LatentCache:
             why = "the latent cache is not finished; run the cache stage again" if begun else "no latent cache here"
             raise UserError(f"{self.folder}: {why}")
         index = read_json(path)
+        if index.get("version") == VERSION:
+            with user_error():
+                index = read_sealed(path, _KEYS)
         if index.get("format") != FORMAT or index.get("version") not in (1, VERSION):
             raise UserError(f"{path} is not the index of a {FORMAT} of version {VERSION}")
         self.fixed = index["version"] == 1
@@ -412,12 +434,13 @@ class LatentCache:
         if not self._units or images != sum(unit.images for unit in self._units):
             raise UserError(f"{path} is damaged: the units do not add up to {images} images")
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self._check_files(verify)
-        self._map_units(check=True)
+        verified = self._check_files(verify)
+        self._map_units(check=True, values=verified)
         self._starts = np.cumsum([0, *(unit.images for unit in self._units)])
         self.labels = np.concatenate([unit["label"].numpy() for unit in self._tensors])
 
-    def _check_files(self, verify: bool | None) -> None:
+    def _check_files(self, verify: bool | None) -> bool:
+        """Holds the files against the index; returns whether by their hashes too."""
         for unit in self._units:
             try:
                 actual = os.path.getsize(self.folder / unit.file)
@@ -431,9 +454,10 @@ class LatentCache:
             for unit in self._units:
                 if sha256_of(self.folder / unit.file) != unit.sha256:
                     raise UserError(f"{self.folder / unit.file} is damaged: its SHA-256 is not the one in index.json")
+        return verify
 
-    def _map_units(self, check: bool = False) -> None:
-        """Maps every unit's tensors; with `check`, holds their shapes and types against the index."""
+    def _map_units(self, check: bool = False, values: bool = False) -> None:
+        """Maps every unit's tensors; `check`: their shapes and types too, `values`: that all are finite."""
         self._tensors: list[dict[str, Tensor]] = []
         for unit in self._units:
             path = self.folder / unit.file
@@ -445,6 +469,9 @@ class LatentCache:
             if check:
                 try:
                     self._check_tensors(unit, tensors)
+                    for name, tensor in tensors.items() if values else ():
+                        if not tensor.isfinite().all():
+                            raise ValueError(f"{name} has values that are not finite")
                 except (KeyError, ValueError) as error:
                     raise UserError(f"{path} is damaged: {error.args[0]}") from None
             self._tensors.append(tensors)
@@ -473,7 +500,12 @@ class LatentCache:
             got = tuple(tensor.shape)
             if (tensor.dtype, got, len(got)) != (dtype, wanted, rank):
                 raise ValueError(f"{name} is {tensor.dtype} {got}, not {dtype} {wanted} of rank {rank}")
+        label = tensors["label"]
+        if label.min() < -1 or label.max() >= max(self.num_classes, 0):
+            raise ValueError(f"labels {label.min()} ... {label.max()} of {self.num_classes} classes")
         if not self.fixed:
+            if f"mean.{self.num_grains}" in tensors:
+                raise ValueError(f"it has mean.{self.num_grains}, for {self.num_grains} grains")
             height, width = tensors["entropy"].shape[2:]
             channels = tensors["mean.0"].shape[2]
             for g in range(self.num_grains):

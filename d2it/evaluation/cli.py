@@ -34,7 +34,7 @@ from d2it.evaluation.generation import (
 )
 from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import WHERE
-from d2it.files import atomic_write, prepare_file, read_bytes, read_json, sha256_of
+from d2it.files import atomic_write, check_yaml, prepare_file, read_bytes, read_json, sha256_of
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
 from d2it.npz import keep_images
@@ -319,7 +319,8 @@ def _image_size(folder: Path) -> tuple[int, int]:
         if file.is_file():
             size = read_json(file)["config"]["image_size"]
         elif (file := run / "config.yaml").is_file():
-            size = OmegaConf.to_container(OmegaConf.create(read_bytes(file, 2**20).decode()))["data"]["image_size"]  # type: ignore[call-overload,index]
+            plain: Any = OmegaConf.to_container(OmegaConf.create(check_yaml(read_bytes(file, 2**20).decode())))
+            size = plain["data"]["image_size"]
         else:
             raise UserError(f"{folder} is a VAE alone, which has no image size: give --image-size")
         height, width = size if isinstance(size, list) else (size, size)

@@ -474,7 +474,8 @@ class D2iT(Pretrained):
         """The numbers of classes that are given by number or by name.
 
         Raises:
-            ValueError: a class that the model does not have; the message lists similar names.
+            ValueError: a class that the model does not have, where the message lists similar names, or a name of
+                several.
         """
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.reshape(-1).tolist()
@@ -487,10 +488,13 @@ class D2iT(Pretrained):
         if not classes:
             raise ValueError("labels: this model is unconditional")
         if label in names:
+            if names.count(str(label)) > 1:  # ImageNet has two cranes and two maillots
+                numbers = ", ".join(str(i) for i, name in enumerate(names) if name == label)
+                raise ValueError(f"labels: {label!r} is the name of the classes {numbers}: give the number")
             return names.index(str(label))
         if not isinstance(label, str):
             return whole_number("labels", label, 0, classes - 1)
-        if re.fullmatch(r"-?\d+", label):
+        if re.fullmatch(r"-?\d{1,18}", label):
             return whole_number("labels", int(label), 0, classes - 1)
         if not names:
             raise ValueError(f"labels: this model has no class names, only numbers 0 ... {classes - 1}, got {label!r}")

@@ -23,7 +23,7 @@ from typing import Any
 
 from d2it.diffusion import FLOW_SCHEDULERS, SCHEDULERS, DiffusionConfig, GaussianDiffusion
 from d2it.errors import UserError, reason_of
-from d2it.files import read_bytes
+from d2it.files import check_yaml, read_bytes, yaml_reason
 from d2it.models.efficientnet import LITE
 from d2it.models.losses import VAELossConfig
 from d2it.training.float8 import RECIPES
@@ -314,10 +314,10 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
             key, equals, value = item.partition("=")
             if not equals or not key:
                 raise UserError(f"{item!r} is not an override: write section.key=value")
-            if key in _texts():
-                texts[key] = _text(key, value, _typed(key, value))
+            if key not in _texts():
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{key}={check_yaml(value)}"]))
             else:
-                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+                texts[key] = _text(key, value, _typed(key, value))
         key = ""
         merged.data.path = ""  # given below, or reported
         config = OmegaConf.to_object(merged)
@@ -325,11 +325,11 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         where = getattr(error, "full_key", None) or key
-        raise UserError(f"configuration: {f'{where}: ' if where else ''}{reason_of(error)}") from None
+        raise UserError(f"configuration: {f'{where}: ' if where else ''}{yaml_reason(error)}") from None
     assert isinstance(config, Config)
     for key, text in {"data.path": MISSING, **texts}.items():
         *sections, name = key.split(".")
-        setattr(_at(config, sections), name, os.path.expanduser(text) if key in _PATHS and text else text)
+        setattr(_at(config, sections), name, _expanded(key, text) if key in _PATHS and text else text)
     if config.data.path == MISSING and {"dvae", "cache"} & set(config.run.stages):
         raise UserError("configuration: data.path must be given: add data.path=...")
     _check(config)
@@ -411,7 +411,7 @@ def _typed(key: str, value: str) -> Any:
 
     if _texts()[key] in (str, str | None):
         return value
-    return yaml.load(value, Loader=yaml.BaseLoader)
+    return yaml.load(check_yaml(value), Loader=yaml.BaseLoader)
 
 
 def _text(key: str, value: str, typed: Any) -> Any:
@@ -419,12 +419,25 @@ def _text(key: str, value: str, typed: Any) -> Any:
     if value == "null" and kind in (str | None, list[str] | None):
         return None
     if kind in (str, str | None):
-        if isinstance(typed, str) and typed.strip() and "\0" not in typed:
+        if isinstance(typed, str) and typed.strip() and "\0" not in typed and _is_unicode(typed):
             return typed
-        raise UserError(f"configuration: {key} must be text that is not empty, got {typed!r}")
+        raise UserError(f"configuration: {key} must be Unicode text that is not empty, got {typed!r}")
     if isinstance(typed, list) and all(isinstance(each, str) for each in typed):
         return typed
     raise UserError(f"configuration: {key} must be a list of texts, such as [a,b], got {value!r}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written to a file; one from the command line may hold bytes that are none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _expanded(key: str, text: str) -> str:
+    """Return a path with the home folder in place of `~` or `~name` at its start."""
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
+        raise UserError(f"configuration: {key}: there is no home folder {text.partition('/')[0]}, got {text!r}")
+    return path
 
 
 def _at(tree: Any, sections: Sequence[str]) -> Any:
@@ -453,10 +466,10 @@ def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dic
         line = f"no such configuration file: {path} (by name there are {names})"
         raise UserError(line if missing else f"{path}: {why}") from None
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.create(text))
+        values: Any = OmegaConf.to_container(OmegaConf.create(check_yaml(text)))
         typed = yaml.load(text, Loader=yaml.BaseLoader)
     except Exception as error:  # OmegaConf passes on whatever the YAML reader raises
-        raise UserError(f"{path}: not a YAML configuration: {reason_of(error)}") from None
+        raise UserError(f"{path}: not a YAML configuration: {yaml_reason(error)}") from None
     if not isinstance(values, dict) or not isinstance(typed, dict):
         raise UserError(f"{path}: not a YAML configuration: expected section: key: value")
     base = values.pop("extends", None)

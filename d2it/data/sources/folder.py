@@ -163,6 +163,8 @@ class ImageFolder(ImageSource):
         self.classes, self.labels = found.classes()
         if self.classes:
             self.num_classes = len(self.classes)
+            if bad := [name for name in self.classes if os.fsencode(name) != name.encode("utf-8", "replace")]:
+                raise UserError(f"{path}: the folder {bad[0]!r} would be a class, and its name is not UTF-8: rename it")
             _check_numbers(os.fspath(path), self.classes)
         self._files = Names([os.fsencode(file) for file in found.files])
         classes = f"{self.num_classes} classes" if self.classes else "no classes"

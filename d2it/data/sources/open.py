@@ -57,7 +57,7 @@ def _expand(pattern: str) -> list[str]:
     """Returns the shards that a path, a glob or a range {000..127} names, in order."""
     if os.path.exists(pattern):
         return [pattern]
-    if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+    if match := re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern):
         first, last = match.groups()
         if int(last) - int(first) > 10**6:
             raise UserError(f"{pattern} names more than a million shards")
