@@ -394,7 +394,7 @@ class KnownMap(nn.Module):
         self.config = SimpleNamespace(
             num_classes=1,
             class_dropout_prob=0.1,
-            num_grains=3,
+            levels=3,
             grid=tuple(grain_map.shape[1:]),
             diffusion=DiffusionConfig(),
         )

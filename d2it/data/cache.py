@@ -402,11 +402,8 @@ class LatentCache:
         if index.get("format") != FORMAT or index.get("version") not in (1, VERSION):
             raise UserError(f"{path} is not the index of a {FORMAT} of version {VERSION}")
         self.fixed = index["version"] == 1
-        if self.fixed and (shares or extras):
-            raise UserError(
-                f"{self.folder} is a latent cache of an earlier version, whose grain maps are fixed: to train with "
-                "other shares or with levels of entropy, delete it and run the cache stage again"
-            )
+        if shares or extras:
+            self._require_entropies()
         try:
             plan = index["plan"]
             self.facts: dict[str, Any] = dict(plan["facts"])
@@ -546,6 +543,24 @@ class LatentCache:
         """
         most = float(self._entropies[-1])
         return [threshold_of(self._entropies, share, self._resolution, most) for share in shares]
+
+    def level_edges(self, levels: int) -> list[float]:
+        """Returns levels + 1 ascending entropies, nats, between which lie equal shares of all regions.
+
+        Raises:
+            UserError: a cache of version 1, which has no entropies.
+        """
+        self._require_entropies()
+        inner = self.quantiles([1 - i / levels for i in range(1, levels)])
+        ends = [float(self._entropies[i]) for i in (0, -1)]
+        return [min(ends[0], inner[0]), *inner, max(ends[1], inner[-1])]
+
+    def _require_entropies(self) -> None:
+        if self.fixed:
+            raise UserError(
+                f"{self.folder} is a latent cache of an earlier version, whose grain maps are fixed: to train with "
+                "other shares or with levels of entropy, delete it and run the cache stage again"
+            )
 
     def shares_above(self, thresholds: Sequence[float]) -> list[float]:
         """Returns the share of all regions that exceeds each threshold, to 0.1 %."""

@@ -7,8 +7,10 @@ from d2it.diffusion.grains import (
     grain_weights,
     grained_noise,
     grains_to_signal,
+    level_grains,
     project_to_grains,
     random_grain_map,
+    ranked_grains,
 )
 from d2it.diffusion.guidance import Guidance
 from d2it.diffusion.linear import LinearDiffusion
@@ -44,10 +46,12 @@ __all__ = [
     "grain_weights",
     "grained_noise",
     "grains_to_signal",
+    "level_grains",
     "make_diffusion",
     "make_scheduler",
     "project_to_grains",
     "random_grain_map",
+    "ranked_grains",
     "sample_content",
     "sample_grain_maps",
 ]

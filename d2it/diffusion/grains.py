@@ -113,8 +113,60 @@ def random_grain_map(
     return grains.unflatten(1, (height, width))
 
 
+def ranked_grains(values: Tensor, shares: Sequence[float], *, generator: Sequence[torch.Generator]) -> Tensor:
+    """(B, h, w) int64: the regions of the highest values are the finest, exactly in given shares of each map.
+
+    Args:
+        values: (B, h, w), of any real dtype, on the CPU: an entropy, or the gray levels of a drawing.
+        shares: k - 1 shares of the regions, rounded to whole ones: entry i is the share of grain i + 1 or finer.
+        generator: one for each map, on the CPU: it orders the regions of equal value.
+
+    Example:
+        >>> values = torch.tensor([[[0.1, 0.9], [0.4, 0.6]]])
+        >>> ranked_grains(values, [0.75, 0.25], generator=[torch.Generator()])
+        tensor([[[0, 2],
+                 [1, 1]]])
+    """
+    grains = torch.zeros_like(values, dtype=torch.int64).flatten(1)
+    for one, value, g in zip(grains, values.flatten(1), generator):
+        order = torch.randperm(len(one), generator=g)
+        order = order[value[order].argsort(stable=True, descending=True)]
+        for share in shares:
+            one[order[: round(share * len(one))]] += 1
+    return grains.view(values.shape)
+
+
+def level_grains(
+    levels: Tensor, num_levels: int, shares: Sequence[float], *, generator: Sequence[torch.Generator]
+) -> Tensor:
+    """(B, h, w) int64: grain maps at given shares of all regions, from quantile levels of their entropy.
+
+    A region of level l is anywhere in the quantiles l / L ... (l + 1) / L of all entropies: its own is drawn there, and
+    the shares are thresholds of it. So they hold on average over maps whose levels are as frequent as each other, a map
+    of much detail is finer than another, and with one generator a larger share makes no region coarser.
+
+    Args:
+        levels: (B, h, w) int64 in 0 ... L - 1, on the CPU.
+        num_levels: L.
+        shares: k - 1 shares of all regions: entry i is the share of grain i + 1 or finer, so they descend.
+        generator: one for each map, on the CPU.
+
+    Example:
+        >>> levels = torch.tensor([[[0, 1], [2, 3]]])
+        >>> level_grains(levels, 4, [0.75, 0.5], generator=[torch.Generator()])
+        tensor([[[0, 1],
+                 [2, 2]]])
+    """
+    within = [torch.rand(levels.shape[1:], generator=g, dtype=torch.float64) for g in generator]
+    quantiles = (levels + torch.stack(within)) / num_levels if within else levels.double()
+    grains = torch.zeros_like(levels)
+    for share in shares:
+        grains += quantiles >= 1 - share
+    return grains
+
+
 def grains_to_signal(grain_map: Tensor, num_grains: int) -> Tensor:
-    """(B, h, w) int64 -> (B, 1, h, w) float32: k levels evenly spaced over [-1, 1]."""
+    """(B, h, w) int64 -> (B, 1, h, w) float32: k grains, or levels of entropy, evenly spaced over [-1, 1]."""
     return grain_map[:, None].float() * (2 / (num_grains - 1)) - 1
 
 

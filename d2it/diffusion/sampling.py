@@ -128,6 +128,8 @@ def sample_grain_maps(
 ) -> Tensor:
     """Grain maps (B, h, w) int64 of a `DynamicGrainTransformer`: the most likely grain at the end of the chain.
 
+    Of a model with levels of the entropy they are the most likely levels, which `level_grains` makes grains of.
+
     The arguments are those of `sample_content`; guidance acts on the logits, schedulers are `GRAIN_SCHEDULERS`.
 
     Raises:
@@ -135,7 +137,7 @@ def sample_grain_maps(
     """
     config: Any = model.config
     guidance = guidance or Guidance()
-    check_guidance("guidance", guidance, config.num_grains, config)
+    check_guidance("guidance", guidance, config.levels, config)
     seeds = check_seeds(seeds)
     labels = check_labels(labels, len(seeds), config.num_classes)
     diffusion = diffusion or make_diffusion(config.diffusion, learn_sigma=False)
@@ -217,7 +219,7 @@ def denoise_grain_maps(
     config: Any = model.config
     device = next(model.parameters()).device
     generators = make_generators(seeds, device)
-    channels = guidance.channels or config.num_grains
+    channels = guidance.channels or config.levels
     output = _Output(model, labels, {kind: {} for kind in _KINDS}, channels, autocast, device)
     x = randn((len(seeds), 1, *config.grid), generators, device=device, dtype=torch.float32)
     chain = _Chain(solver, output, expected_signal, lambda x: x, cuda_graph, lambda fraction, guided: Kind(guided))

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def grain_tokens(config: Any) -> tuple[int, ...]:
-    """Return the tokens that a region of each grain costs, coarsest first.
+    """Returns the tokens that a region of each grain costs, coarsest first.
 
     Args:
         config: of a `DynamicContentTransformer`; or of a `DynamicVAE`, for which they are those of the content
@@ -32,12 +32,12 @@ def grain_tokens(config: Any) -> tuple[int, ...]:
 
 
 def least_budget(tokens: Sequence[int]) -> float:
-    """Return the smallest budget that can be spent: that of regions which are all of the coarsest grain."""
+    """Returns the smallest budget that can be spent: that of regions which are all of the coarsest grain."""
     return tokens[0] / tokens[-1]
 
 
 def budget_of(shares: Sequence[float], tokens: Sequence[int]) -> float:
-    """Return the budget that these shares spend.
+    """Returns the budget that these shares spend.
 
     Args:
         shares: k - 1 shares of the regions, of grain i + 1 or finer.
@@ -51,7 +51,7 @@ def budget_of(shares: Sequence[float], tokens: Sequence[int]) -> float:
 
 
 def shares_of(budget: float, tokens: Sequence[int]) -> list[float]:
-    """Return the k - 1 shares of the regions, of grain i + 1 or finer, that spend a budget.
+    """Returns the k - 1 shares of the regions, of grain i + 1 or finer, that spend a budget.
 
     Args:
         budget: share of the tokens of the finest map.
@@ -81,7 +81,7 @@ def shares_of(budget: float, tokens: Sequence[int]) -> list[float]:
 
 
 def check_budget(name: str, budget: float, tokens: Sequence[int]) -> None:
-    """Raise ValueError unless a budget can be spent; the message names the argument."""
+    """Raises ValueError unless a budget can be spent; the message names the argument."""
     least = least_budget(tokens)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if not number or not least <= budget <= 1:

@@ -9,6 +9,8 @@ What is carried over unchanged, interpolated and left new:
 - RefineNet's bias matrices are interpolated bicubically over the query's and over the key's place in the window,
   tables over the two offsets, as Swin's are.
 - The trunk's positions are sines and cosines of the new grid, as in a model that starts from nothing.
+- A `DynamicGrainTransformer` of another number of levels has a new final layer: the levels are quantiles on the same
+  scale, and the signal that it reads is the same.
 - A `DynamicContentTransformer` takes the trunk of a `DiT`; its RefineNet and grain embedding are new.
 """
 
@@ -48,6 +50,8 @@ FREE = {
     "min_grain",
     "refine_until",
     "masked",
+    "levels",
+    "edges",
     "thresholds",
     "num_bins",
     "value_range",
@@ -56,7 +60,7 @@ FREE = {
     "scaling_factor",
 }
 #: Settings whose changes are reported, because they change what the weights were trained for.
-REPORTED = ("diffusion", "min_grain", "refine_until", "thresholds")
+REPORTED = ("diffusion", "min_grain", "refine_until", "thresholds", "levels")
 _LABELS = "condition.label.weight"
 
 
@@ -127,7 +131,11 @@ def carry_over(model: Model, source: Model) -> list[str]:
         bias = name.replace(_LABELS, "condition.timestep.fc2.bias")
         theirs[bias] = theirs[bias] + theirs[name][-1]
         notes.append(f"{name}: the null row is added to the timestep embedding")
+    other_levels = getattr(model.config, "levels", None) != getattr(source.config, "levels", None)
     for name, ours in parameters.items():
+        if other_levels and name.startswith("trunk.final.linear."):
+            notes.append(f"{name}: new")
+            continue
         if name not in theirs:
             new.append(name)
             continue

@@ -112,10 +112,11 @@ def run(options: argparse.Namespace, world: World) -> None:
     pictures.save_png(output / "grid.png", plain)
     pictures.save_png(output / "grid_grain_maps.png", outlined)
     ratio = float((grains == request.model.num_grains - 1).mean())
-    settings = {**request.settings(), "fine_ratio": ratio, "seconds": round(seconds, 2)}
+    spent = float(request.model.token_shares(torch.from_numpy(grains).long()).mean())
+    settings = {**request.settings(), "fine_ratio": ratio, "tokens": round(spent, 4), "seconds": round(seconds, 2)}
     with atomic_write(output / "settings.json") as path:
         path.write_text(json.dumps(settings, indent=2) + "\n")
-    print(f"{options.count} images in {seconds:.1f} s: {output / 'grid.png'}")
+    print(f"{options.count} images in {seconds:.1f} s, {spent:.0%} of the tokens: {output / 'grid.png'}")
 
 
 def _prepare(output: Path, options: argparse.Namespace) -> None:

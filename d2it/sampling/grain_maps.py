@@ -27,8 +27,10 @@ def choose_maps(options: argparse.Namespace, model: D2iT) -> tuple[MapsOf | None
     Raises:
         UserError: a file that is no map for this model, or no photo, or a ratio outside 0 ... 1.
     """
+    budget = options.budget is not None
     if options.grain_map:
-        read = read_grain_maps(options.grain_map, model.region_grid, model.num_grains)
+        path, grid = options.grain_map, model.region_grid
+        read = read_weights(path, grid) if budget else read_grain_maps(path, grid, model.num_grains)
         return lambda indices: torch.stack([read[i % len(read)] for i in indices]), str(options.grain_map)
     if options.photo and options.photo.is_dir():
         listed = find_images(options.photo)
@@ -36,13 +38,18 @@ def choose_maps(options: argparse.Namespace, model: D2iT) -> tuple[MapsOf | None
         photos = [options.photo / file for file in listed.files]
         if not photos:
             raise UserError(f"{options.photo}: no images ({', '.join(EXTENSIONS)}) below this folder")
-        photo_grain_map(photos[0], model)
-        named = f"{options.photo}, {len(photos)} photos in turn"
-        return lambda indices: torch.stack([photo_grain_map(photos[i % len(photos)], model) for i in indices]), named
+        photo_coding(photos[0], model)
+
+        def in_turn(indices: range) -> Tensor:
+            return torch.stack([photo_coding(photos[i % len(photos)], model)[budget] for i in indices])
+
+        return in_turn, f"{options.photo}, {len(photos)} photos in turn"
     if options.photo:
-        found = photo_grain_map(options.photo, model)
+        found = photo_coding(options.photo, model)[budget]
         return lambda indices: found.expand(len(indices), -1, -1), str(options.photo)
     if options.fine_ratio is not None:
+        if budget:
+            raise UserError("--budget and --fine-ratio both say how fine the maps are: give one of them")
         ratios = options.fine_ratio
         if len(ratios) not in (1, model.num_grains - 1):
             several = f" or {model.num_grains - 1}" if model.num_grains > 2 else ""
@@ -74,20 +81,7 @@ def read_grain_maps(path: Path, grid: tuple[int, int], num_grains: int) -> Tenso
     Raises:
         UserError: no such file, no map in it, one of another size than `grid`, or with more grains.
     """
-    white = 255
-    try:
-        if path.suffix.lower() == ".png":
-            values, white = decode_gray(read_image(path))
-        else:
-            values = load_array(path, "grain_maps")
-    except (UserError, Unreadable) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"{path}: not a grain map (.npy, .npz or .png): {reason}") from None
-    if values.ndim not in (2, 3) or values.dtype.kind not in "iub" or not len(values):
-        raise UserError(f"{path}: a grain map is whole numbers (h, w) or (N, h, w), got {values.dtype} {values.shape}")
-    if values.shape[-2:] != grid:
-        got = f"{values.shape[-2]} x {values.shape[-1]}"
-        raise UserError(f"{path}: this model's grain maps have {grid[0]} x {grid[1]} regions, got {got}")
+    values, white = _read_values(path, grid, "iub", "whole numbers")
     if path.suffix.lower() == ".png" and values.max() >= max(num_grains, 16):  # levels below 16 all look black
         step = white / max(1, num_grains - 1)
         grains = np.rint(values / step).astype(np.int64)
@@ -106,8 +100,39 @@ def read_grain_maps(path: Path, grid: tuple[int, int], num_grains: int) -> Tenso
     return torch.from_numpy(grains.reshape(-1, *grid))
 
 
-def photo_grain_map(path: Path, model: D2iT) -> Tensor:
-    """(h, w) int64: Dynamic Grained Coding of the centre of an image, cut to the model's size.
+def read_weights(path: Path, grid: tuple[int, int]) -> Tensor:
+    """(N, h, w) float64 from the files of `read_grain_maps`, with any gray levels or real numbers.
+
+    Raises:
+        UserError: no such file, no numbers in it, or of another size than `grid`.
+    """
+    values, _ = _read_values(path, grid, "iubf", "numbers")
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: a grain map is finite numbers")
+    return torch.from_numpy(values.astype(np.float64).reshape(-1, *grid))
+
+
+def _read_values(path: Path, grid: tuple[int, int], kinds: str, named: str) -> tuple[np.ndarray, int]:
+    """The numbers (h, w) or (N, h, w) in a file, of NumPy's `kinds`, and the level of white in a PNG."""
+    white = 255
+    try:
+        if path.suffix.lower() == ".png":
+            values, white = decode_gray(read_image(path))
+        else:
+            values = load_array(path, "grain_maps")
+    except (UserError, Unreadable) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: not a grain map (.npy, .npz or .png): {reason}") from None
+    if values.ndim not in (2, 3) or values.dtype.kind not in kinds or not len(values):
+        raise UserError(f"{path}: a grain map is {named} (h, w) or (N, h, w), got {values.dtype} {values.shape}")
+    if values.shape[-2:] != grid:
+        got = f"{values.shape[-2]} x {values.shape[-1]}"
+        raise UserError(f"{path}: this model's grain maps have {grid[0]} x {grid[1]} regions, got {got}")
+    return values, white
+
+
+def photo_coding(path: Path, model: D2iT) -> tuple[Tensor, Tensor]:
+    """Dynamic Grained Coding of the centre of an image, cut to the model's size: grain map and entropy, both (h, w).
 
     Raises:
         UserError: no image there, or one smaller than the model's.
@@ -121,4 +146,5 @@ def photo_grain_map(path: Path, model: D2iT) -> Tensor:
         width, height = error.args
         raise UserError(f"{path}: {width} x {height} pixels, the model's images have {size[1]} x {size[0]}") from None
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(model.device)
-    return model.vae.grain_map(pixels)[0][0].cpu()
+    grains, entropy = model.vae.grain_map(pixels)
+    return grains[0].cpu(), entropy[0].cpu()

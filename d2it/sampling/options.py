@@ -62,6 +62,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "coarsest, of it or finer (0.5 0.25)",
     )
 
+    group.add_argument(
+        "--budget",
+        type=float,
+        metavar="B",
+        help="share of the tokens to spend, 0.25 ... 1.0: sampled maps on average; a drawing (any gray levels or real "
+        "numbers: the lighter the finer) and a photo exactly",
+    )
+
     group = parser.add_argument_group("sampler", "the model's own settings unless given")
     group.add_argument("--scheduler", metavar="NAME", help=", ".join(SCHEDULERS))
     group.add_argument("--steps", type=int, help="denoising steps")
@@ -153,7 +161,7 @@ class SampleRequest:
     def _sampler(self) -> dict[str, Any]:
         """Arguments of the model's call: what is given; the model takes its own where nothing is."""
         options, model = self.options, self.model
-        names = ("scheduler", "steps", "grain_scheduler", "grain_steps", "grain_guidance")
+        names = ("budget", "scheduler", "steps", "grain_scheduler", "grain_steps", "grain_guidance")
         given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         detail = {
             "scale": options.guidance,

@@ -23,14 +23,23 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2it import pictures
-from d2it.diffusion import Guidance, default_scheduler, grain_scheduler_for, make_diffusion, make_scheduler
+from d2it.data.calibration import shares_above
+from d2it.diffusion import (
+    Guidance,
+    default_scheduler,
+    grain_scheduler_for,
+    level_grains,
+    make_diffusion,
+    make_scheduler,
+    ranked_grains,
+)
 from d2it.diffusion.sampling import (
     Callback,
     check_cuda_graph,
@@ -45,6 +54,7 @@ from d2it.diffusion.solvers import whole_number
 from d2it.errors import reason_of
 from d2it.files import read_sealed, write_sealed
 from d2it.models.base import CONFIG_FILE, Model, Pretrained, local_folder, saved_kind
+from d2it.models.budget import grain_tokens, shares_of
 from d2it.models.content import DynamicContentTransformer
 from d2it.models.dit import DiT
 from d2it.models.dvae import DynamicVAE
@@ -323,6 +333,7 @@ class D2iT(Pretrained):
         *,
         labels: Label | Sequence[Label] | Tensor | None = None,
         grain_map: Tensor | None = None,
+        budget: float | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         scheduler: str | None = None,
@@ -358,12 +369,21 @@ class D2iT(Pretrained):
             >>> fine[:, :2] = 0  # detail on the right half alone
             >>> d2it(labels=[0, 2], grain_map=fine, steps=2).grain_maps.float().mean()
             tensor(0.5000)
+            >>> light = torch.rand(4, 4)  # detail where it is light, as far as a budget reaches
+            >>> d2it(labels=[0, 2], grain_map=light, budget=0.4, steps=2).grain_maps.float().mean()
+            tensor(0.2500)
 
         Args:
             num_images: how many; None follows from `seeds`, `labels` or `grain_map`, else 1.
             labels: (N,) classes, by number or by name; None draws each from its sample's seed. One label serves all.
             grain_map: (N, H/S, W/S) or one (H/S, W/S) for all; None samples maps from the grain transformer (and is
                 the finest everywhere where a plain DiT has none).
+            budget: share of the tokens to spend, of those of the finest map: 0.25 ... 1.0 (`d2it.models.budget` has the
+                shares of the grains that spend it). Sampled maps spend it on average, an image of much detail more than
+                another; that takes a Grain Transformer with levels. With `grain_map`, which then may hold any real
+                numbers (an entropy, gray levels), every image spends it exactly, to whole regions: the higher a
+                region's number the finer it is. None: sampled maps are those of the VAE's thresholds, given ones
+                are taken as they are.
             seed: of the first image; image i has seed + i.
             seeds: one for each image, in place of `seed`.
             scheduler: see `d2it.diffusion.SCHEDULERS` (`FLOW_SCHEDULERS` for a model of the linear path); "ddpm"
@@ -405,6 +425,8 @@ class D2iT(Pretrained):
             if not isinstance(self.content_transformer, DiT):
                 raise ValueError("grain_map must be given: this model has no Grain Transformer")
             grain_map = torch.full(self.region_grid, self.num_grains - 1)
+        if budget is not None and grain_map is not None:
+            grain_map = self._spend(budget, grain_map, seeds)
         check_guidance("guidance", strength, content.in_channels, content, guide is not None)
         process = make_diffusion(content.diffusion, learn_sigma=content.learn_sigma)
         solver = make_scheduler(scheduler, process, steps, learned_range=content.learn_sigma)
@@ -420,7 +442,8 @@ class D2iT(Pretrained):
         if grain_map is None:
             network: Any = self.grain_transformer
             grain_guide = _guidance("grain_guidance", self._setting("grain_guidance", grain_guidance, 1.0))
-            check_guidance("grain_guidance", grain_guide, self.num_grains, network.config)
+            check_guidance("grain_guidance", grain_guide, network.config.levels, network.config)
+            shares = self._level_shares(budget) if network.config.has_levels or budget is not None else []
             if grain_scheduler is None:
                 grain_scheduler = grain_scheduler_for(scheduler, network.config.diffusion)
             process = make_diffusion(network.config.diffusion, learn_sigma=False)
@@ -429,7 +452,11 @@ class D2iT(Pretrained):
             def maps(part: slice) -> Tensor:
                 named = None if numbers is None else numbers[part]
                 own_seeds = [derived_seed(s, "grain") for s in seeds[part]]
-                return denoise_grain_maps(network, named, own_seeds, grain_solver, grain_guide, **shared)
+                found = denoise_grain_maps(network, named, own_seeds, grain_solver, grain_guide, **shared)
+                if not network.config.has_levels:
+                    return found
+                generators = _generators(seeds[part])
+                return level_grains(found.cpu(), network.config.levels, shares, generator=generators).to(found.device)
         else:
             given = torch.as_tensor(grain_map)
             if given.ndim not in (2, 3):
@@ -469,6 +496,46 @@ class D2iT(Pretrained):
     def _setting(self, name: str, given: Any, otherwise: Any) -> Any:
         """An argument of a call: as given, else this model's own default, else that of all models."""
         return given if given is not None else self.sampling.get(name, otherwise)
+
+    def token_shares(self, grain_maps: Tensor) -> Tensor:
+        """(N,) float64: the budget that each map spends, its tokens over those of the finest map; 1 for a plain DiT."""
+        if isinstance(self.content_transformer, DiT):
+            return torch.ones(len(grain_maps), dtype=torch.float64)
+        tokens = torch.tensor(grain_tokens(self.content_transformer.config), dtype=torch.float64)
+        return tokens[grain_maps.cpu()].flatten(1).mean(dim=1) / tokens[-1]
+
+    def _shares(self, budget: float) -> list[float]:
+        """The shares of the grains that spend a budget; ValueError where none do."""
+        if isinstance(self.content_transformer, DiT):
+            raise ValueError("budget: a plain DiT spends all tokens on every image")
+        return shares_of(budget, grain_tokens(self.content_transformer.config))
+
+    def _level_shares(self, budget: float | None) -> list[float]:
+        """The shares of the grains in sampled maps; ValueError for a Grain Transformer of one budget alone."""
+        assert self.grain_transformer is not None
+        config = self.grain_transformer.config
+        if budget is None and config.edges:
+            return shares_above(np.array(config.edges), cast(DynamicVAE, self.vae).config.thresholds)
+        if budget is None:
+            raise ValueError("budget must be given: this model's Grain Transformer has no edges, hence no default")
+        shares = self._shares(budget)
+        if not config.has_levels:
+            raise ValueError(
+                "budget: this model's Grain Transformer samples the grains at one budget: train it with levels of the "
+                "entropy (grain.overrides.levels=16), or give the maps (a drawing or a photo)"
+            )
+        return shares
+
+    def _spend(self, budget: float, values: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The maps (N, h, w) in which the regions of the highest values are the finest, at this budget."""
+        shares, given = self._shares(budget), torch.as_tensor(values)
+        expected = self.region_grid
+        if given.ndim not in (2, 3) or tuple(given.shape[-2:]) != expected:
+            raise ValueError(f"grain_map must be (N, {expected[0]}, {expected[1]}), got {tuple(given.shape)}")
+        if given.is_complex() or not given.double().isfinite().all():
+            raise ValueError("grain_map must hold finite real numbers where a budget is given")
+        given = given.cpu().expand(len(seeds), *expected)
+        return ranked_grains(given, shares, generator=_generators(seeds))
 
     def class_numbers(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
         """The numbers of classes that are given by number or by name.
@@ -522,6 +589,11 @@ class D2iT(Pretrained):
         if labels is None:
             return torch.tensor([derived_seed(s, "label") % self.num_classes for s in seeds], dtype=torch.int64)
         return labels.expand(len(seeds))
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A generator for each image's map, on the CPU, for what its values leave open."""
+    return [torch.Generator().manual_seed(derived_seed(seed, "budget")) for seed in seeds]
 
 
 def _read_guide(path: Path) -> DynamicContentTransformer | DiT:

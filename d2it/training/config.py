@@ -150,8 +150,8 @@ class DvaeConfig(StageConfig):
         fine_ratios: shares of regions above each of the k - 1 thresholds; the calibration turns them into thresholds.
         calibration: JSON file of `python -m d2it.data.calibrate`; null is one of those shipped, for 256 x 256
             images in regions of 16 or 32 pixels.
-        budget: range of the share of tokens that an image spends, drawn for each image, such as [0.25,1.0]; null is
-            the thresholds of fine_ratios for all.
+        budget: range of the share of tokens that images spend, drawn for each image, such as [0.25,1.0]; null is the
+            thresholds of fine_ratios for all.
         loss: weights of the loss terms and the discriminator.
         disc_lr: learning rate of the discriminator; null is lr.
     """
@@ -212,8 +212,8 @@ class ContentConfig(LatentStageConfig):
 
     Args:
         capacity_step: packed lengths are rounded up to this share of all cells, so that shapes repeat.
-        budget: range of the share of tokens that an image spends, drawn for each image and epoch, such as [0.25,1.0];
-            null is the map at the VAE's thresholds.
+        budget: range of the share of tokens that images spend, drawn for each image and epoch, such as [0.25,1.0]; null
+            is the map at the VAE's thresholds.
         dynamic_loss: weigh every latent code alike (Eq. 11); false weighs every cell alike, the ablation of Table 3.
     """
 

@@ -136,7 +136,7 @@ def build_vae(config: Config) -> DynamicVAE:
 
 
 def budget_range(config: Config, vae: DynamicVAEConfig) -> tuple[BudgetRange, Calibration] | None:
-    """Return what `dvae.budget` draws each image's shares from, and the calibration that makes them thresholds.
+    """Returns what `dvae.budget` draws each image's shares from, and the calibration that makes them thresholds.
 
     Raises:
         UserError: a budget that no map of this VAE spends, or thresholds that no calibration made.
@@ -245,7 +245,7 @@ class DvaeStage:
                 yield to_device(batch, self.world.device) | {"step": step}
 
     def thresholds(self, images: int, step: int, micro: int) -> Batch:
-        """Return each image's own thresholds where `dvae.budget` draws them: {"thresholds": (B, k - 1) nats}."""
+        """Returns each image's own thresholds where `dvae.budget` draws them: {"thresholds": (B, k - 1) nats}."""
         if self.drawn is None:
             return {}
         drawn, calibration = self.drawn

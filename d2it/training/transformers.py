@@ -24,6 +24,7 @@ from d2it.diffusion import (
     grain_scheduler_for,
     grained_noise,
     grains_to_signal,
+    level_grains,
     make_diffusion,
     random_grain_map,
     sample_content,
@@ -60,7 +61,7 @@ Transformer = DynamicGrainTransformer | DynamicContentTransformer | DiT
 
 
 class GrainLosses(nn.Module):
-    """Eq. 5 on a noised grain map: batch -> (loss, logs, batch).
+    """Eq. 5 on a noised grain map, or one of levels of the entropy: batch -> (loss, logs, batch).
 
     Args:
         network: predicts the clean map.
@@ -72,8 +73,9 @@ class GrainLosses(nn.Module):
         self.network, self.diffusion = network, diffusion
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
-        grains = batch["grain_map"]
-        clean = grains_to_signal(grains, self.network.config.num_grains)
+        config = self.network.config
+        grains = batch["level_map" if config.has_levels else "grain_map"]
+        clean = grains_to_signal(grains, config.levels)
         t = self.diffusion.sample_timesteps(len(grains), device=grains.device)
         noised = self.diffusion.q_sample(clean, torch.randn_like(clean), t)
         logits = self.network(noised, t, batch["label"], force_drop_ids=_dropped(self.network, batch))
@@ -161,8 +163,20 @@ def count_tokens(batch: Batch, config: ContentTransformerConfig, capacity_step: 
     return batch | {"fine": fine, "capacity": capacity}
 
 
+def find_levels(batch: Batch, edges: tuple[float, ...]) -> Batch:
+    """Returns the batch with its "entropy" (B, h, w) as levels ("level_map", int64); the loader's workers run this.
+
+    Args:
+        batch: with "entropy" on the host, nats.
+        edges: of the levels, both ends included.
+    """
+    others = {key: value for key, value in batch.items() if key != "entropy"}
+    inner = torch.tensor(edges[1:-1], device="cpu")
+    return others | {"level_map": (batch["entropy"][..., None] > inner).sum(dim=-1)}
+
+
 def budget_range(budget: list[float] | None, network: Transformer) -> BudgetRange | None:
-    """Return what `content.budget` draws the shares of each image from; None where the thresholds decide.
+    """Returns what `content.budget` draws the shares of each image from; None where the thresholds decide.
 
     Raises:
         UserError: a budget that no map of this network spends, or a network that takes no maps.
@@ -312,7 +326,7 @@ class LatentStage(ABC):
 
     @staticmethod
     def reads(config: Config, network: Transformer) -> dict[str, Any]:
-        """Return the arguments of `LatentCache` by which the stage's batches differ from the default.
+        """Returns the arguments of `LatentCache` by which the stage's batches differ from the default.
 
         Raises:
             UserError: settings that do not fit the network.
@@ -371,10 +385,12 @@ class LatentStage(ABC):
             "grain_map": self.synthetic_maps(images),
             "label": torch.zeros(images, dtype=torch.int64, device="cpu"),
         }
+        for name in self.reads(self.config, self.network).get("extras", ()):
+            batch[name] = torch.rand(images, *self.data.grid, device="cpu")
         return to_device(self.with_timesteps(self.prepare(batch), 0), device)
 
     def synthetic_maps(self, images: int) -> Tensor:
-        """Return grain maps on the host: all grains equally often, where no budget says what a batch spends at most."""
+        """Returns grain maps on the host, all grains equally often."""
         return torch.randint(self.data.num_grains, (images, *self.data.grid), device="cpu")
 
     def notes(self) -> list[str]:
@@ -436,7 +452,19 @@ class GrainStage(LatentStage):
     def make(config: Config, data: LatentData) -> Transformer:
         given: dict[str, Any] = {"num_classes": config.data.num_classes, "diffusion": config.diffusion}
         given |= {"grid": data.grid, "num_grains": data.num_grains}
+        plan = build(DynamicGrainTransformer, config.grain, "grain", **given).config
+        if data.cache is not None and plan.has_levels:
+            given["edges"] = tuple(data.cache.level_edges(plan.levels))
         return build(DynamicGrainTransformer, config.grain, "grain", **given)
+
+    @staticmethod
+    def reads(config: Config, network: Transformer) -> dict[str, Any]:
+        return {"extras": ("entropy",)} if getattr(network.config, "has_levels", False) else {}
+
+    @property
+    def prepare(self) -> Callable[[Batch], Batch]:
+        network = self.network.config
+        return functools.partial(find_levels, edges=network.edges) if network.has_levels else _unchanged
 
     def make_losses(self) -> nn.Module:
         return GrainLosses(self.network, self.diffusion)
@@ -451,8 +479,13 @@ class GrainStage(LatentStage):
             scheduler=grain_scheduler_for(str(sample.scheduler), self.config.diffusion),
             steps=sample.grain_steps,
             autocast=self.autocast,
-        )
-        both = torch.cat([true, maps.cpu()]).numpy()
+        ).cpu()
+        if (network := self.network.config).has_levels:
+            assert self.data.cache is not None
+            shares = self.data.cache.shares_above(self.data.cache.thresholds)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            maps = level_grains(maps, network.levels, shares, generator=generators)
+        both = torch.cat([true, maps]).numpy()
         side = max(1, 96 // both.shape[1])
         drawn = pictures.colour_grains(both, self.data.num_grains, side)
         return pictures.sheet(drawn, columns=len(seeds), rows=["of photos", "sampled"])
