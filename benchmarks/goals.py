@@ -161,7 +161,14 @@ which is more than six times that of the bytes."""
 PLAN_US = 20.0
 """For 256 images."""
 
-MOVERS = ("pack_tokens", "unpack_tokens", "neighbor_copy", "adaln_modulate", "gated_residual")
+MOVERS = (
+    "pack_tokens",
+    "unpack_tokens",
+    "neighbor_copy",
+    "adaln_modulate",
+    "gated_residual",
+    "gated_residual_modulate",
+)
 
 GOALS = [
     Goal("window attention, 16 and 64 cells", ">= 70 % of copy bandwidth",

@@ -5,7 +5,7 @@ python benchmarks/modulate_bench.py [--only 'gate-*'] [--seconds 1]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -62,14 +62,45 @@ def our_gated(given: dict[str, Any], backend: str) -> Tensor:
     return ops.gated_residual(given["x"], given["branch"], given["gate"], sample=given["sample"], backend=backend)
 
 
+def gated_modulated(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both, one after the other."""
+    total = gated(x, branch, gate, sample)
+    return total, modulate(total, shift, scale, sample)
+
+
+def our_gated_modulated(given: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+    tensors = (given[name] for name in ("x", "branch", "gate", "shift", "scale"))
+    return ops.gated_residual_modulate(*tensors, sample=given["sample"], backend=backend)
+
+
+OPERATORS: dict[str, tuple[str, Callable[..., Any], dict[str, Callable[..., Any]], tuple[str, ...]]] = {
+    "adaln_modulate": ("modulate", our_modulate, {"layer_norm": modulate}, ("x", "shift", "scale")),
+    "gated_residual": ("gate", our_gated, {"multiply + add": gated}, ("x", "branch", "gate")),
+    "gated_residual_modulate": (
+        "gate-modulate",
+        our_gated_modulated,
+        {"multiply + add, layer_norm": gated_modulated},
+        ("x", "branch", "gate", "shift", "scale"),
+    ),
+}
+"""Prefix of the cases, our operator, its rival, and the inputs with a gradient, in the rival's order."""
+
+
 def costs(op: str, batch: int, rows: int, channels: int, packed: bool, dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """Forward and backward of "adaln_modulate" or "gated_residual": parameters are float32; packed rows read an image
-    number each. The gradient of gated_residual's x is the cotangent itself."""
-    data = batch * rows * channels * dtype.itemsize + (4 * batch * rows if packed else 0)
+    """Forward and backward of an operator: parameters are float32, packed rows read an image number each, and a norm
+    keeps two float32 a row. The gradient of gated_residual's x is the cotangent itself."""
+    data = batch * rows * channels * dtype.itemsize
     parameter = 4 * batch * channels
-    if op == "adaln_modulate":
-        return Cost(2 * data + 2 * parameter), Cost(3 * data + 3 * parameter)
-    return Cost(3 * data + parameter), Cost(3 * data + 2 * parameter)
+    numbers = (4 * batch * rows if packed else 0) + (0 if op == "gated_residual" else 8 * batch * rows)
+    tensors, parameters = {
+        "adaln_modulate": ((2, 3), (2, 3)),
+        "gated_residual": ((3, 3), (1, 2)),
+        "gated_residual_modulate": ((4, 6), (3, 5)),
+    }[op]
+    forward, backward = (Cost(t * data + p * parameter + numbers) for t, p in zip(tensors, parameters))
+    return forward, backward
 
 
 def benches() -> Iterator[Bench]:
@@ -92,41 +123,21 @@ def benches() -> Iterator[Bench]:
         kind = "packed" if packed else "images"
         name = f"B{batch}-L{rows}-C{channels}-{kind}-{str(dtype)[6:]}"
         shape = {"batch": batch, "rows": rows, "channels": channels, "packed": packed}
-        modulate_costs, gate_costs = (
-            costs(op, batch, rows, channels, packed, dtype) for op in ("adaln_modulate", "gated_residual")
-        )
         inputs = partial(modulation, batch, rows, channels, packed, dtype)
-
-        yield Bench(
-            case=f"modulate-{name}",
-            shape=shape,
-            dtype=dtype,
-            inputs=inputs,
-            contenders={
-                **own("adaln_modulate", our_modulate),
-                **rivals({"layer_norm": modulate}, "x", "shift", "scale", "sample"),
-            },
-            forward=modulate_costs[0],
-            backward=modulate_costs[1],
-            gradients=("x", "shift", "scale"),
-            expected=lambda given: our_modulate(given, "reference"),
-            operator="adaln_modulate",
-        )
-        yield Bench(
-            case=f"gate-{name}",
-            shape=shape,
-            dtype=dtype,
-            inputs=inputs,
-            contenders={
-                **own("gated_residual", our_gated),
-                **rivals({"multiply + add": gated}, "x", "branch", "gate", "sample"),
-            },
-            forward=gate_costs[0],
-            backward=gate_costs[1],
-            gradients=("x", "branch", "gate"),
-            expected=lambda given: our_gated(given, "reference"),
-            operator="gated_residual",
-        )
+        for op, (prefix, ours, rival, gradients) in OPERATORS.items():
+            forward, backward = costs(op, batch, rows, channels, packed, dtype)
+            yield Bench(
+                case=f"{prefix}-{name}",
+                shape=shape,
+                dtype=dtype,
+                inputs=inputs,
+                contenders={**own(op, ours), **rivals(rival, *gradients, "sample")},
+                forward=forward,
+                backward=backward,
+                gradients=gradients,
+                expected=partial(ours, backend="reference"),
+                operator=op,
+            )
 
 
 if __name__ == "__main__":

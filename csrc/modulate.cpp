@@ -215,22 +215,26 @@ struct Moments {
 };
 
 D2IT_CLONES void modulate(const float* __restrict x, const float* __restrict shift,
-                          const float* __restrict scale, float eps, float* __restrict out, int64_t n) {
+                          const float* __restrict scale, float eps, float* __restrict out,
+                          float* __restrict stats, int64_t n) {
   const Moments m(x, n, eps);
+  stats[0] = m.mean;
+  stats[1] = m.per_deviation;
   for (int64_t i = 0; i < n; ++i) {
     out[i] = (x[i] - m.mean) * m.per_deviation * (1.0f + scale[i]) + shift[i];
   }
 }
 
 // With y the normalised row and g = grad * (1 + scale): dx = (g - mean(g) - y * mean(g * y)) / deviation.
-// g and y are kept, y where dx will be: worked out again, they might be rounded otherwise.
+// g and y are kept, y where dx will be: worked out again, they might be rounded otherwise. Mean and
+// 1 / deviation are those that the forward found.
 D2IT_CLONES void modulate_backward(const float* __restrict grad, const float* __restrict x,
-                                   const float* __restrict scale, float eps, float* __restrict g,
-                                   float* __restrict dx, float* __restrict dshift, float* __restrict dscale,
-                                   int64_t n) {
-  const Moments m(x, n, eps);
+                                   const float* __restrict scale, const float* __restrict stats,
+                                   float* __restrict g, float* __restrict dx, float* __restrict dshift,
+                                   float* __restrict dscale, int64_t n) {
+  const float mean = stats[0], per_deviation = stats[1];
   for (int64_t i = 0; i < n; ++i) {
-    const float y = (x[i] - m.mean) * m.per_deviation;
+    const float y = (x[i] - mean) * per_deviation;
     dshift[i] += grad[i];
     dscale[i] += grad[i] * y;
     g[i] = grad[i] * (1.0f + scale[i]);
@@ -242,7 +246,7 @@ D2IT_CLONES void modulate_backward(const float* __restrict grad, const float* __
     return as<decltype(of)>(g + i) * as<decltype(of)>(dx + i);
   };
   const float mean_g = sum(n, of_g) / n, mean_gy = sum(n, of_gy) / n;
-  for (int64_t i = 0; i < n; ++i) dx[i] = (g[i] - mean_g - dx[i] * mean_gy) * m.per_deviation;
+  for (int64_t i = 0; i < n; ++i) dx[i] = (g[i] - mean_g - dx[i] * mean_gy) * per_deviation;
 }
 
 D2IT_CLONES void add(const float* __restrict in, float* __restrict to, int64_t n) {
@@ -272,13 +276,19 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
+// The elements of a contiguous float32 tensor.
+float* floats_of(const Tensor& tensor) {
+  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
 bool adaln_modulate(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> sample, double eps,
-                    Tensor out) {
+                    Tensor out, Tensor stats) {
   const Images images(x, sample, scale.size(0));
   if (!images.good()) return false;
   if (out.numel() == 0) return true;
   const int64_t channels = x.size(x.dim() - 1);
   const Rows from(x), to(out), shifts(shift), scales(scale);
+  float* const moments = floats_of(stats);
   for_blocks(rows_of(x), channels, [&](int64_t begin, int64_t end) {
     std::vector<float> room(2 * channels);
     Parameter shift_of(shifts, channels), scale_of(scales, channels);
@@ -286,20 +296,21 @@ bool adaln_modulate(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> 
       const int64_t image = images.of(r);
       float* line = to.begin(r, room.data() + channels);
       modulate(from.read(r, room.data()), shift_of.of(image), scale_of.of(image), static_cast<float>(eps),
-               line, channels);
+               line, moments + 2 * r, channels);
       to.store(r, line);
     }
   });
   return true;
 }
 
-void adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, std::optional<Tensor> sample, double eps,
+void adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale, std::optional<Tensor> sample,
                              Tensor dx, Tensor dshift, Tensor dscale) {
   const Images images(x, sample, scale.size(0));
   if (!images.good()) d2it::fail("sample must name images 0..", scale.size(0) - 1);
   if (scale.numel() == 0) return;
   const int64_t channels = x.size(x.dim() - 1), rows = rows_of(x);
   const Rows grads(grad), from(x), to(dx), scales(scale);
+  const float* const moments = floats_of(stats);
   Runs runs(rows, channels, 2);
   for_blocks(rows, channels, [&](int64_t begin, int64_t end) {
     std::vector<float> room(4 * channels);
@@ -309,8 +320,7 @@ void adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, std::optional<
       float* sums = runs.of(r, image);
       float* line = to.begin(r, room.data() + 2 * channels);
       modulate_backward(grads.read(r, room.data()), from.read(r, room.data() + channels), scale_of.of(image),
-                        static_cast<float>(eps), room.data() + 3 * channels, line, sums, sums + channels,
-                        channels);
+                        moments + 2 * r, room.data() + 3 * channels, line, sums, sums + channels, channels);
       to.store(r, line);
     }
   });
@@ -360,12 +370,14 @@ void gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, std::optio
 }
 
 bool gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale,
-                             std::optional<Tensor> sample, double eps, Tensor total, Tensor out) {
+                             std::optional<Tensor> sample, double eps, Tensor total, Tensor out,
+                             Tensor stats) {
   const Images images(x, sample, scale.size(0));
   if (!images.good()) return false;
   if (out.numel() == 0) return true;
   const int64_t channels = x.size(x.dim() - 1);
   const Rows from(x), branches(branch), totals(total), to(out), gates(gate), shifts(shift), scales(scale);
+  float* const moments = floats_of(stats);
   for_blocks(rows_of(x), channels, [&](int64_t begin, int64_t end) {
     std::vector<float> room(3 * channels);
     Parameter gate_of(gates, channels), shift_of(shifts, channels), scale_of(scales, channels);
@@ -377,15 +389,16 @@ bool gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift,
       totals.store(r, line);
       const float* stored = totals.read(r, room.data()); // as it was rounded
       line = to.begin(r, room.data() + 2 * channels);
-      modulate(stored, shift_of.of(image), scale_of.of(image), static_cast<float>(eps), line, channels);
+      modulate(stored, shift_of.of(image), scale_of.of(image), static_cast<float>(eps), line, moments + 2 * r,
+               channels);
       to.store(r, line);
     }
   });
   return true;
 }
 
-void gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor branch,
-                                      Tensor gate, Tensor scale, std::optional<Tensor> sample, double eps,
+void gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats,
+                                      Tensor branch, Tensor gate, Tensor scale, std::optional<Tensor> sample,
                                       Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale) {
   const Images images(total, sample, scale.size(0));
   if (!images.good()) d2it::fail("sample must name images 0..", scale.size(0) - 1);
@@ -393,6 +406,7 @@ void gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor tot
   const int64_t channels = total.size(total.dim() - 1), rows = rows_of(total);
   const Rows grads(grad), grads_total(grad_total), from(total), branches(branch), gates(gate), scales(scale);
   const Rows to(dx), to_branch(dbranch);
+  const float* const moments = floats_of(stats);
   Runs runs(rows, channels, 3);
   for_blocks(rows, channels, [&](int64_t begin, int64_t end) {
     std::vector<float> room(5 * channels);
@@ -402,8 +416,8 @@ void gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor tot
       const int64_t image = images.of(r);
       float* sums = runs.of(r, image);
       float* line = to.begin(r, third + channels);
-      modulate_backward(grads.read(r, first), from.read(r, second), scale_of.of(image),
-                        static_cast<float>(eps), third, line, sums, sums + channels, channels);
+      modulate_backward(grads.read(r, first), from.read(r, second), scale_of.of(image), moments + 2 * r,
+                        third, line, sums, sums + channels, channels);
       add(grads_total.read(r, first), line, channels);
       float* line_branch = to_branch.begin(r, third);
       gate_backward(line, branches.read(r, second), gate_of.of(image), line_branch, sums + 2 * channels,

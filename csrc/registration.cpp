@@ -15,9 +15,9 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "Tensor(a!) index, Tensor(b!) inverse, Tensor(c!) slots, Tensor(d!) sample, Tensor(e!) count) -> bool");
   m.def(
       "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, "
-      "Tensor(a!) out) -> bool");
+      "Tensor(a!) out, Tensor(b!) stats) -> bool");
   m.def(
-      "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, "
+      "adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale, Tensor? sample, "
       "Tensor(a!) dx, Tensor(b!) dshift, Tensor(c!) dscale) -> ()");
   m.def("gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample, Tensor(a!) out) -> bool");
   m.def(
@@ -26,11 +26,11 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
   m.def(
       "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? "
       "sample, "
-      "float eps, Tensor(a!) total, Tensor(b!) out) -> bool");
+      "float eps, Tensor(a!) total, Tensor(b!) out, Tensor(c!) stats) -> bool");
   m.def(
-      "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor branch, Tensor "
-      "gate, "
-      "Tensor scale, Tensor? sample, float eps, Tensor(a!) dx, Tensor(b!) dbranch, Tensor(c!) dgate, "
+      "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor "
+      "branch, "
+      "Tensor gate, Tensor scale, Tensor? sample, Tensor(a!) dx, Tensor(b!) dbranch, Tensor(c!) dgate, "
       "Tensor(d!) dshift, Tensor(e!) dscale) -> ()");
   m.def(
       "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, Tensor? segment_ids, "

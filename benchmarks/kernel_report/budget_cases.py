@@ -111,13 +111,14 @@ def attention() -> Iterator[Case]:
 
 
 def modulation() -> Iterator[Case]:
-    from d2it.kernels import modulate
+    from d2it.kernels import modulate, modulate_gate
 
     batch, channels = 256, 1152
     for rows, packed in ((256, False), (512, True)):
         x = meta(batch * rows, channels) if packed else meta(batch, rows, channels)
         sample = meta(batch * rows, dtype=I32) if packed else None
         shift, scale, gate = meta(batch, 6 * channels, dtype=F32).chunk(6, dim=1)[:3]
+        stats = meta(batch * rows, 2, dtype=F32)
         kind = "packed" if packed else "images"
         name = f"B{batch}-L{rows}-C{channels}-{kind}-bfloat16"
 
@@ -141,12 +142,17 @@ def modulation() -> Iterator[Case]:
             "adaln_modulate": (
                 "modulate",
                 partial(modulate.adaln_modulate_forward, x, shift, scale, sample, 1e-6),
-                partial(modulate.adaln_modulate_backward, x, x, scale, sample, 1e-6),
+                partial(modulate.adaln_modulate_backward, x, x, stats, scale, sample, 1e-6),
             ),
             "gated_residual": (
                 "gate",
-                partial(modulate.gated_residual_forward, x, x, gate, sample),
-                partial(modulate.gated_residual_backward, x, x, gate, sample),
+                partial(modulate_gate.gated_residual_forward, x, x, gate, sample),
+                partial(modulate_gate.gated_residual_backward, x, x, gate, sample),
+            ),
+            "gated_residual_modulate": (
+                "gate-modulate",
+                partial(modulate.gated_residual_modulate_forward, x, x, gate, shift, scale, sample, 1e-6),
+                partial(modulate.gated_residual_modulate_backward, x, x, x, stats, x, gate, scale, sample, 1e-6),
             ),
         }
         for op, (prefix, *pair) in calls.items():

@@ -189,11 +189,6 @@ BUDGET_EXCEPTIONS: list[tuple[str, str, str]] = [
         "a sector of 32 bytes spans 8 fine or 16 coarse regions of a row, and nearly all sectors hold both grains",
         "channels-last features, whose sectors have one grain each",
     ),
-    (
-        "adaln_modulate * backward",
-        "8 warps a multiprocessor, and four sums over a row that cross warps",
-        "a warp to a row, and the row's mean and deviation kept by the forward",
-    ),
 ]
 
 # Patterns of "operator case direction" -> why its time does not follow its tokens, and what would lift the exception.

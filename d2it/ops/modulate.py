@@ -49,7 +49,7 @@ def adaln_modulate(
     if name == "reference":
         check_sample(sample, scale.shape[0])
         return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
-    return _call_adaln_modulate(x, shift, scale, sample, eps, name)
+    return _call_adaln_modulate(x, shift, scale, sample, eps, name)[0]
 
 
 def gated_residual(
@@ -185,19 +185,26 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
 
 
-def _modulate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+def _modulate_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, shift, scale, sample, ctx.eps, ctx.backend = inputs
-    ctx.save_for_backward(x, scale, sample)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], scale, sample)
 
 
-def _modulate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    x, scale, sample = ctx.saved_tensors
-    dx, dshift, dscale = _call_adaln_modulate_backward(grad, x, scale, sample, ctx.eps, ctx.backend)
+def _modulate_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Sequence[Any]:
+    x, stats, scale, sample = ctx.saved_tensors
+    dx, dshift, dscale = _call_adaln_modulate_backward(grad, x, stats, scale, sample, ctx.eps, ctx.backend)
     return dx, dshift, dscale, None, None, None
 
 
+def _modulate_composite(
+    x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+) -> tuple[Tensor | None, ...]:
+    return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps), None
+
+
 def _modulate_pull_back(
-    grad: Tensor, x: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
     def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
@@ -253,18 +260,14 @@ def _fused_pull_back(
     sample: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    of_total, dshift, dscale = _modulate_pull_back(grad, total, scale, sample, eps)
+    of_total, dshift, dscale = _modulate_pull_back(grad, total, stats, scale, sample, eps)
     dx = grad_total + of_total
     return dx, *_gate_pull_back(dx, branch, gate, sample), dshift, dscale
 
 
-def _stats(x: Tensor, backend: str) -> Tensor:
-    """Mean and 1 / deviation of the rows, for a backward that does not compute them again."""
-    return x.new_empty((x.shape[:-1].numel() if backend == "triton" else 0, 2), dtype=torch.float32)
-
-
-def _fused_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *_like(x, x), _stats(x, rest[-1])
+def _stats(x: Tensor) -> Tensor:
+    """Room for mean and 1 / deviation of the rows, which the backward takes from the forward."""
+    return x.new_empty((x.shape[:-1].numel(), 2), dtype=torch.float32)
 
 
 def _dtype_reasons(*tensors: Tensor) -> list[str]:
@@ -285,17 +288,18 @@ def _triton_reasons(x: Tensor, *others: Tensor) -> list[str]:
 
 
 _call_adaln_modulate = operator(
-    "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, str backend) -> Tensor",
-    fake=lambda x, *rest: x.new_empty(x.shape),
+    "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, str backend) -> "
+    "(Tensor out, Tensor stats)",
+    fake=lambda x, *rest: (*_like(x), _stats(x)),
     setup=_modulate_setup,
     backward=_modulate_backward,
     check=lambda x, shift, scale, sample, eps: check_sample(sample, scale.shape[0]),
-    composite=lambda x, shift, scale, sample, eps: reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps),
+    composite=_modulate_composite,
 )
 _call_adaln_modulate_backward = operator(
-    "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor? sample, float eps, str backend) -> "
-    "(Tensor dx, Tensor dshift, Tensor dscale)",
-    fake=lambda grad, x, scale, *rest: _like(x, scale, scale),
+    "adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale, Tensor? sample, float eps, "
+    "str backend) -> (Tensor dx, Tensor dshift, Tensor dscale)",
+    fake=lambda grad, x, stats, scale, *rest: _like(x, scale, scale),
     composite=_modulate_pull_back,
 )
 _call_gated_residual = operator(
@@ -315,7 +319,7 @@ _call_gated_residual_backward = operator(
 _call_fused = operator(
     "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? sample, "
     "float eps, str backend) -> (Tensor total, Tensor out, Tensor stats)",
-    fake=_fused_fake,
+    fake=lambda x, *rest: (*_like(x, x), _stats(x)),
     setup=_fused_setup,
     backward=_fused_backward,
     check=lambda x, branch, gate, shift, scale, sample, eps: check_sample(sample, scale.shape[0]),
@@ -337,16 +341,20 @@ def _sums(*parameters: Tensor) -> list[Tensor]:
     return [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
 
 
-def _native_modulate(x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float) -> Tensor:
-    (out,) = _like(x)
-    if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out):
+def _native_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    (out,), stats = _like(x), _stats(x)
+    if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out, stats):
         check_sample(sample, scale.shape[0])  # raises: the C++ operator only reports that a sample is wrong
-    return out
+    return out, stats
 
 
-def _native_modulate_backward(grad: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _native_modulate_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
     (dx,), sums = _like(x), _sums(scale, scale)
-    torch.ops.d2it_C.adaln_modulate_backward(grad, x, scale, *rest, dx, *sums)
+    torch.ops.d2it_C.adaln_modulate_backward(grad, x, stats, scale, sample, dx, *sums)
     return dx, *(total.to(scale.dtype) for total in sums)
 
 
@@ -366,18 +374,27 @@ def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Te
 def _native_fused(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
-    total, out, stats = _fused_fake(x, "cpu")
-    if not torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps, total, out):
+    (total, out), stats = _like(x, x), _stats(x)
+    if not torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps, total, out, stats):
         check_sample(sample, scale.shape[0])
     return total, out, stats
 
 
 def _native_fused_backward(
-    grad_total: Tensor, grad: Tensor, total: Tensor, stats: Tensor, branch: Tensor, gate: Tensor, *rest: Any
+    grad_total: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    sample: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, ...]:
-    scale = rest[0]
     (dx, dbranch), sums = _like(total, branch), _sums(gate, scale, scale)
-    torch.ops.d2it_C.gated_residual_modulate_backward(grad_total, grad, total, branch, gate, *rest, dx, dbranch, *sums)
+    torch.ops.d2it_C.gated_residual_modulate_backward(
+        grad_total, grad, total, stats, branch, gate, scale, sample, dx, dbranch, *sums
+    )
     return dx, dbranch, *(each.to(like.dtype) for each, like in zip(sums, (gate, scale, scale)))
 
 
@@ -393,15 +410,15 @@ def _of_fused(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
     return lambda x, branch, gate, shift, scale, *, sample=None, eps=1e-6: reasons(x, branch, gate, shift, scale)
 
 
-for _op, _of, _functions in (
-    ("adaln_modulate", _of_modulate, (_native_modulate, _native_modulate_backward)),
-    ("gated_residual", _of_gate, (_native_gate, _native_gate_backward)),
-    ("gated_residual_modulate", _of_fused, (_native_fused, _native_fused_backward)),
+for _op, _of, _file, _functions in (
+    ("adaln_modulate", _of_modulate, "modulate", (_native_modulate, _native_modulate_backward)),
+    ("gated_residual", _of_gate, "modulate_gate", (_native_gate, _native_gate_backward)),
+    ("gated_residual_modulate", _of_fused, "modulate", (_native_fused, _native_fused_backward)),
 ):
     register_backend(_op, "reference")
     register_backend(_op, "cpu", _of(_dtype_reasons), native=_op)
     register_backend(_op, "triton", _of(_triton_reasons))
-    implement(_op, "triton", f"d2it.kernels.modulate:{_op}_forward")
-    implement(f"{_op}_backward", "triton", f"d2it.kernels.modulate:{_op}_backward")
+    implement(_op, "triton", f"d2it.kernels.{_file}:{_op}_forward")
+    implement(f"{_op}_backward", "triton", f"d2it.kernels.{_file}:{_op}_backward")
     implement(_op, "cpu", _functions[0], checks_values=True)
     implement(f"{_op}_backward", "cpu", _functions[1])

@@ -549,7 +549,10 @@ def mutated(mutation: Mutation, folder: Path) -> Iterator[None]:
                 importlib.import_module(target.partition(":")[0])
             for importer in [sys.modules[key] for key in sys.modules if key.startswith("d2it.kernels.")]:
                 for function, launcher in list(vars(importer).items()):
-                    if importer.__name__ != original and getattr(launcher, "__module__", None) == original:
+                    home = getattr(
+                        getattr(launcher, "fn", launcher), "__module__", None
+                    )  # fn: of an interpreted kernel
+                    if importer.__name__ != original and home == original:
                         patch.setattr(importer, function, getattr(module, function))
                         swapped += 1
             assert swapped, f"no operator runs {original}"

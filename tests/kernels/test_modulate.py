@@ -12,10 +12,14 @@ from tests import cuda_on_cpu
 from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, Mutation, Shape, lay_out
 
 FILE = "kernels/modulate.py"
+GATE = "kernels/modulate_gate.py"
+ROWS = "kernels/modulate_rows.py"
 # The last three are of cpu.h.
 NORMS = {
     "biased variance": ("sum(n, squared) / «n» + eps", "(n + 1)"),
     "plain scale": ("m.per_deviation * («1.0f + scale[i]») + shift[i]", "scale[i]"),
+    "statistics of another row": ("line, moments + «2 * r», channels)", "0"),
+    "another mean": ("stats[0] = «m.mean»", "0.0f"),
     "parameters of another image": ("modulate(from.read(r, room.data()), shift_of.of(«image»)", "0"),
     "scale in dshift": ("dshift[i] += «grad[i]»", "grad[i] * y"),
     "no mean in dx": ("dx[i] = (g[i] - «mean_g» -", "0.0f"),
@@ -114,16 +118,23 @@ class TestAdalnModulate(Modulation):
     mutations = [
         Mutation("plain scale", FILE, "b_normed[i] * (1.0 + b_scale) + b_shift", "b_normed[i] * b_scale + b_shift"),
         Mutation("biased variance", FILE, "tl.sum(b_sum, 1) / C + eps", "tl.sum(b_sum, 1) / (C + 1) + eps"),
-        Mutation("mean over padding", FILE, "tl.where(_mask(m_row, i, C, CHUNK), b_x", "tl.where(m_row[:, None], b_x"),
-        Mutation("scale in dshift", FILE, "(b_shift_sum[i] + b_grad,)", "(b_shift_sum[i] + b_grad * b_normed[i],)"),
-        Mutation("no dot in dx", FILE, "- b_normed[i] * b_mean_dot[:, None]", ""),
-        Mutation("run of the image before", FILE, "& ((b_image <= i_image) |", "& ((b_image < i_image) |"),
-        Mutation("last run", FILE, "i_image_last = i_last // length", "i_image_last = i_first // length"),
-        Mutation("order unnoticed", FILE, "tl.where(ordered, i_image, -1)", "i_image", (ANY,)),
-        Mutation("order across blocks", FILE, "mask=o_row + 1 < rows", "mask=o_row < i_last", (HALVES,)),
-        Mutation("statistics of another row", FILE, "2 + 1, mask=m_row, other", "2, mask=m_row, other", (ANY,)),
+        Mutation("mean over padding", FILE, "if (i + 1) * CHUNK > C:", "if False:"),
+        Mutation("scale in dshift", FILE, "+ b_grad * b_weight[:, None],)", "+ b_grad * b_normed,)"),
+        Mutation("last row again in dshift", FILE, "+ b_grad * b_weight[:, None],)", "+ b_grad,)"),
+        Mutation("last row again in dscale", FILE, "b_rstd *= b_weight", "b_rstd *= 1.0"),
+        Mutation("no dot in dx", FILE, "b_rstd * b_rstd * (b_dot / -C)", "0.0 * b_dot"),
+        Mutation("run of the image before", ROWS, "& ((b_image <= i_image) |", "& ((b_image < i_image) |"),
+        Mutation("last run", ROWS, "i_image_last = i_last // length", "i_image_last = i_first // length"),
+        Mutation("order unnoticed", ROWS, "tl.where(ordered, i_image, -1)", "i_image", (ANY,)),
+        Mutation("order across blocks", ROWS, "mask=o_row + 1 < rows", "mask=o_row < i_last", (HALVES,)),
         Mutation(
-            "last block", FILE, "i_end += tl.sum((b_from <= i_image)", "i_end += tl.sum((b_from < i_image)", (PLAN,)
+            "statistics of another row",
+            FILE,
+            "stats + o_row.to(tl.int64) * 2 + 1",
+            "stats + o_row.to(tl.int64) * 0 + 1",
+        ),
+        Mutation(
+            "last block", ROWS, "i_end += tl.sum((b_from <= i_image)", "i_end += tl.sum((b_from < i_image)", (PLAN,)
         ),
     ]
 
@@ -151,20 +162,20 @@ class TestGatedResidual(Modulation):
     gradients = ("x", "branch", "gate")
     cpp_mutations = "modulate.cpp", GATES
     mutations = [
-        Mutation("gate on the residual", FILE, "b_x + b_gate * b_branch", "b_gate * b_x + b_branch"),
-        Mutation("no gate in dbranch", FILE, "_store(dbranch, b_grad * b_gate,", "_store(dbranch, b_grad,"),
-        Mutation("branch missing in dgate", FILE, "b_sum += b_grad * b_branch", "b_sum += b_grad"),
+        Mutation("gate on the residual", GATE, "b_x + b_gate * b_branch", "b_gate * b_x + b_branch"),
+        Mutation("no gate in dbranch", GATE, "store_tile(dbranch, b_grad * b_gate,", "store_tile(dbranch, b_grad,"),
+        Mutation("branch missing in dgate", GATE, "b_sum += b_grad * b_branch", "b_sum += b_grad"),
         Mutation(
-            "missing channel", FILE, "element_ty), mask=m_tile)", "element_ty), mask=m_tile & (o_col < C - 1)[None, :])"
+            "missing channel", ROWS, "element_ty), mask=m_tile)", "element_ty), mask=m_tile & (o_col < C - 1)[None, :])"
         ),
         Mutation(
             "missing row",
-            FILE,
+            GATE,
             "o_row < i_first + i_end\n            m_tile",
             "o_row < i_first + i_end - 1\n            m_tile",
         ),
-        Mutation("blocks of the next image", FILE, "(i_block + o_place + i_image)", "(i_block + o_place)"),
-        Mutation("last block of an image", FILE, "// runs.BLOCK_ROWS + 1, 0)", "// runs.BLOCK_ROWS, 0)"),
+        Mutation("blocks of the next image", ROWS, "(i_block + o_place + i_image)", "(i_block + o_place)"),
+        Mutation("last block of an image", ROWS, "// runs.BLOCK_ROWS + 1, 0)", "// runs.BLOCK_ROWS, 0)"),
     ]
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
@@ -191,17 +202,15 @@ class TestGatedResidualModulate(Modulation):
     gradients = ("x", "branch", "gate", "shift", "scale")
     cpp_mutations = "modulate.cpp", [name for name in FUSED if name != "total not rounded"]
     mutations = [
-        Mutation(
-            "no gate", FILE, "b_x[i] + _load_chunk(gate, o_image, m_row, i, C, CHUNK) * b_branch", "b_x[i] + b_branch"
-        ),
-        Mutation("x modulated", FILE, "        b_x = b_total\n", ""),
-        Mutation("gradient of the total", FILE, "b_dx += _load_chunk(grad_total,", "b_dx -= _load_chunk(grad_total,"),
-        Mutation("x for the branch", FILE, "b_dx * _load_chunk(branch,", "b_dx * _load_chunk(x,"),
+        Mutation("no gate", FILE, "b_chunk += load_chunk(gate, o_image, i, C, CHUNK) *", "b_chunk += 1.0 *"),
+        Mutation("gradient of the total", FILE, "b_dx += b_total_grad[i] *", "b_dx -= b_total_grad[i] *"),
+        Mutation("last row again in dgate", FILE, "b_total_grad[i] * b_weight[:, None]", "b_total_grad[i]"),
+        Mutation("x for the branch", FILE, "b_dx * b_branch[i],)", "b_dx * b_x[i],)"),
         Mutation(
             "no gate in dbranch",
             FILE,
-            "b_dbranch = b_dx * _load_chunk(gate,",
-            "b_dbranch = b_dx + 0 * _load_chunk(gate,",
+            "b_dbranch = b_dx * load_chunk(gate,",
+            "b_dbranch = b_dx + 0 * load_chunk(gate,",
         ),
         Mutation("sum of the scale", FILE, "partials=runs.partials[:, 2]", "partials=runs.partials[:, 1]"),
         Mutation("sums side by side", FILE, "p_run + 2 * C + o_col", "p_run + C + o_col"),
@@ -258,12 +267,12 @@ def test_a_sample_that_names_no_image(backend, wrong):
 @pytest.mark.parametrize("wrong", [-1, 2, 2**31 - 1])
 def test_an_image_that_does_not_exist_is_not_read(wrong):
     """Below the check, what a GPU leaves behind until the assertion is seen: nothing of foreign memory."""
-    from d2it.kernels import modulate
+    from d2it.kernels import modulate, modulate_gate
 
     x, parameter = lay_out(torch.randn(3, 8), "plain"), lay_out(torch.randn(2, 8), "plain")  # NaN all around
     sample = torch.tensor([0, wrong, 1], dtype=torch.int32)
-    assert modulate.adaln_modulate_forward(x, parameter, parameter, sample, 1e-6).isfinite().all()
-    assert modulate.gated_residual_forward(x, x, parameter, sample).isfinite().all()
+    assert all(t.isfinite().all() for t in modulate.adaln_modulate_forward(x, parameter, parameter, sample, 1e-6))
+    assert modulate_gate.gated_residual_forward(x, x, parameter, sample).isfinite().all()
 
 
 @pytest.mark.gpu
