@@ -24,6 +24,7 @@ from d2it.models.base import check_whole, pair, set_whole_tuples
 from d2it.models.dit import ClassConditional, TransformerConfig, Trunk
 from d2it.models.presets import CONTENT_PRESETS
 from d2it.nn import WindowAttention
+from d2it.nn.window_attention import check_relative_bias
 
 
 @dataclass
@@ -96,7 +97,7 @@ class ContentTransformerConfig(TransformerConfig):
             raise ValueError(f"refine_until must be a share in 0 ... 1, got {share!r}")
         if share < 1 and not self.min_grain:
             raise ValueError(f"refine_until must be 1 where RefineNet corrects the coarsest grain too, got {share}")
-        layers.check_relative_bias(self.relative_bias)
+        check_relative_bias(self.relative_bias)
 
     @property
     def num_grains(self) -> int:

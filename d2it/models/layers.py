@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2it import ops
-from d2it.nn import RELATIVE_BIASES, WindowAttention
+from d2it.nn import WindowAttention
 
 ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 
@@ -66,12 +66,6 @@ def check_attention_backend(name: str) -> None:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {name!r}")
     if name != "sdpa" and importlib.util.find_spec(name) is None:
         raise ValueError(f"attention={name!r} needs the package {name}, which is not installed")
-
-
-def check_relative_bias(name: str) -> None:
-    """Raises ValueError where `WindowAttention` has no such bias."""
-    if name not in RELATIVE_BIASES:
-        raise ValueError(f"relative_bias must be one of {', '.join(RELATIVE_BIASES)}, got {name!r}")
 
 
 class Recomputable(nn.Module):

@@ -54,8 +54,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
-        if relative_bias not in RELATIVE_BIASES:
-            raise ValueError(f"relative_bias must be one of {', '.join(RELATIVE_BIASES)}, got {relative_bias!r}")
+        check_relative_bias(relative_bias)
         self.heads = heads
         self.window = window
         self.relative_bias = relative_bias
@@ -90,6 +89,12 @@ class WindowAttention(nn.Module):
             out = ops.window_attention_qkvpacked(windows, bias, segment_ids=segments)
             out = out.reshape(*x.shape[:2], self.heads, -1)
         return self.proj(out.flatten(-2))
+
+
+def check_relative_bias(name: str) -> None:
+    """Raises ValueError where `WindowAttention` has no such bias."""
+    if name not in RELATIVE_BIASES:
+        raise ValueError(f"relative_bias must be one of {', '.join(RELATIVE_BIASES)}, got {name!r}")
 
 
 def shifted_segments(grid: tuple[int, int], window: int, shift: int, device: torch.device | None = None) -> Tensor:
