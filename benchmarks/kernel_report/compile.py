@@ -142,7 +142,7 @@ def _launch(function: Any, kernel: Any, grid: Any, args: tuple, kwargs: dict[str
 
 @functools.cache
 def compile_instead_of_launching() -> list[Launch]:
-    """Makes ``kernel[grid](...)`` compile and append its `Launch` to the list that is returned."""
+    """Makes `kernel[grid](...)` compile and append its `Launch` to the list that is returned."""
     from triton.runtime.jit import JITFunction
 
     run, compiled = JITFunction.run, []

@@ -1,7 +1,7 @@
 """Reads PTX: the loops of a kernel, and the widths at which it loads and stores.
 
-``load_bits`` is the width of the instructions that load most bytes in the main loop: the loop (outermost, where loops
-nest) that loads most, or the whole kernel where no loop loads. ``store_bits`` is the width that stores most bytes in
+`load_bits` is the width of the instructions that load most bytes in the main loop: the loop (outermost, where loops
+nest) that loads most, or the whole kernel where no loop loads. `store_bits` is the width that stores most bytes in
 the whole kernel.
 """
 
