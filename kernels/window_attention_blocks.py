@@ -330,11 +330,6 @@ def block_config(kernel: str, q: torch.Tensor) -> dict[str, int]:
 PROGRAMS_PER_SM = {"fwd": 32, "dq": 32, "dkv": 32, "dbias": 8}
 
 
-# Programs a multiprocessor. Those that sum the bias's gradient over their windows write the sum at their end: few of
-# them, over several waves. The others keep nothing from window to window, and windows differ in length: many.
-PROGRAMS_PER_SM = {"fwd": 32, "dq": 32, "dkv": 32, "dbias": 8}
-
-
 def _splits(kernel: str, q: torch.Tensor, call: Call, blocks: int) -> tuple[int, int]:
     """The grid of a kernel that takes a window in `blocks` blocks, and the splits of the windows."""
     programs = blocks * call.heads * call.bias_windows
