@@ -97,7 +97,7 @@ wheel: $(BUILDING)/installed
 	@ls -l dist
 
 docs: $(VENV)/documenting
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/documenting: $(VENV)/built
 	$(PIP) 'mkdocs-material' 'mkdocstrings[python]'

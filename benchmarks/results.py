@@ -1,6 +1,6 @@
-"""Makes docs/results.md, docs/evidence.md, the README's table and the plots from the result files alone.
+"""Makes docs/results.md, docs/evidence.md, the README's chart and the plots from the result files alone.
 
-    python benchmarks/results.py            # rewrite both documents and the table in README.md
+    python benchmarks/results.py            # rewrite both documents, the README's chart and its words
     python benchmarks/results.py --check    # exit status 1 where they are not what the files give
     python benchmarks/results.py --plots    # also draw the plots beside the files (matplotlib)
 
@@ -10,13 +10,18 @@ Needs the standard library alone, and matplotlib for the plots. A figure that no
 from __future__ import annotations
 
 import argparse
+import math
+import textwrap
+from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from goals import goal_table
 from quality import report
 from rows import RESULTS, Result, Row, cases, devices, fastest, is_cpu, load, note, ours, right, speedup
 
 ROOT = Path(__file__).resolve().parent.parent
+IN_CACHE = "in cache"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -40,7 +45,10 @@ def _ran_on(result: Result) -> str:
 
 
 def _measured(row: Row) -> str:
-    parts = [f"{_short(row['gbps'])} GB/s ({row['copy_share']:.0%} of copy)"] if row.get("bytes") else []
+    parts = []
+    if row.get("bytes"):
+        of_copy = f"{row['copy_share']:.0%} of copy" if row["copy_share"] <= 1 else IN_CACHE
+        parts = [f"{_short(row['gbps'])} GB/s ({of_copy})"]
     if "matmul_share" in row:
         parts.append(f"{_short(row['tflops'])} TFLOP/s ({row['matmul_share']:.0%})")
     if "mfu" in row:
@@ -85,6 +93,7 @@ def document(folders: list[Path]) -> str:
         "counted from the shapes, every input read once and every output written once. A speed-up is against the",
         "fastest rival whose result is right.",
         "",
+        *summary(folders),
     ]
     for folder in folders:
         results = load(folder)
@@ -106,13 +115,18 @@ def document(folders: list[Path]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def summary(folders: list[Path]) -> str:
-    """The README's table: for each operator, our fastest row on the case that moves most, on the first device."""
-    if not folders:
-        return "Not measured yet."
-    results = load(folders[0])
-    first = next(iter(results.values()))
-    body = []
+class Headline(NamedTuple):
+    """Our fastest row on the case of an operator that moves most, and how much faster it is than the best rival."""
+
+    what: str
+    row: Row
+    times: float
+    rival: str
+
+
+def headlines(results: dict[str, Result]) -> list[Headline]:
+    """One for each operator and direction that has a rival whose result is right."""
+    found = []
     for result in results.values():
         rows = result["rows"]
         own = [row for row in rows if ours(row) and right(row)]
@@ -123,19 +137,88 @@ def summary(folders: list[Path]) -> str:
             row = fastest(rows, heaviest["case"], direction, own=True)
             faster = speedup(rows, row) if row else None
             if row and faster:
-                what = f"`{result['operator']}` {direction or ''}".strip()
-                times = f"{faster[0]:.1f}x {faster[1]}"
-                body.append(f"| {what} | {row['case']} | {time(row['ms'])} | {row['floor_share']:.0%} | {times} |")
-    if not body:
-        return "Not measured yet."
-    where = f"On {first['device']}, torch {first['torch']}"
-    where += ", at small sizes; no GPU has run this code yet:" if is_cpu(first) else ":"
-    head = ["| operator | case | time | of the floor | against the best rival |", "|---|---|---|---|---|"]
-    foot = [
-        "The floor is the larger of bytes over copy bandwidth and operations over matrix product rate, both measured",
-        "in the same run. All figures: [docs/results.md](docs/results.md).",
+                found.append(Headline(f"{result['operator']} {direction or ''}".strip(), row, *faster))
+    return found
+
+
+def share(value: float) -> str:
+    """A share of a measured rate. Copies are measured on buffers larger than the caches: above 1, a cache had it."""
+    return f"{value:.0%}" if value <= 1 else IN_CACHE
+
+
+def summary(folders: list[Path]) -> list[str]:
+    """The table at the head of docs/results.md, of the first device."""
+    body = [
+        f"| `{h.what.partition(' ')[0]}` {h.what.partition(' ')[2]} | {h.row['case']} | {time(h.row['ms'])} "
+        f"| {share(h.row['floor_share'])} | {h.times:.1f}x {h.rival} |"
+        for h in (headlines(load(folders[0])) if folders else [])
     ]
-    return "\n".join([where, "", *head, *body, "", *foot])
+    if not body:
+        return []
+    return [
+        "## At a glance",
+        "",
+        f"{_where(folders)}, the case of each operator that moves most:",
+        "",
+        "| operator | case | time | floor / time | against the best rival |",
+        "|---|---|---|---|---|",
+        *body,
+        "",
+        "The floor is the time that the bytes need at the rate of a copy, or the operations at that of a matrix",
+        "product, whichever is longer; both rates are measured in the same run. The copy's buffers are larger than the",
+        f'caches, so an operator whose tensors stay in a cache can be faster than that floor: "{IN_CACHE}".',
+        "",
+    ]
+
+
+CHART = ROOT / "docs" / "images" / "speed.svg"
+
+
+def in_readme(folders: list[Path]) -> str:
+    """What stands between the README's markers: the chart, and where its figures were measured."""
+    if not folders or not headlines(load(folders[0])):
+        return "Not measured yet."
+    words = (
+        f"*{_where(folders)}: the time of the fastest rival whose result is right, over ours. All figures, with the "
+        "floor of each: [docs/results.md](docs/results.md).*"
+    )
+    picture = f"![Times of the fastest rival over ours, by operator]({CHART.relative_to(ROOT)})"
+    return "\n".join([picture, "", *textwrap.wrap(words, 118)])
+
+
+def _where(folders: list[Path]) -> str:
+    first = next(iter(load(folders[0]).values()))
+    where = f"On {first['device']}, torch {first['torch']}"
+    return where + (", at small sizes (no GPU has run this code yet)" if is_cpu(first) else "")
+
+
+def chart(folders: list[Path]) -> str:
+    """Bars of the headlines' factors on a logarithmic scale, as SVG that is read on light and on dark pages."""
+    bars = headlines(load(folders[0])) if folders else []
+    left, width, step = 250, 380, 22
+    most = max([4.0, *(bar.times for bar in bars)])
+    least = min([1.0, *(bar.times for bar in bars)])
+
+    def x(times: float) -> float:
+        return left + width * math.log(times / least) / math.log(most / least)
+
+    height = step * len(bars) + 34
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {height}" font-family="sans-serif" font-size="13">',
+        f'<line x1="{x(1):.1f}" y1="4" x2="{x(1):.1f}" y2="{height - 26}" stroke="#888"/>',
+        f'<text x="{x(1):.1f}" y="{height - 8}" fill="#888" text-anchor="middle">as fast as the best rival</text>',
+    ]
+    for i, bar in enumerate(bars):
+        y = 6 + i * step
+        start, end = sorted((x(1), x(bar.times)))
+        colour = "#2a9d5c" if bar.times >= 1 else "#c8553d"
+        rest = f"{bar.times:.1f}x {bar.rival}"
+        lines += [
+            f'<text x="{left - 12}" y="{y + 13}" fill="#888" text-anchor="end">{bar.what}</text>',
+            f'<rect x="{start:.1f}" y="{y}" width="{max(1.0, end - start):.1f}" height="{step - 6}" fill="{colour}"/>',
+            f'<text x="{max(end, x(1)) + 6:.1f}" y="{y + 13}" fill="#888">{escape(rest)}</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def with_table(readme: str, table: str) -> str:
@@ -195,7 +278,8 @@ def main() -> int:
     wanted = {
         ROOT / "docs" / "results.md": document(folders),
         ROOT / "docs" / "evidence.md": report.document(RESULTS / "quality"),
-        readme: with_table(readme.read_text(), summary(folders)),
+        readme: with_table(readme.read_text(), in_readme(folders)),
+        CHART: chart(folders),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     for path in stale:

@@ -9,6 +9,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import command
 import goals
@@ -369,7 +370,13 @@ def test_goals_count_what_was_measured_and_nothing_else() -> None:
     assert table["window attention, fill 1>= 1.5x the best rival, forward + backward"] == ("not measured", "")
 
 
-def test_readme_table_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
+def test_what_is_faster_than_a_copy_from_memory_is_in_a_cache() -> None:
+    assert [results.share(value) for value in (0.5, 1.0, 1.78)] == ["50%", "100%", "in cache"]
+    rows = [{**row("a", "d2it cpu", 1.0), "copy_share": 1.3, "bytes": 8, "gbps": 5.0}]
+    assert "5 GB/s (in cache)" in "\n".join(results.operator_section(result("pack_tokens", rows)))
+
+
+def test_the_chart_and_the_readme_have_the_figures_of_the_first_device(tmp_path: Path) -> None:
     rows = [row("a", "d2it triton", 0.02), row("a", "eager", 0.06)]
     folder = tmp_path / "nvidia-h200"
     folder.mkdir()
@@ -378,12 +385,17 @@ def test_readme_table_replaces_what_stands_between_the_markers(tmp_path: Path) -
     (tmp_path / "cpu-x" / "pack_tokens.json").write_text(json.dumps(result("pack_tokens", rows, small=True)))
     folders = devices(tmp_path)
     assert [f.name for f in folders] == ["nvidia-h200", "cpu-x"]
-    text = results.with_table("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", results.summary(folders))
-    assert text.startswith("a\n<!-- results -->\nOn NVIDIA H200, torch 2.11:")
+    text = results.with_table("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", results.in_readme(folders))
+    assert text.startswith("a\n<!-- results -->\n![Times")
     assert text.endswith("<!-- /results -->\nb\n")
-    assert "| `pack_tokens` forward | a | 20.0 µs | 50% | 3.0x eager |" in text
+    assert "On NVIDIA H200, torch 2.11:" in text
     assert "old" not in text
-    assert "## NVIDIA H200" in results.document(folders)
+    document = results.document(folders)
+    assert "| `pack_tokens` forward | a | 20.0 µs | 50% | 3.0x eager |" in document
+    assert "## NVIDIA H200" in document
+    drawn = ElementTree.fromstring(results.chart(folders))
+    texts = [each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == ["as fast as the best rival", "pack_tokens forward", "3.0x eager"]
 
 
 def test_plots_say_where_and_with_what_they_were_measured(tmp_path: Path) -> None:
@@ -403,4 +415,5 @@ def test_documents_hold_what_the_result_files_give() -> None:
     folders = devices()
     assert (ROOT / "docs" / "results.md").read_text() == results.document(folders)
     readme = (ROOT / "README.md").read_text()
-    assert readme == results.with_table(readme, results.summary(folders))
+    assert readme == results.with_table(readme, results.in_readme(folders))
+    assert results.CHART.read_text() == results.chart(folders)

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from d2it import D2iT, DynamicContentTransformer, DynamicVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(name: str) -> str:
+def run(name: str, *arguments: str, cwd: Path = ROOT) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / name)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -35,3 +38,21 @@ def test_a_swin_transformer_of_timm_computes_the_same_after_the_swap() -> None:
     (difference,) = re.findall(r"outputs (\S+)", shown)
     assert float(difference) < 1e-5
     assert "d2it" in shown
+
+
+def test_exported_programs_are_equal() -> None:
+    assert run("export.py").count("equal True") == 2
+
+
+def test_samples_under_a_map_of_ones_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"dim": 32, "depth": 1, "heads": 2, "num_classes": 3}
+    model = D2iT(
+        DynamicVAE.from_preset("tiny"),
+        None,
+        DynamicContentTransformer.from_preset("tiny", image_size=64, **small),
+        sampling={"scheduler": "ddim", "steps": 2},
+    )
+    model.save_pretrained(tmp_path / "run")
+    assert run("paint.py", "run", cwd=tmp_path) == "wrote painted.png\n"
+    assert (tmp_path / "painted.png").stat().st_size > 0
