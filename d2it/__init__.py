@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
     from d2it.sampling import D2iT, Samples
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["D2iT", "DiT", "DynamicContentTransformer", "DynamicGrainTransformer", "DynamicVAE", "Samples", "nn", "ops"]
 

@@ -422,6 +422,9 @@ def test_a_pack_that_unpacks_to_far_more_than_it_holds_is_refused(tmp_path):
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (50 * 2**20,)})
         archive.writestr("jpeg.npy", header.getvalue() + bytes(50 * 2**20))
+        offsets = io.BytesIO()
+        np.save(offsets, np.array([0, 10]))
+        archive.writestr("offsets.npy", offsets.getvalue())
     with pytest.raises(UserError, match=r"claims .* refused"):
         open_source(tmp_path / "p.npz", 16)
 

@@ -1,6 +1,7 @@
 """What is installed: with and without the C++ operators."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,3 +213,10 @@ class TestLibrary:
         listing = subprocess.run([cuobjdump(), "-lelf", "-lptx", LIBRARY], capture_output=True, text=True, check=True)
         for wanted in ("sm_80.cubin", "sm_90.cubin", "sm_100.cubin", "sm_100.ptx"):
             assert wanted in listing.stdout
+
+
+def test_the_version_is_the_same_everywhere():
+    """What docs/releasing.md asks for: the package, the citation and the newest released section of the changelog."""
+    released = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert released[0] == cited == d2it.__version__

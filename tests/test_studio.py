@@ -69,6 +69,11 @@ def test_a_painted_map_is_what_the_image_is_made_with(session: Session) -> None:
     assert len(result.states) == 2
     assert re.match(r"32 tokens of at most 80 a step, 2 steps, [\d,]+ ms", result.cost)  # 16 regions, 4 x 4 fine cells
     assert session.sample(None, None, seed=5, steps=1, guidance=1.0).grain_map.shape == (4, 4)
+    # A budget of 0.4 of 80 tokens is 4 fine regions of 16; of the painted ones, the 4 that were painted are the first.
+    assert session.least_budget == 0.2
+    spent = session.sample(grain_map, 1, seed=5, steps=1, guidance=1.0, budget=0.4)
+    assert torch.equal(spent.grain_map, grain_map)
+    assert int(session.sample(grain_map, 1, seed=5, steps=1, guidance=1.0, budget=0.6).grain_map.sum()) == 8
 
 
 def test_a_photos_map_and_its_reconstruction(session: Session) -> None:
@@ -182,7 +187,10 @@ def test_paint_and_draw(page: Any, session: Session, tmp_path: Path) -> None:
     assert first.shape == second.shape == (256, 256, 3)
     assert not np.array_equal(first, second)
     assert len(shown(page, "states").shape) == 3
-    # All coarse, and a photo's own map under its picture.
+    page.get_by_label("Spend a budget of tokens").check()  # 0.5 of 80
+    assert draw(page).startswith("40 tokens of at most 80")
+    page.get_by_label("Spend a budget of tokens").uncheck()
+    # All fine, and a photo's own map under its picture.
     page.get_by_role("button", name="All fine").click()
     assert draw(page).startswith("80 tokens of at most 80")
     page.locator('button:has-text("A photo\'s own map")').click()

@@ -61,3 +61,19 @@ def test_train_fine_tune_evaluate(tmp_path: Path) -> None:
         "runs/photos/evaluation.json",
     ):
         assert (tmp_path / file).stat().st_size > 0, file
+
+
+def test_the_pages_of_the_site_are_there() -> None:
+    """`make docs` checks links and anchors; this needs no mkdocs."""
+    import yaml
+
+    def files(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry
+        return [file for each in values for file in files(each)]  # type: ignore[union-attr]
+
+    named = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert len(named) == len(set(named)) > 15
+    for file in named:
+        assert (ROOT / "docs" / file).is_file(), file

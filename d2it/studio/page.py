@@ -72,8 +72,10 @@ def build(session: Session) -> gr.Blocks:
                     label="Guidance",
                     visible=guided,
                 )
-                what = "Budget: share of the tokens of a sampled map"
-                budget = gr.Slider(0.0, 1.0, 0.5, step=0.05, label=what, visible=session.has_budget)
+                least = session.least_budget
+                spend = gr.Checkbox(False, label="Spend a budget of tokens", visible=least is not None)
+                what = "Budget: share of the tokens of the finest map"
+                budget = gr.Slider(round(least or 0, 2), 1.0, 0.5, step=0.01, label=what, visible=least is not None)
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
                 with gr.Row():
                     image = gr.Image(label="Image", type="numpy", format="png", elem_id="image")
@@ -91,7 +93,7 @@ def build(session: Session) -> gr.Blocks:
                 rebuilt_cost = gr.Textbox(label="Quality and cost", elem_id="rebuilt-cost")
 
         def sample(
-            text: str, chosen: str, name: str, seed: Any, steps: Any, strength: Any, budget: Any
+            text: str, chosen: str, name: str, seed: Any, steps: Any, strength: Any, spends: bool, budget: Any
         ) -> tuple[Any, ...]:
             grain_map, background = _read(session, text)
             result = session.sample(
@@ -100,7 +102,7 @@ def build(session: Session) -> gr.Blocks:
                 seed=_whole("seed", seed),
                 steps=_whole("steps", steps),
                 guidance=float(strength),
-                budget=float(budget) if session.has_budget else None,
+                budget=float(budget) if spends else None,
             )
             strip = pictures.sheet(pictures.magnify(result.states, len(result.states)), columns=len(result.states))
             used = _painted(session, result.grain_map, background)
@@ -119,7 +121,7 @@ def build(session: Session) -> gr.Blocks:
         def of_photo(photo: Any) -> str:
             return _painted(session, session.photo_map(photo), _data_url(session.crop(photo)))
 
-        asked = [painter, source, label, seed, steps, strength, budget]
+        asked = [painter, source, label, seed, steps, strength, spend, budget]
         draw.click(_told(sample), asked, [image, outlined, cost, states, painter])
         photo.upload(_told(of_photo), photo, painter)
         coarse.click(lambda: _painted(session, session.new_map(0)), None, painter)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from d2it import pictures
 from d2it.data.decode import center_crop
 from d2it.errors import UserError, user_error
 from d2it.models import DiT, DynamicVAE
+from d2it.models.budget import grain_tokens, least_budget
 from d2it.sampling.pipeline import D2iT, Label
 
 #: States of the denoising that are shown, the image itself included.
@@ -49,7 +48,12 @@ class Session:
 
     def __init__(self, model: D2iT) -> None:
         self.model = model
-        self.has_budget = "budget" in inspect.signature(D2iT.__call__).parameters
+
+    @property
+    def least_budget(self) -> float | None:
+        """The share of the tokens that the coarsest map spends; None for a plain DiT, which always spends all."""
+        content = self.model.content_transformer
+        return None if isinstance(content, DiT) else least_budget(grain_tokens(content.config))
 
     @property
     def classes(self) -> list[str]:
@@ -94,16 +98,14 @@ class Session:
             grain_map: (h, w) int64; None lets the model sample one.
             label: None draws a class.
             seed, steps, guidance: as for `D2iT.__call__`.
-            budget: share of the tokens, where the model's call takes one and samples the map.
+            budget: share of the tokens to spend: a given map then ranks the regions, finest first. None is the map as
+                it is.
 
         Raises:
             UserError: a value that the model cannot take.
         """
         states: list[Tensor] = []
         started = time.perf_counter()
-        more: dict[str, Any] = (
-            {"budget": budget} if budget is not None and self.has_budget and grain_map is None else {}
-        )
         with user_error():
             samples = self.model(
                 labels=label if self.model.num_classes else None,
@@ -111,8 +113,8 @@ class Session:
                 seed=seed,
                 steps=steps,
                 guidance=guidance,
+                budget=budget,
                 callback=lambda number, timestep, latents: states.append(latents.clone()),
-                **more,
             )
         seconds = time.perf_counter() - started
         used = samples.grain_maps[0]
