@@ -11,6 +11,7 @@ ran (executed), and a case that took longer than 30 seconds (hung). The kinds ta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -36,10 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d2it import ops
 from d2it.data import Calibration, LatentCache, Loader, build_cache, finish_cache, open_source
+from d2it.data.decode import Unreadable, decode
+from d2it.data.sources import read_image
 from d2it.distributed import World
 from d2it.errors import UserError
+from d2it.evaluation.inception import Inception
 from d2it.models import DynamicGrainTransformer
 from d2it.models.convert import load_dit
+from d2it.models.lpips import LPIPS
+from d2it.sampling.grain_maps import read_grain_maps
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import Config, _settings, load
 from d2it.training.meters import read_log
@@ -48,7 +54,12 @@ from tests.test_ops_errors import CALLS, NO_BACKEND
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(0, 1, 1, torch.device("cpu"))
 LIMIT = 30  # seconds of a case
-LIBRARY = ("weights", "pickles", "operators")  # what people call from Python, without a command around it
+LIBRARY = (
+    "weights",
+    "pickles",
+    "operators",
+    "released_weights",
+)  # what people call from Python, without a command around it
 NONSENSE = (
     "",
     "nan",
@@ -65,6 +76,10 @@ NONSENSE = (
     "a: b",
     "\x01",
     "~",
+    "~nobody-of-this-name",
+    "[" * 50_000,
+    "${run.dir}",
+    "é/日本",
 )
 
 
@@ -116,6 +131,17 @@ class Fuzz:
         Checkpoints(self.source / "checkpoints", WORLD, {"stage": "fuzz"}).prepare(0)
         Checkpoints(self.source / "checkpoints", WORLD, {"stage": "fuzz"}).save(1, self.state)
         Calibration.load().save(self.source / "calibration.json")
+        torch.save({"model": {"x_embedder.proj.weight": torch.randn(8, 4, 2, 2)}}, self.source / "weights.pt")
+        maps = np.random.default_rng(1).integers(0, 3, (2, 4, 6))
+        np.save(self.source / "maps.npy", maps)
+        np.savez(self.source / "maps.npz", grain_maps=maps)
+        (self.source / "pictures").mkdir()
+        for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"):
+            for suffix in (".png", ".jpg", ".webp", ".bmp"):
+                with contextlib.suppress(OSError):  # not every format has every mode
+                    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).convert(mode).save(
+                        self.source / "pictures" / f"{mode.replace(';', '')}{suffix}"
+                    )
         (self.source / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": 0.5}}\n' for i in range(20)))
 
     @staticmethod
@@ -139,7 +165,7 @@ class Fuzz:
     def damage(self, path: Path) -> None:
         content, rng = bytearray(path.read_bytes()), self.rng
         how = rng.choice(
-            ("bit", "bit", "bit", "cut", "byte", "insert", "zeros", "empty", "fifo", "pickle", "json", "gone")
+            ("bit", "bit", "bit", "cut", "byte", "insert", "zeros", "empty", "fifo", "pickle", "json", "deep", "gone")
         )
         at = rng.randrange(max(1, len(content)))
         if how == "bit" and content:
@@ -154,6 +180,8 @@ class Fuzz:
             content[at:] = bytes(len(content) - at)
         elif how == "empty":
             content.clear()
+        elif how == "deep":
+            content[:] = b"[" * 100_000
         elif how == "pickle":
             content[:] = pickle.dumps(Mark(self.mark))
         elif how == "json":
@@ -211,8 +239,49 @@ class Fuzz:
         return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     def latents(self) -> bool:
-        cache, whole = LatentCache(self.damaged("cache")), LatentCache(self.source / "cache")
-        return all(torch.equal(cache.fetch([i])["mean"], whole.fetch([i])["mean"]) for i in range(12))
+        cache, whole = (
+            LatentCache(folder, extras=["entropy"]) for folder in (self.damaged("cache"), self.source / "cache")
+        )
+        found, wanted = cache.fetch(range(12)), whole.fetch(range(12))
+        same = all(torch.equal(found[name], wanted[name]) for name in wanted)
+        return same and cache.quantiles([0.3]) == whole.quantiles([0.3]) and cache.facts == whole.facts
+
+    def unfinished_caches(self) -> bool:
+        """A cache that is taken up after a file of what was encoded has been damaged."""
+        folder, photos = self.folder / "begun", open_source(self.source / "photos", 32)
+        shutil.rmtree(folder, ignore_errors=True)
+        given = {"facts": {"thresholds": [4.0]}, "unit_size": 4}
+        build_cache(folder, photos, self._encode, **given)
+        self.damage(self.rng.choice(sorted(folder.iterdir())))
+        build_cache(folder, photos, self._encode, **given)
+        finish_cache(folder)
+        found, wanted = LatentCache(folder).fetch(range(12)), LatentCache(self.source / "cache").fetch(range(12))
+        return all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+    def pictures(self) -> bool:
+        """A damaged picture of a random format and kind of pixels, read as a photo and as a map."""
+        name = self.rng.choice(sorted(path.name for path in (self.source / "pictures").iterdir()))
+        path = self.damaged(f"pictures/{name}")
+        with contextlib.suppress(Unreadable):
+            assert decode(read_image(path)).mode == "RGB"
+        maps = read_grain_maps(path, (8, 8), 2)
+        return maps.shape == (1, 8, 8) and int(maps.max()) < 2
+
+    def maps(self) -> bool:
+        path = self.damaged(self.rng.choice(("maps.npy", "maps.npz")))
+        maps = read_grain_maps(path, (4, 6), 3)
+        return maps.shape[1:] == (4, 6) and 0 <= int(maps.min()) <= int(maps.max()) < 3
+
+    def released_weights(self) -> bool:
+        """A file of torch.save that is damaged, as weights of the original DiT, of LPIPS and of Inception."""
+        path = self.damaged("weights.pt")
+        readers: list[Callable[[], Any]] = [
+            lambda: load_dit(path),
+            lambda: LPIPS.from_path(path, check=False),
+            lambda: Inception.from_file(path, sha256=None),
+        ]
+        self.rng.choice(readers)()
+        return False
 
     def packs(self) -> bool:
         source = open_source(self.damaged("pack.npz"), 32)
@@ -251,6 +320,9 @@ class Fuzz:
             lambda: open_source(path, 32).fetch([0]),
             lambda: load(path),
             lambda: Calibration.load(path),
+            lambda: LPIPS.from_path(path, check=False),
+            lambda: Inception.from_file(path, sha256=None),
+            lambda: read_grain_maps(path, (4, 4), 2),
         ]
         self.rng.choice(readers)()
         return False
