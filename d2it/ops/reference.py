@@ -6,6 +6,7 @@ dtype of the inputs, as eager PyTorch does, except where float32 is part of the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -243,6 +244,13 @@ def window_attention(
     return q.new_zeros(tokens + 1, *q.shape[1:]).index_copy(0, target, flat)[:tokens]
 
 
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which products keep the dtype of their factors: autocast would take float32 scores to float16."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _dense_attention(
     q: Tensor,
     k: Tensor,
@@ -252,11 +260,12 @@ def _dense_attention(
     segment_ids: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    windows, n, heads, width = q.shape
+    windows, _, _, width = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (W, H, N, D)
     # In float32 at least: a score beyond the range of float16 is no mask.
     wide = _accumulate(q.dtype)
-    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (max(width, 1) ** -0.5 if scale is None else scale)
+    with _without_autocast(q.device):
+        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * (max(width, 1) ** -0.5 if scale is None else scale)
     which = torch.arange(windows, device=q.device)
     if bias is not None:
         scores = scores + bias.index_select(0, which % bias.shape[0]).to(wide)
@@ -269,7 +278,8 @@ def _dense_attention(
         scores = torch.where(mask, scores, -math.inf)
     sees_none = (scores == -math.inf).all(dim=-1, keepdim=True)
     weights = torch.where(sees_none, 0, torch.where(sees_none, 0, scores).softmax(dim=-1))
-    out = (weights.to(v.dtype) @ v).transpose(1, 2)
+    with _without_autocast(q.device):
+        out = (weights.to(v.dtype) @ v).transpose(1, 2)
     return out if exists is None else torch.where(exists[:, :, None, None], out, 0)
 
 
