@@ -67,7 +67,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 
 def bench(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """Train and score the variants; each one's result is written when it is there."""
+    """Trains and scores the variants; each one's result is written when it is there."""
     tier = TIERS[options.tier]
     work = options.work or ROOT / "runs" / "quality" / tier.name
     with distributed.joined("auto") as world, distributed.interruptible():
@@ -79,7 +79,7 @@ def bench(options: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def measure(made: Bench, name: str, results: Path) -> dict[str, Any]:
-    """Train a variant, score it and write its result.
+    """Trains a variant, scores it and writes its result.
 
     Args:
         made: the tier in its folder.

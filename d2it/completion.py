@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the script of a shell."""
+    """Prints the script of a shell."""
 
     def act() -> None:
         shell = parser().parse_args(arguments).shell

@@ -175,7 +175,7 @@ def _reconstruction(results: Results) -> list[str]:
 
 
 def plot(folder: Path, results: Results) -> None:
-    """Draw curves.png, times.png and, with variants of several shares, shares.png into the folder of a tier."""
+    """Draws curves.png, times.png and, with variants of several shares, shares.png into the folder of a tier."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,7 +233,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def plots(root: Path) -> None:
-    """Draw the plots of every tier that has results below `root`."""
+    """Draws the plots of every tier that has results below `root`."""
     for name in TIERS:
         if results := load(root / name):
             plot(root / name, results)

@@ -359,7 +359,7 @@ class LatentCache:
     Args:
         folder: where `finish_cache` wrote the index.
         verify: hash every file and refuse the cache over one changed bit; None does so up to 2 GiB. Sizes and headers
-            are held against the index in any case.
+            are checked against the index in any case.
         shares: of the regions, chosen anew for every image of a training stream: a number that is uniform in [0, 1)
             -> k - 1 shares, those of grain i + 1 or finer (they descend). An image's thresholds are the quantiles of
             the whole cache at its shares. It must be picklable. None is the map at the facts' thresholds.
@@ -437,7 +437,7 @@ class LatentCache:
         self.labels = np.concatenate([unit["label"].numpy() for unit in self._tensors])
 
     def _check_files(self, verify: bool | None) -> bool:
-        """Holds the files against the index; returns whether by their hashes too."""
+        """Checks the files against the index; returns whether by their hashes too."""
         for unit in self._units:
             try:
                 actual = os.path.getsize(self.folder / unit.file)

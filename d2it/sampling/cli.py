@@ -31,7 +31,7 @@ SHOWN = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw samples; return the exit code of `run_command`."""
+    """Draws samples; returns the exit code of `run_command`."""
 
     def act() -> None:
         options = parser().parse_args(arguments)
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace, world: World) -> None:
-    """Sample and write what the options ask for.
+    """Samples and writes what the options ask for.
 
     Raises:
         UserError: anything that the user can mend, on every rank.

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve the page until Ctrl-C."""
+    """Serves the page until Ctrl-C."""
 
     def act() -> None:
         options = parser().parse_args(arguments)

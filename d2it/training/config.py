@@ -285,7 +285,7 @@ _PATHS = (
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Return the schema's defaults, changed by the YAML file and then by the overrides.
+    """Returns the schema's defaults, changed by the YAML file and then by the overrides.
 
     Text settings take the text as it is typed (`run.dir=007`, `data.class_names=[no,yes]`), and `~` at the start of a
     path is the home folder.
@@ -339,7 +339,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML, a record of the run; `load` reads it."""
+    """Returns the resolved configuration as YAML, a record of the run; `load` reads it."""
     import yaml
 
     plain = dataclasses.asdict(config)
@@ -348,7 +348,7 @@ def to_yaml(config: Config) -> str:
 
 
 def describe() -> str:
-    """Return every setting with its default and what it means, for `train.py --help`."""
+    """Returns every setting with its default and what it means, for `train.py --help`."""
     lines = ["settings, with their defaults (null is none):"]
     for key, kind, default in _settings(Config):
         shown = json.dumps(default, separators=(",", ":")).replace('"', "")
@@ -357,12 +357,12 @@ def describe() -> str:
 
 
 def setting_names() -> list[str]:
-    """Return the keys of all settings, as section.key."""
+    """Returns the keys of all settings, as section.key."""
     return [key for key, _, _ in _settings(Config)]
 
 
 def _settings(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
-    """Yield (key, dataclass that has it, default) of every setting."""
+    """Yields (key, dataclass that has it, default) of every setting."""
     for each in dataclasses.fields(kind):
         default = each.default
         if each.default_factory is not dataclasses.MISSING:
@@ -374,7 +374,7 @@ def _settings(kind: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
 
 
 def _meaning(kind: type, name: str) -> str:
-    """Return the line of a field in its class's docstring, or in that of a base."""
+    """Returns the line of a field in its class's docstring, or in that of a base."""
     for each in kind.__mro__:
         found = re.search(rf"^ +(?:\w+, )*{name}(?:, \w+)*: ((?:.|\n {{9,}})+)", each.__doc__ or "", re.MULTILINE)
         if found:
@@ -384,13 +384,13 @@ def _meaning(kind: type, name: str) -> str:
 
 @functools.cache
 def _texts() -> dict[str, Any]:
-    """Return the settings that are text, or lists of text, with their types."""
+    """Returns the settings that are text, or lists of text, with their types."""
     hints = {key: typing.get_type_hints(kind)[key.split(".")[-1]] for key, kind, _ in _settings(Config)}
     return {key: hint for key, hint in hints.items() if hint in (str, str | None, list[str], list[str] | None)}
 
 
 def _take_texts(values: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
-    """Remove the text settings from the values of a YAML file and return them as they are typed there."""
+    """Removes the text settings from the values of a YAML file and returns them as they are typed there."""
     found = {}
     for key in _texts():
         *sections, name = key.split(".")
@@ -406,7 +406,7 @@ def _take_texts(values: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]
 
 
 def _typed(key: str, value: str) -> Any:
-    """Return the value of an override as text, or as a list of texts where the setting is one."""
+    """Returns the value of an override as text, or as a list of texts where the setting is one."""
     import yaml
 
     if _texts()[key] in (str, str | None):
@@ -428,12 +428,12 @@ def _text(key: str, value: str, typed: Any) -> Any:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written to a file; one from the command line may hold bytes that are none."""
+    """Returns whether a text can be written to a file; one from the command line may hold bytes that are none."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _expanded(key: str, text: str) -> str:
-    """Return a path with the home folder in place of `~` or `~name` at its start."""
+    """Returns a path with the home folder in place of `~` or `~name` at its start."""
     path = os.path.expanduser(text)
     if text.startswith("~") and path == text:
         raise UserError(f"configuration: {key}: there is no home folder {text.partition('/')[0]}, got {text!r}")
@@ -447,13 +447,13 @@ def _at(tree: Any, sections: Sequence[str]) -> Any:
 
 
 def _found(path: Path) -> Path:
-    """Return the file of a path, or of the name of a configuration that comes with the package."""
+    """Returns the file of a path, or of the name of a configuration that comes with the package."""
     named = CONFIGS / f"{path}.yaml"
     return named if len(path.parts) == 1 and not path.exists() and named.is_file() else path
 
 
 def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the YAML file's chain of `extends`, base first: values, and the same with every scalar as typed."""
+    """Returns the YAML file's chain of `extends`, base first: values, and the same with every scalar as typed."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -572,7 +572,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _check(config: Config) -> None:
-    """Raise a UserError that names the first setting whose value is out of range."""
+    """Raises a UserError that names the first setting whose value is out of range."""
 
     def fail(key: str, expected: str) -> None:
         raise UserError(f"configuration: {key} must be {expected}, got {_at(config, key.split('.'))!r}")
@@ -605,7 +605,7 @@ def _each(rules: dict[str, Rule]) -> list[tuple[str, Rule]]:
 
 
 def _finite(value: Any) -> bool:
-    """Return whether all numbers in a value are finite, and its whole numbers of 64 bits."""
+    """Returns whether all numbers in a value are finite, and its whole numbers of 64 bits."""
     if isinstance(value, dict):
         return all(map(_finite, value.values()))
     if isinstance(value, (list, tuple)):

@@ -89,12 +89,12 @@ class DiscriminatorLosses(nn.Module):
 
 
 def channels_last(vae: DynamicVAE) -> DynamicVAE:
-    """Give a VAE the memory format in which convolutions run fastest, on GPUs and CPUs alike."""
+    """Gives a VAE the memory format in which convolutions run fastest, on GPUs and CPUs alike."""
     return cast(DynamicVAE, vae.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
 
 def build_vae(config: Config) -> DynamicVAE:
-    """Return an untrained VAE with its own thresholds, or those of its calibration.
+    """Returns an untrained VAE with its own thresholds, or those of its calibration.
 
     Raises:
         UserError: settings that do not fit each other, or a calibration of other images or another entropy.
@@ -157,7 +157,7 @@ def budget_range(config: Config, vae: DynamicVAEConfig) -> tuple[BudgetRange, Ca
 
 
 def vae_costs(vae: DynamicVAE, criterion: VAELoss, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Return the costs of one image, counted on tensors without data.
+    """Returns the costs of one image, counted on tensors without data.
 
     Returns:
         Multiply-accumulates of encoding and decoding; bytes that a training step with VAE, discriminator and LPIPS
@@ -303,7 +303,7 @@ class DvaeStage:
 
 @torch.no_grad()
 def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: int = 512) -> float:
-    """Return the standard deviation of posterior draws over all cells of `count` images spread over the source.
+    """Returns the standard deviation of posterior draws over all cells of `count` images spread over the source.
 
     Raises:
         UserError: it is zero or not finite; on all ranks.
@@ -330,7 +330,7 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
 
 @torch.no_grad()
 def reconstructions(vae: DynamicVAE, source: ImageSource, count: int, device: torch.device) -> np.ndarray:
-    """Return a picture of three rows: images of the source, their reconstructions, and those with the grain map."""
+    """Returns a picture of three rows: images of the source, their reconstructions, and those with the grain map."""
     batch = source.fetch(spread_over(len(source), count), replace=True)
     mean, _, grains, _ = vae.encode(pictures.from_uint8(batch["image"].to(device)))
     originals = batch["image"].permute(0, 2, 3, 1).numpy()

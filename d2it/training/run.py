@@ -61,7 +61,7 @@ def parser(default: Path | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
-    """Run the command line of `train.py` and return the exit code of `run_command`.
+    """Runs the command line of `train.py` and returns the exit code of `run_command`.
 
     Args:
         arguments: of the command line.
@@ -95,7 +95,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, world: World) -> None:
-    """Run the configured stages.
+    """Runs the configured stages.
 
     Raises:
         UserError: anything that the user can put right; a start that is refused has changed nothing.
@@ -129,7 +129,7 @@ def run(config: Config, world: World) -> None:
 
 
 def check_models(config: Config, world: World) -> None:
-    """Build the network of every stage without memory for its weights, so that what does not fit fails now.
+    """Builds the network of every stage without memory for its weights, so that what does not fit fails now.
 
     Raises:
         UserError: a preset or setting that does not exist, one that does not fit the others, a batch that cannot be
@@ -161,7 +161,7 @@ def check_models(config: Config, world: World) -> None:
 
 
 def summarize(name: str, config: Config, world: World, source: ImageSource | None, *, dry: bool = False) -> None:
-    """Print the summary of a stage; the arguments are those of `_stage`.
+    """Prints the summary of a stage; the arguments are those of `_stage`.
 
     Raises:
         UserError: it needs more memory than there is.
@@ -172,7 +172,7 @@ def summarize(name: str, config: Config, world: World, source: ImageSource | Non
 
 
 def rehearse_all(config: Config, world: World) -> None:
-    """Print the summary of every stage, then what two steps on noise cost; nothing is written.
+    """Prints the summary of every stage, then what two steps on noise cost; nothing is written.
 
     Raises:
         UserError: what the configuration or the images' path makes impossible, memory included.
@@ -187,7 +187,7 @@ def rehearse_all(config: Config, world: World) -> None:
 
 
 def encode(config: Config, world: World, source: ImageSource, begin: Callable[[], None]) -> None:
-    """Run the stage cache: latents and entropies of every image, each rank a part. What is there already is kept."""
+    """Runs the stage cache: latents and entropies of every image, each rank a part. What is there already is kept."""
     vae = channels_last(_vae(config).to(world.device))
     target = _cache_folder(config)
     done = 0
@@ -238,7 +238,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
 
 
 def finish(config: Config, world: World, source: ImageSource | None) -> None:
-    """Write the description of the whole model, if all its parts are there, and pictures; for rank 0 alone."""
+    """Writes the description of the whole model, if all its parts are there, and pictures; for rank 0 alone."""
     folder = Path(config.run.dir)
     curves = {}
     for name in ("dvae", "grain", "content"):
@@ -263,7 +263,7 @@ def finish(config: Config, world: World, source: ImageSource | None) -> None:
 
 
 def draw_samples(config: Config, world: World) -> None:
-    """Assemble the D2iT, sample from it and write the pictures."""
+    """Assembles the D2iT, samples from it and writes the pictures."""
     folder, sample = Path(config.run.dir), config.sample
     settings = {name: getattr(sample, name) for name in ("scheduler", "steps", "grain_steps", "guidance")}
     d2it = D2iT.from_parts(folder, class_names=_class_names(config), sampling=settings, facts=_facts(config))
@@ -305,7 +305,7 @@ def _source(config: Config) -> ImageSource:
 
 
 def _class_names(config: Config) -> list[str] | None:
-    """Return the names of the classes in the configuration, or else those of the images' source."""
+    """Returns the names of the classes in the configuration, or else those of the images' source."""
     if config.data.class_names is not None or config.data.num_classes is None:
         return config.data.class_names
     cache = _cache_folder(config)
@@ -328,7 +328,7 @@ def _cache_folder(config: Config) -> Path:
 def _stage(
     name: str, config: Config, world: World, source: ImageSource | None, *, dry: bool = False, outline: bool = False
 ) -> Stage:
-    """Return a stage.
+    """Returns a stage.
 
     Args:
         name: of the stage.

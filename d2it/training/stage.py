@@ -112,7 +112,7 @@ HELD_OUT = 64  # images of data.held_out whose loss is measured
 
 
 def held_out_images(config: Config) -> Batch | None:
-    """Return up to `HELD_OUT` images of `data.held_out`, spread over it, and their labels; None where it is not set.
+    """Returns up to `HELD_OUT` images of `data.held_out`, spread over it, and their labels; None where it is not set.
 
     Raises:
         UserError: no images there, or more classes than the run has.

@@ -136,14 +136,14 @@ class ContentLosses(nn.Module):
 
 
 def _dropped(network: Transformer, batch: Batch) -> Tensor | None:
-    """Return the label dropout mask of a batch, from the step's own random numbers, or None without classes."""
+    """Returns the label dropout mask of a batch, from the step's own random numbers, or None without classes."""
     if not network.config.num_classes:
         return None
     return network.label_dropout_mask(len(batch["grain_map"]), device=batch["grain_map"].device)
 
 
 def count_tokens(batch: Batch, config: ContentTransformerConfig, capacity_step: float) -> Batch:
-    """Return the batch with its packed fine tokens ("fine") and the rows to allocate for them ("capacity").
+    """Returns the batch with its packed fine tokens ("fine") and the rows to allocate for them ("capacity").
 
     The loader's workers run this: the host has the lengths before the device has the maps, so it waits for nothing.
     Capacities are whole steps of all cells: shapes repeat, and with them the allocator's blocks.
@@ -226,7 +226,7 @@ class LatentData:
 
     @classmethod
     def of_cache(cls, cache: LatentCache) -> LatentData:
-        """Return the data of a finished cache."""
+        """Returns the data of a finished cache."""
         return cls(
             cache=cache,
             vae_sha256=cache.facts["vae"],
@@ -243,7 +243,7 @@ class LatentData:
     def of_vae(
         cls, vae: DynamicVAEConfig, image_size: tuple[int, int], images: int, vae_sha256: str | None = None
     ) -> LatentData:
-        """Return the data that a VAE of this configuration will make of images of this size."""
+        """Returns the data that a VAE of this configuration will make of images of this size."""
         height, width = image_size
         fine, coarse = vae.downsampling[0], vae.downsampling[-1]
         return cls(
@@ -311,7 +311,7 @@ class LatentStage(ABC):
     @staticmethod
     @abstractmethod
     def make(config: Config, data: LatentData) -> Transformer:
-        """Return the network, untrained.
+        """Returns the network, untrained.
 
         Raises:
             UserError: settings that do not fit the latents.
@@ -319,7 +319,7 @@ class LatentStage(ABC):
 
     @classmethod
     def initialize(cls, network: Transformer, config: Config, world: World, data: LatentData) -> tuple[str, ...]:
-        """Give the network the weights of `<stage>.init`, as `d2it.training.stage.initialize` does."""
+        """Gives the network the weights of `<stage>.init`, as `d2it.training.stage.initialize` does."""
         settings: LatentStageConfig = getattr(config, cls.name)
         given: dict[str, Any] = {"vae_sha256": data.vae_sha256, "any_vae": settings.any_vae}
         return initialize(network, settings, cls.name, config.run, world, **given)
@@ -335,7 +335,7 @@ class LatentStage(ABC):
 
     @abstractmethod
     def make_losses(self) -> nn.Module:
-        """Return the network's losses."""
+        """Returns the network's losses."""
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -359,7 +359,7 @@ class LatentStage(ABC):
                 yield to_device(self.with_timesteps(batch, number), self.world.device)
 
     def with_timesteps(self, batch: Batch, number: int) -> Batch:
-        """Return this rank's micro-batch, the `number`th of the run, with its timesteps if the host draws them."""
+        """Returns this rank's micro-batch, the `number`th of the run, with its timesteps if the host draws them."""
         return batch
 
     @functools.cached_property
@@ -377,7 +377,7 @@ class LatentStage(ABC):
         return to_device(self.with_timesteps(self.prepare(batch), 0), self.world.device)
 
     def synthetic(self, images: int, device: torch.device) -> Batch:
-        """Return a micro-batch of noise."""
+        """Returns a micro-batch of noise."""
         place: Any = {"device": "meta"} if device.type == "meta" else {}
         batch = {
             "mean": torch.randn(images, *self.data.latent_shape, **place),
@@ -426,10 +426,10 @@ class LatentStage(ABC):
 
     @abstractmethod
     def picture(self) -> np.ndarray:
-        """Return samples of the network as it is, for tensorboard."""
+        """Returns samples of the network as it is, for tensorboard."""
 
     def preview_batch(self) -> tuple[Tensor, Tensor | None, list[int]]:
-        """Return true grain maps spread over the cache, their labels, and seeds."""
+        """Returns true grain maps spread over the cache, their labels, and seeds."""
         assert self.data.cache is not None
         count = min(self.config.sample.images, len(self.data.cache))
         batch = self.data.cache.fetch(spread_over(len(self.data.cache), count))
@@ -525,7 +525,7 @@ class ContentStage(LatentStage):
         return functools.partial(count_tokens, config=network, capacity_step=self.config.content.capacity_step)
 
     def with_timesteps(self, batch: Batch, number: int) -> Batch:
-        """Draw the timesteps on the host where the packed length follows from them, and count the tokens."""
+        """Draws the timesteps on the host where the packed length follows from them, and counts the tokens."""
         network = self.network.config
         if not isinstance(network, ContentTransformerConfig) or network.refine_until == 1:
             return batch
