@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2it import pictures
 from d2it.data.decode import center_crop
+from d2it.diffusion import ranked_grains
 from d2it.errors import UserError, user_error
 from d2it.models import DiT, DynamicVAE
 from d2it.models.budget import grain_tokens, least_budget
@@ -92,7 +93,7 @@ class Session:
         guidance: float,
         budget: float | None = None,
     ) -> Result:
-        """Sample one image.
+        """Samples one image.
 
         Args:
             grain_map: (h, w) int64; None lets the model sample one.
@@ -137,7 +138,7 @@ class Session:
 
     @torch.no_grad()
     def rebuild(self, photo: np.ndarray, share: float) -> Result:
-        """Encode and decode the centre of a photo, its regions of highest entropy fine.
+        """Encodes and decodes the centre of a photo, its regions of highest entropy fine.
 
         Args:
             photo: (rows, columns, 3) uint8.
@@ -150,11 +151,9 @@ class Session:
             raise UserError(f"the fine share must be in 0 ... 1, got {share}")
         vae, picture = self._dynamic_vae(), self.crop(photo)
         images = self._images(picture)
-        entropy = vae.grain_map(images)[1][0].flatten()
-        finest = entropy.argsort(descending=True, stable=True)[: round(share * entropy.numel())]
-        grain_map = torch.zeros_like(entropy, dtype=torch.int64)
-        grain_map[finest] = vae.config.num_grains - 1
-        grain_map = grain_map.reshape(1, *self.model.region_grid)
+        shares = [share] * (vae.config.num_grains - 1)
+        grain_map = ranked_grains(vae.grain_map(images)[1].cpu(), shares, generator=[torch.Generator()])
+        grain_map = grain_map.to(self.model.device)
         started = time.perf_counter()
         scaled = pictures.from_uint8(images)
         rebuilt = pictures.to_pictures(vae.decode(vae.encode(scaled, grain_map)[0], grain_map))[0]

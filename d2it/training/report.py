@@ -20,7 +20,7 @@ import torch
 
 from d2it import pictures
 from d2it.data import ImageSource, LatentCache
-from d2it.diffusion import random_grain_map
+from d2it.diffusion import random_grain_map, ranked_grains
 from d2it.files import atomic_write
 from d2it.models import DiT, DynamicContentTransformer, DynamicVAE
 from d2it.models.base import saved_kind
@@ -98,7 +98,7 @@ class Report:
 def write_report(
     folder: Path, *, source: ImageSource | None = None, cache: Path | None = None, device: torch.device | str = "cpu"
 ) -> Path:
-    """Write `report.html` of a run from what is in its folder; parts that are not there are left out.
+    """Writes `report.html` of a run from what is in its folder; parts that are not there are left out.
 
     Args:
         folder: of the run.
@@ -160,12 +160,11 @@ def quality(vae: DynamicVAE, source: ImageSource, device: torch.device | str, co
     """PSNR in dB over `count` images of the source, by `SHARES`: regions of the highest entropy are fine."""
     images = source.fetch(spread_over(len(source), count), replace=True)["image"].to(device)
     scaled = pictures.from_uint8(images)
-    entropy = vae.grain_map(images)[1]
-    order = entropy.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    entropy = vae.grain_map(images)[1].cpu()
     found = []
     for share in SHARES:
-        fine = (order < round(share * order.shape[1])).reshape(entropy.shape)
-        grains = fine * (vae.config.num_grains - 1)
+        shares, generators = [share] * (vae.config.num_grains - 1), [torch.Generator() for _ in entropy]
+        grains = ranked_grains(entropy, shares, generator=generators).to(device)
         rebuilt = pictures.to_uint8(vae.decode(vae.encode(scaled, grains)[0], grains))
         error = (rebuilt.double() - images.double()).square().mean()
         found.append(float(10 * torch.log10(255**2 / error)))
