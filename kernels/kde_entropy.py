@@ -27,6 +27,7 @@ from d2it.kernels.common import (
     cdiv,
     compile_cases,
     device_guard,
+    launch,
     next_power_of_2,
 )
 from d2it.kernels.rows import constant
@@ -251,7 +252,9 @@ def _launch(
     # 256 pixels to a warp: 16 bytes a lane in bfloat16 and float32. Pixels apart come one by one: fewer at a time.
     block = min(256 if images.stride(3) == 1 else 64, next_power_of_2(region_size**2))
     with device_guard(images):
-        kde_entropy_kernel[(entropy.numel(),)](
+        launch(
+            kde_entropy_kernel,
+            entropy.numel(),
             Images(images, constant(channels), *images.stride()),
             Gray(
                 *weights,

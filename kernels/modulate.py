@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch
 from d2it.kernels.modulate_rows import (
     ELEMENTS_BACKWARD,
     ELEMENTS_FORWARD,
@@ -256,7 +256,9 @@ def _forward(
     tile = row_tile(x.shape[-1], ELEMENTS_FORWARD)
     rows = rows_of(x)
     with device_guard(x):
-        adaln_modulate_fwd_kernel[(cdiv(rows.rows, tile.rows),)](
+        launch(
+            adaln_modulate_fwd_kernel,
+            cdiv(rows.rows, tile.rows),
             out,
             total,
             stats,
@@ -329,7 +331,9 @@ def _backward(
     channels = x.shape[-1]
     tile = row_tile(channels, ELEMENTS_BACKWARD)
     if runs.blocks:
-        adaln_modulate_bwd_kernel[(runs.blocks,)](
+        launch(
+            adaln_modulate_bwd_kernel,
+            runs.blocks,
             dx,
             dbranch,
             runs,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch
 from d2it.kernels.modulate_rows import (
     ELEMENTS_FORWARD,
     block_images,
@@ -96,7 +96,9 @@ def gated_residual_forward(
     tile = row_tile(x.shape[-1], ELEMENTS_FORWARD)
     rows = rows_of(x)
     with device_guard(x):
-        gated_residual_fwd_kernel[(cdiv(rows.rows, tile.rows),)](
+        launch(
+            gated_residual_fwd_kernel,
+            cdiv(rows.rows, tile.rows),
             out,
             rows,
             rows_of(branch),
@@ -120,7 +122,9 @@ def gated_residual_backward(
     tile = column_tile(channels, branch.element_size())
     with device_guard(branch):
         if runs.blocks:
-            gated_residual_bwd_kernel[(runs.blocks * cdiv(channels, tile.chunk),)](
+            launch(
+                gated_residual_bwd_kernel,
+                runs.blocks * cdiv(channels, tile.chunk),
                 dbranch,
                 runs,
                 rows_of(grad),

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import cdiv, next_power_of_2
+from d2it.kernels.common import cdiv, launch, next_power_of_2
 from d2it.kernels.rows import constant, index_of, row_offsets, rows_of
 
 
@@ -282,7 +282,9 @@ def sum_runs(
     """The second launch: every image's sums, into the results."""
     images, channels = results[0].shape
     chunk = min(128, next_power_of_2(channels))
-    sum_runs_kernel[(images * cdiv(channels, chunk),)](
+    launch(
+        sum_runs_kernel,
+        images * cdiv(channels, chunk),
         results[0],
         results[1] if len(results) == 2 else None,
         runs,

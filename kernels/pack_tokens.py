@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch, next_power_of_2
 from d2it.kernels.rows import index_of, row_offsets, rows_of
 
 TILE_BYTES = 8192  # of one program: 128 threads with 4 independent 16-byte loads in flight each
@@ -80,7 +80,9 @@ def _gather_rows(
         return out
     block_rows, chunk = _tile(channels, out.element_size())
     with device_guard(out):
-        gather_rows_kernel[(cdiv(rows, block_rows) * cdiv(channels, chunk),)](
+        launch(
+            gather_rows_kernel,
+            cdiv(rows, block_rows) * cdiv(channels, chunk),
             out,
             index_of(index),
             None if source is None else rows_of(source),

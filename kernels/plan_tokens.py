@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch, next_power_of_2
 from d2it.kernels.rows import constant
 
 BLOCK = 1024
@@ -184,9 +184,18 @@ def plan_tokens_forward(
     )
     options = {"BLOCK": BLOCK, "BLOCKS": blocks_each, "num_warps": 8, **ASSERTIONS}
     with device_guard(grain_map):
-        plan_tokens_count_kernel[(chunks,)](grains, counts, chunks, **options)
-        plan_tokens_write_kernel[(chunks,)](
-            grains, counts, *plan, chunks, capacity, max(batch - 1, 0), CHUNKS=next_power_of_2(chunks), **options
+        launch(plan_tokens_count_kernel, chunks, grains, counts, chunks, **options)
+        launch(
+            plan_tokens_write_kernel,
+            chunks,
+            grains,
+            counts,
+            *plan,
+            chunks,
+            capacity,
+            max(batch - 1, 0),
+            CHUNKS=next_power_of_2(chunks),
+            **options,
         )
     return plan
 

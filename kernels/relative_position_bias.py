@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, next_power_of_2
+from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, launch, next_power_of_2
 
 
 class Table(NamedTuple):
@@ -87,8 +87,14 @@ def relative_position_bias_forward(table: torch.Tensor, window: int) -> torch.Te
     block = min(1024, next_power_of_2(cells * cells))
     if heads:
         with device_guard(table):
-            relative_position_bias_fwd_kernel[(heads * cdiv(cells * cells, block),)](
-                Table(table, *table.stride()), bias, WINDOW=window, BLOCK=block, num_warps=4
+            launch(
+                relative_position_bias_fwd_kernel,
+                heads * cdiv(cells * cells, block),
+                Table(table, *table.stride()),
+                bias,
+                WINDOW=window,
+                BLOCK=block,
+                num_warps=4,
             )
     return bias
 
@@ -100,7 +106,9 @@ def relative_position_bias_backward(grad: torch.Tensor, window: int) -> torch.Te
     block = next_power_of_2(window)
     if heads:
         with device_guard(grad):
-            relative_position_bias_bwd_kernel[(heads * offsets,)](
+            launch(
+                relative_position_bias_bwd_kernel,
+                heads * offsets,
                 Bias(grad, *grad.stride()[1:]),
                 dtable,
                 heads,

@@ -21,7 +21,16 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, capability, cdiv, compile_cases, device_guard, num_sms, tiled_positions
+from d2it.kernels.common import (
+    CompileCase,
+    capability,
+    cdiv,
+    compile_cases,
+    device_guard,
+    launch,
+    num_sms,
+    tiled_positions,
+)
 from d2it.kernels.window_attention_blocks import blocks_backward, blocks_forward
 from d2it.kernels.window_attention_rows import (
     LOG2E,
@@ -373,7 +382,7 @@ def tiles_forward(q, k, v, bias, slots, segment_ids, scale, out) -> None:
     blocks, splits, config = tiles_of(q, bias, slots, backward=False)
     call = call_of(q, k, v, bias, slots, segment_ids, scale, matrices=config["RESIDUES"])
     with device_guard(q):
-        window_attention_fwd_kernel[(q.shape[-2] * blocks * splits,)](call, out, splits, **config)
+        launch(window_attention_fwd_kernel, q.shape[-2] * blocks * splits, call, out, splits, **config)
 
 
 def tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, dq, dk, dv):
@@ -385,7 +394,9 @@ def tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, d
     if needs_bias:
         sums = torch.empty((splits, blocks, heads, tile, tile), dtype=torch.float32, device=q.device)
     with device_guard(q):
-        window_attention_bwd_kernel[(heads * blocks * splits,)](call, gradients_of(dq, dk, dv), sums, splits, **config)
+        launch(
+            window_attention_bwd_kernel, heads * blocks * splits, call, gradients_of(dq, dk, dv), sums, splits, **config
+        )
     return None if sums is None else reduce_sums(sums, bias, config["RESIDUES"], config["REPEATS"])
 
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import capability, cdiv, device_guard, next_power_of_2, num_sms
+from d2it.kernels.common import capability, cdiv, device_guard, launch, next_power_of_2, num_sms
 from d2it.kernels.window_attention_rows import (
     LOG2E,
     Call,
@@ -346,7 +346,7 @@ def _close_up(call: Call, slots: torch.Tensor | None) -> Call:
     closed = ClosedUp(rows, positions, torch.empty(slots.shape[:1], dtype=torch.int32, device=slots.device))
     if call.windows:
         block = next_power_of_2(call.length)
-        close_up_kernel[(call.windows,)](call.slots, closed, call.rows, N=call.length, BLOCK=block, num_warps=2)
+        launch(close_up_kernel, call.windows, call.slots, closed, call.rows, N=call.length, BLOCK=block, num_warps=2)
     return call._replace(closed=closed)
 
 
@@ -356,7 +356,7 @@ def blocks_forward(q, k, v, bias, slots, segment_ids, scale, out, lse) -> None:
     config = block_config("fwd", q)
     grid, splits = _splits("fwd", q, call, cdiv(call.length, config["BM"]))
     with device_guard(q):
-        window_attention_blocks_fwd_kernel[(grid,)](_close_up(call, slots), out, lse, splits, **config)
+        launch(window_attention_blocks_fwd_kernel, grid, _close_up(call, slots), out, lse, splits, **config)
 
 
 def blocks_backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, dq, dk, dv):
@@ -368,12 +368,21 @@ def blocks_backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, ne
         closed = _close_up(call, slots)
         config = block_config("dq", q)
         grid, splits = _splits("dq", q, call, cdiv(call.length, config["BM"]))
-        window_attention_blocks_dq_kernel[(grid,)](closed, heads_of(out), lse, delta, grads, splits, **config)
+        launch(window_attention_blocks_dq_kernel, grid, closed, heads_of(out), lse, delta, grads, splits, **config)
         config = block_config("dkv", q)
         grid, splits = _splits("dkv", q, call, cdiv(call.length, config["BN"]))
         for dk_too, dv_too in ((True, True),) if q.shape[-1] <= 80 else ((True, False), (False, True)):
-            window_attention_blocks_dkv_kernel[(grid,)](
-                closed, lse, delta, grads, splits, DK=dk_too, DV=dv_too, **config
+            launch(
+                window_attention_blocks_dkv_kernel,
+                grid,
+                closed,
+                lse,
+                delta,
+                grads,
+                splits,
+                DK=dk_too,
+                DV=dv_too,
+                **config,
             )
         if not needs_bias:
             return None
@@ -382,5 +391,5 @@ def blocks_backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, ne
         grid, splits = _splits("dbias", q, call, queries * keys)
         sides = (queries * config["BM"], keys * config["BN"])
         sums = torch.empty((splits, call.bias_windows, call.heads, *sides), dtype=torch.float32, device=q.device)
-        window_attention_blocks_dbias_kernel[(grid,)](call, lse, delta, sums, splits, **config)
+        launch(window_attention_blocks_dbias_kernel, grid, call, lse, delta, sums, splits, **config)
     return reduce_sums(sums, bias, 1, 1)

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import cdiv, device_guard, next_power_of_2
+from d2it.kernels.common import cdiv, device_guard, launch, next_power_of_2
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -298,7 +298,9 @@ def reduce_sums(sums: torch.Tensor, bias: torch.Tensor, residues: int, repeats: 
     programs = bias.shape[0] * bias.shape[1] * cdiv(n * n, block)
     if programs:
         with device_guard(sums):
-            reduce_sums_kernel[(programs,)](
+            launch(
+                reduce_sums_kernel,
+                programs,
                 sums,
                 dbias,
                 splits,
@@ -327,15 +329,24 @@ def clear_unnamed_rows(slots: torch.Tensor, *tensors: torch.Tensor) -> None:
     unnamed = torch.ones(tokens + 1, dtype=torch.uint8, device=slots.device)
     with device_guard(slots):
         if slots.numel():
-            mark_named_rows_kernel[(cdiv(slots.numel(), 1024),)](
-                table_of(slots), unnamed, tokens, N=slots.shape[1], BLOCK=1024, num_warps=4
+            launch(
+                mark_named_rows_kernel,
+                cdiv(slots.numel(), 1024),
+                table_of(slots),
+                unnamed,
+                tokens,
+                N=slots.shape[1],
+                BLOCK=1024,
+                num_warps=4,
             )
         if slots.is_cuda:
             torch._assert_async(unnamed[tokens], f"slots must name rows below {tokens}")
         for tensor in tensors:
             width = tensor[0].numel() if tokens else 0
             if width:
-                clear_unnamed_rows_kernel[(cdiv(tokens, 16),)](
+                launch(
+                    clear_unnamed_rows_kernel,
+                    cdiv(tokens, 16),
                     tensor,
                     unnamed,
                     tokens,
