@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -267,7 +268,7 @@ def _fused_pull_back(
 
 def _stats(x: Tensor) -> Tensor:
     """Room for mean and 1 / deviation of the rows, which the backward takes from the forward."""
-    return x.new_empty((x.shape[:-1].numel(), 2), dtype=torch.float32)
+    return x.new_empty((math.prod(x.shape[:-1]), 2), dtype=torch.float32)
 
 
 def _dtype_reasons(*tensors: Tensor) -> list[str]:
