@@ -211,7 +211,7 @@ def scored(error, fd, spread=1.0, **maps):
             "error": {"mean": error, "spread": 0.001},
             "error_by_time": {"times": [50, 950], "all": [error, error]},
             "samples": {"predicted": own(fd)} | {key: own(value) for key, value in maps.items()},
-            "curve": [{**point, "fd": 2 * fd}, point],
+            "curve": [{**point, "error": 2 * error, "fd": 2 * fd, "kd": 2 * fd}, point],
         },
         "reconstruction": [{"fine_share": s, "codes": 40, "psnr": 20.0, "ssim": 0.7, "rfd": 9.0} for s in (0.0, 1.0)],
         "seconds": {"training": [1.0, 2.0]},
@@ -257,6 +257,15 @@ def test_a_repeated_training_widens_the_spread_between_trainings_alone():
     maps = Claim("", "", "", "d2it:true", "d2it", ("fd",))
     assert judge(results, maps)[0].spread == pytest.approx(math.sqrt(2))
     assert verdict(results, maps) == HOLDS
+
+
+def test_a_distance_that_does_not_follow_the_training_judges_nothing():
+    results = {"d2it": scored(1, 100), "dit": scored(1, 120)}
+    for result in results.values():
+        result["scores"]["curve"][0]["fd"] = result["scores"]["curve"][1]["fd"] + 2.9
+    assert verdict(results, CLAIM) == OPEN
+    results["dit"]["scores"]["curve"][0]["fd"] += 0.2
+    assert verdict(results, CLAIM) == HOLDS
 
 
 def test_every_claim_names_variants_that_are_trained():

@@ -21,8 +21,9 @@ stages on cached latents for the same multiply-accumulates, and scored on held-o
 
 `±` is the standard deviation over three seeds of sampling (of noise, for the denoising error). A difference counts
 where it is beyond three spreads; the spread of a difference between two trainings includes that of a training repeated
-from another seed. What is not beyond it is *unresolved* at this budget, which says nothing against the claim. The first
-measure of a row decides.
+from another seed. A measure judges only where one of the two variants has gained more than three spreads from the first
+point of its curve to the last: a distance that does not fall as a model learns says nothing of the model. What is not
+told apart is *unresolved* at this budget, which says nothing against the claim. The first measure of a row decides.
 """
 
 
@@ -72,6 +73,8 @@ def tier_section(name: str, results: Results, root: Path) -> list[str]:
     lines += ["", *_repeated(results), "### The variants", "", *_variants(results)]
     lines += ["", *_convergence(results), *_reconstruction(results)]
     folder = root / name
+    if (folder / "notes.md").exists():
+        lines += ["### What we think of it", "", (folder / "notes.md").read_text().strip(), ""]
     for picture, title in (("curves", "Convergence"), ("times", "Denoising error by time"), ("shares", "Fine shares")):
         if (folder / f"{picture}.png").exists():
             lines += [f"![{title}](../benchmarks/results/quality/{name}/{picture}.png)", ""]

@@ -26,6 +26,7 @@ from d2it.errors import UserError
 from d2it.files import atomic_write
 from d2it.models import ContentTransformerConfig, DynamicVAE
 from d2it.models.flops import count_macs, fine_tokens
+from d2it.models.repa import TEACHER, Alignment
 from d2it.npz import save_arrays
 from d2it.training.config import Config, load
 from d2it.training.meters import read_log
@@ -63,6 +64,10 @@ class Bench:
 
     def vae_folder(self, variant: Variant) -> Path:
         return self.work / "vaes" / self.vae(variant)
+
+    def cache(self, variant: Variant) -> Path:
+        """The latents of the training images; for REPA others, with the teacher's features."""
+        return self.vae_folder(variant) / ("cache_repa" if "repa" in variant.content else "cache")
 
     def folder(self, name: str) -> Path:
         return self.work / "variants" / name
@@ -246,22 +251,24 @@ class Plan:
 
 def plan(bench: Bench, name: str, variant: Variant) -> Plan:
     """Count what an image costs, and how many steps the tier's budget pays for."""
-    tier, folder = bench.tier, bench.vae_folder(variant)
+    tier = bench.tier
     given = content_settings(bench, variant) | {
         "run.seed": variant.seed,
-        "cache.path": folder / "cache",
+        "cache.path": bench.cache(variant),
     }
     config = configure(bench, bench.folder(name), ["content"], given)
-    cache = LatentCache(folder / "cache")
+    cache = LatentCache(bench.cache(variant))
     with torch.device("meta"):
-        network = ContentStage.make(config, LatentData.of_cache(cache)).config
-    images = len(cache)
+        whole = ContentStage.make(config, LatentData.of_cache(cache))
+    images, network = len(cache), whole.config
     if isinstance(network, ContentTransformerConfig):
         fine = fine_tokens(cache.fetch(range(images))["grain_map"], network)
         counted = count_macs(network, images, fine)
         macs = (counted.dense + network.refine_until * counted.refine) / images
     else:
         macs = float(count_macs(network).total)
+    if "repa" in variant.content:
+        macs += network.num_tokens * Alignment(whole, config.content.repa, cache.facts[TEACHER]["channels"]).macs
     batch = config.content.batch_size
     steps = max(1, round(tier.budget / (3 * macs * batch * tier.checkpoints))) * tier.checkpoints
     given |= {
@@ -282,6 +289,9 @@ def train_variant(bench: Bench, name: str, variant: Variant) -> Plan:
     if variant.share is not None and not done(bench.vae_folder(variant)):
         share_vae(bench, variant)
         mark(bench.vae_folder(variant))
+    if not (bench.cache(variant) / "index.json").exists():
+        given = content_settings(bench, variant) | {"cache.path": bench.cache(variant)}
+        run(configure(bench, bench.vae_folder(variant), ["cache"], given), bench.world)
     made = plan(bench, name, variant)
     folder = bench.folder(name)
     if not done(folder):

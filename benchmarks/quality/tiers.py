@@ -102,6 +102,10 @@ VARIANTS: dict[str, Variant] = {
     "d2it-flow": Variant(
         "the linear path, predicting the velocity", diffusion={"path": "linear", "prediction": "velocity"}
     ),
+    "repa": Variant(
+        "D2iT with REPA: half-way up, the trunk follows EfficientNet-Lite2, which does not judge",
+        content={"repa": {"teacher": "efficientnet-lite2", "block": 3, "weight": 0.5, "hidden": 256}},
+    ),
     "until-60": Variant("refining the cleaner 60 % of the timesteps alone", overrides={"refine_until": 0.6}),
 }
 

@@ -26,6 +26,7 @@ from d2it.errors import UserError, reason_of
 from d2it.files import check_yaml, read_bytes, yaml_reason
 from d2it.models.efficientnet import LITE
 from d2it.models.losses import VAELossConfig
+from d2it.models.repa import RepaConfig
 from d2it.training.float8 import RECIPES
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
@@ -215,12 +216,14 @@ class ContentConfig(LatentStageConfig):
         budget: range of the share of tokens that images spend, drawn for each image and epoch, such as [0.25,1.0]; null
             is the map at the VAE's thresholds.
         dynamic_loss: weigh every latent code alike (Eq. 11); false weighs every cell alike, the ablation of Table 3.
+        repa: alignment of a trunk block with the features of another network, which the stage cache computes.
     """
 
     preset: str = "D2iT-XL"
     capacity_step: float = 0.0625
     budget: list[float] | None = None
     dynamic_loss: bool = True
+    repa: RepaConfig = field(default_factory=RepaConfig)
 
 
 @dataclass
@@ -281,6 +284,7 @@ _PATHS = (
     "dvae.init",
     "grain.init",
     "content.init",
+    "content.repa.teacher",
 )
 
 
@@ -562,6 +566,8 @@ _RULES: dict[str, Rule] = {
         ),
         "null or [least, most], shares of the tokens in (0, 1]",
     ),
+    "content.repa.block content.repa.hidden": _between(1, _MOST, "at least 1"),
+    "content.repa.weight": _NOT_NEGATIVE,
     "content.capacity_step": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "cache.batch_size cache.unit_size": _COUNT,
     "sample.images sample.batch_size": _COUNT,

@@ -30,6 +30,7 @@ from d2it.distributed import World
 from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_command, user_error
 from d2it.files import atomic_write, only_writer, sha256_of
 from d2it.models import DynamicVAE
+from d2it.models.repa import TEACHER, open_teacher
 from d2it.sampling.pipeline import D2iT, has_parts
 from d2it.sampling.sheets import denoising_sheet, sample_sheets
 from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, load, to_yaml
@@ -39,7 +40,7 @@ from d2it.training.meters import read_log
 from d2it.training.report import REPORT, write_report
 from d2it.training.stage import check_batch, extreme_share, held_out_images, initialize, model_errors, workers
 from d2it.training.summary import Summary, rehearse
-from d2it.training.transformers import ContentStage, GrainStage, LatentData
+from d2it.training.transformers import ContentStage, GrainStage, LatentData, teacher_facts
 
 
 def parser(default: Path | None = None) -> argparse.ArgumentParser:
@@ -190,6 +191,9 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
     """Runs the stage cache: latents and entropies of every image, each rank a part. What is there already is kept."""
     vae = channels_last(_vae(config).to(world.device))
     target = _cache_folder(config)
+    features = _teacher_facts(config, vae)
+    name = config.content.repa.teacher
+    teacher = None if name is None else open_teacher(name).to(world.device)
     done = 0
 
     @torch.inference_mode()
@@ -198,6 +202,9 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
         found = {"entropy": entropy}
         for grain, (mean, logvar) in enumerate(every):
             found |= {f"mean.{grain}": mean, f"std.{grain}": (0.5 * logvar).exp()}
+        if teacher is not None and features is not None:
+            height, width = features["grid"]
+            found[TEACHER] = teacher(images.to(world.device), (height, width)).half()
         return found
 
     def progress(images: int) -> None:
@@ -217,6 +224,7 @@ def encode(config: Config, world: World, source: ImageSource, begin: Callable[[]
                 "thresholds": vae.thresholds.tolist(),
                 "downsampling": list(vae.downsampling),
                 "scaling_factor": float(vae.scaling_factor),
+                **({} if features is None else {TEACHER: features}),
             },
             rank=world.rank,
             world_size=world.size,
@@ -319,6 +327,16 @@ def _vae(config: Config) -> DynamicVAE:
         raise UserError(f"{folder}: no trained VAE here; run the dvae stage, or copy the vae folder of another run")
     with model_errors(str(folder)):
         return DynamicVAE.from_pretrained(folder)
+
+
+def _teacher_facts(config: Config, vae: DynamicVAE) -> dict[str, Any] | None:
+    """Return what the cache shall hold of REPA's teacher; without REPA, what a finished one holds of it already."""
+    if config.content.repa.teacher is None:
+        target = _cache_folder(config)
+        return LatentCache(target, verify=False).facts.get(TEACHER) if (target / "index.json").exists() else None
+    with torch.device("meta"):
+        network = ContentStage.make(config, LatentData.of_vae(vae.config, config.data.image_size, 0))
+    return teacher_facts(config, network)
 
 
 def _cache_folder(config: Config) -> Path:

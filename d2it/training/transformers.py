@@ -42,6 +42,7 @@ from d2it.models import (
 )
 from d2it.models.budget import BudgetRange, grain_tokens
 from d2it.models.flops import FineTokens, count_macs, fine_tokens, kept_values
+from d2it.models.repa import TEACHER, Alignment, check_block, known_facts, token_grid, trunk_of
 from d2it.seeds import seed_of
 from d2it.training.config import Config, LatentStageConfig
 from d2it.training.learner import Batch, Learner, bf16
@@ -95,13 +96,22 @@ class ContentLosses(nn.Module):
         diffusion: the schedule.
         scale: latents times this have unit variance.
         dynamic: whether every code weighs alike; otherwise every cell does.
+        alignment: with a teacher's features, which are a part of the batch; None is none.
+        weight: of the alignment.
     """
 
     def __init__(
-        self, network: DynamicContentTransformer | DiT, diffusion: Diffusion, scale: float, dynamic: bool = True
+        self,
+        network: DynamicContentTransformer | DiT,
+        diffusion: Diffusion,
+        scale: float,
+        dynamic: bool = True,
+        alignment: Alignment | None = None,
+        weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.network, self.diffusion, self.scale, self.dynamic = network, diffusion, scale, dynamic
+        self.alignment, self.weight = alignment, weight
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Batch]:
         config, grains = self.network.config, batch["grain_map"]
@@ -132,7 +142,11 @@ class ContentLosses(nn.Module):
             **codes,
         )
         loss = terms.loss.mean()
-        return loss, {"content/loss": loss, "content/mse": terms.mse.mean(), "content/vlb": terms.vlb.mean()}, batch
+        logs = {"content/loss": loss, "content/mse": terms.mse.mean(), "content/vlb": terms.vlb.mean()}
+        if self.alignment is not None and TEACHER in batch:  # held-out images have no features
+            logs["content/repa"] = self.alignment(batch[TEACHER]).mean()
+            loss = loss + self.weight * logs["content/repa"]
+        return loss, logs, batch
 
 
 def _dropped(network: Transformer, batch: Batch) -> Tensor | None:
@@ -191,6 +205,23 @@ def budget_range(budget: list[float] | None, network: Transformer) -> BudgetRang
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
+
+
+def teacher_facts(config: Config, network: Transformer) -> dict[str, Any] | None:
+    """Return what identifies the teacher's features in a cache, `content.repa`'s for this network; None without.
+
+    Raises:
+        UserError: no such teacher, a block that the trunk has not, or FSDP2, which has no place for the projector.
+    """
+    repa = config.content.repa
+    if repa.teacher is None:
+        return None
+    with model_errors("configuration: content.repa"):
+        check_block(repa, len(trunk_of(network).blocks))
+        facts = known_facts(repa.teacher)
+    if config.content.parallel == "fsdp":
+        raise UserError("configuration: content.parallel must be ddp with content.repa, got fsdp")
+    return facts | {"grid": list(token_grid(network))}
 
 
 @dataclass(frozen=True)
@@ -282,6 +313,7 @@ class LatentStage(ABC):
         self.network: Any = self.make(config, data)
         self.start = self.initialize(self.network, config, world, data)
         if (reads := self.reads(config, self.network)) and data.cache is not None:
+            data.cache.require(**self.needs())
             with torch.device("cpu"):
                 self.data = dataclasses.replace(data, cache=data.cache.reading(**reads))
         self.network.vae_sha256 = data.vae_sha256
@@ -331,6 +363,10 @@ class LatentStage(ABC):
         Raises:
             UserError: settings that do not fit the network.
         """
+        return {}
+
+    def needs(self) -> dict[str, Any]:
+        """Return the facts of the cache beside the VAE's without which the stage cannot read it."""
         return {}
 
     @abstractmethod
@@ -512,10 +548,54 @@ class ContentStage(LatentStage):
     @staticmethod
     def reads(config: Config, network: Transformer) -> dict[str, Any]:
         drawn = budget_range(config.content.budget, network)
-        return {} if drawn is None else {"shares": drawn}
+        reads: dict[str, Any] = {} if drawn is None else {"shares": drawn}
+        if teacher_facts(config, network) is not None:
+            reads["extras"] = (TEACHER,)
+        return reads
+
+    @functools.cached_property
+    def teacher(self) -> dict[str, Any] | None:
+        """What the cache must hold of REPA's teacher, or None."""
+        return teacher_facts(self.config, self.network)
+
+    def needs(self) -> dict[str, Any]:
+        return {} if self.teacher is None else {TEACHER: self.teacher}
+
+    @functools.cached_property
+    def alignment(self) -> Alignment | None:
+        """The projector of REPA, or None."""
+        if self.teacher is None:
+            return None
+        return Alignment(self.network, self.config.content.repa, self.teacher["channels"])
 
     def make_losses(self) -> nn.Module:
-        return ContentLosses(self.network, self.diffusion, self.data.scale, self.config.content.dynamic_loss)
+        settings = self.config.content
+        return ContentLosses(
+            self.network, self.diffusion, self.data.scale, settings.dynamic_loss, self.alignment, settings.repa.weight
+        )
+
+    def identity(self) -> dict[str, Any]:
+        repa = self.config.content.repa
+        return super().identity() | ({} if repa.teacher is None else {"repa": dataclasses.asdict(repa)})
+
+    def synthetic(self, images: int, device: torch.device) -> Batch:
+        batch = super().synthetic(images, device)
+        if self.teacher is not None:
+            batch[TEACHER] = torch.randn(images, self.teacher["channels"], *self.teacher["grid"], device=device)
+        return batch
+
+    def notes(self) -> list[str]:
+        repa = self.config.content.repa
+        more = (
+            [f"REPA: trunk block {repa.block} follows {repa.teacher}, weight {repa.weight:g}"] if self.teacher else []
+        )
+        return [*super().notes(), *more]
+
+    def work(self, batch: Batch) -> Work:
+        work = super().work(batch)
+        if self.alignment is None:
+            return work
+        return dataclasses.replace(work, macs=work.macs + work.images * self.dense_tokens * self.alignment.macs)
 
     @property
     def prepare(self) -> Callable[[Batch], Batch]:
