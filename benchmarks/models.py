@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from d2it.devices import peak_flops
 from d2it.diffusion import random_grain_map
+from d2it.models import DynamicContentTransformer
+from d2it.models.budget import grain_tokens, shares_of
 from d2it.models.layers import FinalLayer, Modulation
 from d2it.nn import WindowAttention
 
@@ -88,15 +90,38 @@ def size_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--fill", type=float, default=0.5, help="share of regions finer than the coarsest (%(default)s)"
     )
+    parser.add_argument(
+        "--budgets",
+        type=float,
+        nargs="*",
+        default=[0.25, 0.5, 0.75, 1.0],
+        metavar="B",
+        help="shares of the tokens, of those of the finest map, of the curve of seconds against tokens (%(default)s)",
+    )
+    parser.set_defaults(shares=None)
     parser.add_argument("--compiled", action="store_true", help="on a CPU too, where compiling takes minutes")
     return parser
 
 
 def grain_maps(options: argparse.Namespace, grid: tuple[int, ...], num_grains: int) -> Tensor:
-    """Random maps of a batch, the same for every contender: of three grains, half of the finer regions are finest."""
-    shares = [options.fill * i / (num_grains - 1) for i in range(num_grains - 1, 0, -1)]
+    """Random maps of a batch, the same for every contender: of three grains, half of the finer regions are finest.
+
+    `options.shares`, where they are not None, are the shares of the grains instead.
+    """
+    shares = options.shares or [options.fill * i / (num_grains - 1) for i in range(num_grains - 1, 0, -1)]
     generators = [torch.Generator().manual_seed(i) for i in range(options.batch_size)]
     return random_grain_map(grid, shares, num_grains, generator=generators)
+
+
+def at_budgets(options: argparse.Namespace, preset: str) -> Iterator[tuple[float, argparse.Namespace, dict[str, Any]]]:
+    """Yields (budget, options of maps that spend it, the shape's entries of it) for every point of a preset's curve."""
+    config = DynamicContentTransformer.preset_config(preset, image_size=options.image_size)
+    tokens = grain_tokens(config)
+    for budget in options.budgets:
+        spending = argparse.Namespace(**{**vars(options), "shares": shares_of(budget, tokens)})
+        maps = grain_maps(spending, config.region_grid, config.num_grains)
+        spent = int(torch.tensor(tokens)[maps].sum()) / (maps.numel() * tokens[-1])
+        yield budget, spending, {"budget": budget, "tokens": round(spent, 4)}
 
 
 def dtype() -> torch.dtype:

@@ -77,10 +77,34 @@ def operator_section(result: Result) -> list[str]:
             f"| {row['case']} | {row.get('direction', '')} | {row['contender']} | {time(row['ms'])} "
             f"| {time(row['ms_q10'])} .. {time(row['ms_q90'])} | {_measured(row)} | {note(rows, row)} |"
         )
+    lines += budget_table(rows)
     skipped = {(row["contender"], row["skipped"]): None for row in rows if "skipped" in row}
     if skipped:
         lines += ["", "Skipped: " + "; ".join(f"{name} ({reason})" for name, reason in skipped) + "."]
     return [*lines, ""]
+
+
+def curves(rows: list[Row]) -> dict[str, list[Row]]:
+    """The measured rows of each model at shares of its tokens, fewest tokens first."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if "ms" in row and "budget" in row["shape"]:
+            found.setdefault(f"{row['shape']['preset']}, {row['shape']['image_size']} pixels", []).append(row)
+    return {name: sorted(points, key=lambda row: row["shape"]["tokens"]) for name, points in found.items()}
+
+
+def budget_table(rows: list[Row]) -> list[str]:
+    """Time against the share of tokens: both of the point of most tokens, as are the multiply-accumulates."""
+    lines: list[str] = []
+    for name, points in curves(rows).items():
+        most = points[-1]
+        lines += ["", f"Time against tokens, {name}:", "", "| tokens | multiply-accumulates | time | |"]
+        lines += ["|---|---|---|---|"]
+        for row in points:
+            work, ms = row["flops"] / most["flops"], row["ms"] / most["ms"]
+            tokens = row["shape"]["tokens"]
+            lines.append(f"| {tokens:.0%} | {work:.0%} | {ms:.0%} ({time(row['ms'])}) | {ms / work:.2f}x of the work |")
+    return lines
 
 
 def document(folders: list[Path]) -> str:
@@ -129,7 +153,7 @@ def headlines(results: dict[str, Result]) -> list[Headline]:
     found = []
     for result in results.values():
         rows = result["rows"]
-        own = [row for row in rows if ours(row) and right(row)]
+        own = [row for row in rows if ours(row) and right(row) and "budget" not in row["shape"]]
         heaviest = max(own, key=lambda row: row.get("floor_ms", row["ms"]), default=None)
         if heaviest is None:
             continue
@@ -268,6 +292,27 @@ def plot(result: Result, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_curves(result: Result, path: Path) -> None:
+    """Time and multiply-accumulates against the share of tokens, of the most tokens, for every model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    for i, (name, points) in enumerate(curves(result["rows"]).items()):
+        tokens = [row["shape"]["tokens"] for row in points]
+        axis.plot(tokens, [row["ms"] / points[-1]["ms"] for row in points], "o-", color=f"C{i}", label=f"{name}: time")
+        work = [row["flops"] / points[-1]["flops"] for row in points]
+        axis.plot(tokens, work, "--", color=f"C{i}", label=f"{name}: multiply-accumulates")
+    axis.set(xlabel="share of the tokens of the finest map", ylabel="of that map's", xlim=(0, 1.02), ylim=(0, 1.1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.suptitle(f"{result['operator']}: {result['device']}\n{_ran_on(result)}", fontsize="medium")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something would")
@@ -292,6 +337,8 @@ def main() -> int:
             for operator, result in load(folder).items():
                 if any("ms" in row for row in result["rows"]):
                     plot(result, folder / f"{operator}.png")
+                if curves(result["rows"]):
+                    plot_curves(result, folder / f"{operator}_budget.png")
     return 1 if args.check and stale else 0
 
 

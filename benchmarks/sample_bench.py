@@ -4,8 +4,10 @@ python benchmarks/sample_bench.py [--model XL] [--batch-size 32] [--fill 0.5] [-
 
 Timed is `sample_content` over a few DDIM steps (the case names their number): latents of given maps, without and
 with guidance (two passes a step), packed and with masks over all cells, eager, compiled, and as a CUDA graph. images/s
-counts these steps; for 250 steps divide by 250 / steps. Grain maps and decoding are not in it: both are small beside
-hundreds of steps. The error is that of the model's answer on one noised batch, against the masked one in float32.
+counts these steps; for 250 steps divide by 250 / steps. The budget lines are guided sampling at shares of the tokens of
+the finest map (--budgets): seconds should follow their multiply-accumulates. Grain maps and decoding are not in it,
+both small beside hundreds of steps. The error is that of the model's answer on one noised batch, against the masked
+one in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +20,19 @@ from typing import Any
 import machine
 import torch
 from bench import TOLERANCE, Skip
-from models import SIZES, Case, Job, compilable, distance, dtype, grain_maps, main, open_gates, size_arguments
+from models import (
+    SIZES,
+    Case,
+    Job,
+    at_budgets,
+    compilable,
+    distance,
+    dtype,
+    grain_maps,
+    main,
+    open_gates,
+    size_arguments,
+)
 from torch import Tensor
 
 from d2it.diffusion import Guidance, sample_content
@@ -112,6 +126,14 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             name = f"{preset}-{options.image_size}-B{options.batch_size}-fill{options.fill:g}-{STEPS}steps"
             name += "-guided" if guided else ""
             yield Case(f"{name}-{str(dtype())[6:]}", shape, dtype(), f"{STEPS} steps", contenders)
+        given = {"guided": True, "how": "eager"}
+        for budget, spending, entries in at_budgets(options, preset):
+            shape = {"batch": options.batch_size, "image_size": options.image_size, "guided": True, "steps": STEPS}
+            name = f"{preset}-{options.image_size}-B{options.batch_size}-budget{budget:g}-{STEPS}steps-guided"
+            reference = Reference(spending, preset)
+            job = partial(sampling, spending, preset, reference, **given)
+            name += f"-{str(dtype())[6:]}"
+            yield Case(name, shape | entries, dtype(), f"{STEPS} steps", {"d2it packed eager": (preset, job)})
 
 
 if __name__ == "__main__":

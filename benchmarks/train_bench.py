@@ -5,7 +5,8 @@ python benchmarks/train_bench.py [--model XL B] [--batch-size 32] [--fill 0.5] [
 The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU. Its
 operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells. "part"
 lines time pieces of the packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the
-host, which a step does not wait for unless it is longer than the step.
+host, which a step does not wait for unless it is longer than the step. The budget lines are steps at shares of the
+tokens of the finest map (--budgets).
 """
 
 from __future__ import annotations
@@ -21,7 +22,19 @@ import machine
 import numpy as np
 import torch
 from bench import TOLERANCE
-from models import SIZES, Case, Job, compilable, distance, dtype, grain_maps, main, open_gates, size_arguments
+from models import (
+    SIZES,
+    Case,
+    Job,
+    at_budgets,
+    compilable,
+    distance,
+    dtype,
+    grain_maps,
+    main,
+    open_gates,
+    size_arguments,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -197,6 +210,12 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         shape = {"batch": options.batch_size, "image_size": options.image_size, "fill": options.fill}
         name = f"{preset}-{options.image_size}-B{options.batch_size}-fill{options.fill:g}-{str(dtype())[6:]}"
         yield Case(name, shape, dtype(), "step", contenders)
+        for budget, spending, entries in at_budgets(options, preset):
+            shape = {"batch": options.batch_size, "image_size": options.image_size, **entries}
+            name = f"{preset}-{options.image_size}-B{options.batch_size}-budget{budget:g}-{str(dtype())[6:]}"
+            reference = Reference(spending, preset)
+            job = partial(step, spending, preset, reference, masked=False, compiled=False)
+            yield Case(name, shape, dtype(), "step", {"d2it packed eager": (preset, job)})
 
 
 if __name__ == "__main__":

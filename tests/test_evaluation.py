@@ -576,17 +576,35 @@ def test_a_samples_folder_is_what_it_was_drawn_for(tmp_path):
 @pytest.mark.parametrize("flat", [0, 0.3, 0.6, 1])
 @pytest.mark.parametrize("ratio", [0, 0.1, 0.25, 0.5, 0.7, 0.95, 1])
 def test_limits_of_a_ratio_give_the_nearest_share_there_is(grains, flat, ratio):
-    from d2it.evaluation.reconstruction import _limits
+    from d2it.evaluation.reconstruction import _limits, _shares
 
     draw = np.random.default_rng(0)
     entropies = np.where(np.arange(200) < 200 * flat, 1.1257, draw.uniform(2, 5, 200)).astype(np.float32)
-    limits = _limits(draw.permutation(entropies), ratio, grains)
+    limits = _limits(draw.permutation(entropies), _shares(ratio, grains))
     assert limits == sorted(limits)
     reachable = {float((entropies > limit).mean()) for limit in (-np.inf, *np.unique(entropies))}
     for i, limit in enumerate(limits):
         share = ratio * (grains - 1 - i) / (grains - 1)
         got = float((entropies > limit).mean())
         assert abs(got - share) == pytest.approx(min(abs(r - share) for r in reachable))
+
+
+def test_reconstruction_at_shares_of_every_grain():
+    from d2it.evaluation.reconstruction import evaluate_reconstruction
+    from d2it.models import DynamicVAE
+
+    torch.manual_seed(0)
+    factors = {"downsampling": (4, 8, 16), "encoder_mult": (1, 1, 2, 2, 4), "decoder_mult": (1, 1, 2)}
+    vae = DynamicVAE.from_preset("tiny", channels=8, thresholds=(3.0, 4.5), **factors).eval()
+    photos = pictures(4, 9, size=64)
+    calmer = torch.arange(1, 65, dtype=torch.uint8)
+    photos = photos // calmer[:, None]  # fewer levels below: the rows of regions have entropies of their own
+    rows = evaluate_reconstruction(vae, lambda: photos.split(2), [[0.5, 0.25], [1.0, 0.0], 0.5])
+    assert [row["fine_ratio"] for row in rows] == [[0.5, 0.25], [1.0, 0.0], 0.5]
+    assert [row["codes"] for row in rows] == [8 + 4 * 4 + 4 * 16, 16 * 4, 8 + 4 * 4 + 4 * 16]
+    for shares in ([0.25, 0.5], [0.5], [0.5, 0.2, 0.1], [1.5, 0.5]):
+        with pytest.raises(UserError, match=r"fine ratios must be 2 descending shares in \[0, 1\] for 3 grains"):
+            evaluate_reconstruction(vae, lambda: photos.split(2), [shares])
 
 
 def test_the_image_size_of_a_run_is_read_from_what_a_model_writes(tmp_path):

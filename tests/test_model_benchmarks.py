@@ -7,6 +7,7 @@ import dataclasses
 import goals
 import models
 import pytest
+import results
 import sample_bench
 import timing
 import torch
@@ -36,7 +37,7 @@ def options(script, *words):
 
 def test_a_training_step(tmp_path, monkeypatch):
     monkeypatch.setitem(models.SIZES, "S", ("tiny", "DiT-S/2"))
-    chosen = options(train_bench, "--image-size", "64", "--out", str(tmp_path))
+    chosen = options(train_bench, "--image-size", "64", "--budgets", "--out", str(tmp_path))
     assert models.main("train", chosen, train_bench.cases) == 0
     rows = {row["contender"]: row for row in load(tmp_path)["train"]["rows"]}
     measured = {"d2it packed eager", "masked eager", "dit eager"}
@@ -71,6 +72,30 @@ def test_sampling(size):
     assert rows["d2it packed eager"]["correct"]
     assert rows["d2it packed eager"]["images_per_s"] == 1000
     assert "1.00x masked eager" in models.table(list(rows.values()))
+
+
+@pytest.mark.parametrize(("script", "operator"), [(train_bench, "train"), (sample_bench, "sample")])
+def test_time_against_tokens(script, operator, tmp_path, monkeypatch):
+    """A line for each budget; the page has time and work of each against those of the finest map."""
+    if operator == "train":
+        monkeypatch.setitem(models.SIZES, "S", ("tiny", "DiT-S/2"))
+    only = ["--image-size", "128", "--only", "*budget*", "--budgets", "0.25", "0.5", "1", "--out", str(tmp_path)]
+    assert models.main(operator, options(script, *only), script.cases) == 0
+    result = load(tmp_path)[operator]
+    rows = result["rows"]
+    assert [row["shape"]["budget"] for row in rows] == [0.25, 0.5, 1.0]
+    assert [row["shape"]["tokens"] for row in rows] == pytest.approx([0.25, 0.5, 1.0], abs=0.007)  # of 64 regions
+    assert all(row["correct"] for row in rows)
+    assert rows[0]["flops"] < rows[1]["flops"] < rows[2]["flops"]
+    table = results.budget_table(rows[::-1])
+    share = rows[0]["flops"] / rows[2]["flops"]
+    assert f"| 25% | {share:.0%} | 100% (1.00 ms) | {1 / share:.2f}x of the work |" in table
+    assert table[-1] == "| 100% | 100% | 100% (1.00 ms) | 1.00x of the work |"
+    assert "\n".join(table) in "\n".join(results.operator_section(result))
+    assert results.curves([{**row, "shape": {"fill": 0.5}} for row in rows]) == {}
+    pytest.importorskip("matplotlib")
+    results.plot_curves(result, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 def test_a_wrong_contender_is_named_and_gets_no_speed_up():

@@ -120,7 +120,14 @@ def parser() -> argparse.ArgumentParser:
         "--image-size", type=int, nargs="+", help="side, or height and width (those that the run was trained at)"
     )
     reconstruction.add_argument("--upsample", action="store_true", help="enlarge smaller images, as ADM does")
-    reconstruction.add_argument("--ratios", type=float, nargs="+", default=[0, 0.25, 0.5, 0.7, 1], help="fine ratios")
+    reconstruction.add_argument(
+        "--ratios",
+        type=_ratio,
+        nargs="+",
+        default=[0, 0.25, 0.5, 0.7, 1],
+        metavar="R",
+        help="fine ratios; with three grains or more also as shares of each grain or finer: 0.5,0.25",
+    )
     reconstruction.add_argument("--count", type=int, help="the first N images (all)")
     reconstruction.add_argument("--lpips", metavar="PATH", help="LPIPS weights (below); without them it is left out")
     reconstruction.add_argument("--any-lpips", action="store_true", help="take weights of another hash")
@@ -141,6 +148,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--output", metavar="FILE.json", help="the report with its settings")
         command.epilog = parser.epilog
     return parser
+
+
+def _ratio(text: str) -> float | list[float]:
+    """Returns a fine ratio, or the shares that commas separate."""
+    return [float(part) for part in text.split(",")] if "," in text else float(text)
 
 
 def _generation(options: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -268,8 +280,9 @@ def _reconstruction(options: argparse.Namespace, world: World) -> dict[str, Any]
     if options.count is not None and options.count < 2:
         raise UserError(f"--count must be at least 2, got {options.count}")
     for ratio in options.ratios:
-        if not 0 <= ratio <= 1:
-            raise UserError(f"--ratios must be in 0 ... 1, got {ratio}")
+        for share in ratio if isinstance(ratio, list) else [ratio]:
+            if not 0 <= share <= 1:
+                raise UserError(f"--ratios must be in 0 ... 1, got {share}")
     folder = Path(options.checkpoint)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     lpips, hashes = None, None
