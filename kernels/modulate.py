@@ -354,6 +354,8 @@ def _compile_cases() -> Iterator[CompileCase]:
         stats = _stats_of(rows)
         yield f"{name}-modulate", partial(adaln_modulate_forward, rows, parameter, parameter, sample, 1e-6)
         yield f"{name}-modulate", partial(adaln_modulate_backward, rows, rows, stats, parameter, sample, 1e-6)
+        if rows.shape[-1] > 4096:
+            continue  # three sums of such a row spill
         forward = partial(gated_residual_modulate_forward, rows, rows, parameter, parameter, parameter, sample, 1e-6)
         yield f"{name}-gate-modulate", forward
         backward = partial(
