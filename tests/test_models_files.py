@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import pickle
@@ -115,6 +115,8 @@ def test_settings_that_no_model_has(model, settings, message):
 def public_records():
     for module in pkgutil.walk_packages(d2it.__path__, "d2it."):
         if module.name.startswith(("d2it.kernels", "d2it._C")):
+            continue
+        if module.name == "d2it.studio.page" and not importlib.util.find_spec("gradio"):  # of an extra, [studio]
             continue
         for name, value in vars(importlib.import_module(module.name)).items():
             if isinstance(value, type) and value.__module__ == module.name and not name.startswith("_"):
