@@ -132,6 +132,8 @@ def start(device: str = "auto") -> World:
     rank, size = _environment("RANK", None, 0), _environment("WORLD_SIZE", None, 1)
     if rank >= size:
         raise UserError(f"RANK={rank} must be below WORLD_SIZE={size}")
+    if _environment("MASTER_PORT", None, 0) > 65535:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} must be at most 65535")
     # Within one machine the loopback interface always works, whatever the host name resolves to.
     if local_size == size and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

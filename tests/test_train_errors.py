@@ -413,8 +413,11 @@ def test_a_main_thread_that_is_stuck_is_ended_by_the_second_sigterm() -> None:
         ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 must be below WORLD_SIZE=2"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK must be"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1.5"}, "LOCAL_WORLD_SIZE must be"),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "the ranks cannot meet"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "the ranks cannot meet"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "12355"}, "the ranks cannot meet"),  # no MASTER_ADDR
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT must be"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "-1"}, "MASTER_PORT must be"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "99999999"}, "MASTER_PORT=99999999 must be at most 65535"),
     ],
 )
 def test_an_environment_that_describes_no_run_is_one_line(

@@ -227,19 +227,25 @@ def serve() -> None:
         arguments = [a for a in arguments if not a.startswith("ranks=")]
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
         where |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_RUN_ID": run}
-        pids = [fork(arguments, where | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(ranks)]
+        gate = os.pipe()  # on a busy machine a rank may end before this process runs again: the pids come first
+        pids = [fork(arguments, where | {"RANK": rank, "LOCAL_RANK": rank}, gate) for rank in range(ranks)]
         print(*pids, flush=True)
+        for descriptor in gate:
+            os.close(descriptor)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print("exit", *codes, flush=True)
 
 
-def fork(arguments: list[str], where: dict[str, Any]) -> int:
-    """A child that runs `main` as one rank, with the environment that torchrun would give it."""
+def fork(arguments: list[str], where: dict[str, Any], gate: tuple[int, int]) -> int:
+    """A child that runs `main` as one rank under torchrun's environment, once the gate is closed."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
+        os.close(gate[1])
+        os.read(gate[0], 1)
+        os.close(gate[0])
         if where["WORLD_SIZE"] > 1:
             os.environ.update({k: str(v) for k, v in where.items()})
         code = main(arguments)
