@@ -116,7 +116,7 @@ WORKER = """
 import sys, torch
 from d2it.errors import UserError
 from d2it.evaluation.generation import summarize
-from d2it.sampling.cli import _parser, run
+from d2it.sampling.cli import parser, run
 from d2it.sampling import D2iT
 from d2it.distributed import start, stop
 sys.path.insert(0, sys.argv[3])
@@ -126,7 +126,7 @@ world = start("cpu")  # once: groups that are made anew meet the addresses of th
 mine = range(world.rank, 6, 2)
 torch.save(D2iT.from_pretrained(folder)(seeds=mine, labels=[1]).images, f"{out}/{world.rank}.pt")
 def sample(*words):
-    run(_parser().parse_args([folder, "--batch-size", "2", *words]), world)
+    run(parser().parse_args([folder, "--batch-size", "2", *words]), world)
 for count, where in (("6", "many"), ("1", "one")):
     sample("--count", count, "--output", f"{out}/{where}", "--npz", f"{out}/{where}.npz")
 try:
