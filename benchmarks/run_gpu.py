@@ -482,7 +482,7 @@ def run_parts(parts: list[str], folder: Path, seconds: float) -> int:
     for outcome in side_by_side(tasks, 4):
         note(outcome)
     if "quality" in parts:
-        words = [sys.executable, "benchmarks/quality_bench.py", "--tier", "gpu"]
+        words = [sys.executable, "benchmarks/quality_bench.py", "--tier", "gpu", "--core"]
         there = (ROOT / words[1]).exists()
         note(run("quality", words, until("last")) if there else Outcome("quality", f"skipped: no {words[1]}"))
     if "plots" in parts:

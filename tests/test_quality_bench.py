@@ -14,15 +14,18 @@ import torch
 from PIL import Image
 from quality import report, verdicts
 from quality.scores import TIMES, Scorer
-from quality.stages import Bench, plan, prepare, train_variant
+from quality.stages import Bench, configure, content_settings, plan, prepare, train_variant
 from quality.tiers import CPU, TIERS, VARIANTS
 from quality.verdicts import CLAIMS, CONTRADICTED, HOLDS, MISSING, OPEN, SAME, Claim, judge, verdict
 
 from d2it import distributed
 from d2it.data import LatentCache
 from d2it.evaluation.metrics import Gaussian
-from d2it.models import DynamicContentTransformer
+from d2it.models import DiT, DynamicContentTransformer, DynamicVAE
+from d2it.models.layers import Block
+from d2it.models.repa import check_block
 from d2it.training.learner import Learner
+from d2it.training.transformers import ContentStage, LatentData
 
 MICRO = dataclasses.replace(
     CPU,
@@ -145,6 +148,23 @@ def test_variants_have_one_budget(trained):
     trunk = plan(bench, "refine-0", VARIANTS["refine-0"])
     assert trunk.config.content.overrides["refine_until"] == 0
     assert trunk.macs < plans["d2it"].macs
+
+
+@pytest.mark.parametrize("tier", [each for each in TIERS.values() if each is not MICRO], ids=lambda tier: tier.name)
+def test_every_variant_of_every_tier_can_be_built(tier, packs, world, tmp_path):
+    bench = Bench(dataclasses.replace(tier, classes=()), tmp_path, world, packs)
+    prepare(bench)
+    for name, variant in VARIANTS.items():
+        config = configure(bench, tmp_path, ["content"], content_settings(bench, variant))
+        settings = {**tier.vae["overrides"], **tier.vaes[variant.vae]}
+        settings["thresholds"] = tuple(range(1, len(settings["downsampling"])))
+        vae = DynamicVAE.preset_config(tier.vae["preset"], **settings)
+        with torch.device("meta"):
+            network = ContentStage.make(config, LatentData.of_vae(vae, config.data.image_size, 0))
+        assert isinstance(network, DiT) == (variant.refine is None), name
+        blocks = sum(isinstance(part, Block) for part in network.transformer_blocks())
+        assert blocks == tier.depth + (variant.refine == 0), name  # a RefineNet that corrects nothing has a block too
+        check_block(config.content.repa, tier.depth - (variant.refine or 0) if "repa" in variant.content else 99)
 
 
 @pytest.mark.parametrize(("prediction", "keys"), [("epsilon", ("all", "grain.0", "grain.1")), ("v", ("all",))])
