@@ -200,10 +200,10 @@ def test_photos_are_found_as_training_finds_them(tmp_path):
 
     def grain_map(pixels):
         seen.append(pixels)
-        return torch.zeros(1, 4, 4, dtype=torch.int64), None
+        return torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, 4)
 
     model = SimpleNamespace(image_size=(64, 64), device="cpu", vae=SimpleNamespace(grain_map=grain_map))
-    maps, named = choose_maps(SimpleNamespace(grain_map=None, photo=tmp_path), model)
+    maps, named = choose_maps(SimpleNamespace(budget=None, grain_map=None, photo=tmp_path), model)
     assert "2 photos" in named
     assert maps(range(4)).shape == (4, 4, 4)
     assert torch.equal(seen[1], seen[3])
