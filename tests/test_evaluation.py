@@ -589,7 +589,7 @@ def test_limits_of_a_ratio_give_the_nearest_share_there_is(grains, flat, ratio):
         assert abs(got - share) == pytest.approx(min(abs(r - share) for r in reachable))
 
 
-def test_reconstruction_at_shares_of_every_grain():
+def test_reconstruction_at_shares_of_every_grain(tmp_path, capsys):
     from d2it.evaluation.reconstruction import evaluate_reconstruction
     from d2it.models import DynamicVAE
 
@@ -605,6 +605,13 @@ def test_reconstruction_at_shares_of_every_grain():
     for shares in ([0.25, 0.5], [0.5], [0.5, 0.2, 0.1], [1.5, 0.5]):
         with pytest.raises(UserError, match=r"fine ratios must be 2 descending shares in \[0, 1\] for 3 grains"):
             evaluate_reconstruction(vae, lambda: photos.split(2), [shares])
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "photos").mkdir()
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / f"{i}.png")
+    words = ["reconstruction", "--checkpoint", tmp_path / "vae", "--data", tmp_path / "photos", "--image-size", 64]
+    assert main([*map(str, words), "--ratios", "0.5,0.25", "1"]) == 0
+    assert "  0.5,0.25" in capsys.readouterr().out
 
 
 def test_the_image_size_of_a_run_is_read_from_what_a_model_writes(tmp_path):

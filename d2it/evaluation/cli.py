@@ -369,5 +369,9 @@ def _show(report: dict[str, Any]) -> None:
     if rows:
         print("  ".join(f"{name:>10}" for name in rows[0]))
         for row in rows:
-            print("  ".join(f"{value:10.4f}" for value in row.values()))
+            cells = [
+                ",".join(f"{v:.4g}" for v in value) if isinstance(value, list) else f"{value:.4f}"
+                for value in row.values()
+            ]
+            print("  ".join(f"{cell:>10}" for cell in cells))
     print(json.dumps(report["settings"]))
