@@ -361,6 +361,17 @@ def natten() -> Run:
     return run
 
 
+def flag_gems() -> Run:
+    """Whole windows; its backward takes no mask, and has no gradient for one."""
+    require("flag_gems", "FlagGems")
+    from flag_gems.ops import scaled_dot_product_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
+        return scaled_dot_product_attention(*(x.contiguous() for x in (q, k, v)))
+
+    return on_windows(attend)
+
+
 CONTENDERS: dict[str, Callable[[], Run]] = {
     "eager": eager,
     "compiled": compiled,
@@ -374,6 +385,7 @@ CONTENDERS: dict[str, Callable[[], Run]] = {
     "flash-attn (no bias: a lower bound, not the operator)": flash_attn,
     "FlashAttention 4 (no bias: a lower bound, not the operator)": flash_attn_4,
     "NATTEN (no bias: a lower bound, not the operator)": natten,
+    "FlagGems (no bias: a lower bound, not the operator)": flag_gems,
 }
 
 

@@ -98,18 +98,16 @@ struct Work {
     const Stage<T, kWidth> to = stage(block);
     constexpr int kHalf = kThreads / 2;
     static_assert(kHalf == kBlock * kPerRow);
-    const int place = threadIdx.x % kHalf / kPerRow, mine = row_in_place(place);
+    const int thread = d2it::opaque(threadIdx.x); // not kept: registers are full
+    const int place = thread % kHalf / kPerRow, mine = row_in_place(place);
     const int query = block * kBlock + mine;
     const bool there = query < count;
     const int64_t base = p.base(window);
-    const int row = there ? at.rows[query] : 0;
+    const int row = there ? at.rows[query] : 0, part = thread % kPerRow;
     const auto copy = [&](T* rows, const Heads<const T>& from) {
-      const T* own = there ? from.at(base, row, head) : nullptr;
-#pragma unroll
-      for (int i = 0; i < kWidth / kPerVector; i += kPerRow) {
-        const int vector = i + threadIdx.x % kPerRow;
-        if (vector < kWidth / kPerVector) copy_vector(rows + place * kRow, from, own, vector, p.width);
-      }
+      copy_row<T, kWidth>(rows + place * kRow + part * kPerVector, from,
+                          from.at(base, row, head) + part * kPerVector * from.column, part,
+                          there ? p.width : 0);
     };
     if (threadIdx.x < kHalf) {
       copy(to.q, b.q);

@@ -3,9 +3,11 @@
 //
 // A block has one head and walks over windows. Of a window it takes the rows that exist, closed up, so that a
 // window of n tokens costs n rows of traffic and n^2 pairs, rounded up to tiles of 16. All products are
-// mma.sync on tiles of 16 x 16 pairs.
+// mma.sync on tiles of 16 x 16 pairs. Windows of up to 64 positions go in groups of up to 64 rows.
 #include "window_attention_backward.h"
 #include "window_attention_forward.h"
+#include "window_attention_groups_backward.h"
+#include "window_attention_groups_forward.h"
 
 #include <vector>
 
@@ -93,6 +95,26 @@ Problem problem_of(const Tensor& q, const std::optional<Tensor>& bias, const std
   return p;
 }
 
+// Chunks of the windows of one bias.
+int chunks_of(const Problem& p) {
+  const int each = (p.windows + p.bias_windows - 1) / p.bias_windows, windows = chunk_windows(p.n);
+  return (each + windows - 1) / windows;
+}
+
+// Whether the windows of a tensor are rows one behind the other, which groups take by their numbers.
+template <typename T>
+bool rows_of_groups(const Problem& p, const Heads<T>& heads) {
+  return (p.slots || heads.window == p.n * heads.row) && heads.row < (int64_t{1} << 31) / kPerVector &&
+         heads.vectors;
+}
+
+// Whether windows go in groups, with so many bytes of shared memory.
+template <typename... Tensors>
+bool in_groups(const Problem& p, int bytes, int most, const Tensors&... tensors) {
+  return p.n <= kGroup && static_cast<int64_t>(p.windows) * p.n <= std::numeric_limits<int>::max() &&
+         bytes <= most && (rows_of_groups(p, tensors) && ...);
+}
+
 unsigned blocks_of(int64_t count, const char* what) {
   if (count > std::numeric_limits<int>::max()) d2it::fail(what, ": too many blocks, ", count);
   return static_cast<unsigned>(count);
@@ -143,22 +165,27 @@ void window_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, 
   const bool packed = slots.has_value();
   with_dtype(q.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    if (p.windows > 0 && q.numel() > 0) {
+    if (p.windows > 0 && p.n > 0 && q.numel() > 0) {
       with_width(p.width, [&](auto width) {
         constexpr int kWidth = width.value;
-        const int bytes = forward_bytes<kWidth>(p.n, p.segments);
+        Forward<T> f{p,
+                     heads_of<const T>(q, packed),
+                     heads_of<const T>(k, packed),
+                     heads_of<const T>(v, packed),
+                     heads_of<T>(out, packed),
+                     static_cast<float*>(const_cast<void*>(lse.const_data_ptr()))};
+        const int shared = group_forward_bytes<kWidth>(p.segments);
+        const bool grouped = in_groups(p, shared, device.most_shared(), f.q, f.k, f.v, f.out);
         // A block starts with little: many of them, which windows of any length keep busy.
-        p.splits = static_cast<int>(std::clamp(16 * device.processors() / p.heads, 1, p.windows));
-        const Forward<T> f{p,
-                           heads_of<const T>(q, packed),
-                           heads_of<const T>(k, packed),
-                           heads_of<const T>(v, packed),
-                           heads_of<T>(out, packed),
-                           static_cast<float*>(const_cast<void*>(lse.const_data_ptr()))};
-        const auto kernel = attention_forward<T, kWidth>;
+        const int64_t residues = grouped ? p.bias_windows : 1, parts = grouped ? chunks_of(p) : p.windows;
+        f.p.splits =
+            static_cast<int>(std::clamp<int64_t>(16 * device.processors() / (p.heads * residues), 1, parts));
+        const int bytes = grouped ? shared : forward_bytes<kWidth>(p.n, p.segments);
+        const int threads = grouped ? kGroupThreads : kThreads;
+        const auto kernel = grouped ? groups_forward<T, kWidth> : attention_forward<T, kWidth>;
         d2it::allow_shared(kernel, bytes);
-        kernel<<<blocks_of(static_cast<int64_t>(p.splits) * p.heads, "window attention"), kThreads, bytes,
-                 device.stream>>>(f);
+        const unsigned blocks = blocks_of(f.p.splits * residues * p.heads, "window attention");
+        kernel<<<blocks, threads, bytes, device.stream>>>(f);
       });
     }
     clear<T>(p, {out}, unnamed, device.stream);
@@ -178,7 +205,7 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
   const bool packed = slots.has_value();
   with_dtype(q.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    if (p.windows > 0 && q.numel() > 0) {
+    if (p.windows > 0 && p.n > 0 && q.numel() > 0) {
       with_width(p.width, [&](auto width) {
         constexpr int kWidth = width.value;
         p.splits = static_cast<int>(splits);
@@ -196,18 +223,24 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
                       0,
                       0,
                       0};
-        int bytes = backward_bytes<kWidth>(p.n, p.segments);
+        const int shared = group_backward_bytes<kWidth>(p.n, p.segments, sums.has_value());
+        const bool grouped =
+            in_groups(p, shared, device.most_shared(), b.q, b.k, b.v, b.grad, b.out, b.dq, b.dk, b.dv);
+        int bytes = grouped ? shared : backward_bytes<kWidth>(p.n, p.segments);
         if (sums) {
           const int row = sums_pitch(p.n) * static_cast<int>(sizeof(float));
           b.row = row, b.block = p.n * row;
           b.sums = static_cast<float*>(const_cast<void*>(sums->const_data_ptr()));
-          b.resident = std::clamp((device.most_shared() - bytes) / row, 0, p.n);
-          bytes += b.resident * row;
+          if (!grouped) {
+            b.resident = std::clamp((device.most_shared() - bytes) / row, 0, p.n);
+            bytes += b.resident * row;
+          }
         }
-        const auto kernel = attention_backward<T, kWidth>;
+        const int threads = grouped ? kGroupThreads : kThreads;
+        const auto kernel = grouped ? groups_backward<T, kWidth> : attention_backward<T, kWidth>;
         d2it::allow_shared(kernel, bytes);
-        const int64_t blocks = splits * p.bias_windows * p.heads;
-        kernel<<<blocks_of(blocks, "window attention"), kThreads, bytes, device.stream>>>(b);
+        const unsigned blocks = blocks_of(splits * p.bias_windows * p.heads, "window attention");
+        kernel<<<blocks, threads, bytes, device.stream>>>(b);
       });
       if (dbias) {
         const int64_t side = (p.n + kWarp - 1) / kWarp, matrices = dbias->size(0) * dbias->size(1);

@@ -143,20 +143,28 @@ __device__ inline int row_in_place(int place) {
 
 // ------------------------------------------------------------------------------------------------ rows
 
-// A vector of a row into shared memory, zeros behind its end, or everywhere where `row` is null.
-template <typename T>
-__device__ inline void copy_vector(T* to, const Heads<const T>& from, const T* row, int vector, int width) {
-  const int first = vector * kPerVector;
+constexpr int kPerRow = 4; // threads that copy a row: a warp's vectors of one row lie side by side
+
+// A thread's vectors of a row into shared memory, zeros from column `there` on. `to` and `row` begin with its
+// first one.
+template <typename T, int kWidth>
+__device__ inline void copy_row(T* to, const Heads<const T>& from, const T* row, int part, int there) {
+  constexpr int kVectors = kWidth / kPerVector;
   if (from.vectors) {
-    const bool there = row && first < width;
-    d2it::copy_async(to + first, there ? row + first : from.data, there);
+#pragma unroll
+    for (int i = 0; i < kVectors; i += kPerRow) {
+      if (i + kPerRow <= kVectors || part < kVectors - i)
+        d2it::copy_async(to + i * kPerVector, row + i * kPerVector, (i + part) * kPerVector < there);
+    }
   } else {
 #pragma unroll 1
-    for (int i = first; i < first + kPerVector; ++i) to[i] = row && i < width ? row[i * from.column] : T{};
+    for (int i = 0; i < kVectors - part; i += kPerRow) {
+#pragma unroll 1
+      for (int e = i * kPerVector; e < (i + 1) * kPerVector; ++e)
+        to[e] = e + part * kPerVector < there ? row[e * from.column] : T{};
+    }
   }
 }
-
-constexpr int kPerRow = 4; // threads that copy a row: a warp's vectors of one row lie side by side
 
 // Rows first .. first + rows of the current window, zeros behind the `count` that it has, copied by `threads`
 // of which this is `thread`. kColumns: they become columns of pairs.
@@ -164,15 +172,13 @@ template <typename T, int kWidth, bool kColumns>
 __device__ inline void copy_rows(T* to, const Heads<const T>& from, const Problem& p, const Window& at,
                                  int window, int head, int first, int count, int rows, int thread,
                                  int threads) {
+  const int part = thread % kPerRow;
+  const T* base = from.at(p.base(window), 0, head) + part * kPerVector * from.column;
 #pragma unroll 1
   for (int place = thread / kPerRow; place < rows; place += threads / kPerRow) {
     const int row = first + (kColumns ? row_in_place(place) : place);
-    const T* own = row < count ? from.at(p.base(window), at.rows[row], head) : nullptr;
-#pragma unroll
-    for (int i = 0; i < kWidth / kPerVector; i += kPerRow) {
-      const int vector = i + thread % kPerRow;
-      if (vector < kWidth / kPerVector) copy_vector(to + place * kPitch<kWidth>, from, own, vector, p.width);
-    }
+    copy_row<T, kWidth>(to + place * kPitch<kWidth> + part * kPerVector, from,
+                        base + at.rows[min(row, count - 1)] * from.row, part, row < count ? p.width : 0);
   }
 }
 
@@ -190,33 +196,32 @@ template <typename T, int kCount>
 __device__ inline void store_columns(const float (&c)[kCount][4], const float (&factor)[2],
                                      T* const (&row)[2], int column, int width, bool vectors) {
   const int quad = d2it::opaque(threadIdx.x) % 4, odd = quad % 2; // not kept: registers are full
+  const int first = column + 8 * odd + 4 * (quad / 2);
 #pragma unroll
-  for (int j = 0; j < kCount; j += 2) {
+  for (int r = 0; r < 2; ++r) {
+    const int there = row[r] ? width : 0;
+    const auto pair = [&](int j) {
+      return d2it::pack<T>(c[j][2 * r] * factor[r], c[j][2 * r + 1] * factor[r]);
+    };
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t x = d2it::pack<T>(c[j][2 * r] * factor[r], c[j][2 * r + 1] * factor[r]);
-      if (j + 1 == kCount) {
-        const int at = column + 8 * j + 2 * quad;
-        if (!row[r]) continue;
-        if (vectors) {
-          if (at < width) d2it::put(row[r] + at, x);
-        } else {
-          store_elements(row[r], at, width, x);
-        }
-        continue;
-      }
+    for (int j = 0; j + 1 < kCount; j += 2) {
       // Of two neighbouring 8 columns a lane has two of each; it trades for four of one.
-      const int k = j + 1 < kCount ? j + 1 : j;
-      const uint32_t y = d2it::pack<T>(c[k][2 * r] * factor[r], c[k][2 * r + 1] * factor[r]);
-      const uint32_t other = __shfl_xor_sync(kAll, odd ? x : y, 1);
+      const uint32_t x = pair(j), y = pair(j + 1), other = __shfl_xor_sync(kAll, odd ? x : y, 1);
       const uint2 four = odd ? uint2{other, y} : uint2{x, other};
-      const int at = column + 8 * (j + odd) + 4 * (quad / 2);
-      if (!row[r]) continue;
+      const int at = first + 8 * j;
       if (vectors) {
-        if (at < width) d2it::put(row[r] + at, four);
+        if (at < there) d2it::put(row[r] + at, four);
       } else {
-        store_elements(row[r], at, width, four.x);
-        store_elements(row[r], at + 2, width, four.y);
+        store_elements(row[r], at, there, four.x);
+        store_elements(row[r], at + 2, there, four.y);
+      }
+    }
+    if constexpr (kCount % 2 != 0) {
+      const int at = column + 8 * (kCount - 1) + 2 * quad;
+      if (vectors) {
+        if (at < there) d2it::put(row[r] + at, pair(kCount - 1));
+      } else {
+        store_elements(row[r], at, there, pair(kCount - 1));
       }
     }
   }

@@ -34,7 +34,6 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
 #pragma unroll
   for (int r = 0; r < 2; ++r) position[r] = at.positions[query[r]];
   float sums[1][kWidth / 8][4] = {}, most[2] = {-kInfinity, -kInfinity}, total[2] = {};
-  const float scale = p.scale * kLog2e;
 #pragma unroll 1
   for (int start = 0; start < count; start += kKeys) {
     float s[1][kKeys / 8][4] = {};
@@ -57,7 +56,7 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float& x = s[0][2 * j + e / 2][2 * r + e % 2];
-            x = fmaf(x, scale, added[e] * kLog2e);
+            x = fmaf(x, p.scale, added[e]);
           }
         }
       }
@@ -82,9 +81,9 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
       for (int mask = 1; mask < 4; mask *= 2)
         largest[r] = fmaxf(largest[r], __shfl_xor_sync(kAll, largest[r], mask));
       const float base = largest[r] == -kInfinity ? 0.0f : largest[r];
-      factor[r] = d2it::exp2_fast(most[r] - base);
+      factor[r] = d2it::exp2_fast((most[r] - base) * kLog2e);
       most[r] = largest[r];
-      largest[r] = base;
+      largest[r] = base * -kLog2e;
       total[r] *= factor[r];
     }
     uint32_t weights[1][kKeys / 16][4];
@@ -92,7 +91,7 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[0][j][i] = d2it::exp2_fast(s[0][j][i] - largest[i / 2]);
+        s[0][j][i] = d2it::exp2_fast(fmaf(s[0][j][i], kLog2e, largest[i / 2]));
         total[i / 2] += s[0][j][i];
       }
       weights[0][j / 2][j % 2 * 2] = d2it::pack<T>(s[0][j][0], s[0][j][1]);
@@ -118,8 +117,8 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
     row[r] = query[r] < count ? f.out.at(base_window, at.rows[query[r]], head) : nullptr;
     if (row[r] && quad == 0)
       f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + position[r]] =
-          total[r] == 0.0f ? kInfinity : most[r] + log2f(total[r]);
-    total[r] = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
+          total[r] == 0.0f ? kInfinity : fmaf(most[r], kLog2e, __log2f(total[r]));
+    total[r] = total[r] == 0.0f ? 0.0f : __fdividef(1.0f, total[r]);
   }
   store_columns(sums[0], total, row, 0, p.width, f.out.vectors);
 }
@@ -156,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
                                kThreads);
     copy_rows<T, kWidth, true>(v, f.v, p, at, window, head, 0, count, round_up(count, kTile), threadIdx.x,
                                kThreads);
-    copy_queries(warp * kTile);
+    if (warp * kTile < count) copy_queries(warp * kTile);
     d2it::commit_copies();
     if (p.slots && threadIdx.x < p.n && (slot < 0 || slot >= p.tokens))
       f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + threadIdx.x] = kInfinity;

@@ -102,12 +102,12 @@ def attention() -> Iterator[Case]:
             yield made("forward", forward, call)
             given = (out, qkv, bias, slots, None, out, lse, scale, True)
             yield made("backward", backward, partial(window_attention.window_attention_qkvpacked_backward, *given))
-            if n > 64 and nvcc():
+            if nvcc():
                 shape = (n, HEADS, WIDTH, fill, CELLS)
                 cleared = budget_cuda.unnamed_rows(rows, HEADS * WIDTH * 2, CELLS)
                 made = partial(made, call=None, unused=())
-                yield made("forward", forward, cuda=(budget_cuda.attention_forward(*shape), *cleared))
-                yield made("backward", backward, cuda=(*budget_cuda.attention_backward(*shape), *cleared))
+                yield made("forward", forward, cuda=(budget_cuda.window_forward(*shape), *cleared))
+                yield made("backward", backward, cuda=(*budget_cuda.window_backward(*shape), *cleared))
 
 
 def modulation() -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -14,6 +15,9 @@ from kernel_report.gpus import ARCHS
 
 SMS = ARCHS["sm_90"]["sms"]
 NEVER, ONCE = 0.0, 1.0
+VECTORS = "if (i + kPerRow <= kVectors || part < kVectors - i)"
+COPIED = f"{VECTORS} d2it::copy_async(to + i"
+FILE = "window_attention_cuda.cu"
 
 
 def mean(n: int, fill: float, of: Callable[[int], float]) -> float:
@@ -42,11 +46,11 @@ def shared_by_windows(fill: float) -> dict[str, float]:
     """What forward and backward have in common: rows of whole vectors, a bias in float32, no segments. Regions of
     2 x 2 cells are fine or not, so positions lie two in a row, and four only where all exist."""
     return {
-        "for (int i = first; i < first + kPerVector; ++i) to[i]": NEVER,
+        "for (int i = 0; i < kVectors - part; i += kPerRow) { #pragma": NEVER,
         "if (at.segments) at.segments[place] =": NEVER,
-        "store_elements(row[r], at, width, x);": NEVER,
-        "store_elements(row[r], at, width, four.x);": NEVER,
-        "store_elements(row[r], at + 2, width, four.y);": NEVER,
+        "store_elements(row[r], at, there, four.x);": NEVER,
+        "store_elements(row[r], at + 2, there, four.y);": NEVER,
+        "store_elements(row[r], at, there, pair(kCount - 1));": NEVER,
         "T pair[2];": NEVER,
         "if (column < width) row[column] = pair[0];": NEVER,
         "if (column + 1 < width) row[column + 1] = pair[1];": NEVER,
@@ -89,7 +93,7 @@ def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -
         "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; const auto& part": part,
         **shared_by_windows(fill),
     }
-    lanes = {"if (vector < kWidth / kPerVector) copy_vector(to + place": width / 8 / (math.ceil(width / 32) * 4)}
+    lanes = {COPIED: width / 8 / (math.ceil(width / 32) * 4)}
     pitch = (width // 8 | 1) * 8
     shared = 8 * 4 + 256 * 4 + 8 * n + (2 * n + 128) * pitch * 2
     tensors = {Layout.heads(i): rows for i in range(4)}
@@ -100,7 +104,7 @@ def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -
         (0, 288): cells * heads * 4,
     }
     kernel = f"attention_forward<__nv_bfloat16, {width}>"
-    return CudaLaunch("window_attention_cuda.cu", kernel, splits * heads, 256, shared, runs, tensors, lanes)
+    return CudaLaunch(FILE, kernel, splits * heads, 256, shared, runs, tensors, lanes)
 
 
 def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) -> tuple[CudaLaunch, CudaLaunch]:
@@ -179,8 +183,7 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
         **shared_by_windows(fill),
     }
     lanes = {
-        "if (vector < kWidth / kPerVector) copy_vector(to + place": width / 8 / (math.ceil(width / 32) * 4),
-        "if (vector < kWidth / kPerVector) copy_vector(rows + place": width / 8 / (math.ceil(width / 32) * 4),
+        COPIED: width / 8 / (math.ceil(width / 32) * 4),
         "if (threadIdx.x % kPerRow == 0) {": 0.25,
     }
     total = splits * heads * n * row
@@ -194,9 +197,12 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
         (0, 488): total,
     }
     kernel = f"attention_backward<__nv_bfloat16, {width}>"
-    own = CudaLaunch(
-        "window_attention_cuda.cu", kernel, splits * heads, 256, shared + resident * row, runs, tensors, lanes
-    )
+    own = CudaLaunch(FILE, kernel, splits * heads, 256, shared + resident * row, runs, tensors, lanes)
+    return own, sum_of_blocks(n, heads, splits)
+
+
+def sum_of_blocks(n: int, heads: int, splits: int) -> CudaLaunch:
+    """The sum of the blocks' parts of the bias's gradient."""
     side = math.ceil(n / 32)
     runs = {
         "for (int i = threadIdx.x / kWarp; i < kSide; i += kWarps) { float sum": 4.0,
@@ -204,20 +210,190 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
         "for (int head = first_head; head < last_head; ++head) {": ONCE,
         "for (int i = threadIdx.x / kWarp; i < kSide; i += kWarps) { if (query + i < n": 4.0,
     }
-    tensors = {(0, 0): total, (1, 0): heads * n * n * 4}
-    last = CudaLaunch("window_attention_cuda.cu", "sum_blocks<float>", heads * side**2, 256, 0, runs, tensors)
-    return own, last
+    tensors = {(0, 0): splits * heads * n * (math.ceil(n / 32) * 32 + 8) * 4, (1, 0): heads * n * n * 4}
+    return CudaLaunch(FILE, "sum_blocks<float>", heads * side**2, 256, 0, runs, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Means over groups of small windows, as csrc/window_attention_groups.h makes them."""
+
+    chunks: int
+    per_chunk: float
+    rows: float
+    """Of a group."""
+    tiles: float
+    """Of 16 rows."""
+    pairs: float
+    """Of tiles that have windows in common."""
+    masked: float
+    """The share of these in which a pair of rows is of two windows, or of a row that is not there."""
+    halves: float
+    """Of 32 rows."""
+    alone: float
+    """The share of them that are one window, and of the pairs of tiles those in such."""
+    pairs_alone: float
+    passes: float
+    """Of 32 queries that share a window with a key."""
+
+    @staticmethod
+    def of(n: int, fill: float, cells: int) -> Groups:
+        """Of grain maps whose regions are drawn at random."""
+        windows = min(768 // n, 64)
+        regions = torch.rand(64, windows, n // 4, generator=torch.Generator().manual_seed(0)) < fill
+        found = [group for chunk in (4 * regions.sum(-1)).tolist() for group in Groups.split(chunk)]
+        counts = [sum(group) for group in found]
+        pairs = masked = pairs_alone = passes = 0.0
+        for group, count in zip(found, counts):
+            starts = [sum(group[:i]) for i in range(len(group) + 1)]
+            window = [i for i, size in enumerate(group) for _ in range(size)]
+            for tile in range(0, count, 16):
+                first, last = starts[window[tile]], starts[window[min(tile + 16, count) - 1] + 1] - 1
+                others = range(first // 16, last // 16 + 1)
+                pairs += len(others)
+                pairs_alone += len(others) * (len(group) == 1)
+                masked += sum(len(group) > 1 or max(tile, 16 * other) + 16 > count for other in others)
+            passes += sum(size * math.ceil(size / 32) for size in group)
+        whole = len(found)
+        return Groups(
+            chunks=math.ceil(cells / (n * windows)),
+            per_chunk=whole / 64,
+            rows=sum(counts) / whole,
+            tiles=sum(map(tiles, counts)) / whole,
+            pairs=pairs / whole,
+            masked=masked / pairs,
+            halves=sum(math.ceil(count / 32) for count in counts) / whole,
+            alone=sum(len(group) == 1 for group in found) / whole,
+            pairs_alone=pairs_alone / pairs,
+            passes=passes / sum(counts),
+        )
+
+    @staticmethod
+    def split(counts: list[int]) -> list[list[int]]:
+        """The windows of a chunk in groups, each by its rows; groups without any are left out."""
+        found: list[list[int]] = [[]]
+        for count in counts:
+            if sum(found[-1]) + count > 64 or len(found[-1]) == 32:
+                found.append([])
+            found[-1].append(count)
+        return [group for group in found if sum(group)]
+
+
+OVER_CHUNKS = (
+    "for (of.at = blockIdx.x / p.heads / p.bias_windows * each; of.at < of.count; of.at += p.splits * each) { "
+    "of.windows = min(each, of.count - of.at); const int run ="
+)
+OVER_GROUPS = (
+    "for (int window = 0; window < of.windows;) { const Group group(at, window, window < apart); if (group.count > 0) {"
+)
+
+
+def shared_by_groups(groups: Groups, width: int, fill: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Runs and lanes that forward and backward of small windows have in common."""
+    runs = {
+        "if (slots[i] < 0) absent(": float(fill < 1),
+        "if (at.segments) at.segments[row] =": NEVER,
+        "for (int place = threadIdx.x / kPerRow; place < rows; place += kGroupThreads / kPerRow) {": groups.tiles / 2,
+        **shared_by_windows(fill),
+    }
+    rows = groups.rows / (16 * groups.tiles)
+    vectors = width / 8 / (math.ceil(width / 32) * 4)
+    return runs, {f"{VECTORS} d2it::copy_async(copy + i": rows * vectors}
+
+
+def groups_forward(n: int, heads: int, width: int, fill: float, cells: int) -> CudaLaunch:
+    groups = Groups.of(n, fill, cells)
+    splits = min(16 * SMS // heads, groups.chunks)
+    size = round(fill * cells) * heads * width * 2
+    each, lanes = shared_by_groups(groups, width, fill)
+    part = groups.pairs / groups.tiles / 4
+    runs = {
+        f"{OVER_CHUNKS} close_chunk( p, at, of, [&]": groups.chunks / splits,
+        f"{OVER_GROUPS} copy_group": groups.per_chunk,
+        "const bool finite = attend_group<T, kWidth>(": groups.tiles / 4,
+        "if (j >= range.x && j <= range.y) { auto& part": part,
+        "if (mixed || j * 16 + 16 > group.count) {": groups.masked,
+        "if (at.segments && alike && max(query[r], key + e) < group.count)": NEVER,
+        "if (j >= range.x && j <= range.y) { uint32_t": part,
+        **each,
+    }
+    lanes |= {
+        "lse_of(f.lse, p, window, head)[position] = kInfinity;": 1 - fill,
+        "if (there && quad == 0)": 0.25 * groups.rows / (16 * groups.tiles),
+    }
+    pitch = (width // 8 | 1) * 8
+    tensors = (
+        {Layout.heads(i): size for i in range(4)} | attention_tensors(n, heads, cells) | {(0, 288): cells * heads * 4}
+    )
+    kernel = f"groups_forward<__nv_bfloat16, {width}>"
+    return CudaLaunch(FILE, kernel, splits * heads, 128, 5136 + 3 * 128 * pitch, runs, tensors, lanes)
+
+
+def groups_backward(n: int, heads: int, width: int, fill: float, cells: int) -> tuple[CudaLaunch, CudaLaunch]:
+    groups = Groups.of(n, fill, cells)
+    splits = max(1, min(groups.chunks, 6 * SMS // heads))
+    size, entries = round(fill * cells) * heads * width * 2, n * (math.ceil(n / 32) * 32 + 8)
+    each, lanes = shared_by_groups(groups, width, fill)
+    warps = groups.tiles / 4
+    runs = {
+        f"{OVER_CHUNKS} close_chunk(p, at, of, []": groups.chunks / splits,
+        f"{OVER_GROUPS} const GroupWork": groups.per_chunk,
+        "for (int i = threadIdx.x; i < entries; i += kGroupThreads) near[i] =": n * n / 4 / 128,
+        "for (int i = threadIdx.x; i < entries; i += kGroupThreads) reinterpret_cast<float4*>(far": n * n / 4 / 128,
+        "work.sum_delta();": warps,
+        "bool finite = work.walk(bias);": warps,
+        "finite &= work.store_queries();": warps,
+        "if (row < group.count) { const int place": 0.5,
+        "for (int u = range.x; u <= range.y; ++u) {": groups.pairs / groups.tiles,
+        "if (mixed() || max(tile, u * 16) + 16 > group.count) {": groups.masked,
+        "if (at.segments && alike && max(key[r], query + e) < group.count)": NEVER,
+        "for (int t = range.x; t <= range.y; ++t) {": groups.pairs / groups.tiles,
+        "if (alone() && b.sums && key[r] < group.count)": groups.pairs_alone,
+        "if (run == 4) { if (there <= 0) return;": float(fill == 1),
+        "if (there > 0) to[column.x] += x.x;": float(fill < 1),
+        "if (there > 1) to[column.y] += x.y;": float(fill < 1),
+        "if (there > 2) to[column.z] += x.z;": float(fill < 1),
+        "if (there > 3) to[column.w] += x.w;": float(fill < 1),
+        "if (b.sums && !work.alone()) {": 1 - groups.alone,
+        "for (int half = 0; half < group.count; half += kWarp) {": groups.halves,
+        "for (; keys; keys &= keys - 1) {": groups.rows / 4 / groups.halves,
+        "for (int query = at.starts[window] - group.first + lane; query < end; query += kWarp)": groups.passes,
+        **each,
+    }
+    lanes |= {"if (row < group.count) { const int place": groups.rows / 64}
+    pitch = (width // 8 | 1) * 8
+    shared = 5136 + 512 * pitch + max(64 * 68 * 4, 128 * pitch) + 512 + 4 * n * n
+    tensors = {Layout.heads(i): size for i in range(5)} | {(0, 344 + 48 * i): size for i in range(3)}
+    tensors |= attention_tensors(n, heads, cells)
+    tensors |= {(0, 336): cells * heads * 4, (0, 488): splits * heads * entries * 4}
+    kernel = f"groups_backward<__nv_bfloat16, {width}>"
+    own = CudaLaunch(FILE, kernel, splits * heads, 128, shared, runs, tensors, lanes)
+    return own, sum_of_blocks(n, heads, splits)
+
+
+def attention_tensors(n: int, heads: int, cells: int) -> dict[tuple[int, int], int]:
+    """Slots, segments and the bias."""
+    return {(0, Layout.SLOTS): cells * 4, (0, Layout.SEGMENTS): 0, (0, Layout.BIAS): heads * n * n * 4}
+
+
+def window_forward(n: int, heads: int, width: int, fill: float, cells: int) -> CudaLaunch:
+    """The kernel that windows of n positions take."""
+    return (groups_forward if n <= 64 else attention_forward)(n, heads, width, fill, cells)
+
+
+def window_backward(n: int, heads: int, width: int, fill: float, cells: int) -> tuple[CudaLaunch, CudaLaunch]:
+    """The kernels that windows of n positions take."""
+    return (groups_backward if n <= 64 else attention_backward)(n, heads, width, fill, cells)
 
 
 def unnamed_rows(rows: int, row_bytes: int, cells: int) -> tuple[CudaLaunch, CudaLaunch]:
     """What clears the rows that no slot names, where every row has a slot."""
-    file = "window_attention_cuda.cu"
     mark = CudaLaunch(
-        file, "mark_named", math.ceil(cells / 256), 256, 0, {}, {(0, Layout.SLOTS): cells * 4, (1, 0): rows}
+        FILE, "mark_named", math.ceil(cells / 256), 256, 0, {}, {(0, Layout.SLOTS): cells * 4, (1, 0): rows}
     )
     runs = {"for (int i = 0; i < to.count; ++i) { for (int column": NEVER}
     tensors = {(0, 48 * i): rows * row_bytes for i in range(3)} | {(1, 0): rows}
-    return mark, CudaLaunch(file, "clear_unnamed<__nv_bfloat16>", math.ceil(rows / 8), 256, 0, runs, tensors)
+    return mark, CudaLaunch(FILE, "clear_unnamed<__nv_bfloat16>", math.ceil(rows / 8), 256, 0, runs, tensors)
 
 
 OVER_CHANNELS = "for (int u = 0; u < kChannelsPerThread; ++u) {"

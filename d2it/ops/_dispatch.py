@@ -33,9 +33,7 @@ _RUNS: dict[tuple[str, str, str], Fits | None] = {}
 """(op, backend, device): of what this machine can run: all that a call without a named backend looks up."""
 
 
-def register_backend(
-    op: str, backend: str, fits: Fits | None = None, *, native: str | None = None, chosen: Fits | None = None
-) -> None:
+def register_backend(op: str, backend: str, fits: Fits | None = None, *, native: str | None = None) -> None:
     """Adds `backend` to `op`.
 
     Args:
@@ -44,7 +42,6 @@ def register_backend(
         fits: takes the operator's own arguments and lists what is in the way; None where nothing ever is.
         native: the operator of csrc/ (`torch.ops.d2it_C.<native>`) that it runs on. Looked up now, at import, so that
             a call costs a dictionary and the compiler traces no library loading.
-        chosen: like `fits`, for calls that name no backend, where it lists more: calls that another one is better at.
     """
     _BACKENDS.setdefault(op, {})[backend] = fits
     reasons = _native.why_not(native, backend) if native else []
@@ -53,7 +50,7 @@ def register_backend(
     _MACHINE[op, backend] = reasons
     for device in PREFERENCE:
         if not reasons and not _device_reasons(backend, device):
-            _RUNS[op, backend, device] = chosen or fits
+            _RUNS[op, backend, device] = fits
 
 
 def _device_reasons(backend: str, device: str | None) -> Reasons:

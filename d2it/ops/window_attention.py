@@ -369,11 +369,6 @@ def _cuda_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:
     return reasons
 
 
-def _cuda_chosen(name: str, x: Tensor, windows: Windows) -> list[str]:
-    """`_cuda_reasons`, and windows of at most 64 positions: they are single tiles of the Triton kernels."""
-    return ["windows are small"] if windows.shape(x)[1] <= 64 else _cuda_reasons(name, x, windows)
-
-
 def _fits(op: str, reasons: Callable[[str, Tensor, Windows], list[str]]) -> Callable[..., list[str]]:
     """`reasons` as a function of the arguments of `op`."""
 
@@ -452,8 +447,12 @@ def _cuda_backward(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, 
         return q.new_empty(0) if dbias is None else dbias.zero_()
     if windows.bias is not None:
         windows = windows._replace(bias=windows.bias.transpose(-1, -2).contiguous())
-    # A block of every head and bias on every multiprocessor, each with a run of the windows.
-    splits = max(1, min(cdiv(count, bias_windows), num_sms(q) // (heads * bias_windows)))
+    # A block of every head and bias on every multiprocessor, each with a run of the windows; two times three where
+    # windows are small and go in chunks.
+    parts, blocks = cdiv(count, bias_windows), num_sms(q)
+    if n <= 64:
+        parts, blocks = cdiv(parts, min(768 // n, 64)), 6 * blocks
+    splits = max(1, min(parts, blocks // (heads * bias_windows)))
     sums = None
     if needs_bias:
         sums = q.new_empty((splits, bias_windows, heads, n, cdiv(n, 32) * 32 + 8), dtype=torch.float32)
@@ -486,9 +485,7 @@ for _op in ("window_attention", "window_attention_qkvpacked"):
     register_backend(_op, "reference")
     register_backend(_op, "cpu", _fits(_op, _dtype_reasons), native="window_attention")
     register_backend(_op, "triton", _fits(_op, _triton_reasons))
-    register_backend(
-        _op, "cuda", _fits(_op, _cuda_reasons), native="window_attention_saved", chosen=_fits(_op, _cuda_chosen)
-    )
+    register_backend(_op, "cuda", _fits(_op, _cuda_reasons), native="window_attention_saved")
     implement(_op, "triton", f"d2it.kernels.window_attention:{_op}_forward")
     implement(f"{_op}_backward", "triton", f"d2it.kernels.window_attention:{_op}_backward")
 register_backend("slots_from_cu_seqlens", "reference")

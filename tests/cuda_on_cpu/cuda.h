@@ -93,6 +93,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 using std::max;
 using std::min;
 inline float __log2f(float x) { return std::log2(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 
 // Bytes of shared memory that a block can have: an H100's, unless a test sets another GPU's. Kept also where no kernel
@@ -113,6 +114,7 @@ class Block {
     while (threads_.size() < count) threads_.push_back(std::make_unique<Thread>());
     kernel_ = &kernel;
     size_ = size;
+    any_[0] = any_[1] = any_[2] = false;
     for (size_t i = 0; i < count; ++i) start(*threads_[i]);
     // Warps take turns in one order and in the other: one that does not wait for another is early or late.
     for (bool forwards = true, finished = false; !finished; forwards = !forwards) {
@@ -150,6 +152,15 @@ class Block {
     return {*this, current_ / kWarp * kWarp, slot};
   }
 
+  // Whether any thread of the block gives true; the threads wait for each other.
+  bool any(bool value) {
+    const size_t slot = threads_[current_]->votes++ % 3;
+    any_[slot] |= value;
+    any_[(slot + 1) % 3] = false; // all have read what it was
+    synchronise_block();
+    return any_[slot];
+  }
+
   struct Copy {
     void* to;
     const void* from; // null: zeros
@@ -179,7 +190,7 @@ class Block {
     jmp_buf resume;
     std::unique_ptr<char[]> stack{new char[kStack]};
     alignas(16) char shared[2][32];
-    size_t slot;
+    size_t slot, votes;
     std::vector<std::vector<Copy>> copies; // by group, the last of them open
     State state;
     std::exception_ptr error;
@@ -188,7 +199,7 @@ class Block {
   void start(Thread& thread) {
     thread.state = State::kNew;
     thread.error = nullptr;
-    thread.slot = 0;
+    thread.slot = thread.votes = 0;
     thread.copies.assign(1, {});
   }
 
@@ -231,6 +242,7 @@ class Block {
   const std::function<void()>* kernel_;
   dim3 size_;
   size_t current_;
+  bool any_[3];
 };
 
 inline thread_local Block block;
@@ -253,6 +265,16 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return d2it::block.share(value).template at<T>(threadIdx.x % 32 ^ mask);
 }
+inline int __syncthreads_or(bool value) { return d2it::block.any(value); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return d2it::block.share(value).template at<T>(lane);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % 32;
+  return d2it::block.share(value).template at<T>(lane >= distance ? lane - distance : lane);
+}
 inline int __reduce_add_sync(unsigned, int value) {
   const auto warp = d2it::block.share(value);
   int sum = 0;
@@ -265,6 +287,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(warp.at<bool>(lane)) << lane;
   return bits;
 }
+inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int atomicAdd(int* to, int value) {
   const int before = *to;

@@ -19,7 +19,7 @@ MUTATIONS = {
     "pairs that are none": ("? 4 : «(apart & 0x55555555u) == 0» ? 2 : 1", "true"),
     "order of columns": ("first + (kColumns ? «row_in_place(place)» : place);", "place"),
     "order of queries": ("delta[own * 16 + «row_in_place(row)»] =", "row"),
-    "columns behind a head": ("const bool there = row && «first < width»;", "true"),
+    "columns behind a head": ("row + i * kPerVector, «(i + part) * kPerVector < there»);", "true"),
     "sums not scaled down": ("sums[0][j][i] *= «factor[i / 2]»;", "1.0f"),
     "keys that are not there": ("if («other >= count» || !alike)", "false"),
     "segments ignored": ("alike = !at.segments || «at.segments[query[r]] == at.segments[other]»;", "true"),
@@ -28,13 +28,16 @@ MUTATIONS = {
     "second entry": ("static_cast<uint32_t>(at<uint16_t>(«y»)) << 16", "x"),
     "third entry": ("bits = {at<uint32_t>(x), at<uint32_t>(«z»)};", "x"),
     "row of the bias": ("position[r] = at.positions[«query[r]»];", "query[0]"),
-    "weights not normalised": ("total[r] == 0.0f ? 0.0f : «1.0f / total[r]»;", "1.0f"),
+    "weights not normalised": (
+        "«__fdividef(1.0f, total[r])»;\n  }\n  store_columns",
+        "1.0f",
+    ),
     "queries of a warp before they are copied": (
         "      d2it::commit_copies();\n      «d2it::wait_for_copies<0>()»;\n      __syncwarp();",
         "void()",
     ),
     "no delta": ("(dp[0][0][2 * r + 1] - «delta.y»)", "0.0f"),
-    "delta off the diagonal": ("if («lane % 4 != row / 2») return;", "lane % 4 != 0"),
+    "delta off the diagonal": ("if («lane % 4 != row / 2») return;\n    from", "lane % 4 != 0"),
     "delta before it is there": ("sum_delta(block + 1);\n        «__syncthreads()»;", "void()"),
     "weights of a key that is not there": ("const bool there = «key < count && query + e < count»;", "true"),
     "sum of a second query": ("if (there > «1») *at(column.y) = x.y;", "1 << 20"),
@@ -58,6 +61,41 @@ MUTATIONS = {
     "dq of a tile of keys": ("for (int start = 0; start < «count»; start += kKeys, ds", "16"),
     "second tile of keys": ("(s, k() + first_key * kRow, «kApart * kRow»,", "0"),
     "dk not scaled": ("store_columns(dk_sums[i], {«p.scale», p.scale}", "1.0f"),
+    "groups: positions of rows": ("window << 8 | «position»);", "position / 2"),
+    "groups: fours that are none": ("min(p.run, «fours» ? 4", "true"),
+    "groups: pairs that are none": ("«pairs» ? 2 : 1);", "true"),
+    "groups: positions behind the last row": ("at.places[count + threadIdx.x] = «kNoWindow»;", "0"),
+    "groups: tiles before": ("return {«(from - first) / kTile»,", "row / kTile"),
+    "groups: tiles behind": ("«(to - first - 1) / kTile»};", "row / kTile"),
+    "groups: order of columns": ("const int row = «row_in_place(place)», in", "place"),
+    "groups: keys of another window": ("«(keys.place[e] ^ place[r]) < 256»;", "true"),
+    "groups: queries of another window": ("«(queries.place[e] ^ place[r]) < 256»;", "true"),
+    "groups: segments ignored": (
+        "alike = «at.segments[group.first + query[r]] == at.segments[group.first + key + e]»",
+        "true",
+    ),
+    "groups: segments ignored in the backward": (
+        "alike = «at.segments[group.first + key[r]] == at.segments[group.first + query + e]»;",
+        "true",
+    ),
+    "groups: NaN of another window": ("return «zero == 0.0f»;\n}", "true"),
+    "groups: NaN of another window in the backward": ("return «zero == 0.0f»;\n  }", "true"),
+    "groups: weights not normalised": (
+        "«__fdividef(1.0f, total[r])»;\n  }\n  store_rows",
+        "1.0f",
+    ),
+    "groups: another window's bias": ("Bias<T> bias(p, «residue», head, run);", "0"),
+    "groups: delta off the diagonal": ("if («lane % 4 != row / 2») return;\n    delta()", "lane % 4 != 0"),
+    "groups: delta before it is there": ("work.sum_delta();\n        «__syncthreads()»;", "void()"),
+    "groups: dS before it is there": ("work.walk(bias);\n        «__syncthreads()»;", "void()"),
+    "groups: dS of one key": ("pack<T>(one[0], «one[kScoresPitch]»);", "one[0]"),
+    "groups: dk not scaled": ("store(dk[0], «p.scale», b.dk", "1.0f"),
+    "groups: dq not scaled": ("store(dq[0], «p.scale», b.dq", "1.0f"),
+    "groups: sum by every warp": ("% kGroupWarps == «warp»;", "0"),
+    "groups: sum of two windows where it is formed": ("if («alone()» && b.sums", "true"),
+    "groups: sum of a fourth query": ("if (there > «3») to[column.w]", "1 << 20"),
+    "groups: sum of one key": ("for (; keys; «keys &= keys - 1») {", "keys = 0"),
+    "groups: sum lost": ("[i % pitch] = «near[i]»;", "make_float4(0, 0, 0, 0)"),
     "unnamed rows not cleared": ("if (row >= tokens || «!unnamed[row]») return;", "true"),
 }
 SOURCES = cuda_on_cpu.Sources({FILE: MUTATIONS})
@@ -81,7 +119,14 @@ class CudaSource(WindowSuite):
         {"W": 2, "N": 40, "H": 2, "D": 24, "fill": 0.9, "bias": (2, 1), "segments": 1},
         {"W": 2, "N": 49, "H": 1, "D": 64, "fill": None, "bias": None, "segments": 0},
         {"W": 1, "N": 34, "H": 1, "D": 96, "fill": 1.0, "bias": (1, 1), "segments": 0},
+        {"W": 70, "N": 4, "H": 1, "D": 16, "fill": 0.3, "bias": (2, 1), "segments": 0},
+        {"W": 9, "N": 16, "H": 1, "D": 72, "fill": 0.4, "bias": (1, 1), "segments": 2},
+        {"W": 3, "N": 64, "H": 1, "D": 32, "fill": 0.6, "bias": (1, 1), "segments": 0},
         {"W": 2, "N": 100, "H": 1, "D": 128, "fill": 0.7, "bias": (1, 1), "segments": 0},
+        # More than 64 positions: a window at a time.
+        {"W": 3, "N": 65, "H": 1, "D": 20, "fill": None, "bias": (2, 1), "segments": 2},
+        {"W": 2, "N": 66, "H": 1, "D": 24, "fill": None, "bias": (2, 1), "segments": 1},
+        {"W": 1, "N": 80, "H": 2, "D": 72, "fill": 0.5, "bias": (1, 1), "segments": 0},
     ]
     small = {"W": 3, "N": 6, "H": 2, "D": 16, "fill": 0.6, "bias": (1, 2), "segments": 1}
 
@@ -114,20 +159,21 @@ class TestWindowAttentionCuda(CudaSource):
     def test_large_windows(self, large):
         self.check(large, "cuda", torch.bfloat16, "plain")
 
-    @pytest.mark.parametrize("rows", [0, 5, 16])
+    @pytest.mark.parametrize("rows", [0, 5, 80])
     def test_sums_in_shared_memory(self, rows, monkeypatch):
         """As many rows of the gradient of the bias as the GPU has room for; the others in global memory."""
-        shape = self.corners[2]
+        shape = self.corners[-1]
         needed = _cuda_shared(shape["N"], shape["D"], False)
-        monkeypatch.setattr(SOURCES[FILE].most_shared, "value", needed + rows * 40 * 4)
+        monkeypatch.setattr(SOURCES[FILE].most_shared, "value", needed + rows * 104 * 4)
         self.check(shape, "cuda", torch.float16, "plain")
         monkeypatch.setattr(SOURCES[FILE].most_shared, "value", needed - 1)
         with pytest.raises(RuntimeError, match="shared memory"):
             self.check(shape, "cuda", torch.float16, "plain")
 
-    def test_low_scores(self):
+    @pytest.mark.parametrize("n", [17, 81])
+    def test_low_scores(self, n):
         """Scores of -300: the weight that a score of zero would have is no number."""
-        one = torch.ones(1, 17, 1, 16, dtype=torch.float16)
+        one = torch.ones(1, n, 1, 16, dtype=torch.float16)
         q, k, v = (one * 9).requires_grad_(), (one * -9).requires_grad_(), torch.randn_like(one).requires_grad_()
         grad = torch.randn_like(one)
         results = []
@@ -150,10 +196,26 @@ class TestWindowAttentionCuda(CudaSource):
             assert x[[0, 2]].isfinite().all()
             assert x[1].isnan().any()
 
+    def test_numbers_that_are_not_finite_stay_in_their_window(self):
+        """Also where windows share a group."""
+        clean = torch.randn(4, 5, 3, 1, 16, dtype=torch.float16)
+        dirty = clean.clone()
+        dirty[1, 2] = torch.nan
+        dirty[2, :, 1] = torch.inf
+        grad = torch.randn(4, 5, 1, 16, dtype=torch.float16)
+        results = []
+        for qkv in (clean.requires_grad_(), dirty.requires_grad_()):
+            out = d2it.ops.window_attention(*qkv.unbind(2), None, backend="cuda")
+            results.append([out, *torch.autograd.grad(out, qkv, grad)])
+        for want, got in zip(*results):
+            torch.testing.assert_close(got[[0, 3]], want[[0, 3]], rtol=0.02, atol=0.02)
+
     def check_everything(self):
         for shape in (*self.corners, LARGE[0]):
             self.check(shape, "cuda", torch.float16, "plain", repeats=1)
-        self.test_low_scores()
+        self.test_low_scores(17)
+        self.test_low_scores(81)
+        self.test_numbers_that_are_not_finite_stay_in_their_window()
 
     @pytest.mark.parametrize("name", MUTATIONS)
     def test_mutation_of_the_source_is_noticed(self, name, run):
