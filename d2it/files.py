@@ -52,6 +52,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.unlink(temporary)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file that appears whole or not at all."""
+    with atomic_write(path) as partial:
+        partial.write_text(text)
+
+
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file; a failure is an OSError, as for any other file, and not safetensors' own exception."""
     from safetensors import SafetensorError
@@ -188,8 +194,7 @@ def _finite(text: str) -> float:
 
 def write_sealed(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Writes a JSON object with its own SHA-256 as "sha256"; the file appears whole or not at all."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps({**content, "sha256": _seal(content)}, indent=2) + "\n")
+    write_text(path, json.dumps({**content, "sha256": _seal(content)}, indent=2) + "\n")
 
 
 def read_sealed(path: str | os.PathLike[str], known: set[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from d2it.data.calibration import QUANTILES, EntropySketch, shares_above, thresh
 from d2it.data.loader import SinglePass
 from d2it.data.sources import ImageSource, check_classes
 from d2it.errors import UserError, reason_of, user_error
-from d2it.files import atomic_write, read_json, read_sealed, save_tensors, sha256_of, write_sealed
+from d2it.files import atomic_write, read_json, read_sealed, save_tensors, sha256_of, write_sealed, write_text
 from d2it.ops import neighbor_copy
 from d2it.seeds import Draws
 
@@ -308,8 +308,7 @@ def _write_unit(folder: Path, unit: int, rows: list[dict[str, Tensor]], skipped:
             "skipped": skipped,
             "plan": plan,
         }
-    with atomic_write((folder / name).with_suffix(".json")) as path:
-        path.write_text(json.dumps(record))
+    write_text((folder / name).with_suffix(".json"), json.dumps(record))
 
 
 def _ascending(value: Any, count: int | None = None) -> list[float]:

@@ -26,7 +26,7 @@ import d2it
 from d2it.data.loader import Batch, SinglePass
 from d2it.data.sources import ImageSource
 from d2it.errors import UserError
-from d2it.files import atomic_write, read_json
+from d2it.files import read_json, write_text
 from d2it.ops import kde_entropy
 
 logger = logging.getLogger("d2it.data")
@@ -235,8 +235,7 @@ class Calibration:
         head = json.dumps({"format": FORMAT, "version": VERSION, **fields}, indent=1)
         text = head[:-2] + ',\n "entropies": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
         try:
-            with atomic_write(path) as temporary:
-                temporary.write_text(text)
+            write_text(path, text)
         except OSError as error:
             raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
 

@@ -34,7 +34,7 @@ from d2it.evaluation.generation import (
 )
 from d2it.evaluation.images import open_images
 from d2it.evaluation.inception import WHERE
-from d2it.files import atomic_write, check_yaml, prepare_file, read_bytes, read_json, sha256_of
+from d2it.files import check_yaml, prepare_file, read_bytes, read_json, sha256_of, write_text
 from d2it.models.base import WEIGHTS_FILE
 from d2it.models.lpips import WHERE as LPIPS_WHERE
 from d2it.npz import keep_images
@@ -52,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world.first:
             _show(report)
             if options.output:
-                with atomic_write(options.output) as temporary:
-                    temporary.write_text(json.dumps(report, indent=2) + "\n")
+                write_text(options.output, json.dumps(report, indent=2) + "\n")
 
     return run_command(act)
 

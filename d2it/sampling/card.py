@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from d2it.errors import UserError
-from d2it.files import atomic_write, read_json
+from d2it.files import read_json, write_text
 
 CARD = "README.md"
 #: The report of `evaluate.py --output`, whose scores a card shows.
@@ -26,9 +26,9 @@ def write_companions(folder: Path, model: Any) -> None:
     """Writes README.md, model_index.json and pipeline.py for the D2iT `model`; another text in README.md stays."""
     card = folder / CARD
     if not card.exists() or _MARK in card.read_text(errors="replace"):
-        _write(card, model_card(model, folder.resolve().name, scores_of(folder)))
-    _write(folder / "model_index.json", json.dumps(_INDEX, indent=2) + "\n")
-    _write(folder / "pipeline.py", _PIPELINE)
+        write_text(card, model_card(model, folder.resolve().name, scores_of(folder)))
+    write_text(folder / "model_index.json", json.dumps(_INDEX, indent=2) + "\n")
+    write_text(folder / "pipeline.py", _PIPELINE)
 
 
 def scores_of(folder: Path) -> dict[str, Any]:
@@ -127,8 +127,3 @@ def _table(values: Any, absent: str) -> list[str]:
         return [absent] if absent else []
     cells = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in values.items()}
     return ["| | |", "|---|---|", *(f"| {k} | {str(v).replace('|', chr(92) + '|')} |" for k, v in cells.items())]
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as partial:
-        partial.write_text(text)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from d2it import pictures
 from d2it.distributed import World, joined
 from d2it.errors import UserError, run_command
-from d2it.files import atomic_write
+from d2it.files import atomic_write, write_text
 from d2it.npz import keep_images
 from d2it.sampling.options import SampleRequest, add_options
 from d2it.sampling.sheets import sample_sheets
@@ -114,8 +114,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     ratio = float((grains == request.model.num_grains - 1).mean())
     spent = float(request.model.token_shares(torch.from_numpy(grains).long()).mean())
     settings = {**request.settings(), "fine_ratio": ratio, "tokens": round(spent, 4), "seconds": round(seconds, 2)}
-    with atomic_write(output / "settings.json") as path:
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+    write_text(output / "settings.json", json.dumps(settings, indent=2) + "\n")
     print(f"{options.count} images in {seconds:.1f} s, {spent:.0%} of the tokens: {output / 'grid.png'}")
 
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from d2it.distributed import World
 from d2it.errors import UserError, reason_of
-from d2it.files import atomic_write, flush_folder, open_regular, read_json, sha256_of
+from d2it.files import atomic_write, flush_folder, open_regular, read_json, sha256_of, write_text
 
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
@@ -217,8 +217,7 @@ class Checkpoints:
             manifest = {"step": step, "world_size": world.size, "identity": self.identity, "files": hashes}
 
             def commit() -> None:
-                with atomic_write(temporary / MANIFEST) as partial:  # which flushes the folder too
-                    partial.write_text(json.dumps(manifest, indent=1))
+                write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))  # which flushes the folder too
                 os.rename(temporary, final)
                 flush_folder(self.folder)
                 for old in self.steps()[: -self.keep]:

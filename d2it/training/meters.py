@@ -22,7 +22,7 @@ from torch import Tensor
 from d2it.devices import Energy, memory_gib, peak_flops
 from d2it.distributed import World
 from d2it.errors import UserError
-from d2it.files import atomic_write
+from d2it.files import write_text
 from d2it.pictures import save_png
 from d2it.training.config import RunConfig, StageConfig
 
@@ -84,8 +84,7 @@ class Meters:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{self.name}.jsonl"
         rows = read_log(self._log)
-        with atomic_write(self._log) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self._first))
+        write_text(self._log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self._first))
         self._board = SummaryWriter(str(folder / self.name), purge_step=self._first + 1)
         values = {k: v if type(v) in (bool, int, float, str) else str(v) for k, v in flat(settings).items()}
         for summary in hparams(values, {f"{self.name}/loss": 0.0}):

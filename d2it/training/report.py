@@ -21,7 +21,7 @@ import torch
 from d2it import pictures
 from d2it.data import ImageSource, LatentCache
 from d2it.diffusion import random_grain_map, ranked_grains
-from d2it.files import atomic_write
+from d2it.files import write_text
 from d2it.models import DiT, DynamicContentTransformer, DynamicVAE
 from d2it.models.base import saved_kind
 from d2it.models.flops import count_macs, fine_tokens
@@ -91,8 +91,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         head = f'<meta charset="utf-8"><title>{html.escape(self._title)}</title><style>{_STYLE}</style>'
-        with atomic_write(path) as partial:
-            partial.write_text("<!doctype html>" + head + "\n".join(self._parts) + "\n")
+        write_text(path, "<!doctype html>" + head + "\n".join(self._parts) + "\n")
 
 
 def write_report(

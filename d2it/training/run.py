@@ -28,7 +28,7 @@ from d2it import distributed, pictures
 from d2it.data import DemoPhotos, ImageSource, LatentCache, build_cache, finish_cache, open_source
 from d2it.distributed import World
 from d2it.errors import Interrupted, UserError, out_of_memory, reason_of, run_command, user_error
-from d2it.files import atomic_write, only_writer, sha256_of
+from d2it.files import only_writer, sha256_of, write_text
 from d2it.models import DynamicVAE
 from d2it.models.repa import TEACHER, open_teacher
 from d2it.sampling.pipeline import D2iT, has_parts
@@ -106,13 +106,9 @@ def run(config: Config, world: World) -> None:
     source = _source(config) if {"dvae", "cache"} & set(config.run.stages) else None
     check_models(config, world)
 
-    def record() -> None:
-        with atomic_write(folder / "config.yaml") as path:
-            path.write_text(to_yaml(config))
-
     @functools.cache
     def begin() -> None:
-        world.together(lambda: record() if world.first else None)
+        world.together(lambda: write_text(folder / "config.yaml", to_yaml(config)) if world.first else None)
 
     with contextlib.ExitStack() as held:
         world.together(lambda: held.enter_context(only_writer(folder)) if world.first else None)
