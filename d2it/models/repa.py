@@ -7,6 +7,7 @@ model that is published.
 
 from __future__ import annotations
 
+import abc
 import functools
 import os
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class RepaConfig:
     hidden: int = 2048
 
 
-class Teacher(nn.Module):
+class Teacher(nn.Module, abc.ABC):
     """A frozen network with features on a grid; `open_teacher` makes one.
 
     Attributes:
@@ -55,10 +56,9 @@ class Teacher(nn.Module):
     channels: int
     facts: dict[str, Any]
 
-    @torch.no_grad()
+    @abc.abstractmethod
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, channels, *grid) float32; images are resized so that a patch is a place."""
-        raise NotImplementedError
 
 
 class LiteTeacher(Teacher):
