@@ -34,7 +34,6 @@ from d2it.kernels.common import (
 from d2it.kernels.window_attention_blocks import blocks_backward, blocks_forward
 from d2it.kernels.window_attention_rows import (
     LOG2E,
-    base_2,
     call_of,
     clear_unnamed_rows,
     dot_rows,
@@ -84,7 +83,7 @@ def tile_bias(call, i_head, place, RESIDUES: tl.constexpr):
             o_matrix = o_matrix.to(tl.int64)
         o_query = o_matrix * call.bias.stride_window + o_position * call.bias.stride_query
         o_bias = o_query[:, None] + (o_position * call.bias.stride_key)[None, :]
-        return base_2(tl.load(p_bias + o_bias, mask=m_pair, other=float("-inf")))
+        return tl.load(p_bias + o_bias, mask=m_pair, other=float("-inf")).to(tl.float32) * LOG2E
     else:
         return tl.where(m_pair, 0.0, float("-inf"))
 

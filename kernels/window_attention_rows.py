@@ -23,15 +23,6 @@ import triton.language as tl
 from d2it.kernels.common import cdiv, device_guard, launch, next_power_of_2
 
 LOG2E = tl.constexpr(math.log2(math.e))
-LEAST = tl.constexpr(torch.finfo(torch.float32).min)
-
-
-@triton.jit
-def base_2(b_bias):
-    """A bias in base-2 logarithms, float32; a mask of the most negative number stays one, and does not become -inf."""
-    b_bias = b_bias.to(tl.float32)
-    b_scaled = b_bias * LOG2E
-    return tl.where((b_scaled == float("-inf")) & (b_bias != float("-inf")), LEAST, b_scaled)
 
 
 class Strides(NamedTuple):
