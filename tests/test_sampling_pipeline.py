@@ -46,6 +46,7 @@ def make(num_classes: int = 3) -> D2iT:
         ({"grain_scheduler": "heun"}, "grain_scheduler must be one of ddpm, ddim"),
         ({"guidance": float("nan")}, "guidance scale must be finite and not negative, got nan"),
         ({"guidance": -1.0}, "guidance scale must be finite"),
+        ({"guidance": 1e308}, "guidance scale must be finite"),
         ({"guidance": "strong"}, "guidance scale must be finite"),
         ({"grain_guidance": float("inf")}, "grain_guidance scale must be finite"),
         ({"guidance": Guidance(2.0, channels=5)}, "guidance channels must be at most 4, got 5"),
@@ -75,6 +76,16 @@ def test_what_does_not_fit_is_named_before_anything_runs(arguments, message, mon
     with pytest.raises(ValueError, match=message) as caught:
         model(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_images_that_are_not_finite_are_no_samples():
+    model = make()
+    with torch.no_grad():
+        for name, weight in model.content_transformer.named_parameters():
+            if name.endswith("final.linear.bias"):
+                weight.fill_(3e38)
+    with pytest.raises(ValueError, match="the images are not finite"):
+        model(1, steps=4, guidance=4.0)
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "nowhere", "xpu"])

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Scales are used in float32.
+_LARGEST = torch.finfo(torch.float32).max
 MODES = ("constant", "interval", "power-cosine")
 
 
@@ -35,7 +37,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name, value in (("scale", self.scale), ("power", self.power)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < _LARGEST:
                 raise ValueError(f"guidance {name} must be finite and not negative, got {value!r}")
         if self.mode not in MODES:
             raise ValueError(f"guidance mode must be one of {', '.join(MODES)}, got {self.mode!r}")

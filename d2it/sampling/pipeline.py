@@ -17,8 +17,6 @@ for the whole process.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,6 +60,7 @@ from d2it.models.grain import DynamicGrainTransformer
 from d2it.models.klvae import KLVAE
 from d2it.models.layers import Modulation
 from d2it.sampling.card import write_companions
+from d2it.sampling.labels import Label, class_number
 from d2it.seeds import derived_seed
 
 T = TypeVar("T")
@@ -76,7 +75,6 @@ PARTS: dict[str, tuple[type[Model], ...]] = {
 }
 #: Arguments of a call for which a D2iT can have its own defaults.
 DEFAULTS = ("scheduler", "steps", "grain_scheduler", "grain_steps", "guidance", "grain_guidance")
-Label = int | str
 
 
 @dataclass(frozen=True)
@@ -403,7 +401,8 @@ class D2iT(Pretrained):
                 content; on a CPU a batch is one image, and the calls come from several threads.
 
         Raises:
-            ValueError: arguments that do not fit each other or the model; nothing has been computed then.
+            ValueError: arguments that do not fit each other or the model, before anything is computed; or images that
+                are not finite.
         """
         content = self.content_transformer.config
         scheduler = self._setting("scheduler", scheduler, default_scheduler(content.diffusion))
@@ -490,8 +489,10 @@ class D2iT(Pretrained):
         if not sampled:
             empty = torch.empty(0, *self.region_grid, dtype=torch.int64)
             return Samples(torch.empty(0, 3, *self.image_size), empty, numbers)
-        images, grain_maps = zip(*sampled)
-        return Samples(torch.cat(images), torch.cat(grain_maps), numbers)
+        images, grain_maps = map(torch.cat, zip(*sampled))
+        if not images.isfinite().all():
+            raise ValueError("the images are not finite: a guidance too strong for this model, or damaged weights")
+        return Samples(images, grain_maps, numbers)
 
     def _setting(self, name: str, given: Any, otherwise: Any) -> Any:
         """An argument of a call: as given, else this model's own default, else that of all models."""
@@ -548,26 +549,7 @@ class D2iT(Pretrained):
             labels = labels.reshape(-1).tolist()
         elif isinstance(labels, (int, str)):
             labels = [labels]
-        return [self._class_number(label) for label in labels]
-
-    def _class_number(self, label: Label) -> int:
-        names, classes = self.class_names or [], self.num_classes
-        if not classes:
-            raise ValueError("labels: this model is unconditional")
-        if label in names:
-            if names.count(str(label)) > 1:  # ImageNet has two cranes and two maillots
-                numbers = ", ".join(str(i) for i, name in enumerate(names) if name == label)
-                raise ValueError(f"labels: {label!r} is the name of the classes {numbers}: give the number")
-            return names.index(str(label))
-        if not isinstance(label, str):
-            return whole_number("labels", label, 0, classes - 1)
-        if re.fullmatch(r"-?\d{1,18}", label):
-            return whole_number("labels", int(label), 0, classes - 1)
-        if not names:
-            raise ValueError(f"labels: this model has no class names, only numbers 0 ... {classes - 1}, got {label!r}")
-        near = difflib.get_close_matches(label, names, n=3) or names[:8]
-        more = ", ..." if classes > len(near) else ""
-        raise ValueError(f"labels: no class {label!r}; there are {', '.join(near)}{more}")
+        return [class_number(label, self.class_names or [], self.num_classes) for label in labels]
 
     def _count(
         self, num_images: int | None, seeds: Sequence[int] | None, labels: Tensor | None, grain_map: Tensor | None
