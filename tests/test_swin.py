@@ -51,11 +51,13 @@ def assert_agrees(out: Tensor, x: Tensor, qkv: torch.nn.Linear, table: Tensor, w
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-def test_the_lines_of_the_readme_run_and_its_block_is_the_textbooks() -> None:
-    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+def test_the_lines_of_the_readme_run_and_its_block_is_the_textbooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(README.parent)
     torch.manual_seed(0)
     names: dict = {}
-    exec(compile(code, str(README), "exec"), names)
+    for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(compile(code, str(README), "exec"), names)
+    assert names["images"].shape == (3, 3, 64, 64)
     assert names["out"].shape == (32, 49, 4, 24)
     assert names["rows"].shape == (4 * 32 * 32, 96)
     assert_agrees(*(names[name] for name in ("out", "x", "qkv", "table", "w", "shift")))
