@@ -1,10 +1,12 @@
-"""How well the demo does: the samples that a classifier recognises, and distances from photographs.
+"""How well the demo or the showcase does: the samples that a classifier recognises, and distances from photographs.
 
     python benchmarks/demo_score.py runs/demo
+    python showcase/crops.py --first 64 --output held_out.npz && \
+        python benchmarks/demo_score.py showcase --data held_out.npz
 
 The classifier is the nearest class mean in the features of an EfficientNet-Lite; means and distances are those of crops
-that the demo did not train on, drawn as it draws its own. Lite0 taught the VAE (`dvae.loss.features`), so a distance by
-Lite2 is the one to read for reconstructions.
+that the model was not trained on, drawn as those that it was. Lite0 taught the VAE (`dvae.loss.features`), so a
+distance by Lite2 is the one to read for reconstructions.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from d2it import pictures
-from d2it.data import DemoPhotos
+from d2it.data import DemoPhotos, open_source
 from d2it.evaluation.extractors import open_extractor
 from d2it.evaluation.generation import Summary, compare, summarize
 from d2it.sampling import D2iT
@@ -27,17 +29,22 @@ METRICS = ("kd", "accuracy")
 def main() -> None:
     """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--trained-on", type=int, default=512, metavar="N", help="crops of the run (%(default)s)")
-    parser.add_argument("--crops", type=int, default=512, help="held-out crops (%(default)s)")
+    parser.add_argument("run", type=Path, help="folder of the run or of the model")
+    parser.add_argument("--data", help="held-out images with the run's classes, as train.py reads them (the demo's)")
+    parser.add_argument("--trained-on", type=int, default=512, metavar="N", help="crops of the demo (%(default)s)")
+    parser.add_argument("--crops", type=int, default=512, help="held-out crops of the demo (%(default)s)")
     parser.add_argument("--samples", type=int, default=128, help="samples (%(default)s)")
     parser.add_argument("--seed", type=int, default=1000, help="of the first sample (%(default)s)")
     parser.add_argument("--guidance", type=float, help="its scale (the run's own)")
     options = parser.parse_args()
 
     d2it = D2iT.from_pretrained(options.run)
-    source = DemoPhotos(d2it.image_size, crops=options.trained_on + options.crops)
-    batch = source.fetch(range(options.trained_on, len(source)))
+    if options.data:
+        source = open_source(options.data, d2it.image_size)
+        batch = source.fetch(range(len(source)))
+    else:
+        source = DemoPhotos(d2it.image_size, crops=options.trained_on + options.crops)
+        batch = source.fetch(range(options.trained_on, len(source)))
     photos, true = batch["image"], batch["label"]
     drawn = torch.arange(options.samples) % source.num_classes
     samples = d2it(labels=drawn, seed=options.seed, guidance=options.guidance)

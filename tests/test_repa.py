@@ -10,18 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from d2it.data import DemoPhotos, LatentCache
-from d2it.models import DiT, DynamicContentTransformer
+from d2it.distributed import World
+from d2it.models import DiT, DynamicContentTransformer, DynamicVAE
 from d2it.models.efficientnet import efficientnet_lite
 from d2it.models.repa import Alignment, RepaConfig, open_teacher, token_grid
+from d2it.training.config import load
 from d2it.training.run import main
+from d2it.training.summary import Summary
+from d2it.training.transformers import ContentStage, LatentData
 from tests.test_train_run import SMALL
 
 lite = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="d2it[lite] is not there"
 )
 OF_TWO = ["content.overrides.depth=2", "content.repa.block=1", "content.repa.hidden=16"]
+WORLD = World(0, 1, 1, torch.device("cpu"))
 TEACHER = ["content.repa.teacher=efficientnet-lite0"]
 
 
@@ -112,6 +118,59 @@ def test_vision_transformers_from_a_folder(tmp_path):
     torch.testing.assert_close(teacher(images, (2, 3)), tokens[:, 1:].transpose(1, 2).unflatten(2, (2, 3)))
 
 
+SMALL_TIMM = {
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "reg_tokens": 2},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 16)},
+    "mixer_s32_224": {"img_size": 32},
+}
+
+
+def timm_model(name, folder):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model(name, num_classes=3, **SMALL_TIMM[name]).eval()
+    timm.models.save_for_hf(model, folder, model_args=SMALL_TIMM[name], safe_serialization=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels"), [("vit_tiny_patch16_224", (48, 32), 24), ("convnext_atto", (96, 64), 16)]
+)
+def test_models_of_timm_from_a_folder(tmp_path, name, size, channels):
+    """The features before pooling and head, of images with another size than the model's."""
+    model = timm_model(name, tmp_path)
+    teacher = open_teacher(str(tmp_path))
+    assert (teacher.channels, teacher.facts["name"]) == (channels, name)
+    images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, deviation = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
+    with torch.no_grad():
+        features = model.forward_features((images / 255 - mean) / deviation)
+    if features.ndim == 3:  # a class token and two registers, then six patches
+        assert features.shape[1] == 9
+        features = features[:, 3:].transpose(1, 2).unflatten(2, (3, 2))
+    found = teacher(images, (3, 2))
+    torch.testing.assert_close(found, features)
+    assert teacher(images, (2, 2)).shape == (2, channels, 2, 2)
+    torch.testing.assert_close(teacher(images, (3, 2)), found)
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(ValueError, match=f"{tmp_path}: "):
+        open_teacher(str(tmp_path))
+
+
+def test_models_of_timm_that_cannot_teach(tmp_path):
+    timm_model("mixer_s32_224", tmp_path)
+    with pytest.raises(ValueError, match="mixer_s32_224 takes images of one size alone"):
+        open_teacher(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "nothing"}))
+    with pytest.raises(ValueError, match=r"timm .* has no model 'nothing'"):
+        open_teacher(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is no model of timm: there is no model\.safetensors"):
+        open_teacher(str(tmp_path))
+
+
 def test_teachers_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"no such folder: nowhere; by name there are efficientnet-lite0"):
         open_teacher("nowhere")
@@ -151,6 +210,32 @@ def test_a_run_with_repa(trained):
 
 
 @lite
+def test_its_costs_are_counted():
+    """The projector's products are in the meters, its weights and what it keeps in the summary's memory."""
+    found = {}
+    for name, given in (("without", []), ("with", TEACHER)):
+        config = load(None, [*SMALL, *OF_TWO, *given])
+        data = LatentData.of_vae(DynamicVAE.preset_config("tiny"), (32, 32), images=4)
+        with torch.device("meta"):
+            stage = ContentStage(config, config.content, WORLD, data, None)
+        torch.manual_seed(0)
+        batch = stage.synthetic(4, torch.device("meta"))
+        torch.manual_seed(0)  # for the summary's own maps
+        found[name] = stage.work(batch), Summary(stage, config.content, WORLD)
+    (plain, before), (work, after) = found["without"], found["with"]
+    projector = stage.alignment.projector
+    with FlopCounterMode(display=False) as counter:
+        projector(torch.empty(4 * 4, 128, device="meta"))  # four tokens an image
+    assert work.macs - plain.macs == counter.get_total_flops() // 2
+    assert work.tokens == plain.tokens
+    assert after.state - before.state == 20 * sum(p.numel() for p in projector.parameters())
+    kept = 4 * 4 * (128 + 4 * 16 + 112)  # its input, both hidden layers before and after SiLU, its output
+    assert after.activations - before.activations == 4 * kept
+    assert "repa: Alignment, 0.00 M parameters" in after.text
+    assert "REPA: trunk block 1 follows efficientnet-lite0" in after.text
+
+
+@lite
 def test_repa_over_other_caches(trained, tmp_path, capsys):
     """A run without REPA takes a cache that has features; one with it says what is missing from another."""
     folder = shutil.copytree(trained, tmp_path / "run")
@@ -175,7 +260,6 @@ def test_repa_over_other_caches(trained, tmp_path, capsys):
     [
         (["content.repa.block=3"], "content.repa: block must be at most the 2 blocks of the trunk, got 3"),
         (["content.repa.teacher=nowhere"], "content.repa: no such folder: nowhere"),
-        (["content.parallel=fsdp"], "content.parallel must be ddp with content.repa, got fsdp"),
         (["content.repa.block=0"], "content.repa.block must be at least 1, got 0"),
         (["content.repa.weight=-1"], "content.repa.weight must be 0 or more, got -1.0"),
     ],

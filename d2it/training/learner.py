@@ -106,7 +106,7 @@ class Learner:
 
     def backward(self, batch: Batch, last: bool) -> tuple[dict[str, Tensor], Batch]:
         """Adds the gradients of one micro-batch, and reduces them over the ranks with the step's last one."""
-        with gradient_sync(self.module, self.network, last):
+        with gradient_sync(self.module, last):
             with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                 loss, logs, batch = self.module(batch)
             (loss / self.settings.accumulate).backward()

@@ -21,7 +21,7 @@ from d2it.models.layers import Modulation
 def spread(
     losses: nn.Module, network: nn.Module, blocks: list[nn.Module], world: World, parallel: str, bf16: bool
 ) -> nn.Module:
-    """Returns the losses ready for this world: as they are, in DDP, or with their network fully sharded (FSDP2).
+    """Returns the losses ready for this world: as they are, in DDP, or with their parts fully sharded (FSDP2).
 
     Args:
         losses: what is trained.
@@ -49,6 +49,9 @@ def spread(
                     fully_shard(part, mesh=mesh)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(network, mesh=mesh)
+        for part in losses.children() if losses is not network else ():
+            if part is not network and list(part.parameters()):  # such as REPA's projector
+                fully_shard(part, mesh=mesh)
         return losses
     if world.size == 1:
         return losses
@@ -60,10 +63,11 @@ def spread(
 
 
 @contextlib.contextmanager
-def gradient_sync(losses: nn.Module, network: nn.Module, now: bool) -> Iterator[None]:
+def gradient_sync(losses: nn.Module, now: bool) -> Iterator[None]:
     """Reduces the gradients of the backward in this context over the ranks if `now`, or leaves them for later."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
+    for part in (losses, *losses.children()):
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(now)
     if isinstance(losses, DistributedDataParallel) and not now:
         with losses.no_sync():
             yield

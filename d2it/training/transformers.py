@@ -211,7 +211,7 @@ def teacher_facts(config: Config, network: Transformer) -> dict[str, Any] | None
     """Return what identifies the teacher's features in a cache, `content.repa`'s for this network; None without.
 
     Raises:
-        UserError: no such teacher, a block that the trunk has not, or FSDP2, which has no place for the projector.
+        UserError: no such teacher, or a block that the trunk has not.
     """
     repa = config.content.repa
     if repa.teacher is None:
@@ -219,8 +219,6 @@ def teacher_facts(config: Config, network: Transformer) -> dict[str, Any] | None
     with model_errors("configuration: content.repa"):
         check_block(repa, len(trunk_of(network).blocks))
         facts = known_facts(repa.teacher)
-    if config.content.parallel == "fsdp":
-        raise UserError("configuration: content.parallel must be ddp with content.repa, got fsdp")
     return facts | {"grid": list(token_grid(network))}
 
 
@@ -488,7 +486,8 @@ class GrainStage(LatentStage):
     def make(config: Config, data: LatentData) -> Transformer:
         given: dict[str, Any] = {"num_classes": config.data.num_classes, "diffusion": config.diffusion}
         given |= {"grid": data.grid, "num_grains": data.num_grains}
-        plan = build(DynamicGrainTransformer, config.grain, "grain", **given).config
+        with torch.device("meta"):  # it draws no weights: those below are the seed's first numbers
+            plan = build(DynamicGrainTransformer, config.grain, "grain", **given).config
         if data.cache is not None and plan.has_levels:
             given["edges"] = tuple(data.cache.level_edges(plan.levels))
         return build(DynamicGrainTransformer, config.grain, "grain", **given)
@@ -533,6 +532,17 @@ class ContentStage(LatentStage):
     name = "content"
     folder = "content_transformer"
 
+    def __init__(
+        self, config: Config, settings: LatentStageConfig, world: World, data: LatentData, vae: DynamicVAE | None
+    ) -> None:
+        super().__init__(config, settings, world, data, vae)
+        #: What the cache must hold of REPA's teacher, and the projector onto it; both None without.
+        self.teacher = teacher_facts(config, self.network)
+        self.alignment: Alignment | None = None
+        if self.teacher is not None:
+            self.alignment = Alignment(self.network, config.content.repa, self.teacher["channels"])
+            self.networks["repa"] = self.alignment
+
     @staticmethod
     def make(config: Config, data: LatentData) -> Transformer:
         given: dict[str, Any] = {
@@ -553,20 +563,9 @@ class ContentStage(LatentStage):
             reads["extras"] = (TEACHER,)
         return reads
 
-    @functools.cached_property
-    def teacher(self) -> dict[str, Any] | None:
-        """What the cache must hold of REPA's teacher, or None."""
-        return teacher_facts(self.config, self.network)
-
     def needs(self) -> dict[str, Any]:
-        return {} if self.teacher is None else {TEACHER: self.teacher}
-
-    @functools.cached_property
-    def alignment(self) -> Alignment | None:
-        """The projector of REPA, or None."""
-        if self.teacher is None:
-            return None
-        return Alignment(self.network, self.config.content.repa, self.teacher["channels"])
+        teacher = teacher_facts(self.config, self.network)
+        return {} if teacher is None else {TEACHER: teacher}
 
     def make_losses(self) -> nn.Module:
         settings = self.config.content
@@ -596,6 +595,13 @@ class ContentStage(LatentStage):
         if self.alignment is None:
             return work
         return dataclasses.replace(work, macs=work.macs + work.images * self.dense_tokens * self.alignment.macs)
+
+    def activations(self, batch: Batch) -> int:
+        kept = super().activations(batch)
+        if self.alignment is None:
+            return kept
+        values = len(batch["grain_map"]) * self.dense_tokens * self.alignment.kept
+        return kept + values * (2 if self.bf16 else 4)
 
     @property
     def prepare(self) -> Callable[[Batch], Batch]:
