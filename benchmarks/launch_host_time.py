@@ -1,15 +1,15 @@
-"""Host time of a Triton launch, without a GPU: Triton's own way, and by what `kernels.common.launch` keeps.
+"""Host time of Triton launches, without a GPU: Triton's own way, and what `kernels.launch` keeps of a launcher.
 
     python benchmarks/launch_host_time.py
 
-Kernels are compiled for sm_90; a stub stands where the driver's call is, so that call is not in the times. Both ways
-take turns, and the shortest of many is printed.
+Kernels are compiled for sm_90; a stub stands where the driver's call is, so that call is not in the times. Whole
+launchers are called as operators call them. Both ways take turns, and the shortest of many is printed; beside it the
+time that PyTorch takes to allocate the same tensors, and what is left for a launch without it.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +22,7 @@ from kernel_report.compile import AheadOfTimeDriver
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
-from d2it.kernels import common, modulate, modulate_gate, window_attention
-
-MODULES = [module for name, module in sys.modules.items() if name.startswith("d2it.kernels.") and module is not common]
+from d2it.kernels import launch, modulate, modulate_gate, pack_tokens, window_attention
 
 
 def stub(kernel: Any) -> Callable[..., None]:
@@ -33,42 +31,38 @@ def stub(kernel: Any) -> Callable[..., None]:
     return lambda *args: None
 
 
-def by_triton(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """A launch as Triton makes it."""
-    kernel[(programs,)](*args, **options)
-
-
-def microseconds(call: Callable[[], Any], rounds: int = 200, calls: int = 20) -> list[float]:
-    """The shortest time of a call by each way."""
-    best = [float("inf")] * 2
+def microseconds(*ways: Callable[[], Any], rounds: int = 200, calls: int = 20) -> list[float]:
+    """The shortest time of a call of each."""
+    best = [float("inf")] * len(ways)
     for _ in range(rounds):
-        for way, launch in enumerate((by_triton, common.launch)):
-            for module in MODULES:
-                module.launch = launch
-            call()
+        for i, way in enumerate(ways):
+            way()
             start = time.perf_counter()
             for _ in range(calls):
-                call()
-            best[way] = min(best[way], (time.perf_counter() - start) / calls * 1e6)
+                way()
+            best[i] = min(best[i], (time.perf_counter() - start) / calls * 1e6)
     return best
 
 
-def launchers() -> dict[str, Callable[[], Any]]:
-    """Whole launchers as operators call them, allocation included, with the number of launches of each."""
+def launchers() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Launchers and arguments."""
     channels, heads, width = 1152, 16, 72
     x = torch.zeros((2, 16, channels), dtype=torch.bfloat16)
     shift, scale, gate = torch.zeros((2, 6 * channels)).chunk(6, dim=1)[:3]
     stats = torch.zeros(32, 2)
+    index = torch.zeros(32, dtype=torch.int32)
     qkv, slots = torch.zeros((128, 3, heads, width), dtype=torch.bfloat16), torch.zeros((1, 256), dtype=torch.int32)
     bias = torch.zeros((1, heads, 256, 256))
     fused = (x, x, x, stats, x, gate, scale, None, 1e-6)
     return {
-        "adaln_modulate forward, 1": lambda: modulate.adaln_modulate_forward(x, shift, scale, None, 1e-6),
-        "adaln_modulate backward, 2": lambda: modulate.adaln_modulate_backward(x, x, stats, scale, None, 1e-6),
-        "gated_residual forward, 1": lambda: modulate_gate.gated_residual_forward(x, x, gate, None),
-        "gated_residual_modulate backward, 3": lambda: modulate.gated_residual_modulate_backward(*fused),
-        "window_attention forward, 256 packed, 4": lambda: window_attention.window_attention_qkvpacked_forward(
-            qkv, bias, slots, None, 0.1
+        "pack_tokens": (pack_tokens.pack_tokens_forward, (x, index, index)),
+        "gated_residual forward": (modulate_gate.gated_residual_forward, (x, x, gate, None)),
+        "adaln_modulate forward": (modulate.adaln_modulate_forward, (x, shift, scale, None, 1e-6)),
+        "adaln_modulate backward": (modulate.adaln_modulate_backward, (x, x, stats, scale, None, 1e-6)),
+        "gated_residual_modulate backward": (modulate.gated_residual_modulate_backward, fused),
+        "window_attention forward, 256 packed": (
+            window_attention._qkvpacked_forward,
+            (qkv, bias, slots, None, 0.1, "ieee"),
         ),
     }
 
@@ -77,11 +71,27 @@ def main() -> None:
     torch.set_num_threads(1)
     driver.set_active(AheadOfTimeDriver((9, 0)))
     CompiledKernel.run = property(stub)
-    common._is_gpu = lambda device: True
+    launch._is_gpu = lambda device: True
     CompiledKernel._init_handles = stub
-    for name, call in launchers().items():
-        before, after = microseconds(call)
-        print(f"{name:42s} {before:6.1f} us, kept {after:6.1f} us", flush=True)
+    print(f"{'launcher':40s} launches   Triton's way      kept  allocation  a launch, us")
+    for name, (call, args) in launchers().items():
+        tape = launch.Tape(args[0].device)
+        call.__wrapped__(tape, *args)
+        allocated = [(t.shape, {"dtype": t.dtype, "device": t.device}) for t, _ in tape.allocated]
+
+        def by_triton() -> None:
+            call.__wrapped__(launch.Tape(args[0].device), *args)  # noqa: B023 - called here alone
+
+        def allocate() -> None:
+            for shape, options in allocated:  # noqa: B023
+                torch.empty(shape, **options)
+
+        triton, kept, allocation = microseconds(by_triton, lambda: call(*args), allocate)  # noqa: B023
+        count = len(tape.launched)
+        print(
+            f"{name:40s} {count:8d} {triton:14.1f} {kept:9.1f} {allocation:11.1f} {(kept - allocation) / count:13.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

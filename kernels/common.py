@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: device guard, options, block sizes, and the compile cases.
+"""What every Triton launcher shares: options, block sizes, and the compile cases.
 
 Names in kernels carry their role as a prefix: `i_` is an index (a scalar or a loop variable), `o_` offsets, `p_`
 pointers, `m_` a mask, `b_` a block of values held in registers. Constants of the compiler are in capitals.
@@ -19,10 +19,8 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton interprets kernels on CPU tensors. Read once, as `triton.jit` reads it per kernel."""
@@ -59,76 +57,6 @@ def compile_target(capability: tuple[int, int], sms: int) -> Iterator[None]:
         yield
     finally:
         _target = previous
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU current for a launch; nothing where it is, and on CPU and meta tensors."""
-    index = tensor.get_device()
-    return _NOTHING if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
-
-
-_KEPT: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-_MOST_KEPT = 4096
-
-
-def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Launches `kernel[(programs,)](*args, **options)`, and the next time without Triton's own look-up.
-
-    Triton binds, specialises and hashes every argument at every launch: tens of microseconds for the tuples of one of
-    our kernels. Here what it compiled is kept by all that it was compiled for: device, dtypes and alignment of the
-    tensors, the integers, the types of the floating-point numbers, and the options.
-
-    Args:
-        kernel: a kernel under `triton.jit` whose constants are its last parameters.
-        programs: size of the grid.
-        *args: the first of its parameters, in order.
-        **options: the others by name, and Triton's own options.
-    """
-    key: list[Any] = [kernel.fn, *options, *options.values()]
-    device = _describe(args, key.append)
-    if not _is_gpu(device) or kernel.pre_run_hooks:
-        kernel[(programs,)](*args, **options)
-        return
-    kept = _KEPT.get(whole := tuple(key))
-    if kept is None:
-        compiled = kernel[(programs,)](*args, **options)
-        if len(_KEPT) >= _MOST_KEPT:  # of sizes that never come again
-            _KEPT.clear()
-        others = tuple(options.get(p.name, p.default) for p in kernel.params[len(args) :])
-        _KEPT[whole] = compiled, others
-    else:
-        compiled, others = kept
-        compiled[programs, 1, 1](*args, *others)
-
-
-def _is_gpu(device: int) -> bool:
-    return device >= 0
-
-
-def _describe(args: tuple[Any, ...], add: Callable[[Any], None]) -> int:
-    """Adds to a key all that a kernel is compiled for; returns the GPU of the tensors, -1 without."""
-    device = -1
-    for arg in args:
-        kind = type(arg)
-        if kind is int or arg is None:
-            add(arg)
-        elif kind is Tensor or isinstance(arg, Tensor):
-            device = arg.get_device()
-            add(arg.dtype)
-            add(device << 4 | arg.data_ptr() & 15)
-        elif isinstance(arg, tuple):
-            add(kind)
-            device = max(_describe(arg, add), device)
-        elif kind is float:
-            add(float)
-        elif kind is bool:
-            add((bool, arg))
-        else:
-            add(arg.value)  # a constant of the compiler
-    return device
 
 
 @functools.cache

@@ -10,6 +10,7 @@ With p the density before normalisation and Z its sum, H = ln Z - (sum p ln p) /
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -26,10 +27,9 @@ from d2it.kernels.common import (
     CompileCase,
     cdiv,
     compile_cases,
-    device_guard,
-    launch,
     next_power_of_2,
 )
+from d2it.kernels.launch import Tape, launcher
 from d2it.kernels.rows import constant
 
 REACH = 6.0  # sigma; what lies beyond changes no entropy by more than 3e-7
@@ -218,7 +218,9 @@ def kde_entropy_kernel(
         tl.store(grains + i_region, b_grain)
 
 
+@launcher
 def _launch(
+    tape: Tape,
     images: torch.Tensor,
     thresholds: torch.Tensor | None,
     region_size: int,
@@ -231,8 +233,8 @@ def _launch(
     """images (B, 1|3, H, W), any strides; thresholds (k-1,) float32 -> (grains or None, entropy), (B, H/S, W/S)."""
     batch, channels, height, width = images.shape
     shape = (batch, height // region_size, width // region_size)
-    entropy = images.new_empty(shape, dtype=torch.float32)
-    grains = None if thresholds is None else images.new_empty(shape, dtype=torch.int64)
+    entropy = tape.empty(shape, torch.float32)
+    grains = None if thresholds is None else tape.empty(shape, torch.int64)
     if not entropy.numel():
         return grains, entropy
     center = (low + high) / 2
@@ -246,49 +248,48 @@ def _launch(
         offset, scale = middle * sum(weights) - center, 1.0
     slack = RANGE_SLACK * (high - low)
     spacing = (high - low) / (num_bins - 1)
-    spacing_high = torch.tensor(spacing, dtype=torch.float32).item()
+    spacing_high = ctypes.c_float(spacing).value
     reach = min(math.ceil(REACH * sigma / spacing), num_bins)
     rows = cdiv(num_bins, 16)
     # 256 pixels to a warp: 16 bytes a lane in bfloat16 and float32. Pixels apart come one by one: fewer at a time.
     block = min(256 if images.stride(3) == 1 else 64, next_power_of_2(region_size**2))
-    with device_guard(images):
-        launch(
-            kde_entropy_kernel,
-            entropy.numel(),
-            Images(images, constant(channels), *images.stride()),
-            Gray(
-                *weights,
-                offset,
-                scale,
-                least=low - slack,
-                most=high + slack,
-                middle=None if byte or not middle else middle,
-                CHECKED=constant(int(not byte)),
-            ),
-            Bins(
-                per_unit=1 / spacing,
-                middle=(num_bins - 1) / 2,
-                spacing_high=spacing_high,
-                spacing_low=spacing - spacing_high,
-                per_sigma=math.sqrt(0.5 * math.log2(math.e)) / sigma,
-                COUNT=constant(num_bins),
-                REACH=constant(reach),
-                WINDOW=constant(min(cdiv(2 * reach, 16) + 1, rows)),
-            ),
-            thresholds,
-            entropy,
-            grains,
-            0 if thresholds is None else thresholds.numel(),
-            shape[1],
-            shape[2],
-            REGION=region_size,
-            ROWS=max(16, next_power_of_2(rows)),
-            BLOCK=block,
-            PART=min(block, 32),
-            NORMALIZE=normalize,
-            num_warps=1,
-            **ASSERTIONS,
-        )
+    tape.launch(
+        kde_entropy_kernel,
+        entropy.numel(),
+        Images(images, constant(channels), *images.stride()),
+        Gray(
+            *weights,
+            offset,
+            scale,
+            least=low - slack,
+            most=high + slack,
+            middle=None if byte or not middle else middle,
+            CHECKED=constant(int(not byte)),
+        ),
+        Bins(
+            per_unit=1 / spacing,
+            middle=(num_bins - 1) / 2,
+            spacing_high=spacing_high,
+            spacing_low=spacing - spacing_high,
+            per_sigma=math.sqrt(0.5 * math.log2(math.e)) / sigma,
+            COUNT=constant(num_bins),
+            REACH=constant(reach),
+            WINDOW=constant(min(cdiv(2 * reach, 16) + 1, rows)),
+        ),
+        thresholds,
+        entropy,
+        grains,
+        0 if thresholds is None else thresholds.numel(),
+        shape[1],
+        shape[2],
+        REGION=region_size,
+        ROWS=max(16, next_power_of_2(rows)),
+        BLOCK=block,
+        PART=min(block, 32),
+        NORMALIZE=normalize,
+        num_warps=1,
+        **ASSERTIONS,
+    )
     return grains, entropy
 
 

@@ -9,6 +9,7 @@ barriers. The forward keeps mean and 1 / deviation of each row, 8 bytes, for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases
+from d2it.kernels.launch import Tape, launcher
 from d2it.kernels.modulate_rows import (
     ELEMENTS_BACKWARD,
     ELEMENTS_FORWARD,
@@ -203,20 +205,28 @@ def adaln_modulate_bwd_kernel(
                 tl.store(p_run + 2 * C + o_col, tl.sum(b_gate_sum[i], 0), mask=o_col < C)
 
 
+@launcher
 def adaln_modulate_forward(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, sample: torch.Tensor | None, eps: float
+    tape: Tape,
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    sample: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, L, C), or (T, C) with sample; shift, scale (B, C); any strides.
 
     Returns the modulation, of the shape and dtype of x, and mean and 1 / deviation of the rows, (rows, 2) float32. A
     sample outside 0..B-1 is a device-side assertion.
     """
-    out, stats = x.new_empty(x.shape), _stats_of(x)
-    _forward(out, None, stats, x, None, None, shift, scale, sample, eps)
+    out, stats = tape.empty(x.shape, x.dtype), _stats_of(tape, x)
+    _forward(tape, out, None, stats, x, None, None, shift, scale, sample, eps)
     return out, stats
 
 
+@launcher
 def gated_residual_modulate_forward(
+    tape: Tape,
     x: torch.Tensor,
     branch: torch.Tensor,
     gate: torch.Tensor,
@@ -230,16 +240,17 @@ def gated_residual_modulate_forward(
     Returns x + gate * branch and its modulation, of the shape and dtype of x, and mean and 1 / deviation of the rows,
     (rows, 2) float32. A sample outside 0..B-1 is a device-side assertion.
     """
-    total, out, stats = x.new_empty(x.shape), x.new_empty(x.shape), _stats_of(x)
-    _forward(out, total, stats, x, branch, gate, shift, scale, sample, eps)
+    total, out, stats = tape.empty(x.shape, x.dtype), tape.empty(x.shape, x.dtype), _stats_of(tape, x)
+    _forward(tape, out, total, stats, x, branch, gate, shift, scale, sample, eps)
     return total, out, stats
 
 
-def _stats_of(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((x.shape[:-1].numel(), 2), dtype=torch.float32)
+def _stats_of(tape: Tape, x: torch.Tensor) -> torch.Tensor:
+    return tape.empty((math.prod(x.shape[:-1]), 2), torch.float32)
 
 
 def _forward(
+    tape: Tape,
     out: torch.Tensor,
     total: torch.Tensor | None,
     stats: torch.Tensor,
@@ -255,26 +266,27 @@ def _forward(
         return
     tile = row_tile(x.shape[-1], ELEMENTS_FORWARD)
     rows = rows_of(x)
-    with device_guard(x):
-        launch(
-            adaln_modulate_fwd_kernel,
-            cdiv(rows.rows, tile.rows),
-            out,
-            total,
-            stats,
-            rows,
-            None if branch is None else rows_of(branch),
-            None if gate is None else rows_of(gate),
-            rows_of(shift),
-            rows_of(scale),
-            index_of(sample),
-            eps,
-            **tile.constants(x.shape[-1]),
-            **ASSERTIONS,
-        )
+    tape.launch(
+        adaln_modulate_fwd_kernel,
+        cdiv(rows.rows, tile.rows),
+        out,
+        total,
+        stats,
+        rows,
+        None if branch is None else rows_of(branch),
+        None if gate is None else rows_of(gate),
+        rows_of(shift),
+        rows_of(scale),
+        index_of(sample),
+        eps,
+        **tile.constants(x.shape[-1]),
+        **ASSERTIONS,
+    )
 
 
+@launcher
 def adaln_modulate_backward(
+    tape: Tape,
     grad: torch.Tensor,
     x: torch.Tensor,
     stats: torch.Tensor,
@@ -283,17 +295,18 @@ def adaln_modulate_backward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (its dtype), shift and scale (that of scale); `stats` is the forward's, which has `eps` in it."""
-    dx = x.new_empty(x.shape)
-    dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    dx = tape.empty(x.shape, x.dtype)
+    dshift, dscale = tape.empty(scale.shape, scale.dtype), tape.empty(scale.shape, scale.dtype)
     if scale.numel():
-        runs = make_runs(grad, scale.shape[0], 2, sample, stats)
-        with device_guard(x):
-            _backward(dx, None, runs, grad, None, x, None, None, scale, sample)
-            sum_runs(runs, grad, x, sample, dshift, dscale)
+        runs = make_runs(tape, grad, scale.shape[0], 2, sample, stats)
+        _backward(tape, dx, None, runs, grad, None, x, None, None, scale, sample)
+        sum_runs(tape, runs, grad, x, sample, dshift, dscale)
     return dx, dshift, dscale
 
 
+@launcher
 def gated_residual_modulate_backward(
+    tape: Tape,
     grad_total: torch.Tensor,
     grad: torch.Tensor,
     total: torch.Tensor,
@@ -305,18 +318,19 @@ def gated_residual_modulate_backward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, branch, gate, shift and scale from those of the total and of its modulation."""
-    dx, dbranch, dgate = total.new_empty(total.shape), branch.new_empty(branch.shape), gate.new_empty(gate.shape)
-    dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    dx, dbranch = tape.empty(total.shape, total.dtype), tape.empty(branch.shape, branch.dtype)
+    dgate = tape.empty(gate.shape, gate.dtype)
+    dshift, dscale = tape.empty(scale.shape, scale.dtype), tape.empty(scale.shape, scale.dtype)
     if scale.numel():
-        runs = make_runs(grad, scale.shape[0], 3, sample, stats)
-        with device_guard(total):
-            _backward(dx, dbranch, runs, grad, grad_total, total, branch, gate, scale, sample)
-            sum_runs(runs, grad, total, sample, dshift, dscale)
-            sum_runs(runs._replace(partials=runs.partials[:, 2], stats=None), dx, branch, sample, dgate)
+        runs = make_runs(tape, grad, scale.shape[0], 3, sample, stats)
+        _backward(tape, dx, dbranch, runs, grad, grad_total, total, branch, gate, scale, sample)
+        sum_runs(tape, runs, grad, total, sample, dshift, dscale)
+        sum_runs(tape, runs._replace(partials=runs.partials[:, 2], stats=None), dx, branch, sample, dgate)
     return dx, dbranch, dgate, dshift, dscale
 
 
 def _backward(
+    tape: Tape,
     dx: torch.Tensor,
     dbranch: torch.Tensor | None,
     runs: Runs,
@@ -331,7 +345,7 @@ def _backward(
     channels = x.shape[-1]
     tile = row_tile(channels, ELEMENTS_BACKWARD)
     if runs.blocks:
-        launch(
+        tape.launch(
             adaln_modulate_bwd_kernel,
             runs.blocks,
             dx,
@@ -351,7 +365,7 @@ def _backward(
 @compile_cases
 def _compile_cases() -> Iterator[CompileCase]:
     for name, rows, parameter, sample in modulation_cases():
-        stats = _stats_of(rows)
+        stats = rows.new_empty((math.prod(rows.shape[:-1]), 2), dtype=torch.float32)
         yield f"{name}-modulate", partial(adaln_modulate_forward, rows, parameter, parameter, sample, 1e-6)
         yield f"{name}-modulate", partial(adaln_modulate_backward, rows, rows, stats, parameter, sample, 1e-6)
         if rows.shape[-1] > 4096:

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases
+from d2it.kernels.launch import Tape, launcher
 from d2it.kernels.modulate_rows import (
     ELEMENTS_FORWARD,
     block_images,
@@ -83,57 +84,57 @@ def gated_residual_bwd_kernel(
         tl.store(p_run + o_col, tl.sum(b_sum, 0), mask=m_col)
 
 
+@launcher
 def gated_residual_forward(
-    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, sample: torch.Tensor | None
+    tape: Tape, x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, sample: torch.Tensor | None
 ) -> torch.Tensor:
     """x, branch (B, L, C), or (T, C) with sample; gate (B, C); any strides -> the shape and dtype of x.
 
     A sample outside 0..B-1 is a device-side assertion.
     """
-    out = x.new_empty(x.shape)
+    out = tape.empty(x.shape, x.dtype)
     if out.numel() == 0:
         return out
     tile = row_tile(x.shape[-1], ELEMENTS_FORWARD)
     rows = rows_of(x)
-    with device_guard(x):
-        launch(
-            gated_residual_fwd_kernel,
-            cdiv(rows.rows, tile.rows),
-            out,
-            rows,
-            rows_of(branch),
-            rows_of(gate),
-            index_of(sample),
-            **tile.constants(x.shape[-1]),
-            **ASSERTIONS,
-        )
+    tape.launch(
+        gated_residual_fwd_kernel,
+        cdiv(rows.rows, tile.rows),
+        out,
+        rows,
+        rows_of(branch),
+        rows_of(gate),
+        index_of(sample),
+        **tile.constants(x.shape[-1]),
+        **ASSERTIONS,
+    )
     return out
 
 
+@launcher
 def gated_residual_backward(
-    grad: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, sample: torch.Tensor | None
+    tape: Tape, grad: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, sample: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of branch and gate, in their dtypes; that of x is grad itself."""
-    dbranch, dgate = branch.new_empty(branch.shape), gate.new_empty(gate.shape)
+    dbranch, dgate = tape.empty(branch.shape, branch.dtype), tape.empty(gate.shape, gate.dtype)
     if gate.numel() == 0:
         return dbranch, dgate
     channels = branch.shape[-1]
-    runs = make_runs(grad, gate.shape[0], 1, sample)
+    runs = make_runs(tape, grad, gate.shape[0], 1, sample)
     tile = column_tile(channels, branch.element_size())
-    with device_guard(branch):
-        if runs.blocks:
-            launch(
-                gated_residual_bwd_kernel,
-                runs.blocks * cdiv(channels, tile.chunk),
-                dbranch,
-                runs,
-                rows_of(grad),
-                rows_of(branch),
-                rows_of(gate),
-                index_of(sample),
-                **tile.constants(channels),
-            )
-        sum_runs(runs, grad, branch, sample, dgate)
+    if runs.blocks:
+        tape.launch(
+            gated_residual_bwd_kernel,
+            runs.blocks * cdiv(channels, tile.chunk),
+            dbranch,
+            runs,
+            rows_of(grad),
+            rows_of(branch),
+            rows_of(gate),
+            index_of(sample),
+            **tile.constants(channels),
+        )
+    sum_runs(tape, runs, grad, branch, sample, dgate)
     return dbranch, dgate
 
 

@@ -15,6 +15,7 @@ synchronisation.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import cdiv, launch, next_power_of_2
+from d2it.kernels.common import cdiv, next_power_of_2
+from d2it.kernels.launch import Tape
 from d2it.kernels.rows import constant, index_of, row_offsets, rows_of
 
 
@@ -260,15 +262,20 @@ def column_tile(channels: int, itemsize: int) -> Tile:
 
 
 def make_runs(
-    grad: torch.Tensor, images: int, sums: int, sample: torch.Tensor | None, stats: torch.Tensor | None = None
+    tape: Tape,
+    grad: torch.Tensor,
+    images: int,
+    sums: int,
+    sample: torch.Tensor | None,
+    stats: torch.Tensor | None = None,
 ) -> Runs:
     """Returns buffers for the runs of grad's rows; from the shape alone, so that sums do not depend on the GPU."""
-    rows = grad.shape[:-1].numel()
+    rows = math.prod(grad.shape[:-1])
     block_rows = min(max(next_power_of_2(rows // 1024), 16), 128)
     blocks = cdiv(rows, block_rows)
     return Runs(
-        grad.new_empty((max(blocks + images - 1, 0), sums, grad.shape[-1]), dtype=torch.float32),
-        None if sample is None else grad.new_empty((2, blocks), dtype=torch.int32),
+        tape.empty((max(blocks + images - 1, 0), sums, grad.shape[-1]), torch.float32),
+        None if sample is None else tape.empty((2, blocks), torch.int32),
         stats,
         blocks,
         constant(sums),
@@ -277,12 +284,17 @@ def make_runs(
 
 
 def sum_runs(
-    runs: Runs, grad: torch.Tensor, other: torch.Tensor, sample: torch.Tensor | None, *results: torch.Tensor
+    tape: Tape,
+    runs: Runs,
+    grad: torch.Tensor,
+    other: torch.Tensor,
+    sample: torch.Tensor | None,
+    *results: torch.Tensor,
 ) -> None:
     """The second launch: every image's sums, into the results."""
     images, channels = results[0].shape
     chunk = min(128, next_power_of_2(channels))
-    launch(
+    tape.launch(
         sum_runs_kernel,
         images * cdiv(channels, chunk),
         results[0],

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch, next_power_of_2
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, next_power_of_2
+from d2it.kernels.launch import Tape, launcher
 from d2it.kernels.rows import index_of, row_offsets, rows_of
 
 TILE_BYTES = 8192  # of one program: 128 threads with 4 independent 16-byte loads in flight each
@@ -73,37 +74,43 @@ def _tile(channels: int, itemsize: int) -> tuple[int, int]:
 
 
 def _gather_rows(
-    index: torch.Tensor, source: torch.Tensor | None, base: torch.Tensor | None, out: torch.Tensor
+    tape: Tape,
+    index: torch.Tensor,
+    source: torch.Tensor | None,
+    base: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     rows, channels = index.shape[0], out.shape[-1]
     if rows == 0 or channels == 0:
         return out
     block_rows, chunk = _tile(channels, out.element_size())
-    with device_guard(out):
-        launch(
-            gather_rows_kernel,
-            cdiv(rows, block_rows) * cdiv(channels, chunk),
-            out,
-            index_of(index),
-            None if source is None else rows_of(source),
-            None if base is None else rows_of(base),
-            rows,
-            C=channels,
-            ALONG_ROWS=channels > 1 and source is not None and source.stride(-1) != 1,
-            ROWS=block_rows,
-            CHUNK=chunk,
-            num_warps=4,
-            **ASSERTIONS,
-        )
+    tape.launch(
+        gather_rows_kernel,
+        cdiv(rows, block_rows) * cdiv(channels, chunk),
+        out,
+        index_of(index),
+        None if source is None else rows_of(source),
+        None if base is None else rows_of(base),
+        rows,
+        C=channels,
+        ALONG_ROWS=channels > 1 and source is not None and source.stride(-1) != 1,
+        ROWS=block_rows,
+        CHUNK=chunk,
+        num_warps=4,
+        **ASSERTIONS,
+    )
     return out
 
 
-def pack_tokens_forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+@launcher
+def pack_tokens_forward(tape: Tape, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """x (B, L, C), any strides -> (capacity, C): row r is cell index[r], zero where index[r] is -1."""
-    return _gather_rows(index, x, None, x.new_empty((index.shape[0], x.shape[2])))
+    return _gather_rows(tape, index, x, None, tape.empty((index.shape[0], x.shape[2]), x.dtype))
 
 
+@launcher
 def unpack_tokens_forward(
+    tape: Tape,
     packed: torch.Tensor | None,
     base: torch.Tensor | None,
     index: torch.Tensor,
@@ -116,7 +123,7 @@ def unpack_tokens_forward(
     Without packed rows (and with base) their cells are zero.
     """
     like = next(x for x in (packed, base) if x is not None)
-    return _gather_rows(inverse, packed, base, like.new_empty((batch, cells, like.shape[-1])))
+    return _gather_rows(tape, inverse, packed, base, tape.empty((batch, cells, like.shape[-1]), like.dtype))
 
 
 @compile_cases

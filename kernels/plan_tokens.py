@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, device_guard, launch, next_power_of_2
+from d2it.kernels.common import ASSERTIONS, CompileCase, cdiv, compile_cases, next_power_of_2
+from d2it.kernels.launch import Tape, launcher
 from d2it.kernels.rows import constant
 
 BLOCK = 1024
@@ -158,12 +159,25 @@ def plan_tokens_forward(
     A grain below 0, one without a code size where sizes are given, and more tokens than `capacity` are device-side
     assertions.
     """
+    return _plan_tokens(grain_map, cells_per_region, window, min_grain, capacity, tuple(code_sizes))
+
+
+@launcher
+def _plan_tokens(
+    tape: Tape,
+    grain_map: torch.Tensor,
+    cells_per_region: int,
+    window: int,
+    min_grain: int,
+    capacity: int,
+    code_sizes: tuple[int, ...],
+) -> tuple[torch.Tensor, ...]:
     batch, height, width = grain_map.shape
     cells_image = height * width * cells_per_region**2
     cells = batch * cells_image
 
     def empty(*shape: int) -> torch.Tensor:
-        return grain_map.new_empty(shape, dtype=torch.int32)
+        return tape.empty(shape, torch.int32)
 
     plan = (empty(capacity), empty(cells), empty(cells // window**2, window**2), empty(capacity), empty())
     blocks = max(cdiv(max(cells, capacity), BLOCK), 1)
@@ -183,20 +197,19 @@ def plan_tokens_forward(
         *grain_map.stride(),
     )
     options = {"BLOCK": BLOCK, "BLOCKS": blocks_each, "num_warps": 8, **ASSERTIONS}
-    with device_guard(grain_map):
-        launch(plan_tokens_count_kernel, chunks, grains, counts, chunks, **options)
-        launch(
-            plan_tokens_write_kernel,
-            chunks,
-            grains,
-            counts,
-            *plan,
-            chunks,
-            capacity,
-            max(batch - 1, 0),
-            CHUNKS=next_power_of_2(chunks),
-            **options,
-        )
+    tape.launch(plan_tokens_count_kernel, chunks, grains, counts, chunks, **options)
+    tape.launch(
+        plan_tokens_write_kernel,
+        chunks,
+        grains,
+        counts,
+        *plan,
+        chunks,
+        capacity,
+        max(batch - 1, 0),
+        CHUNKS=next_power_of_2(chunks),
+        **options,
+    )
     return plan
 
 

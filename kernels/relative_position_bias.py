@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import CompileCase, cdiv, compile_cases, device_guard, launch, next_power_of_2
+from d2it.kernels.common import CompileCase, cdiv, compile_cases, next_power_of_2
+from d2it.kernels.launch import Tape, launcher
 
 
 class Table(NamedTuple):
@@ -80,42 +81,42 @@ def relative_position_bias_bwd_kernel(grad, dtable, heads, WINDOW: tl.constexpr,
         tl.store(dtable + (i_row + x_row) * heads + i_head, tl.sum(b_diagonal).to(dtable.dtype.element_ty))
 
 
-def relative_position_bias_forward(table: torch.Tensor, window: int) -> torch.Tensor:
+@launcher
+def relative_position_bias_forward(tape: Tape, table: torch.Tensor, window: int) -> torch.Tensor:
     """table ((2w-1)^2, H), any strides -> (1, H, w*w, w*w)."""
     heads, cells = table.shape[1], window * window
-    bias = table.new_empty((1, heads, cells, cells))
+    bias = tape.empty((1, heads, cells, cells), table.dtype)
     block = min(1024, next_power_of_2(cells * cells))
     if heads:
-        with device_guard(table):
-            launch(
-                relative_position_bias_fwd_kernel,
-                heads * cdiv(cells * cells, block),
-                Table(table, *table.stride()),
-                bias,
-                WINDOW=window,
-                BLOCK=block,
-                num_warps=4,
-            )
+        tape.launch(
+            relative_position_bias_fwd_kernel,
+            heads * cdiv(cells * cells, block),
+            Table(table, *table.stride()),
+            bias,
+            WINDOW=window,
+            BLOCK=block,
+            num_warps=4,
+        )
     return bias
 
 
-def relative_position_bias_backward(grad: torch.Tensor, window: int) -> torch.Tensor:
+@launcher
+def relative_position_bias_backward(tape: Tape, grad: torch.Tensor, window: int) -> torch.Tensor:
     """grad (1, H, w*w, w*w), any strides -> ((2w-1)^2, H) in grad's dtype, summed in float32."""
     heads, offsets = grad.shape[1], 2 * window - 1
-    dtable = grad.new_empty((offsets * offsets, heads))
+    dtable = tape.empty((offsets * offsets, heads), grad.dtype)
     block = next_power_of_2(window)
     if heads:
-        with device_guard(grad):
-            launch(
-                relative_position_bias_bwd_kernel,
-                heads * offsets,
-                Bias(grad, *grad.stride()[1:]),
-                dtable,
-                heads,
-                WINDOW=window,
-                BLOCK=block,
-                num_warps=min(8, max(1, block * block // 256)),  # 8 elements a lane at window 16
-            )
+        tape.launch(
+            relative_position_bias_bwd_kernel,
+            heads * offsets,
+            Bias(grad, *grad.stride()[1:]),
+            dtable,
+            heads,
+            WINDOW=window,
+            BLOCK=block,
+            num_warps=min(8, max(1, block * block // 256)),  # 8 elements a lane at window 16
+        )
     return dtable
 
 

@@ -21,24 +21,18 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import (
-    CompileCase,
-    capability,
-    cdiv,
-    compile_cases,
-    device_guard,
-    launch,
-    num_sms,
-    tiled_positions,
-)
+from d2it.kernels.common import CompileCase, capability, cdiv, compile_cases, num_sms, tiled_positions
+from d2it.kernels.launch import Tape, launcher
 from d2it.kernels.window_attention_blocks import blocks_backward, blocks_forward
 from d2it.kernels.window_attention_rows import (
     LOG2E,
+    assert_slots,
     call_of,
     clear_unnamed_rows,
     dot_rows,
     gradients_of,
     load_rows,
+    precision,
     reduce_sums,
     scale_rows,
     store_rows,
@@ -376,93 +370,130 @@ def tiles_of(q: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor | N
     return Tiles(blocks, splits, config)
 
 
-def tiles_forward(q, k, v, bias, slots, segment_ids, scale, out) -> None:
+def tiles_forward(tape: Tape, q, k, v, bias, slots, segment_ids, scale, precision, out) -> None:
     """Fills the rows of `out` (rows, heads, D) that exist; windows of up to 64 positions."""
     blocks, splits, config = tiles_of(q, bias, slots, backward=False)
-    call = call_of(q, k, v, bias, slots, segment_ids, scale, matrices=config["RESIDUES"])
-    with device_guard(q):
-        launch(window_attention_fwd_kernel, q.shape[-2] * blocks * splits, call, out, splits, **config)
+    call = call_of(q, k, v, bias, slots, segment_ids, scale, precision, matrices=config["RESIDUES"])
+    tape.launch(window_attention_fwd_kernel, q.shape[-2] * blocks * splits, call, out, splits, **config)
 
 
-def tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, dq, dk, dv):
+def tiles_backward(tape: Tape, grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, precision, dq, dk, dv):
     """Fills the rows of dq, dk, dv that exist; returns the gradient of the bias, None unless needs_bias."""
     blocks, splits, config = tiles_of(q, bias, slots, backward=True)
-    call = call_of(q, k, v, bias, slots, segment_ids, scale, grad, matrices=config["RESIDUES"])
+    call = call_of(q, k, v, bias, slots, segment_ids, scale, precision, grad, matrices=config["RESIDUES"])
     heads, tile = q.shape[-2], config["TILE"]
-    sums = None
-    if needs_bias:
-        sums = torch.empty((splits, blocks, heads, tile, tile), dtype=torch.float32, device=q.device)
-    with device_guard(q):
-        launch(
-            window_attention_bwd_kernel, heads * blocks * splits, call, gradients_of(dq, dk, dv), sums, splits, **config
-        )
-    return None if sums is None else reduce_sums(sums, bias, config["RESIDUES"], config["REPEATS"])
+    sums = tape.empty((splits, blocks, heads, tile, tile), torch.float32) if needs_bias else None
+    tape.launch(
+        window_attention_bwd_kernel, heads * blocks * splits, call, gradients_of(dq, dk, dv), sums, splits, **config
+    )
+    return None if sums is None else reduce_sums(tape, sums, bias, config["RESIDUES"], config["REPEATS"])
 
 
 # --------------------------------------------------------------------------------------------------
-# What the operators call
+# What the operators call. Launchers depend on their arguments alone: the precision of float32 products, a setting of
+# PyTorch, is one of them.
 
 
 def window_attention_forward(q, k, v, bias, slots, segment_ids, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k, v (W, N, H, D), or (T, H, D) with slots -> the result, and lse (W, H, N) float32 where N exceeds a tile."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    windows, n = q.shape[:2] if slots is None else slots.shape
-    blocks = n > tiled_positions(q, slots, segment_ids)
-    kept = (windows, q.shape[-2], n) if blocks else (0,)
-    # No program writes the sums of positions without a token: they are set here, so that the result is defined.
-    lse = torch.empty(kept, dtype=torch.float32, device=q.device)
-    if slots is not None:
-        lse.fill_(float("inf"))
-    if q.numel() and n:
-        if blocks:
-            blocks_forward(q, k, v, bias, slots, segment_ids, scale, out, lse)
-        else:
-            tiles_forward(q, k, v, bias, slots, segment_ids, scale, out)
-    if slots is not None:
-        clear_unnamed_rows(slots, out)
+    out, lse, unnamed = _forward(q, k, v, bias, slots, segment_ids, scale, precision(q))
+    assert_slots(unnamed)
     return out, lse
-
-
-def _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, dq, dk, dv):
-    n = q.shape[1] if slots is None else slots.shape[1]
-    if not (q.numel() and n):
-        return torch.zeros_like(bias) if needs_bias else q.new_empty(0)
-    if n > tiled_positions(q, slots, segment_ids):
-        dbias = blocks_backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, dq, dk, dv)
-    else:
-        dbias = tiles_backward(grad, q, k, v, bias, slots, segment_ids, scale, needs_bias, dq, dk, dv)
-    return q.new_empty(0) if dbias is None else dbias
-
-
-def window_attention_backward(
-    grad, q, k, v, bias, slots, segment_ids, out, lse, scale: float, needs_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv, dbias), dbias empty unless needs_bias; out and lse of the forward where N exceeds a tile."""
-    grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
-    dbias = _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, *grads)
-    if slots is not None:
-        clear_unnamed_rows(slots, *grads)
-    return *grads, dbias
 
 
 def window_attention_qkvpacked_forward(
     qkv, bias, slots, segment_ids, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same on one projection (W, N, 3, H, D) or (T, 3, H, D), read in place."""
-    q, k, v = qkv.unbind(-3)
-    return window_attention_forward(q, k, v, bias, slots, segment_ids, scale)
+    out, lse, unnamed = _qkvpacked_forward(qkv, bias, slots, segment_ids, scale, precision(qkv))
+    assert_slots(unnamed)
+    return out, lse
+
+
+def window_attention_backward(
+    grad, q, k, v, bias, slots, segment_ids, out, lse, scale: float, needs_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv, dbias), dbias empty unless needs_bias; out and lse of the forward where N exceeds a tile."""
+    *grads, unnamed = _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, precision(q))
+    assert_slots(unnamed)
+    return tuple(grads)
 
 
 def window_attention_qkvpacked_backward(
     grad, qkv, bias, slots, segment_ids, out, lse, scale: float, needs_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dqkv, dbias): the three gradients written into one tensor."""
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q, k, v = qkv.unbind(-3)
-    dbias = _backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, *dqkv.unbind(-3))
-    if slots is not None:
-        clear_unnamed_rows(slots, dqkv)
+    dqkv, dbias, unnamed = _qkvpacked_backward(
+        grad, qkv, bias, slots, segment_ids, out, lse, scale, needs_bias, precision(qkv)
+    )
+    assert_slots(unnamed)
     return dqkv, dbias
+
+
+@launcher
+def _forward(tape: Tape, q, k, v, bias, slots, segment_ids, scale, precision):
+    return _fill_forward(tape, q, k, v, bias, slots, segment_ids, scale, precision)
+
+
+@launcher
+def _qkvpacked_forward(tape: Tape, qkv, bias, slots, segment_ids, scale, precision):
+    q, k, v = qkv.unbind(-3)
+    return _fill_forward(tape, q, k, v, bias, slots, segment_ids, scale, precision)
+
+
+@launcher
+def _backward(tape: Tape, grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, precision):
+    dq, dk, dv = (tape.empty(q.shape, q.dtype) for _ in range(3))
+    dbias = _fill_backward(
+        tape, grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, precision, dq, dk, dv
+    )
+    return dq, dk, dv, dbias, clear_unnamed_rows(tape, slots, dq, dk, dv)
+
+
+@launcher
+def _qkvpacked_backward(tape: Tape, grad, qkv, bias, slots, segment_ids, out, lse, scale, needs_bias, precision):
+    dqkv = tape.empty(qkv.shape, qkv.dtype)
+    q, k, v = qkv.unbind(-3)
+    dq, dk, dv = dqkv.unbind(-3)
+    dbias = _fill_backward(
+        tape, grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, precision, dq, dk, dv
+    )
+    return dqkv, dbias, clear_unnamed_rows(tape, slots, dqkv)
+
+
+def _fill_forward(tape: Tape, q, k, v, bias, slots, segment_ids, scale, precision):
+    """The result, lse, and the flags of rows that no slot names."""
+    out = tape.empty(q.shape, q.dtype)
+    windows, n = q.shape[:2] if slots is None else slots.shape
+    blocks = n > tiled_positions(q, slots, segment_ids)
+    if not blocks:
+        lse = tape.empty((0,), torch.float32)
+    elif slots is None:
+        lse = tape.empty((windows, q.shape[-2], n), torch.float32)
+    else:  # no program writes the sums of positions without a token: so that the result is defined
+        lse = tape.full((windows, q.shape[-2], n), float("inf"), torch.float32)
+    if q.numel() and n:
+        if blocks:
+            blocks_forward(tape, q, k, v, bias, slots, segment_ids, scale, precision, out, lse)
+        else:
+            tiles_forward(tape, q, k, v, bias, slots, segment_ids, scale, precision, out)
+    return out, lse, clear_unnamed_rows(tape, slots, out)
+
+
+def _fill_backward(
+    tape: Tape, grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, precision, dq, dk, dv
+):
+    """Fills the rows of dq, dk, dv that exist; returns the gradient of the bias, empty unless needs_bias."""
+    n = q.shape[1] if slots is None else slots.shape[1]
+    common = (q, k, v, bias, slots, segment_ids)
+    dbias = None
+    if not (q.numel() and n):
+        dbias = tape.full(bias.shape, 0, bias.dtype) if needs_bias else None
+    elif n > tiled_positions(q, slots, segment_ids):
+        dbias = blocks_backward(tape, grad, *common, out, lse, scale, needs_bias, precision, dq, dk, dv)
+    else:
+        dbias = tiles_backward(tape, grad, *common, scale, needs_bias, precision, dq, dk, dv)
+    return tape.empty((0,), q.dtype) if dbias is None else dbias
 
 
 def _forward_and_backward(qkv, bias, slots, segment_ids) -> None:

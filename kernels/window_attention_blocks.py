@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import capability, cdiv, device_guard, launch, next_power_of_2, num_sms
+from d2it.kernels.common import capability, cdiv, next_power_of_2, num_sms
+from d2it.kernels.launch import Tape
 from d2it.kernels.window_attention_rows import (
     LOG2E,
     Call,
@@ -338,58 +339,60 @@ def _splits(kernel: str, q: torch.Tensor, call: Call, blocks: int) -> tuple[int,
     return programs * splits, splits
 
 
-def _close_up(call: Call, slots: torch.Tensor | None) -> Call:
-    """The call with the rows of its windows closed up; within the guard of its device."""
+def _close_up(tape: Tape, call: Call, slots: torch.Tensor | None) -> Call:
+    """The call with the rows of its windows closed up."""
     if slots is None:
         return call
-    rows, positions = (torch.empty(slots.shape, dtype=torch.int32, device=slots.device) for _ in range(2))
-    closed = ClosedUp(rows, positions, torch.empty(slots.shape[:1], dtype=torch.int32, device=slots.device))
+    rows, positions = (tape.empty(slots.shape, torch.int32) for _ in range(2))
+    closed = ClosedUp(rows, positions, tape.empty(slots.shape[:1], torch.int32))
     if call.windows:
         block = next_power_of_2(call.length)
-        launch(close_up_kernel, call.windows, call.slots, closed, call.rows, N=call.length, BLOCK=block, num_warps=2)
+        tape.launch(
+            close_up_kernel, call.windows, call.slots, closed, call.rows, N=call.length, BLOCK=block, num_warps=2
+        )
     return call._replace(closed=closed)
 
 
-def blocks_forward(q, k, v, bias, slots, segment_ids, scale, out, lse) -> None:
+def blocks_forward(tape: Tape, q, k, v, bias, slots, segment_ids, scale, precision, out, lse) -> None:
     """Fills the rows of out (rows, heads, D) that exist, and lse (windows, heads, N) float32."""
-    call = call_of(q, k, v, bias, slots, segment_ids, scale)
+    call = call_of(q, k, v, bias, slots, segment_ids, scale, precision)
     config = block_config("fwd", q)
     grid, splits = _splits("fwd", q, call, cdiv(call.length, config["BM"]))
-    with device_guard(q):
-        launch(window_attention_blocks_fwd_kernel, grid, _close_up(call, slots), out, lse, splits, **config)
+    tape.launch(window_attention_blocks_fwd_kernel, grid, _close_up(tape, call, slots), out, lse, splits, **config)
 
 
-def blocks_backward(grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, dq, dk, dv):
+def blocks_backward(
+    tape: Tape, grad, q, k, v, bias, slots, segment_ids, out, lse, scale, needs_bias, precision, dq, dk, dv
+):
     """Fills the rows of dq, dk, dv that exist; returns the gradient of the bias, None unless needs_bias."""
-    call = call_of(q, k, v, bias, slots, segment_ids, scale, grad)
+    call = call_of(q, k, v, bias, slots, segment_ids, scale, precision, grad)
     grads = gradients_of(dq, dk, dv)
-    delta = torch.empty_like(lse)
-    with device_guard(q):
-        closed = _close_up(call, slots)
-        config = block_config("dq", q)
-        grid, splits = _splits("dq", q, call, cdiv(call.length, config["BM"]))
-        launch(window_attention_blocks_dq_kernel, grid, closed, heads_of(out), lse, delta, grads, splits, **config)
-        config = block_config("dkv", q)
-        grid, splits = _splits("dkv", q, call, cdiv(call.length, config["BN"]))
-        for dk_too, dv_too in ((True, True),) if q.shape[-1] <= 80 else ((True, False), (False, True)):
-            launch(
-                window_attention_blocks_dkv_kernel,
-                grid,
-                closed,
-                lse,
-                delta,
-                grads,
-                splits,
-                DK=dk_too,
-                DV=dv_too,
-                **config,
-            )
-        if not needs_bias:
-            return None
-        config = block_config("dbias", q)
-        queries, keys = cdiv(call.length, config["BM"]), cdiv(call.length, config["BN"])
-        grid, splits = _splits("dbias", q, call, queries * keys)
-        sides = (queries * config["BM"], keys * config["BN"])
-        sums = torch.empty((splits, call.bias_windows, call.heads, *sides), dtype=torch.float32, device=q.device)
-        launch(window_attention_blocks_dbias_kernel, grid, call, lse, delta, sums, splits, **config)
-    return reduce_sums(sums, bias, 1, 1)
+    delta = tape.empty(lse.shape, torch.float32)
+    closed = _close_up(tape, call, slots)
+    config = block_config("dq", q)
+    grid, splits = _splits("dq", q, call, cdiv(call.length, config["BM"]))
+    tape.launch(window_attention_blocks_dq_kernel, grid, closed, heads_of(out), lse, delta, grads, splits, **config)
+    config = block_config("dkv", q)
+    grid, splits = _splits("dkv", q, call, cdiv(call.length, config["BN"]))
+    for dk_too, dv_too in ((True, True),) if q.shape[-1] <= 80 else ((True, False), (False, True)):
+        tape.launch(
+            window_attention_blocks_dkv_kernel,
+            grid,
+            closed,
+            lse,
+            delta,
+            grads,
+            splits,
+            DK=dk_too,
+            DV=dv_too,
+            **config,
+        )
+    if not needs_bias:
+        return None
+    config = block_config("dbias", q)
+    queries, keys = cdiv(call.length, config["BM"]), cdiv(call.length, config["BN"])
+    grid, splits = _splits("dbias", q, call, queries * keys)
+    sides = (queries * config["BM"], keys * config["BN"])
+    sums = tape.empty((splits, call.bias_windows, call.heads, *sides), torch.float32)
+    tape.launch(window_attention_blocks_dbias_kernel, grid, call, lse, delta, sums, splits, **config)
+    return reduce_sums(tape, sums, bias, 1, 1)

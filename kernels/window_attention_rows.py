@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from d2it.kernels.common import cdiv, device_guard, launch, next_power_of_2
+from d2it.kernels.common import cdiv, next_power_of_2
+from d2it.kernels.launch import Tape
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -278,9 +279,9 @@ def reduce_sums_kernel(
     tl.store(p_dbias, b_sum.to(dbias.dtype.element_ty), mask=m_pair)
 
 
-def reduce_sums(sums: torch.Tensor, bias: torch.Tensor, residues: int, repeats: int) -> torch.Tensor:
+def reduce_sums(tape: Tape, sums: torch.Tensor, bias: torch.Tensor, residues: int, repeats: int) -> torch.Tensor:
     """The gradient of the bias, in its dtype, from the float32 sums (splits, blocks, heads, ROWS, COLUMNS)."""
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    dbias = tape.empty(bias.shape, bias.dtype)
     splits, blocks, heads, rows, columns = sums.shape
     n, shared = bias.shape[-1], bias.shape[1] != heads
     # A small bias has few programs, and many sums: then a program reads many at once.
@@ -288,64 +289,70 @@ def reduce_sums(sums: torch.Tensor, bias: torch.Tensor, residues: int, repeats: 
     block = min(max(32, 2048 // terms), next_power_of_2(n * n))
     programs = bias.shape[0] * bias.shape[1] * cdiv(n * n, block)
     if programs:
-        with device_guard(sums):
-            launch(
-                reduce_sums_kernel,
-                programs,
-                sums,
-                dbias,
-                splits,
-                blocks,
-                heads,
-                N=n,
-                ROWS=rows,
-                COLUMNS=columns,
-                RESIDUES=residues,
-                REPEATS=repeats,
-                SHARED=shared,
-                TERMS=terms,
-                BLOCK=block,
-                num_warps=max(1, min(4, terms * block // 256)),
-            )
+        tape.launch(
+            reduce_sums_kernel,
+            programs,
+            sums,
+            dbias,
+            splits,
+            blocks,
+            heads,
+            N=n,
+            ROWS=rows,
+            COLUMNS=columns,
+            RESIDUES=residues,
+            REPEATS=repeats,
+            SHARED=shared,
+            TERMS=terms,
+            BLOCK=block,
+            num_warps=max(1, min(4, terms * block // 256)),
+        )
     return dbias
 
 
-def clear_unnamed_rows(slots: torch.Tensor, *tensors: torch.Tensor) -> None:
-    """Zero the rows of packed outputs (T, ...) that no slot names, and touch no other.
+def clear_unnamed_rows(tape: Tape, slots: torch.Tensor | None, *tensors: torch.Tensor) -> torch.Tensor | None:
+    """Zero the rows of packed outputs (T, ...) that no slot names, and touch no other; returns the flags of the rows.
 
-    A memset of everything would cost a quarter of the forward's traffic again; the flags cost 1 byte a row. They also
-    record a slot that names a row past the last: kernels take it for an empty one, and on a GPU it is an assertion.
+    A memset of everything would cost a quarter of the forward's traffic again; the flags cost 1 byte a row. The last of
+    them, past the rows, is 0 where a slot names a row past the last: kernels take it for an empty one.
     """
+    if slots is None:
+        return None
     tokens = tensors[0].shape[0]
-    unnamed = torch.ones(tokens + 1, dtype=torch.uint8, device=slots.device)
-    with device_guard(slots):
-        if slots.numel():
-            launch(
-                mark_named_rows_kernel,
-                cdiv(slots.numel(), 1024),
-                table_of(slots),
+    unnamed = tape.full((tokens + 1,), 1, torch.uint8)
+    if slots.numel():
+        tape.launch(
+            mark_named_rows_kernel,
+            cdiv(slots.numel(), 1024),
+            table_of(slots),
+            unnamed,
+            tokens,
+            N=slots.shape[1],
+            BLOCK=1024,
+            num_warps=4,
+        )
+    for tensor in tensors:
+        width = math.prod(tensor.shape[1:]) if tokens else 0
+        if width:
+            tape.launch(
+                clear_unnamed_rows_kernel,
+                cdiv(tokens, 16),
+                tensor,
                 unnamed,
                 tokens,
-                N=slots.shape[1],
-                BLOCK=1024,
+                WIDTH=width,
+                ROWS=16,
+                BLOCK=min(256, next_power_of_2(width)),
                 num_warps=4,
             )
-        if slots.is_cuda:
-            torch._assert_async(unnamed[tokens], f"slots must name rows below {tokens}")
-        for tensor in tensors:
-            width = tensor[0].numel() if tokens else 0
-            if width:
-                launch(
-                    clear_unnamed_rows_kernel,
-                    cdiv(tokens, 16),
-                    tensor,
-                    unnamed,
-                    tokens,
-                    WIDTH=width,
-                    ROWS=16,
-                    BLOCK=min(256, next_power_of_2(width)),
-                    num_warps=4,
-                )
+    return unnamed
+
+
+def assert_slots(unnamed: torch.Tensor | None) -> None:
+    """On a GPU, a slot that names a row past the last is a device-side assertion; `unnamed` of `clear_unnamed_rows`."""
+    if unnamed is not None and unnamed.is_cuda:
+        tokens = unnamed.shape[0] - 1
+        torch._assert_async(unnamed[tokens], f"slots must name rows below {tokens}")
 
 
 def head_blocks(width: int) -> tuple[int, int]:
@@ -401,14 +408,15 @@ def call_of(
     slots: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
     scale: float,
+    precision: str,
     grad: torch.Tensor | None = None,
     *,
     matrices: int = 1,
 ) -> Call:
-    """What the kernels take; matrices: of the bias, that a program reads at a time."""
+    """What the kernels take; precision: of float32 products; matrices: of the bias, that a program reads at a time."""
     heads, width = q.shape[-2:]
     windows, n = q.shape[:2] if slots is None else slots.shape
-    constants: Any = (n, width, *head_blocks(width), precision(q))
+    constants: Any = (n, width, *head_blocks(width), precision)
     return Call(
         heads_of(q),
         heads_of(k, q),

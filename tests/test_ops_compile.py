@@ -83,6 +83,23 @@ def test_a_plan_goes_into_a_graph_and_out_of_an_exported_program() -> None:
         assert torch.equal(same.index, plan.index)
 
 
+@pytest.mark.parametrize("backend", [b for b in ops.available_backends("adaln_modulate") if b != "cuda"])
+def test_modulation_is_exported_with_a_batch_of_any_size(backend: str) -> None:
+    class Modulation(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            gated = ops.gated_residual(x, x, weight, backend=backend)
+            total, out = ops.gated_residual_modulate(x, gated, weight, weight, weight, backend=backend)
+            return total, out, ops.adaln_modulate(x, weight, weight, backend=backend)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight = torch.randn(3, 4, 8, device=device), torch.randn(3, 8, device=device)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Modulation(), (x[:2], weight[:2]), dynamic_shapes=({0: batch}, {0: batch}))
+    for size in (1, 3):
+        for got, want in zip(program.module()(x[:size], weight[:size]), Modulation()(x[:size], weight[:size])):
+            assert torch.equal(got, want)
+
+
 def on(make: Callable[[Tensor], Tensor], call: dict[str, Any]) -> dict[str, Any]:
     return {name: _pytree.tree_map_only(Tensor, make, value) for name, value in call.items()}
 

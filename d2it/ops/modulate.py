@@ -283,8 +283,9 @@ def _triton_reasons(x: Tensor, *others: Tensor) -> list[str]:
     reasons = _dtype_reasons(x, *others)
     if x.shape[-1] > 16384:
         reasons.append(f"it holds a row in registers, at most 16384 channels, not {x.shape[-1]}")
-    if x.shape[:-1].numel() > 2**31 - 2**16:
-        reasons.append(f"it counts rows in int32, and {x.shape[:-1].numel()} are too many")
+    rows = math.prod(x.shape[:-1])  # `numel` of a shape would fix its sizes under `torch.export`
+    if rows > 2**31 - 2**16:
+        reasons.append(f"it counts rows in int32, and {rows} are too many")
     return reasons
 
 

@@ -13,13 +13,13 @@ from d2it.ops._dispatch import HAS_TRITON
 from tests.kernels.harness import ROOT
 
 SCRIPT = """
-    import json, sys
+    import json, threading
     from typing import NamedTuple
     import torch, triton, triton.language as tl
     import triton.compiler.compiler as compiler
     from triton.runtime import driver
     from kernel_report.compile import AheadOfTimeDriver
-    from d2it.kernels import common
+    from d2it.kernels import launch
     from d2it.kernels.rows import constant
 
     driver.set_active(AheadOfTimeDriver((9, 0)))
@@ -38,56 +38,98 @@ SCRIPT = """
     compiler.CompiledKernel._init_handles = handles
     compiler.CompiledKernel.run = property(lambda kernel: kernel._run or handles(kernel) or kernel._run)
     pretended = [0]  # the GPU that tensors lie on
-    common._is_gpu = lambda device: pretended[0] >= 0
+    launch._is_gpu = lambda device: pretended[0] >= 0
 
     class Rows(NamedTuple):
         data: torch.Tensor
         stride: int
         ALIGN: tl.constexpr
 
+    class Pair(NamedTuple):
+        first: torch.Tensor
+        second: torch.Tensor
+
     @triton.jit
-    def add_kernel(out, rows, other, scale, n, SIZE: tl.constexpr, DOUBLE: tl.constexpr = False):
+    def add_kernel(pair, rows, other, scale, n, SIZE: tl.constexpr, DOUBLE: tl.constexpr = False):
         o = tl.arange(0, SIZE)
         value = tl.load(rows.data + o * rows.stride * rows.ALIGN, mask=o < n) * scale
         if other is not None:
             value += tl.load(other + o)
-        tl.store(out + o, value * 2 if DOUBLE else value)
+        tl.store(pair.first + o, value * 2 if DOUBLE else value)
+        tl.store(pair.second + o, value)
 
-    def flat(value):
-        return [leaf for each in value for leaf in flat(each)] if isinstance(value, (tuple, list)) else [
-            value.data_ptr() if isinstance(value, torch.Tensor) else getattr(value, "value", value)]
+    calls = []
+
+    @launch.launcher
+    def add(tape, x, other, scale, n, align, size, double, programs, warps):
+        calls.append(n)
+        out, sums = tape.empty(x.shape, x.dtype), tape.full((2, 64), 1, torch.float32)
+        rows = Rows(x.unbind(0)[1] if x.ndim == 2 else x, x.stride(-1), constant(align))
+        for i in range(2):
+            tape.launch(add_kernel, programs, Pair(out, sums[i]), rows, other, scale, n, SIZE=size, num_warps=warps,
+                        **({"DOUBLE": True} if double else {}))
+        return out, (sums, None)
+
+    def flat(value, named):
+        if isinstance(value, (tuple, list)):
+            return [leaf for each in value for leaf in flat(each, named)]
+        value = value.data_ptr() if isinstance(value, torch.Tensor) else getattr(value, "value", value)
+        for name, tensor in named.items():  # what was allocated lies elsewhere at every call
+            if type(value) is int and 0 <= value - tensor.data_ptr() < tensor.nbytes:
+                return [(name, value - tensor.data_ptr())]
+        return [value]
+
+    def made(args):
+        launched.clear()
+        out, (sums, nothing) = add(*args)
+        assert nothing is None and (sums == 1).all()
+        named = {"out": out, "sums": sums}
+        results = [(t.dtype, t.shape, t.stride()) for t in named.values()]
+        return results, [(kernel, grid, flat(given, named)) for kernel, grid, given in launched]
 
     x, y = torch.zeros(64), torch.zeros(64)
-    base = dict(out=y, data=x, stride=3, align=1, other=None, scale=0.5, n=16, SIZE=32, DOUBLE=False, programs=7)
-    changes = [{}, {"out": y.double()}, {"data": x.bfloat16()}, {"out": y[1:]}, {"data": x[1:]}, {"data": x[4:]},
-               {"stride": 1}, {"stride": 16}, {"stride": 2**40}, {"align": 4}, {"other": x}, {"scale": 2.5},
-               {"scale": 2}, {"n": 1}, {"n": 17}, {"n": True}, {"SIZE": 64}, {"DOUBLE": True}, {"programs": 9},
-               {"num_warps": 8}]
-    wrong = []
-    for change in changes * 2:  # compiled, then kept
-        a = base | change
-        options = {k: v for k, v in a.items() if k in ("SIZE", "DOUBLE", "num_warps")}
-        args = (a["out"], Rows(a["data"], a["stride"], constant(a["align"])), a["other"], a["scale"], a["n"])
-        add_kernel[(a["programs"],)](*args, **options)
-        common.launch(add_kernel, a["programs"], *args, **options)
-        (kernel, grid, given), (other, other_grid, other_given) = launched[-2:]
-        if kernel is not other or grid != other_grid or flat(given) != flat(other_given):
-            wrong.append(str(change))
-    kept = len(common._KEPT)
-    looked_up = []
-    add_kernel.run = lambda *a, **k: looked_up.append(a)
-    common.launch(add_kernel, 7, y, Rows(x, 3, constant(1)), None, 9.5, 16, SIZE=32, DOUBLE=False)
-    again = len(looked_up)
-    pretended[0] = -1
-    common.launch(add_kernel, 7, y, Rows(x, 3, constant(1)), None, 9.5, 16, SIZE=32, DOUBLE=False)
-    print(json.dumps({"wrong": wrong, "kept": kept, "again": again, "on_cpu": len(looked_up) - again,
-                      "launched": len(launched)}))
+    wide, long = torch.zeros(2, 80)[:, ::2], torch.zeros(128)
+    base = dict(x=x, other=None, scale=0.5, n=16, align=1, size=32, double=False, programs=7, warps=4)
+    changes = [{}, {"x": x.double()}, {"x": x.bfloat16()}, {"x": x[1:]}, {"x": x[4:]}, {"x": wide}, {"x": wide[:, 1:]},
+               {"x": x[::2]}, {"align": 4}, {"other": x}, {"other": y}, {"other": long[4:68]},
+               {"other": long[1:65]}, {"scale": 2.5}, {"scale": 2}, {"n": 1},
+               {"n": 17}, {"n": 2**40}, {"n": True}, {"size": 64}, {"double": True}, {"programs": 9}, {"warps": 8},
+               {"x": y}, {"x": y, "other": x}]
+    first = [made((base | change).values()) for change in changes]
+    kept, times = len(launch._KEPT), len(calls)
+    second = [made((base | change).values()) for change in changes]
+    by_triton = []
+    for change in changes:
+        launch._KEPT.clear()
+        by_triton.append(made((base | change).values()))
+    wrong = [str(c) for c, a, b, t in zip(changes, first, second, by_triton) if not a == b == t]
+    times_triton = len(calls) - times
+
+    shared = torch.zeros(3, 64)
+    rows, other = shared[:2], shared[2]  # a view of rows may be one of other
+    ambiguous = [made((base | {"x": rows, "other": other}).values()) for _ in range(2)]
+    kept_ambiguous = sum(key[2] == (2, 64) for key in launch._KEPT)
+
+    launch._KEPT.clear()
+    results = []
+    threads = [threading.Thread(target=lambda: [results.append(add(*base.values())) for _ in range(50)])
+               for _ in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+
+    pretended[0], before = -1, len(calls)
+    add(*base.values())
+    add(*base.values())
+    print(json.dumps({"wrong": wrong, "kept": kept, "changes": len(changes), "times": times,
+                      "times_triton": times_triton, "ambiguous": ambiguous[0] == ambiguous[1],
+                      "kept_ambiguous": kept_ambiguous,
+                      "results": len({r[0].data_ptr() for r in results}), "in_threads": len(launch._KEPT),
+                      "on_cpu": len(calls) - before}))
 """
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_a_kept_launch_is_the_one_that_triton_makes(tmp_path):
-    """The same compiled kernel, grid and arguments, whatever changes: dtypes, alignment, integers, numbers, options."""
+    """The same compiled kernels, grids and arguments, whatever changes: dtypes, shapes, strides, alignment, numbers."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     (tmp_path / "launches.py").write_text(textwrap.dedent(SCRIPT))  # Triton reads the source of kernels
@@ -97,7 +139,11 @@ def test_a_kept_launch_is_the_one_that_triton_makes(tmp_path):
     assert made.returncode == 0, made.stderr[-3000:]
     result = json.loads(made.stdout.splitlines()[-1])
     assert result["wrong"] == []
-    # 20 calls, of which two differ in the value of a number or in the grid alone, and one has the alignment of another.
-    assert result["kept"] == 17
-    assert result["again"] == 0  # Triton was not asked
-    assert result["on_cpu"] == 1  # tensors elsewhere always go through Triton
+    # Another tensor of the same kind is no kind of its own: y as x, and three as the other.
+    assert result["kept"] == result["times"] == result["changes"] - 4
+    assert result["times_triton"] == result["changes"]  # the second round called no launcher
+    assert result["ambiguous"]
+    assert result["kept_ambiguous"] == 0
+    assert result["results"] == 200  # every call has results of its own
+    assert result["in_threads"] == 1
+    assert result["on_cpu"] == 2  # tensors elsewhere always go through Triton
