@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,7 @@ from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss, VAELossConfig, la
 from d2it.models.layers import FinalLayer, Modulation
 from d2it.ops._dispatch import PREFERENCE
 from d2it.training.config import Config, RunConfig, StageConfig
-from d2it.training.ema import Ema
+from d2it.training.ema import Ema, snapshot_folder
 from d2it.training.learner import Batch
 from d2it.training.meters import Meters
 from d2it.training.stage import to_device
@@ -233,6 +234,28 @@ def test_average_leaves_frozen_weights_and_buffers_alone() -> None:
     ema.update()
     for name, t in ema.shadow.items():
         torch.testing.assert_close(t, before[name] + 0.5)
+
+
+def test_shared_weights_are_the_averages(tmp_path: Path) -> None:
+    made = stage(GrainStage, snapshot_every=1, ema=0.5, lr=1e-2)
+    learner = made.learners[0]
+    for i in range(2):
+        learner.backward(batch(made), last=True)
+        learner.update(i)
+    trained = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+    names = {id(p): name for name, p in made.network.named_parameters()}
+    learner.share(tmp_path / "shared")
+    learner.snapshot(tmp_path, 2)
+    averages = [(tmp_path / "shared", learner.ema)]
+    averages += [(snapshot_folder(tmp_path, "grain", 2, power.sigma), power) for power in learner.powers]
+    assert len(averages) == 3
+    for folder, average in averages:
+        written = load_file(folder / "model.safetensors")
+        for key, shadow in average.shadow.items():
+            name = names[id(average.parameters[key])]
+            assert torch.equal(written[name], shadow.cpu()), (folder, name)
+        assert any(not torch.equal(written[name], p.cpu()) for name, p in trained.items()), folder
+    assert all(torch.equal(p, trained[name]) for name, p in made.network.named_parameters())
 
 
 # ---- counted work

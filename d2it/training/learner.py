@@ -183,11 +183,12 @@ class Learner:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(self.network, options=options)
 
-        def write() -> None:
-            if self.world.first:
-                model = cast("type[Model]", self.kind)(self.network.config)
-                model.load_state_dict(state)
-                model.vae_sha256 = cast("Model", self.network).vae_sha256
-                model.save_pretrained(folder)
+            def write() -> None:
+                if self.world.first:
+                    model = cast("type[Model]", self.kind)(self.network.config)
+                    model.load_state_dict(state)
+                    model.vae_sha256 = cast("Model", self.network).vae_sha256
+                    model.save_pretrained(folder)
 
-        self.world.together(write)
+            # In here: on a CPU the state is the parameters themselves, which get their own values back afterwards.
+            self.world.together(write)
