@@ -8,7 +8,7 @@ python evaluate.py reconstruction --checkpoint runs/imagenet256_xl --data /data/
 
 import sys
 
-from d2it.evaluation.cli import main
+from d2it.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -7,7 +7,7 @@ torchrun --standalone --nproc-per-node=gpu sample.py runs/imagenet256_xl --count
 
 import sys
 
-from d2it.sampling.cli import main
+from d2it.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["sample", *sys.argv[1:]]))

@@ -7,7 +7,7 @@ python train.py --config configs/imagenet256_xl.yaml --dry-run
 
 import sys
 
-from d2it.training.run import command
+from d2it.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -70,7 +70,7 @@ def bench(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Trains and scores the variants; each one's result is written when it is there."""
     tier = TIERS[options.tier]
     work = options.work or ROOT / "runs" / "quality" / tier.name
-    with distributed.joined("auto") as world, distributed.interruptible():
+    with distributed.joined("auto") as world:
         work.mkdir(parents=True, exist_ok=True)
         with only_writer(work):
             made = Bench(tier, work, world, (options.train, options.held_out))

@@ -25,10 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2it.errors import Interrupted, UserError, reason_of
+from d2it.errors import Interrupted, UserError, reason_of, second_request
 
-#: A second SIGTERM counts from this many seconds after the first: a batch system and torchrun's agent each send one.
-SECOND_SIGNAL = 2.0
 #: Seconds that the main thread has to end after a second signal, before the process is ended for it.
 LAST_RESORT = 15.0
 
@@ -193,29 +191,13 @@ def joined(device: str = "auto") -> Iterator[World]:
         stop()
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Makes SIGINT and SIGTERM raise `Interrupted`, for stages without steps, between stages, and for the pictures."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(number)
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 class StopSignal:
     """SIGINT and SIGTERM, as a decision that all ranks take at the same step.
 
     The ranks' flags are summed over a gloo group one step behind: a step starts a sum and reads the one that the step
-    before started, so that no rank waits for the device, and hardly for the network. A second SIGINT raises
-    `Interrupted` at once, and so does a second SIGTERM `SECOND_SIGNAL` seconds after the first. A thread watches the
-    signals as well: a main thread that waits in a collective runs no Python handler, and after a second signal the
-    process must end all the same.
+    before started, so that no rank waits for the device, and hardly for the network. A second request to stop (see
+    `d2it.errors.second_request`) raises `Interrupted` at once. A thread watches the signals as well: a main thread that
+    waits in a collective runs no Python handler, and after a second request the process must end all the same.
 
     Args:
         world: the ranks.
@@ -253,16 +235,11 @@ class StopSignal:
         os.close(self._reader)
 
     def _catch(self, number: int, frame: object) -> None:
-        if self.caught is not None and self._counts(signal.Signals(number), self.caught, self._since):
+        if self.caught is not None and second_request(signal.Signals(number), self.caught, self._since):
             self._twice = True
             raise Interrupted(number, f"{signal.Signals(number).name} again: stopped at once, this step is not saved")
         if self.caught is None:
             self.caught, self._since = signal.Signals(number), time.monotonic()
-
-    @staticmethod
-    def _counts(number: signal.Signals, first: signal.Signals, since: float) -> bool:
-        """Returns whether a signal after `first` is a second request to stop, and not the same one sent twice."""
-        return number == first == signal.SIGINT or time.monotonic() - since >= SECOND_SIGNAL
 
     def _end_if_stuck(self) -> None:
         first, since = None, 0.0
@@ -272,7 +249,7 @@ class StopSignal:
             caught = signal.Signals(number[0])
             if first is None:
                 first, since = caught, time.monotonic()
-            elif self._counts(caught, first, since):
+            elif second_request(caught, first, since):
                 if not self._left.wait(LAST_RESORT):
                     print(f"{caught.name} again: ended without saving this step", file=sys.stderr, flush=True)
                     os._exit(128 + caught)

@@ -6,7 +6,12 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+
+#: A second SIGTERM counts from this many seconds after the first: a batch system and torchrun's agent each send one.
+SECOND_SIGNAL = 2.0
 
 
 class UserError(Exception):
@@ -27,14 +32,14 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         number: the signal; the exit code is 128 + it.
-        message: one line about what was kept.
+        message: one line about what was kept; None where nobody has said it yet.
         shared: as for `UserError`.
     """
 
     def __init__(self, number: int, message: str | None = None, *, shared: bool = False) -> None:
-        self.signal = signal.Signals(number)
+        self.signal, self.message = signal.Signals(number), message
         self.shared = shared
-        super().__init__(message or self.signal.name)
+        super().__init__(message or f"stopped by {self.signal.name}")
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -44,11 +49,12 @@ def run_command(main: Callable[[], int | None]) -> int:
         main: returns the exit code, None for 0.
 
     Returns:
-        What `main` returned; 2 after a `UserError`, an `OSError` or memory that ran out, and 128 + signal after an
-        `Interrupted` (130 after Ctrl-C), each with one line on stderr. Any other exception is a bug and passes through.
+        What `main` returned; 2 after a `UserError`, an `OSError` or memory that ran out, and 128 + signal after SIGINT
+        (Ctrl-C) or SIGTERM, each with one line on stderr. Any other exception is a bug and passes through.
     """
     try:
-        return main() or 0
+        with interruptible():
+            return main() or 0
     except KeyboardInterrupt as stop:
         return _end(str(stop) or "interrupted", 128 + getattr(stop, "signal", signal.SIGINT), stop)
     except UserError as error:
@@ -62,6 +68,46 @@ def run_command(main: Callable[[], int | None]) -> int:
         if not out_of_memory(error):
             raise
         return _end(f"error{_rank()}: out of memory: {reason_of(error)}; a smaller batch needs less", 2, error)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise `Interrupted`, and a second request end the process at once, with one line.
+
+    For work that leaves its files whole wherever it stops. In another thread than the main one, which alone can take
+    signals, they stay as they are.
+    """
+    first: list[tuple[signal.Signals, float]] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        caught = signal.Signals(number)
+        if not first:
+            first.append((caught, time.monotonic()))
+            raise Interrupted(number)
+        if second_request(caught, *first[0]):
+            os.write(2, f"{caught.name} again: ended at once\n".encode())  # print could find its own lock held
+            os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def second_request(number: signal.Signals, first: signal.Signals, since: float) -> bool:
+    """Returns whether a signal asks a second time to stop, and is not the first request sent twice.
+
+    Args:
+        number: the signal.
+        first: the one before it.
+        since: when that came, by `time.monotonic`.
+    """
+    return number == first == signal.SIGINT or time.monotonic() - since >= SECOND_SIGNAL
 
 
 @contextlib.contextmanager

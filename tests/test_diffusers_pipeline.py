@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,9 +86,16 @@ def test_bad_arguments(pipe: DiffusionPipeline) -> None:
         ({"output_type": "jpeg"}, "output_type must be pil, np or pt, got 'jpeg'"),
         ({"class_labels": "cow"}, "labels: no class 'cow'"),
         ({"num_images": 3, "generator": [torch.Generator()] * 2}, "generator must be one, or one for each of the 3"),
-        ({"num_inference_steps": 0}, "steps must be in 1 ... 1000, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be in 1 ... 1000, got 0"),
+        ({"num_inference_steps": "ten"}, "num_inference_steps must be a whole number in 1 ... 1000, got 'ten'"),
+        ({"num_images": "3"}, "num_images must be a whole number"),
+        ({"class_labels": 1.5}, "labels must be a whole number"),
+        ({"generator": 3}, "generator must be one or several torch.Generator on the CPU, got 3"),
+        ({"generator": [None, "cpu"]}, "generator must be one or several torch.Generator on the CPU, got 'cpu'"),
+        ({"grain_map": "fine"}, "grain_map must be a tensor, got str"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be callable, got 5"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             pipe(**given)
 
 
@@ -118,6 +126,15 @@ def test_the_model_card(folder: Path, tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "| fid | 12.35 |" in text
     assert "not stated" in text
+    # Names may hold anything: they stay in their cells, and the code in its block.
+    hostile = tmp_path / 'a"b\n# c'
+    model.facts = {"data": {"source\n\n# x": "a|b\n---\n<script>`"}, "license": "mine\n\n# y"}
+    model.save_pretrained(hostile)
+    text = (hostile / "README.md").read_text()
+    assert "| source # x | a\\|b --- \\<script\\>\\` |" in text
+    assert [line for line in text.splitlines() if line.startswith("# ")] == ['# a"b # c']
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "card", "exec")
     (tmp_path / "README.md").write_text("my own")
     D2iT.from_pretrained(tmp_path).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own"

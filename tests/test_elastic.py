@@ -17,7 +17,7 @@ from d2it.diffusion import level_grains, ranked_grains, sample_grain_maps
 from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
-from d2it.models.budget import BudgetRange, budget_of, grain_tokens, least_budget, shares_of
+from d2it.models.budget import BudgetRange, budget_of, grain_tokens, least_budget, shares_of, spendable
 from d2it.models.finetune import start_from
 from d2it.models.flops import count_macs
 from d2it.sampling import D2iT, cli
@@ -39,6 +39,10 @@ THREE = {"dvae": "{downsampling: [4, 8, 16], encoder_mult: [1, 1, 2, 2, 4], chan
 @pytest.mark.parametrize("tokens", [(1, 5), (1, 5, 17), (4, 20), (2, 2, 18), (1, 5, 17, 65)])
 def test_shares_spend_their_budget_and_only_grow_with_it(tokens: tuple[int, ...]) -> None:
     before = [0.0] * (len(tokens) - 1)
+    for digits in (2, 4):
+        shown = spendable(tokens, digits)
+        assert shares_of(shown, tokens)[0] >= 0  # what is shown as the least can be spent
+        assert shown - least_budget(tokens) < 10.0**-digits
     for budget in [least_budget(tokens), *np.linspace(least_budget(tokens), 1, 23)[1:]]:
         shares = shares_of(float(budget), tokens)
         assert budget_of(shares, tokens) == pytest.approx(budget, abs=1e-9)
@@ -194,7 +198,7 @@ def test_a_range_that_is_none_is_one_line(run: Path, key: str, value: str) -> No
 
 def test_budgets_need_maps_and_a_calibration(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*settings(run), "content.budget=[0.01,1.0]"]) == 2
-    assert "configuration: content: budget must be a share of the tokens in 0.0588 ... 1, got 0.01" in (
+    assert "configuration: content: budget must be a share of the tokens in 0.0589 ... 1, got 0.01" in (
         capsys.readouterr().err
     )
     with pytest.raises(UserError, match=r"configuration: content.budget has no effect on a plain DiT: leave it out"):

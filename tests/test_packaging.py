@@ -199,6 +199,24 @@ class TestLibrary:
     def test_loads(self):
         assert _native.why_not("neighbor_copy", "cpu") == []
 
+    @pytest.mark.parametrize(("op", "arguments"), [("window_attention_saved", 99), ("not_yet_built", 1)])
+    def test_one_of_other_sources_is_one_line(self, op, arguments, monkeypatch):
+        """As after an update without `make build`: its operators are left alone, and their callers are told."""
+        said = rf"_C.abi3.so was built from other sources than these \({op} differs\): build it again \(make build\)"
+        monkeypatch.setitem(_native.ARGUMENTS, op, arguments)
+        _native._load.cache_clear()
+        try:
+            with pytest.warns(UserWarning, match=said):
+                (reason,) = _native.why_not("neighbor_copy", "cpu")
+            assert re.search(said, reason)
+        finally:
+            _native._load.cache_clear()
+
+    def test_the_table_of_its_operators_is_that_of_the_sources(self):
+        text = re.sub(r'" *"', "", re.sub(r"\s+", " ", (ROOT / "csrc" / "registration.cpp").read_text()))
+        found = {name: rest.count(",") + 1 for name, rest in re.findall(r'm\.def\( ?"(\w+)\((.*?)\) ->', text)}
+        assert found == _native.ARGUMENTS
+
     def test_needs_nothing_of_torch_but_its_stable_interface(self):
         undefined = subprocess.run(
             ["nm", "-DC", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True

@@ -51,6 +51,12 @@ def make(num_classes: int = 3) -> D2iT:
         ({"grain_guidance": float("inf")}, "grain_guidance scale must be finite"),
         ({"guidance": Guidance(2.0, channels=5)}, "guidance channels must be at most 4, got 5"),
         ({"grain_guidance": Guidance(2.0, channels=3)}, "grain_guidance channels must be at most 2, got 3"),
+        ({"labels": 1.5}, "labels must be a whole number in 0 ... 2, got 1.5"),
+        ({"seeds": 5}, "seeds must be a sequence of whole numbers, got 5"),
+        ({"grain_map": "fine"}, "grain_map must be a tensor, got str"),
+        ({"grain_map": [[0, 1], [0]]}, "grain_map must be a tensor, got list"),
+        ({"grain_map": 1}, r"grain_map must be \(N, H/S, W/S\) or \(H/S, W/S\), got \(\)"),
+        ({"callback": 5}, "callback must be callable, got 5"),
         ({"labels": [3]}, r"labels must be in 0 ... 2, got 3"),
         ({"labels": [-1]}, r"labels must be in 0 ... 2, got -1"),
         ({"labels": torch.tensor([0.7])}, "labels must be a whole number in 0 ... 2, got 0.69"),
@@ -73,7 +79,7 @@ def test_what_does_not_fit_is_named_before_anything_runs(arguments, message, mon
     model = make()
     for part in model.parts.values():
         monkeypatch.setattr(part, "forward", lambda *a, **k: pytest.fail("it has run"))
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
         model(**arguments)
     assert "\n" not in str(caught.value)
 

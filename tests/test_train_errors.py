@@ -363,7 +363,7 @@ def test_a_dead_worker_raises_where_its_batch_is_waited_for_and_nowhere_else() -
 
 
 def test_a_second_sigterm_counts_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "SECOND_SIGNAL", 0.2)
+    monkeypatch.setattr("d2it.errors.SECOND_SIGNAL", 0.2)
 
     def act() -> None:
         with StopSignal(WORLD) as stop:
@@ -380,8 +380,8 @@ def test_a_second_sigterm_counts_after_a_moment(monkeypatch: pytest.MonkeyPatch)
 def test_a_main_thread_that_is_stuck_is_ended_by_the_second_sigterm() -> None:
     """It waits for a lock outside Python, as in a collective whose other ranks have gone: no Python handler runs."""
     code = (
-        "import ctypes, torch; from d2it import distributed as d\n"
-        "d.SECOND_SIGNAL, d.LAST_RESORT = 0.3, 0.5\n"
+        "import ctypes, torch; from d2it import distributed as d, errors\n"
+        "errors.SECOND_SIGNAL, d.LAST_RESORT = 0.3, 0.5\n"
         "with d.StopSignal(d.World(0, 1, 1, torch.device('cpu'))):\n"
         "    print('in', flush=True)\n"
         "    libc = ctypes.CDLL(None); lock = ctypes.create_string_buffer(64)\n"
@@ -398,6 +398,46 @@ def test_a_main_thread_that_is_stuck_is_ended_by_the_second_sigterm() -> None:
     _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
     assert err == "SIGTERM again: ended without saving this step\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_any_command_in_one_line(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    assert run_command(lambda: os.kill(os.getpid(), number)) == 128 + number
+    assert capsys.readouterr().err == f"stopped by {number.name}\n"
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_a_command_that_does_not_come_to_an_end() -> None:
+    code = (
+        "import sys, time; from d2it import errors\n"
+        "errors.SECOND_SIGNAL = 0.2\n"
+        "def act():\n"
+        "    try:\n"
+        "        print('in', flush=True); time.sleep(30)\n"
+        "    finally:\n"
+        "        print('leaving', flush=True); time.sleep(30)\n"
+        "sys.exit(errors.run_command(act))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert process.stdout is not None
+    for said in ("in", "leaving"):
+        assert process.stdout.readline() == f"{said}\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "SIGTERM again: ended at once\n"
+
+
+def test_a_command_in_a_thread_leaves_the_signals_alone() -> None:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(run_command(lambda: 3)))
+    thread.start()
+    thread.join()
+    assert found == [3]
 
 
 # ---- the edge of a command
@@ -448,7 +488,7 @@ def test_an_environment_that_describes_no_run_is_one_line(
         (RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory: [x] DefaultCPU"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Interrupted(signal.SIGTERM, "saved"), 143, "saved"),
-        (Interrupted(signal.SIGTERM), 143, "SIGTERM"),
+        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM"),
     ],
 )
 def test_a_command_ends_in_one_line(

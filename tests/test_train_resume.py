@@ -111,6 +111,22 @@ def test_stop_and_resume_is_exact(server: Server, tmp_path: Path) -> None:
     assert steps == list(range(1, 301))  # the log goes on where it was, no line twice
 
 
+@pytest.mark.parametrize("background", [True, False], ids=["background", "inline"])
+def test_a_picture_that_fails_costs_no_step(server: Server, tmp_path: Path, background: bool) -> None:
+    """The last step is saved before it is published, and the same command publishes it."""
+    settings = {"steps": 6, "save_every": 100, "async_save": background}
+    code, _, log = server.run(tmp_path, picture_fails=1, **settings)
+    assert code == 2
+    assert log.splitlines()[-1] == "error: no such picture"
+    assert checkpoints(tmp_path) == ["step-00000006"]
+    for _ in range(2):  # the second time there is nothing left to do
+        code, found, _ = server.run(tmp_path, **settings)
+        assert code == 0
+        assert (tmp_path / "published-0").read_text() == "6\n"
+    assert (tmp_path / "starts-0").read_text() == "0\n"
+    assert found == server.run(tmp_path / "undisturbed", **settings)[1]
+
+
 def test_non_finite_losses_are_skipped_and_counted(server: Server, tmp_path: Path) -> None:
     code, _, _ = server.run(tmp_path, steps=10, nan="3-5", log_every=10, save_every=10)
     assert code == 0

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from d2it.models import DiT
 from d2it.sampling import D2iT
 from d2it.training.config import load
 from d2it.training.dvae import DvaeStage
-from d2it.training.report import costs, quality
+from d2it.training.report import costs, quality, write_report
 from d2it.training.run import main
 from d2it.training.stage import spread_over
 from tests.train_server import ENVIRONMENT
@@ -226,10 +227,11 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     ("stage", "limit", "said"),
     [
         ("cache", 6_000, "cache: cannot write the latent cache: "),
-        ("grain", 20_000, "model.safetensors"),
+        ("grain", 20_000, "step-00000004: could not be saved"),
+        ("published", 20_000, "model.safetensors"),
         ("", 6_000, "reconstructions.png"),
     ],
-    ids=["units", "weights", "pictures"],
+    ids=["units", "checkpoint", "weights", "pictures"],
 )
 def test_a_full_disk_is_one_line_at_any_file(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], stage: str, limit: int, said: str
@@ -240,6 +242,10 @@ def test_a_full_disk_is_one_line_at_any_file(
     if stage != "cache":
         shutil.copytree(run / "cache", tmp_path / "cache")
         arguments[-1] = "cache.unit_size=8"
+    if stage == "published":  # as where the start before this one ended between the last checkpoint and the weights
+        shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+        (tmp_path / "checkpoints" / "grain" / "unpublished").touch()
+        arguments[-2] = "run.stages=[grain]"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -415,6 +421,32 @@ def test_the_page_of_a_run_and_the_loss_of_images_that_nothing_is_trained_on(tmp
     assert page.count("<svg") == 3 + 2
     assert 'src="http' not in page
     assert main([*SMALL, "data.held_out=/missing", f"run.dir={tmp_path / 'other'}"]) == 2
+
+
+def test_the_page_of_a_run_takes_any_name_for_text(tmp_path: Path) -> None:
+    folder = tmp_path / "<img src=x onerror=alert(1)>\"&'"
+    (folder / "logs" / "pictures" / "dvae").mkdir(parents=True)
+    settings = "data: {path: '</pre><script>alert(1)</script>'}"
+    (folder / "config.yaml").write_text(settings)
+    rows = [{"step": step, "dvae/loss": 1.0, "images_per_second": 2.0, "<script>/loss": 3.0} for step in (1, 2)]
+    (folder / "logs" / "dvae.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("00000001", "00000002", "a <b> picture of somebody's"):
+        Image.new("RGB", (8, 8)).save(folder / "logs" / "pictures" / "dvae" / f"{name}.png")
+    tags, texts = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            tags.append(tag)
+            assert not any(name.startswith("on") for name, _ in attributes)
+
+        def handle_data(self, data: str) -> None:
+            texts.append(data)
+
+    Reader().feed(write_report(folder).read_text())
+    assert "script" not in tags
+    assert tags.count("img") == 2
+    assert settings in texts
+    assert texts.count(f"d2it run {folder.name}") == 2  # the title and the heading
 
 
 def test_figures_of_the_page_are_those_of_the_model(run: Path) -> None:

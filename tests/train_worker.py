@@ -116,7 +116,10 @@ class Toy:
     held_out = None
 
     def publish(self, meters: Any, step: int) -> None:
-        pass
+        if self.extra.get("picture_fails"):
+            raise UserError("no such picture")
+        with open(os.path.join(self.run.dir, f"published-{self.world.rank}"), "a") as file:
+            file.write(f"{step}\n")
 
     def warning(self, figures: dict[str, float]) -> None:
         pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -432,7 +432,9 @@ def check_guide(guide: nn.Module, model: nn.Module) -> None:
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """The seeds as whole numbers in 0 ... 2^64 - 1; ValueError otherwise."""
+    """The seeds as whole numbers in 0 ... 2^64 - 1; ValueError otherwise, TypeError where they are no sequence."""
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds must be a sequence of whole numbers, got {seeds!r}")
     return [whole_number("seeds", seed, 0, 2**64 - 1) for seed in seeds]
 
 

@@ -36,6 +36,16 @@ def least_budget(tokens: Sequence[int]) -> float:
     return tokens[0] / tokens[-1]
 
 
+def spendable(tokens: Sequence[int], digits: int) -> float:
+    """Returns `least_budget` rounded up to so many decimals, so that what is shown can be spent.
+
+    Example:
+        >>> least_budget((1, 17)), spendable((1, 17), 2)
+        (0.058823529411764705, 0.06)
+    """
+    return -(-(10**digits) * tokens[0] // tokens[-1]) / 10**digits
+
+
 def budget_of(shares: Sequence[float], tokens: Sequence[int]) -> float:
     """Returns the budget that these shares spend.
 
@@ -85,7 +95,7 @@ def check_budget(name: str, budget: float, tokens: Sequence[int]) -> None:
     least = least_budget(tokens)
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if not number or not least <= budget <= 1:
-        raise ValueError(f"{name} must be a share of the tokens in {least:.3g} ... 1, got {budget!r}")
+        raise ValueError(f"{name} must be a share of the tokens in {spendable(tokens, 4):g} ... 1, got {budget!r}")
 
 
 @dataclass(frozen=True)

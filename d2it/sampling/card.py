@@ -25,7 +25,7 @@ __all__ = ["D2iTPipeline"]
 def write_companions(folder: Path, model: Any) -> None:
     """Writes README.md, model_index.json and pipeline.py for the D2iT `model`; another text in README.md stays."""
     card = folder / CARD
-    if not card.exists() or _MARK in card.read_text(errors="replace"):
+    if not card.is_file() or _MARK in card.read_text(errors="replace"):
         write_text(card, model_card(model, folder.resolve().name, scores_of(folder)))
     write_text(folder / "model_index.json", json.dumps(_INDEX, indent=2) + "\n")
     write_text(folder / "pipeline.py", _PIPELINE)
@@ -66,7 +66,7 @@ def model_card(model: Any, name: str, scores: dict[str, Any]) -> str:
         "---",
         _MARK,
         "",
-        f"# {name}",
+        f"# {_line(name)}",
         "",
         f"A Dynamic Diffusion Transformer (arXiv 2504.09454) for images of {width} x {height} pixels, {classes}, "
         f"{model.num_grains} grains: it spends latent codes and tokens where an image has detail.",
@@ -76,7 +76,7 @@ def model_card(model: Any, name: str, scores: dict[str, Any]) -> str:
         "```python",
         "from d2it import D2iT",
         "",
-        f'd2it = D2iT.from_pretrained("{name}")  # the folder, or its name on the hub',
+        f"d2it = D2iT.from_pretrained({json.dumps(name)})  # the folder, or its name on the hub",
         f"samples = d2it({call}, seed=0)",
         "samples.images, samples.grain_maps  # (N, 3, H, W) in [-1, 1]; 0 = coarsest",
         "```",
@@ -86,7 +86,8 @@ def model_card(model: Any, name: str, scores: dict[str, Any]) -> str:
         "```python",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)',
+        f"name = {json.dumps(name)}",
+        "pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)",
         "pipe().images[0]",
         "```",
         "",
@@ -114,7 +115,7 @@ def model_card(model: Any, name: str, scores: dict[str, Any]) -> str:
         "",
         "## Licence",
         "",
-        f"Of the weights: {licence}."
+        f"Of the weights: {_line(licence)}."
         if licence
         else "Of the weights: not stated (`run.license` in the configuration of the training). The code of d2it is "
         "under Apache-2.0.",
@@ -126,4 +127,12 @@ def _table(values: Any, absent: str) -> list[str]:
     if not isinstance(values, dict) or not values:
         return [absent] if absent else []
     cells = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in values.items()}
-    return ["| | |", "|---|---|", *(f"| {k} | {str(v).replace('|', chr(92) + '|')} |" for k, v in cells.items())]
+    return ["| | |", "|---|---|", *(f"| {_line(k)} | {_line(v)} |" for k, v in cells.items())]
+
+
+def _line(value: Any) -> str:
+    """A value as text of one line that cannot end a cell, open a tag or begin a list: a path may have any name."""
+    text = " ".join(str(value).split())
+    for character in "\\|<>`":
+        text = text.replace(character, f"\\{character}")
+    return text

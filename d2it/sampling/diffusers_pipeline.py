@@ -25,7 +25,8 @@ from torch import Tensor
 
 from d2it import pictures
 from d2it.diffusion import Guidance
-from d2it.sampling.pipeline import D2iT, Label
+from d2it.diffusion.solvers import whole_number
+from d2it.sampling.pipeline import D2iT, Label, as_map
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -127,17 +128,22 @@ class D2iTPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: as `D2iT.__call__`, or an unknown `output_type`.
+            TypeError: no generators, a callback that cannot be called, or a map of no numbers.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
         model = self.model
         labels = None if class_labels is None else model.class_numbers(class_labels)
         several = [len(x) for x in (labels, generator) if isinstance(x, list) and len(x) != 1]
+        grain_map = None if grain_map is None else as_map(grain_map)
         if grain_map is not None and grain_map.ndim == 3 and len(grain_map) != 1:
             several.append(len(grain_map))
-        count = num_images if num_images is not None else next(iter(several), 1)
+        count = next(iter(several), 1) if num_images is None else whole_number("num_images", num_images, 0)
         given: dict[str, Any] = {"steps": num_inference_steps, "guidance": guidance_scale, "scheduler": scheduler}
-        steps = num_inference_steps or model.sampling.get("steps", 250)
+        steps = model.sampling.get("steps", 250) if num_inference_steps is None else num_inference_steps
+        steps = whole_number("num_inference_steps", steps, 1, 1000)
         batches = count if model.device.type == "cpu" else 1
         turn = threading.Lock()  # on a CPU images are sampled side by side
 
@@ -163,7 +169,11 @@ class D2iTPipeline(DiffusionPipeline):
 
 
 def _seeds(generator: Generators, count: int) -> list[int]:
-    generators = generator if isinstance(generator, list) else [generator]
+    generators: list[Any] = generator if isinstance(generator, list) else [generator]
+    for each in generators:
+        if each is not None and (not isinstance(each, torch.Generator) or each.device.type != "cpu"):
+            where = f" on {each.device}" if isinstance(each, torch.Generator) else ""
+            raise TypeError(f"generator must be one or several torch.Generator on the CPU, got {each!r}{where}")
     if len(generators) not in (1, count):
         raise ValueError(f"generator must be one, or one for each of the {count} images, got {len(generators)}")
     each = generators if len(generators) == count else generators * count

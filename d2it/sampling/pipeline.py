@@ -416,9 +416,14 @@ class D2iT(Pretrained):
                 raise ValueError("guide has no effect at a guidance of 1: give guidance=...")
         guide = guide if guide is not None else self.guide
 
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r}")
+        grain_map = None if grain_map is None else as_map(grain_map)
+        seeds = None if seeds is None else check_seeds(seeds)
         chosen = None if labels is None else torch.tensor(self.class_numbers(labels), dtype=torch.int64)
         count = self._count(num_images, seeds, chosen, grain_map)
-        seeds = check_seeds(seeds if seeds is not None else range(whole_number("seed", seed, 0), seed + count))
+        if seeds is None:
+            seeds = check_seeds(range(whole_number("seed", seed, 0), seed + count))
         numbers = self._labels(chosen, seeds)
         if grain_map is None and self.grain_transformer is None:
             if not isinstance(self.content_transformer, DiT):
@@ -457,10 +462,7 @@ class D2iT(Pretrained):
                 generators = _generators(seeds[part])
                 return level_grains(found.cpu(), network.config.levels, shares, generator=generators).to(found.device)
         else:
-            given = torch.as_tensor(grain_map)
-            if given.ndim not in (2, 3):
-                raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(given.shape)}")
-            given = given.expand(count, *given.shape[-2:])
+            given = grain_map.expand(count, *grain_map.shape[-2:])
             check_grain_map(given, count, self)
 
             def maps(part: slice) -> Tensor:
@@ -529,9 +531,9 @@ class D2iT(Pretrained):
 
     def _spend(self, budget: float, values: Tensor, seeds: Sequence[int]) -> Tensor:
         """The maps (N, h, w) in which the regions of the highest values are the finest, at this budget."""
-        shares, given = self._shares(budget), torch.as_tensor(values)
+        shares, given = self._shares(budget), values
         expected = self.region_grid
-        if given.ndim not in (2, 3) or tuple(given.shape[-2:]) != expected:
+        if tuple(given.shape[-2:]) != expected:
             raise ValueError(f"grain_map must be (N, {expected[0]}, {expected[1]}), got {tuple(given.shape)}")
         if given.is_complex() or not given.double().isfinite().all():
             raise ValueError("grain_map must hold finite real numbers where a budget is given")
@@ -547,7 +549,7 @@ class D2iT(Pretrained):
         """
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.reshape(-1).tolist()
-        elif isinstance(labels, (int, str)):
+        elif isinstance(labels, str) or not isinstance(labels, Iterable):
             labels = [labels]
         return [class_number(label, self.class_names or [], self.num_classes) for label in labels]
 
@@ -571,6 +573,22 @@ class D2iT(Pretrained):
         if labels is None:
             return torch.tensor([derived_seed(s, "label") % self.num_classes for s in seeds], dtype=torch.int64)
         return labels.expand(len(seeds))
+
+
+def as_map(grain_map: Any) -> Tensor:
+    """A grain map, or a drawing of one, as a tensor (N, h, w) or (h, w).
+
+    Raises:
+        TypeError: nothing that torch reads as numbers.
+        ValueError: of another rank.
+    """
+    try:
+        given = torch.as_tensor(grain_map)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"grain_map must be a tensor, got {type(grain_map).__name__}") from None
+    if given.ndim not in (2, 3):
+        raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(given.shape)}")
+    return given
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:

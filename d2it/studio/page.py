@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
@@ -75,7 +76,9 @@ def build(session: Session) -> gr.Blocks:
                 least = session.least_budget
                 spend = gr.Checkbox(False, label="Spend a budget of tokens", visible=least is not None)
                 what = "Budget: share of the tokens of the finest map"
-                budget = gr.Slider(round(least or 0, 2), 1.0, 0.5, step=0.01, label=what, visible=least is not None)
+                budget = gr.Slider(
+                    least or 0, 1.0, max(least or 0, 0.5), step=0.01, label=what, visible=least is not None
+                )
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
                 with gr.Row():
                     image = gr.Image(label="Image", type="numpy", format="png", elem_id="image")
@@ -98,18 +101,18 @@ def build(session: Session) -> gr.Blocks:
             grain_map, background = _read(session, text)
             result = session.sample(
                 grain_map if chosen == PAINTED else None,
-                None if name == RANDOM else session.classes.index(name),
+                None if name == RANDOM else _class(session, name),
                 seed=_whole("seed", seed),
                 steps=_whole("steps", steps),
-                guidance=float(strength),
-                budget=float(budget) if spends else None,
+                guidance=_number("guidance", strength),
+                budget=_number("budget", budget) if spends else None,
             )
             strip = pictures.sheet(pictures.magnify(result.states, len(result.states)), columns=len(result.states))
             used = _painted(session, result.grain_map, background)
             return large(result.image), lines(result.image, result.grain_map), result.cost, strip, used
 
         def rebuild(photo: Any, share: Any) -> tuple[Any, ...]:
-            result = session.rebuild(photo, float(share))
+            result = session.rebuild(photo, _number("the fine share", share))
             return large(result.image), lines(result.image, result.grain_map), result.cost
 
         def large(picture: np.ndarray) -> np.ndarray:
@@ -154,14 +157,26 @@ def _read(session: Session, text: str) -> tuple[Tensor, str]:
     try:
         value = json.loads(text)
         return torch.tensor(value["map"], dtype=torch.int64), str(value["photo"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RuntimeError):  # nested too deeply, or beyond 64 bits, for the last
         raise UserError("the grain map that the page sent cannot be read: reload the page") from None
 
 
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{name} must be a number, got {value}")
+    return float(value)
+
+
 def _whole(name: str, value: Any) -> int:
-    if value is None or value != int(value):
+    if not isinstance(value, int) and not _number(name, value).is_integer():
         raise UserError(f"{name} must be a whole number, got {value}")
     return int(value)
+
+
+def _class(session: Session, name: Any) -> int:
+    if name not in session.classes:
+        raise UserError(f"no class {name!r}")
+    return session.classes.index(name)
 
 
 def _data_url(picture: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from d2it.data.decode import center_crop
 from d2it.diffusion import ranked_grains
 from d2it.errors import UserError, user_error
 from d2it.models import DiT, DynamicVAE
-from d2it.models.budget import grain_tokens, least_budget
+from d2it.models.budget import grain_tokens, spendable
 from d2it.sampling.pipeline import D2iT, Label
 
 #: States of the denoising that are shown, the image itself included.
@@ -52,9 +52,12 @@ class Session:
 
     @property
     def least_budget(self) -> float | None:
-        """The share of the tokens that the coarsest map spends; None for a plain DiT, which always spends all."""
+        """The share of the tokens that the coarsest map spends, to two decimals, rounded up: less cannot be spent.
+
+        None for a plain DiT, which always spends all.
+        """
         content = self.model.content_transformer
-        return None if isinstance(content, DiT) else least_budget(grain_tokens(content.config))
+        return None if isinstance(content, DiT) else spendable(grain_tokens(content.config), 2)
 
     @property
     def classes(self) -> list[str]:

@@ -84,7 +84,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free
             if free < 2 * size and self.latest() is None:
                 raise UserError(
-                    f"{self.folder}: {free / 2**30:.1f} GiB free, two checkpoints take {2 * size / 2**30:.1f}"
+                    f"{self.folder}: {free / 2**20:,.1f} MiB free, two checkpoints take {2 * size / 2**20:,.1f}"
                 )
 
         self.world.together(probe)

@@ -321,8 +321,8 @@ def latent_deviation(vae: DynamicVAE, source: ImageSource, world: World, count: 
     variance = second / cells - (first / cells) ** 2
     if not 0 < variance < math.inf:
         raise UserError(
-            f"dvae: the latents have a variance of {variance}, so the VAE is not published: lower dvae.lr or set "
-            "dvae.clip",
+            f"dvae: the latents have a variance of {variance}, so the VAE is not published: train it in another "
+            "run.dir with a lower dvae.lr or dvae.clip",
             shared=True,
         )
     return math.sqrt(variance)

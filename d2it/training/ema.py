@@ -198,8 +198,8 @@ def rebuild(run: str | Path, stage: str, sigma: float, step: int | None = None) 
     return model, step, error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Rebuilds an average of a run's weights and writes it as a model's folder."""
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m d2it.training.ema",
         description="An average of any width from the snapshots of a run (<stage>.snapshot_every).",
@@ -211,7 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", choices=("grain", "content"), default="content", help="(%(default)s)")
     parser.add_argument("--step", type=int, metavar="N", help="the average after N steps (of the last snapshot)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(<run>/averages/<stage>/sigma-S)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rebuilds an average of a run's weights and writes it as a model's folder."""
+    options = parser().parse_args(arguments)
     output = options.output or options.run / FOLDER / options.stage / f"sigma-{options.sigma_rel:g}"
     with user_error():
         model, step, error = rebuild(options.run, options.stage, options.sigma_rel, options.step)

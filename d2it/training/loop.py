@@ -16,6 +16,7 @@ from torch import nn
 
 from d2it.distributed import StopSignal, World
 from d2it.errors import Interrupted, UserError
+from d2it.files import write_text
 from d2it.seeds import seed_of
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import LatentStageConfig, RunConfig, StageConfig
@@ -96,7 +97,8 @@ def train(
     checkpoints = Checkpoints(folder, world, identity, keep=run.keep, background=run.async_save)
     newest = checkpoints.newest()
     first = newest or 0
-    if first >= settings.steps:
+    publication = Publication(folder, world)
+    if first >= settings.steps and not publication.due():
         return
     kept = Path(run.dir) / FOLDER / stage.name
     if sigmas and newest is None and world.together(kept.exists):
@@ -106,6 +108,10 @@ def train(
     if newest is not None:
         restore(stage, checkpoints, first)
     begin()
+    if first >= settings.steps:
+        with contextlib.closing(Meters(stage.name, run, settings, first, world)) as meters:
+            publication.make(stage, meters, first)
+        return
     batches = stage.batches(first)
     meters = Meters(stage.name, run, settings, first, world)
     warned = False
@@ -152,17 +158,48 @@ def train(
             if keeping:
                 for learner in stage.learners:
                     learner.snapshot(run.dir, done)
-            if publishing:
-                stage.publish(meters, done)
-            # Weights before a gradient that was not finite may be the reason for it: not kept in the place of others.
+            # Saved before it is published: a picture that fails costs no step. Weights before a gradient that was not
+            # finite may be the reason for it: not kept in the place of others.
+            if last:
+                publication.announce()
             if last or (saving and not any(learner.guard[1] for learner in stage.learners)):
                 saved = checkpoints.save(done, {x.name: x.state() for x in stage.learners})
+            if last:
+                publication.make(stage, meters, done)
+            elif publishing:
+                stage.publish(meters, done)
             if last and not signal:
                 signal = stop.at_last()  # one that came while the last step published and saved
             if signal:
                 checkpoints.wait()
                 where = f"saved {saved}" if saved else f"not saved (no finite gradient); {checkpoints.refuge()}"
                 raise Interrupted(signal, f"{signal.name} at step {done}: {where}; the same command resumes")
+
+
+class Publication:
+    """What is published of a stage's last step: it comes after the last checkpoint, and a start that finds that one
+    without it makes up for it.
+
+    Args:
+        folder: of the stage's checkpoints, where the file `unpublished` stands for a publication that is due.
+        world: the ranks.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._mark, self._world = folder / "unpublished", world
+
+    def due(self) -> bool:
+        """Returns whether the last step was announced and is not published; the same on all ranks."""
+        return any(self._world.gather(self._world.first and self._mark.exists()))
+
+    def announce(self) -> None:
+        """Notes that the last step is about to be saved and published."""
+        self._world.together(lambda: write_text(self._mark, "") if self._world.first else None)
+
+    def make(self, stage: Stage, meters: Meters, step: int) -> None:
+        """Publishes the stage after its last step."""
+        stage.publish(meters, step)
+        self._world.together(lambda: self._mark.unlink(missing_ok=True) if self._world.first else None)
 
 
 def restore(stage: Stage, checkpoints: Checkpoints, step: int) -> None:

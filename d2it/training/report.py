@@ -120,7 +120,8 @@ def write_report(
             report.heading(f"Stage {name}")
             report.text(_summary(name, rows))
             report.plot(_curves(name, rows), f"{name}: what the log has, by step")
-            published = sorted((folder / "logs" / PICTURES / name).glob("*.png"))
+            pictures_of = (folder / "logs" / PICTURES / name).glob("*.png")
+            published = sorted((path for path in pictures_of if path.stem.isdecimal()), key=lambda path: int(path.stem))
             last = len(published) - 1
             for i in sorted({round(j * last / 5) for j in range(6)}) if last > 0 else ():
                 report.picture(published[i], f"{name} at step {int(published[i].stem):,}")

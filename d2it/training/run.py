@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
     def act() -> None:
         options = parser(default).parse_intermixed_args(arguments)
         config = load(options.config, options.overrides)
-        with distributed.joined(config.run.device) as world, distributed.interruptible():
+        with distributed.joined(config.run.device) as world:
             try:
                 (rehearse_all if options.dry_run else run)(config, world)
             except (MemoryError, RuntimeError) as error:
@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
                 less = "more micro-batches (<stage>.accumulate) or <stage>.activation_checkpointing=true need less"
                 raise UserError(f"out of memory: {reason_of(error)}: {less}") from None
             except Interrupted as stop:
-                if str(stop) != stop.signal.name:
+                if stop.message is not None:
                     raise
                 # Outside the loop: all that is finished is on the disk.
-                line = f"{stop}: what is finished is in {config.run.dir}; the same command resumes"
+                line = f"{stop.signal.name}: what is finished is in {config.run.dir}; the same command resumes"
                 raise Interrupted(stop.signal, line, shared=True) from None
 
     return run_command(act)
