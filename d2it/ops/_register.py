@@ -4,6 +4,10 @@ Registered through `define` and `impl`, the cheap path (an eager call costs a th
 `autograd.Function` each and the backward as an operator of its own. The last argument of every schema is the backend's
 name; its implementation is looked up here, so that one operator serves every backend.
 
+A call that is only to be computed (`_eager`: nothing traces, transforms, records or profiles it) goes past the
+dispatcher to the backend's function: at small shapes the way through takes longer than the work. torch's stable ABI
+(2.13) has no autograd in C++, so the gradient's node is an `autograd.Function` here too.
+
 Derivatives. The backward of an operator calls another operator, which has a derivative too:
 
 - a linear operator (a copy) has its transpose as backward, and is its own forward-mode derivative;
@@ -31,6 +35,20 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 _TARGETS: dict[tuple[str, str], str] = {}
 _SELF_CHECKING: set[tuple[str, str]] = set()
 
+_CHECKED: set[str] = set()
+"""Operators that check the values of CPU tensors."""
+
+Make = Callable[[Callable[..., Any], str], Callable[..., Any]]
+_MAKE_DIRECT: dict[str, Make] = {}
+_DIRECT: dict[tuple[str, str], Callable[..., Any]] = {}
+"""(op, backend): its function with its gradient, for eager calls. Takes the arguments of the schema but the backend."""
+
+_KNOWN: dict[tuple[Any, ...], Callable[..., Any]] = {}
+"""What an eager call runs whose arguments are of kinds that have been judged before, see `known`."""
+MOST_KNOWN = 4096
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = _TENSORS | {type(None), float, int, bool, str}
+
 
 def implement(op: str, backend: str, target: str | Callable[..., Any], *, checks_values: bool = False) -> None:
     """Sets the function that runs `op` on `backend`.
@@ -47,8 +65,69 @@ def implement(op: str, backend: str, target: str | Callable[..., Any], *, checks
         _TARGETS[op, backend] = target
     else:
         _IMPLEMENTATIONS[op, backend] = target
+        # Not Triton: it takes what lies in memory. A C++ operator's dispatcher resolves a lazy negation first.
+        checked = checks_values or backend == "cuda" or op not in _CHECKED
+        if op in _MAKE_DIRECT and backend in ("cpu", "cuda") and checked:
+            _DIRECT[op, backend] = _MAKE_DIRECT[op](target, backend)
     if checks_values:
         _SELF_CHECKING.add((op, backend))
+
+
+def _eager() -> bool:
+    """Whether a call now is only to be computed: nothing traces, transforms, records or profiles it."""
+    return not (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._autograd._profiler_enabled()
+        or _C._is_tracing()
+    )
+
+
+def _kinds(op: str, backend: str | None, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that a call is judged by, but for the values in its tensors; None for what is not plain."""
+    if backend is not None and type(backend) is not str:
+        return None
+    kinds: list[Any] = [op, backend]
+    try:
+        for arg in args:
+            kind = type(arg)
+            if kind in _TENSORS:
+                kinds += arg.shape, arg.dtype, arg.device, arg.layout
+            elif arg is None or kind is float:
+                kinds.append(arg)
+            else:
+                return None
+    except RuntimeError:  # a nested tensor has no shape
+        return None
+    return tuple(kinds)
+
+
+def known(op: str, backend: str | None, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """What runs this call: `remember` was told of one whose arguments differ from these in values alone.
+
+    Args:
+        op: name of an operator.
+        backend: as the caller named it.
+        args: all else that the call is judged by.
+
+    Returns:
+        A function that takes the arguments of the schema but the backend; None where the call is to be judged.
+    """
+    return _KNOWN.get(_kinds(op, backend, args)) if _eager() else None  # type: ignore[arg-type]
+
+
+def remember(op: str, backend: str | None, args: tuple[Any, ...], chosen: str) -> None:
+    """Notes that a call was judged right, and which backend was chosen, for `known`."""
+    if not _eager() or (op, chosen) not in _DIRECT:
+        return
+    kinds = _kinds(op, backend, args)
+    if kinds is not None:
+        if len(_KNOWN) >= MOST_KNOWN:  # packed rows come in any number
+            _KNOWN.clear()
+        _KNOWN[kinds] = _DIRECT[op, chosen]
 
 
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
@@ -87,6 +166,8 @@ def operator(
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
+    if check is not None:
+        _CHECKED.add(name)
 
     def kernel(*args: Any) -> Any:
         *rest, backend = args
@@ -111,12 +192,19 @@ def operator(
             return apply(*flatten(args))
         return below(*args)
 
+    def make_direct(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+        assert backward is not None
+        return _with_gradient(name, function, backend, setup, backward)
+
     def enter(*args: Any) -> Any:
         # Straight to the autograd function: the dispatcher's way to one in Python takes 14 us.
         if torch.compiler.is_compiling():
             return op(*args)
         if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return Function.apply(*flatten(args))
+        direct = _DIRECT.get((name, args[-1]))
+        if direct is not None and _eager() and _PLAIN.issuperset(map(type, args)):
+            return direct(*args[:-1])
         return call(*args)
 
     class Function(torch.autograd.Function):
@@ -175,7 +263,41 @@ def operator(
     apply = super(torch.autograd.Function, Function).apply
     if backward is not None:
         LIBRARY.impl(name, call, "Autograd")
+        if "[]" not in schema:
+            _MAKE_DIRECT[name] = make_direct
     return enter
+
+
+def _with_gradient(
+    name: str,
+    function: Callable[..., Any],
+    backend: str,
+    setup: Callable[[Any, Sequence[Any], Any], None] | None,
+    backward: Callable[..., Sequence[Any]],
+) -> Callable[..., Any]:
+    """A backend's function with its gradient, in as few Python frames as it takes."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function(*args)
+            ctx.lengths, ctx.needs = None, ctx.needs_input_grad
+            if setup is not None:
+                setup(ctx, (*args, backend), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return tuple(backward(ctx, *grads))
+
+    Direct.__name__ = f"{name}_{backend}_autograd"
+    apply = super(torch.autograd.Function, Direct).apply
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, _C._any_requires_grad
+
+    def call(*args: Any) -> Any:
+        return apply(*args) if is_grad_enabled() and any_requires_grad(*args) else function(*args)
+
+    return call
 
 
 def _one_by_one(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import implement, operator
+from d2it.ops._register import implement, known, operator, remember
 
 
 def adaln_modulate(
@@ -45,12 +45,16 @@ def adaln_modulate(
         tensor([[[-2.,  2.],
                  [ 2., -2.]]])
     """
+    args = (x, shift, scale, sample, eps)
+    if (run := known("adaln_modulate", backend, args)) is not None:
+        return run(*args)[0]
     _validate(x, sample, eps, shift=shift, scale=scale)
     name = choose("adaln_modulate", backend, x, shift, scale, sample=sample)
+    remember("adaln_modulate", backend, args, name)
     if name == "reference":
         check_sample(sample, scale.shape[0])
         return reference.adaln_modulate(x, shift, scale, sample=sample, eps=eps)
-    return _call_adaln_modulate(x, shift, scale, sample, eps, name)[0]
+    return _call_adaln_modulate(*args, name)[0]
 
 
 def gated_residual(
@@ -79,13 +83,17 @@ def gated_residual(
                 [1., 2.],
                 [3., 4.]])
     """
+    args = (x, branch, gate, sample)
+    if (run := known("gated_residual", backend, args)) is not None:
+        return run(*args)
     _validate(x, sample, gate=gate)
     _check_branch(x, branch)
     name = choose("gated_residual", backend, x, branch, gate, sample=sample)
+    remember("gated_residual", backend, args, name)
     if name == "reference":
         check_sample(sample, gate.shape[0])
         return reference.gated_residual(x, branch, gate, sample=sample)
-    return _call_gated_residual(x, branch, gate, sample, name)
+    return _call_gated_residual(*args, name)
 
 
 def gated_residual_modulate(
@@ -123,13 +131,17 @@ def gated_residual_modulate(
         >>> total, modulated.round(decimals=3)
         (tensor([[[4., 8.]]]), tensor([[[-1.,  1.]]]))
     """
+    args = (x, branch, gate, shift, scale, sample, eps)
+    if (run := known("gated_residual_modulate", backend, args)) is not None:
+        return run(*args)[:2]
     _validate(x, sample, eps, gate=gate, shift=shift, scale=scale)
     _check_branch(x, branch)
     name = choose("gated_residual_modulate", backend, x, branch, gate, shift, scale, sample=sample)
+    remember("gated_residual_modulate", backend, args, name)
     if name == "reference":
         check_sample(sample, scale.shape[0])
         return reference.gated_residual_modulate(x, branch, gate, shift, scale, sample=sample, eps=eps)
-    total, modulated, _ = _call_fused(x, branch, gate, shift, scale, sample, eps, name)
+    total, modulated, _ = _call_fused(*args, name)
     return total, modulated
 
 
@@ -339,14 +351,21 @@ _call_fused_backward = operator(
 # ---- C++ on CPU: it sums the gradients of parameters in float32 ------------------------------------------------------
 
 
-def _sums(*parameters: Tensor) -> list[Tensor]:
-    return [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
+_CONTIGUOUS = torch.contiguous_format
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=_CONTIGUOUS)  # half the time of new_empty
+
+
+def _sum(parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, dtype=torch.float32, memory_format=_CONTIGUOUS)
 
 
 def _native_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    (out,), stats = _like(x), _stats(x)
+    out, stats = _empty(x), _stats(x)
     if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out, stats):
         check_sample(sample, scale.shape[0])  # raises: the C++ operator only reports that a sample is wrong
     return out, stats
@@ -355,20 +374,20 @@ def _native_modulate(
 def _native_modulate_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
-    (dx,), sums = _like(x), _sums(scale, scale)
-    torch.ops.d2it_C.adaln_modulate_backward(grad, x, stats, scale, sample, dx, *sums)
-    return dx, *(total.to(scale.dtype) for total in sums)
+    dx, dshift, dscale = _empty(x), _sum(scale), _sum(scale)
+    torch.ops.d2it_C.adaln_modulate_backward(grad, x, stats, scale, sample, dx, dshift, dscale)
+    return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
 def _native_gate(x: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> Tensor:
-    (out,) = _like(x)
+    out = _empty(x)
     if not torch.ops.d2it_C.gated_residual(x, branch, gate, sample, out):
         check_sample(sample, gate.shape[0])
     return out
 
 
 def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor]:
-    (dbranch,), (dgate,) = _like(branch), _sums(gate)
+    dbranch, dgate = _empty(branch), _sum(gate)
     torch.ops.d2it_C.gated_residual_backward(grad, branch, gate, sample, dbranch, dgate)
     return dbranch, dgate.to(gate.dtype)
 
@@ -376,7 +395,7 @@ def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Te
 def _native_fused(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
-    (total, out), stats = _like(x, x), _stats(x)
+    total, out, stats = _empty(x), _empty(x), _stats(x)
     if not torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps, total, out, stats):
         check_sample(sample, scale.shape[0])
     return total, out, stats
@@ -393,11 +412,11 @@ def _native_fused_backward(
     sample: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    (dx, dbranch), sums = _like(total, branch), _sums(gate, scale, scale)
+    dx, dbranch, dgate, dshift, dscale = _empty(total), _empty(branch), _sum(gate), _sum(scale), _sum(scale)
     torch.ops.d2it_C.gated_residual_modulate_backward(
-        grad_total, grad, total, stats, branch, gate, scale, sample, dx, dbranch, *sums
+        grad_total, grad, total, stats, branch, gate, scale, sample, dx, dbranch, dgate, dshift, dscale
     )
-    return dx, dbranch, *(each.to(like.dtype) for each, like in zip(sums, (gate, scale, scale)))
+    return dx, dbranch, dgate.to(gate.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
 def _of_modulate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:

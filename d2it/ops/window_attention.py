@@ -12,7 +12,7 @@ from torch import Tensor
 from d2it.kernels.common import cdiv, num_sms, tiled_positions
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import implement, operator
+from d2it.ops._register import implement, known, operator, remember
 
 
 class Windows(NamedTuple):
@@ -115,16 +115,20 @@ def window_attention(
         >>> torch.equal(out[3], v[3])  # a token by itself attends to itself
         True
     """
-    q, k, v, bias = _autocast(q), _autocast(k), _autocast(v), _bias_of_windows(bias)
+    (q, k, v), bias = _autocast(q, k, v), _bias_of_windows(bias)
+    args = (q, k, v, bias, slots, segment_ids, scale)
+    windows = Windows(bias, slots, segment_ids, scale)
+    if (run := known("window_attention", backend, args)) is not None:
+        return run(q, k, v, *windows[:3], windows.factor(q))[0]
     ndim = 4 if slots is None else 3
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check.tensor(name, x, ndim=ndim, dtypes=_check.FLOATS)
         _check.same("dtype", "q", q, name, x)
         _check.same("device", "q", q, name, x)
         _check.require(x.shape == q.shape, name, lambda: f"have the shape of q {tuple(q.shape)}", tuple(x.shape))
-    windows = Windows(bias, slots, segment_ids, scale)
     windows.check("q", q)
     name = choose("window_attention", backend, q, k, v, bias, slots=slots, segment_ids=segment_ids)
+    remember("window_attention", backend, args, name)
     if name == "reference":
         check_slots(slots, q.shape[0])
         return reference.window_attention(q, k, v, bias, slots=slots, segment_ids=segment_ids, scale=scale)
@@ -157,12 +161,16 @@ def window_attention_qkvpacked(
         >>> ops.window_attention_qkvpacked(qkv(x).unflatten(-1, (3, 4, 32)), None).shape
         torch.Size([8, 49, 4, 32])
     """
-    qkv, bias = _autocast(qkv), _bias_of_windows(bias)
+    (qkv,), bias = _autocast(qkv), _bias_of_windows(bias)
+    args = (qkv, bias, slots, segment_ids, scale)
+    windows = Windows(bias, slots, segment_ids, scale)
+    if (run := known("window_attention_qkvpacked", backend, args)) is not None:
+        return run(qkv, *windows[:3], windows.factor(qkv))[0]
     _check.tensor("qkv", qkv, ndim=5 if slots is None else 4, dtypes=_check.FLOATS)
     _check.require(qkv.shape[-3] == 3, "qkv", "have 3 in its third dimension from the end", tuple(qkv.shape))
-    windows = Windows(bias, slots, segment_ids, scale)
     windows.check("qkv", qkv)
     name = choose("window_attention_qkvpacked", backend, qkv, bias, slots=slots, segment_ids=segment_ids)
+    remember("window_attention_qkvpacked", backend, args, name)
     if name == "reference":
         check_slots(slots, qkv.shape[0])
         return reference.window_attention_qkvpacked(qkv, bias, slots=slots, segment_ids=segment_ids, scale=scale)
@@ -176,11 +184,16 @@ def _bias_of_windows(bias: Tensor | None) -> Tensor | None:
     return bias[None, None] if bias.ndim == 2 else bias[None] if bias.ndim == 3 else bias
 
 
-def _autocast(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or x.dtype == torch.float64:
-        return x
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if device != "meta" and torch.is_autocast_enabled(device) else x
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device, but for float64, in the dtype of autocast where that is on."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
 
 
 def check_slots(slots: Tensor | None, rows: int) -> None:
@@ -386,6 +399,8 @@ def _fits(op: str, reasons: Callable[[str, Tensor, Windows], list[str]]) -> Call
 def _ready(windows: Windows, kept: torch.dtype = torch.float32) -> Windows:
     """The windows as C++ takes them: contiguous, the bias in float32 unless its dtype is `kept`, segments in int64."""
     bias, segment_ids = windows.bias, windows.segment_ids
+    if bias is None and segment_ids is None:
+        return windows
     if bias is not None:
         bias = (bias if bias.dtype == kept else bias.float()).contiguous()
     if segment_ids is not None:
@@ -397,7 +412,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor
     windows = _ready(Windows(*args))
     # An empty tensor of slots has no address, which C++ cannot distinguish from windows without slots.
     empty = windows.slots is not None and not windows.slots.numel()
-    out = q.new_zeros(q.shape) if empty else q.new_empty(q.shape)
+    out = q.new_zeros(q.shape) if empty else torch.empty_like(q, memory_format=torch.contiguous_format)
     if not empty and not torch.ops.d2it_C.window_attention(q, k, v, *windows, out):
         check_slots(windows.slots, q.shape[0])  # raises: the C++ operator only reports that a slot is wrong
     return out, q.new_empty(0, dtype=torch.float32)
@@ -466,7 +481,7 @@ def _over_qkv(forward: Callable[..., Any], backward: Callable[..., Tensor]) -> d
     """A backend's functions by operator, from those that take q, k and v apart."""
 
     def apart(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        grads = tuple(q.new_empty(q.shape) for _ in range(3))
+        grads = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
         return *grads, backward(grads, grad, q, *rest)
 
     def packed(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
