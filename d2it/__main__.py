@@ -7,9 +7,10 @@ torchrun --standalone --nproc-per-node=gpu -m d2it train --config imagenet256_xl
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import d2it
 from d2it.errors import UserError, run_command
@@ -49,6 +50,18 @@ def usage() -> str:
     )
 
 
+@contextlib.contextmanager
+def needing(command: str) -> Iterator[None]:
+    """Turns the lack of a package that a command imports, at any time, into a UserError that names its extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "d2it":
+            raise
+        extra = COMMANDS[command][1]
+        raise UserError(f"d2it {command} needs the package {error.name}: pip install 'd2it[{extra}]'") from None
+
+
 def load(command: str) -> Callable[[Sequence[str]], int | None]:
     """Imports a command.
 
@@ -57,30 +70,27 @@ def load(command: str) -> Callable[[Sequence[str]], int | None]:
     """
     if command not in COMMANDS:
         raise UserError(f"no command {command!r}; there are {', '.join(COMMANDS)}")
-    target, extra, _ = COMMANDS[command]
-    module, _, function = target.partition(":")
-    try:
+    module, _, function = COMMANDS[command][0].partition(":")
+    with needing(command):
         return getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "d2it":
-            raise
-        raise UserError(f"d2it {command} needs the package {error.name}: pip install 'd2it[{extra}]'") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or 2 with one line where the user can put it right."""
     words = list(sys.argv[1:] if arguments is None else arguments)
 
-    def act() -> int | None:
+    def run() -> int | None:
         if not words or words[0] in ("-h", "--help"):
             print(usage(), flush=True)
             return 0 if words else 2
         if words[0] in ("-V", "--version"):
             print(d2it.__version__)
             return 0
-        return load(words[0])(words[1:])
+        act = load(words[0])
+        with needing(words[0]):
+            return act(words[1:])
 
-    return run_command(act)
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -157,12 +157,16 @@ def test_a_command_that_is_not_there_or_not_installed(monkeypatch, capsys):
     assert "no command 'trian'; there are train, sample" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "d2it.training.run", None)
 
-    def missing(name):
-        raise ModuleNotFoundError(name="omegaconf")
+    def missing(package):
+        raise ModuleNotFoundError(name=package)
 
-    monkeypatch.setattr("importlib.import_module", missing)
+    monkeypatch.setattr("importlib.import_module", lambda module: missing("omegaconf"))
     assert main(["train"]) == 2
     assert "d2it train needs the package omegaconf: pip install 'd2it[train]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("d2it.studio.cli.main", lambda words: missing("gradio"))  # imported when the page is made
+    assert main(["studio", "run"]) == 2
+    assert "d2it studio needs the package gradio: pip install 'd2it[studio]'" in capsys.readouterr().err
 
 
 def completed(script: str, *words: str) -> set[str]:

@@ -190,6 +190,14 @@ def test_a_guide_that_does_not_fit_is_refused_before_anything_is_sampled():
     assert D2iT(*parts, guide=guide, any_vae=True).guide is guide
 
 
+@pytest.mark.parametrize("guidance", [{"bad": 1}, {"scale": "x"}, [1], -1.0])
+@pytest.mark.parametrize("name", ["guidance", "grain_guidance"])
+def test_a_models_own_guidance_is_checked_when_it_is_read(name, guidance):
+    model = make()
+    with pytest.raises(ValueError, match=name):
+        D2iT(model.vae, model.grain_transformer, model.content_transformer, sampling={name: guidance})
+
+
 def test_the_callback_sees_every_step():
     model, seen = make(), []
     fine = torch.ones(4, 4, dtype=torch.int64)

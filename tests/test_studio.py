@@ -97,6 +97,9 @@ def test_a_photos_map_and_its_reconstruction(session: Session) -> None:
 def test_what_cannot_be_done_is_one_line(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="choose a photo first"):
         session.photo_map(None)  # type: ignore[arg-type]
+    for nothing in (photo()[:0], photo()[..., 0], photo()[..., :2]):
+        with pytest.raises(UserError, match="choose a photo first"):
+            session.crop(nothing)
     with pytest.raises(UserError, match=r"the fine share must be in 0 ... 1, got 1.5"):
         session.rebuild(photo(), 1.5)
     with pytest.raises(UserError, match="seed must be at least 0, got -1"):

@@ -193,6 +193,32 @@ def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path) -> Non
         load(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ('dvae.betas=["${x}",0.9]', "dvae.betas[0]"),
+        ('content.overrides={a: {b: ["${no}"]}}', "content.overrides.a.b[0]"),
+        ("content.overrides=${x}", "content.overrides"),
+        ("run.seed=${oc.env:NO_SUCH_VARIABLE}", "run.seed"),
+        ("dvae=${grain}", "dvae"),
+        ("dvae.loss=${grain}", "dvae.loss"),
+    ],
+)
+def test_an_interpolation_that_fails_is_named_with_its_key(override: str, key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(DEMO, [override])
+    assert str(caught.value).startswith(f"configuration: {key}: ")
+
+
+def test_a_file_starts_from_one_beside_it_or_from_one_of_the_package(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: imagenet256_xl\nrun: {seed: 5}\n")
+    own = load(tmp_path / "mine.yaml", ["data.path=x"])
+    assert (own.run.seed, own.content.preset, own.run.keep) == (5, "D2iT-XL", 3)
+    (tmp_path / "imagenet256_xl").write_text("run: {seed: 6, keep: 7}\n")
+    own = load(tmp_path / "mine.yaml", ["data.path=x"])
+    assert (own.run.seed, own.run.keep) == (5, 7)
+
+
 @pytest.mark.parametrize("name", ["imagenet256_b", "imagenet256_l"])
 def test_the_command_of_a_configuration_that_shares_latents_loads(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"

@@ -9,6 +9,7 @@ names holds every tenth of a percent, so that other ratios need no second pass.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -57,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         if not low <= value <= high:
             raise UserError(f"--{name} must be in {low}..{high}, got {value}")
-    if not options.sigma > 0:
-        raise UserError(f"--sigma must be positive, got {options.sigma}")
+    if not 0 < options.sigma < math.inf:
+        raise UserError(f"--sigma must be positive and finite, got {options.sigma}")
     if options.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device is auto, cpu or cuda, got {options.device}")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -455,6 +455,22 @@ def check_labels(labels: Tensor | None, batch: int, num_classes: int) -> Tensor 
     return labels.long()
 
 
+def as_map(grain_map: Any) -> Tensor:
+    """A grain map, or a drawing of one, as a tensor (N, h, w) or (h, w).
+
+    Raises:
+        TypeError: nothing that torch reads as numbers.
+        ValueError: of another rank.
+    """
+    try:
+        given = torch.as_tensor(grain_map)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"grain_map must be a tensor, got {type(grain_map).__name__}") from None
+    if given.ndim not in (2, 3):
+        raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(given.shape)}")
+    return given
+
+
 def check_grain_map(grain_map: Tensor, batch: int, config: Any) -> None:
     """Raises ValueError unless the maps are one an image, of the model's size and with its grains."""
     expected = (batch, *config.region_grid)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from d2it import pictures
 from d2it.diffusion import Guidance
+from d2it.diffusion.sampling import as_map
 from d2it.diffusion.solvers import whole_number
-from d2it.sampling.pipeline import D2iT, Label, as_map
+from d2it.sampling.pipeline import D2iT, Label
 
 Generators = torch.Generator | list[torch.Generator] | None
 

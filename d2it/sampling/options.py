@@ -174,7 +174,7 @@ class SampleRequest:
         if "interval" in detail:
             detail.setdefault("mode", "interval")
         scale = model.sampling.get("guidance", 1.0)
-        scale = detail.get("scale", scale["scale"] if isinstance(scale, dict) else scale)
+        scale = detail.get("scale", scale.get("scale", 1.0) if isinstance(scale, dict) else scale)
         if options.guide and scale == 1:
             raise UserError(f"--guide {options.guide} has no effect at a guidance of 1: add --guidance W")
         with user_error():

@@ -40,6 +40,7 @@ from d2it.diffusion import (
 )
 from d2it.diffusion.sampling import (
     Callback,
+    as_map,
     check_cuda_graph,
     check_grain_map,
     check_guidance,
@@ -575,22 +576,6 @@ class D2iT(Pretrained):
         return labels.expand(len(seeds))
 
 
-def as_map(grain_map: Any) -> Tensor:
-    """A grain map, or a drawing of one, as a tensor (N, h, w) or (h, w).
-
-    Raises:
-        TypeError: nothing that torch reads as numbers.
-        ValueError: of another rank.
-    """
-    try:
-        given = torch.as_tensor(grain_map)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"grain_map must be a tensor, got {type(grain_map).__name__}") from None
-    if given.ndim not in (2, 3):
-        raise ValueError(f"grain_map must be (N, H/S, W/S) or (H/S, W/S), got {tuple(given.shape)}")
-    return given
-
-
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """A generator for each image's map, on the CPU, for what its values leave open."""
     return [torch.Generator().manual_seed(derived_seed(seed, "budget")) for seed in seeds]
@@ -624,6 +609,8 @@ def _description(names: Any, sampling: Any, classes: int) -> tuple[list[str] | N
         raise ValueError(f"class_names must be None or {classes} names, one for each class, got {names!r}")
     if not isinstance(sampling, (dict, type(None))) or set(sampling or {}) - set(DEFAULTS):
         raise ValueError(f"sampling must be a dictionary with keys of {', '.join(DEFAULTS)}, got {sampling!r}")
+    for name in {"guidance", "grain_guidance"} & set(sampling or {}):
+        _guidance(name, (sampling or {})[name])
     return None if names is None else list(names), dict(sampling or {})
 
 
@@ -633,7 +620,9 @@ def _guidance(name: str, value: float | Guidance | dict[str, Any]) -> Guidance:
         return value
     try:
         return Guidance(**value) if isinstance(value, dict) else Guidance(scale=value)
-    except (TypeError, ValueError) as error:
+    except TypeError:
+        raise ValueError(f"{name} must be a number or the fields of a Guidance, got {value!r}") from None
+    except ValueError as error:
         raise ValueError(str(error).replace("guidance", name, 1)) from None
 
 

@@ -68,7 +68,7 @@ def build(session: Session) -> gr.Blocks:
                 strength = gr.Slider(
                     1.0,
                     8.0,
-                    float(guidance["scale"] if isinstance(guidance, dict) else guidance) if guided else 1.0,
+                    float(guidance.get("scale", 1.0) if isinstance(guidance, dict) else guidance) if guided else 1.0,
                     step=0.1,
                     label="Guidance",
                     visible=guided,

@@ -74,7 +74,7 @@ class Session:
         Raises:
             UserError: no photo.
         """
-        if not isinstance(photo, np.ndarray) or photo.ndim != 3:
+        if not isinstance(photo, np.ndarray) or photo.ndim != 3 or photo.shape[2] < 3 or not photo.size:
             raise UserError("choose a photo first")
         return np.asarray(center_crop(Image.fromarray(photo[..., :3]), self.model.image_size, upsample=True))
 

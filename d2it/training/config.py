@@ -296,7 +296,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Args:
         path: a YAML file, or the name of one that comes with the package (`imagenet256_xl`); it may start from another
-            one beside it: `extends: imagenet256_xl.yaml`.
+            one: `extends: imagenet256_xl.yaml` beside it, or the name of one of the package.
         overrides: `section.key=value` each.
 
     Raises:
@@ -328,7 +328,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     except ConfigKeyError as error:
         raise UserError(f"no such configuration key: {error.full_key or error.key}{_did_you_mean(error)}") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        where = getattr(error, "full_key", None) or key
+        where = getattr(error, "full_key", None) or key or _interpolated(merged)
         raise UserError(f"configuration: {f'{where}: ' if where else ''}{yaml_reason(error)}") from None
     assert isinstance(config, Config)
     for key, text in {"data.path": MISSING, **texts}.items():
@@ -340,6 +340,17 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     size = config.data.image_size
     config.data.image_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return config
+
+
+def _interpolated(merged: Any) -> str:
+    """Returns the first whole section that is a `${...}`; "" where none is."""
+    from omegaconf import OmegaConf
+
+    for section in sorted({key.rpartition(".")[0] for key in setting_names()}):
+        parent, _, name = section.rpartition(".")
+        if OmegaConf.is_interpolation(OmegaConf.select(merged, parent) if parent else merged, name):
+            return section
+    return ""
 
 
 def to_yaml(config: Config) -> str:
@@ -483,7 +494,8 @@ def _files(path: Path, seen: tuple[Path, ...]) -> list[tuple[dict[str, Any], dic
         raise UserError(f"{path}: extends must be the name of a file, got {base!r}")
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
-    return [*_files(path.parent / base, (*seen, path.resolve())), (values, typed)]
+    beside = path.parent / base
+    return [*_files(beside if beside.exists() else _found(Path(base)), (*seen, path.resolve())), (values, typed)]
 
 
 def _did_you_mean(error: Any) -> str:
