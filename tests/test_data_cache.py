@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,24 @@ def make(folder, source=None, **options):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("sides", "expected"), [((16, 32), 43_024), ((8, 16, 32), 43_536)])
+def test_bytes_of_an_image_of_256_pixels(tmp_path, sides, expected):
+    """What docs/data.md states for f8f16 and f8f16f32, both flips; files have a header beside it."""
+
+    def moments(images):
+        shapes = {f"{name}.{g}": (4, side, side) for name in ("mean", "std") for g, side in enumerate(sides)}
+        found = {name: torch.ones(len(images), *shape) for name, shape in shapes.items()}
+        return found | {"entropy": torch.ones(len(images), sides[0], sides[0])}
+
+    build_cache(tmp_path, Tiles(3), moments, facts=FACTS, unit_size=3)
+    finish_cache(tmp_path)
+    data = (tmp_path / "unit-00000.safetensors").read_bytes()
+    assert len(data) - 8 - int.from_bytes(data[:8], "little") == 3 * expected
+    documentation = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    assert f"{expected:,} " in documentation
+    assert f"{expected * 1_281_167 / 1e9:.1f} " in documentation
 
 
 @pytest.mark.parametrize("flips", [True, False])

@@ -205,12 +205,10 @@ class Meters:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"{text}, {speed}")
         else:
-            left = (now - self._start) / (step - self._first) * (self.steps - step)
-            print(
-                f"{self.name}: step {step}/{self.steps}, {text}, {speed}, {_clock(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            spent = now - self._start
+            left = spent / (step - self._first) * (self.steps - step)
+            when = f"{_clock(left)} left" if step < self.steps else f"took {_clock(spent)}"
+            print(f"{self.name}: step {step}/{self.steps}, {text}, {speed}, {when}", file=sys.stderr, flush=True)
 
 
 def flat(settings: Any) -> dict[str, Any]:

@@ -47,8 +47,9 @@ class Summary:
         ]
         tokens = f" and {work.tokens / work.images:.4g} tokens" if work.tokens else ""
         lines[0] += f", {work.macs / work.images / 1e9:.3g} GMAC{tokens} an image"
+        parts = f" = {world.size} ranks x {settings.accumulate} micro-batches x {micro}"
         lines.append(
-            f"  batch {settings.batch_size} = {world.size} ranks x {settings.accumulate} micro-batches x {micro}, "
+            f"  batch {settings.batch_size}{parts if micro < settings.batch_size else ''}, "
             f"{settings.steps:,} steps, learning rate {settings.lr:g}, EMA {settings.ema:g}"
         )
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -62,8 +63,8 @@ class Summary:
         ]
         lines.append(f"  {name}{threads}, {', '.join(how)}")
         lines.append(
-            f"  {self.state / GIB:.2f} GiB a rank for weights, gradients, moments and average, "
-            f"about {self.activations / GIB:.2f} for activations"
+            f"  {_size(self.state)} a rank for weights, gradients, moments and average, "
+            f"about {_size(self.activations)} for activations"
         )
         self.text = "\n".join(lines + [f"  {note}" for note in stage.notes()])
 
@@ -84,6 +85,11 @@ class Summary:
                 "need less",
                 shared=True,
             )
+
+
+def _size(count: float) -> str:
+    """Returns a number of bytes in the unit that suits it."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
 def rehearse(stage: Stage, settings: StageConfig, world: World) -> str:
