@@ -11,7 +11,7 @@ import fnmatch
 import gc
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 from typing import Any
 
@@ -23,6 +23,7 @@ from bench import Skip
 from rows import Row, columns, note, ours
 from timing import Timing
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from d2it.devices import peak_flops
 from d2it.diffusion import random_grain_map
@@ -49,6 +50,8 @@ class Job:
         flops: of one call: two for each multiply-accumulate of the tokens that exist.
         error: against the reference; None where there is nothing to compare with.
         tolerance: the largest error of a right result.
+        counted: figures of the row that follow from counts.
+        profiled: whether the row names the kernels that take longest.
         host: whether nothing of it runs on a GPU.
         close: frees what the contender holds.
     """
@@ -58,6 +61,8 @@ class Job:
     flops: int = 0
     error: float | None = None
     tolerance: float = 0.0
+    counted: dict[str, float] = dataclasses.field(default_factory=dict)
+    profiled: bool = False
     host: bool = False
     close: Callable[[], object] = lambda: None
 
@@ -81,11 +86,14 @@ class Case:
     contenders: dict[str, tuple[str, Callable[[], Job]]]
 
 
-def size_arguments(description: str) -> argparse.ArgumentParser:
+def size_arguments(description: str, batches: Sequence[int] = (32,)) -> argparse.ArgumentParser:
+    """The options of both scripts; `batches`: the default on a GPU, what matters most first."""
     gpu = machine.device() == "cuda"
     parser = command.arguments(description)
     parser.add_argument("--model", nargs="+", choices=sorted(SIZES), default=["XL", "B"] if gpu else ["S"])
-    parser.add_argument("--batch-size", type=int, default=32 if gpu else 2, help="images (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", default=list(batches) if gpu else [2], help="images (%(default)s)"
+    )
     parser.add_argument("--image-size", type=int, default=256 if gpu else 128, help="pixels (%(default)s)")
     parser.add_argument(
         "--fill", type=float, default=0.5, help="share of regions finer than the coarsest (%(default)s)"
@@ -101,6 +109,12 @@ def size_arguments(description: str) -> argparse.ArgumentParser:
     parser.set_defaults(shares=None)
     parser.add_argument("--compiled", action="store_true", help="on a CPU too, where compiling takes minutes")
     return parser
+
+
+def each_batch(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The options for each of the batches."""
+    for batch in options.batch_size:
+        yield argparse.Namespace(**{**vars(options), "batch_size": batch})
 
 
 def grain_maps(options: argparse.Namespace, grid: tuple[int, ...], num_grains: int) -> Tensor:
@@ -135,13 +149,13 @@ def compilable(options: argparse.Namespace) -> None:
 
 def open_gates(network: nn.Module) -> None:
     """Weights where the initialisation has zeros, the same in every call: else no block would reach the result."""
-    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        rng = torch.Generator(next(network.parameters()).device).manual_seed(0)
         for part in network.modules():
             if isinstance(part, (Modulation, FinalLayer)):
-                part.linear.weight.copy_(torch.randn(part.linear.weight.shape, generator=rng) * 0.02)
+                part.linear.weight.normal_(std=0.02, generator=rng)
             if isinstance(part, WindowAttention) and part.bias is not None:
-                part.bias.copy_(torch.randn(part.bias.shape, generator=rng) * 0.02)
+                part.bias.normal_(std=0.02, generator=rng)
 
 
 def distance(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
@@ -188,6 +202,7 @@ def run_case(case: Case, seconds: float | None) -> Iterator[Row]:
                     time = timing.time_in_turns([[job.call]], seconds)[0]
                 else:
                     time = timing.time_calls([job.call], graph=False, seconds=seconds)
+            kernels = {"kernels": longest_kernels(job.call)} if job.profiled else {}
         except Skip as reason:
             yield {**base, "skipped": str(reason)}
             continue
@@ -198,13 +213,34 @@ def run_case(case: Case, seconds: float | None) -> Iterator[Row]:
             if job is not None:
                 job.close()
         print(f"{case.name} {name}: {time.ms:.1f} ms", file=sys.stderr, flush=True)
-        yield {**base, "direction": case.direction, **_figures(job, time, case.dtype), **power.read()}
+        yield {**base, "direction": case.direction, **_figures(job, time, case.dtype), **power.read(), **kernels}
+
+
+KERNELS = 25
+"""How many kernels a row names."""
+
+
+def longest_kernels(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """The kernels of one call on a GPU, the operators on a CPU, that take longest: name, milliseconds, calls."""
+    gpu = machine.device() == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        call()
+        machine.synchronize()
+    found = []
+    for event in profiler.key_averages():
+        if gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        us = event.self_device_time_total if gpu else event.self_cpu_time_total
+        found.append({"name": event.key[:120], "ms": us / 1e3, "calls": event.count})
+    return sorted(found, key=lambda kernel: -kernel["ms"])[:KERNELS]
 
 
 def _figures(job: Job, time: Timing, dtype: torch.dtype) -> dict[str, Any]:
     row: dict[str, Any] = {
         **dataclasses.asdict(time),
         "images_per_s": job.images / time.ms * 1e3,
+        **job.counted,
     }
     if job.error is not None:
         row |= {"error": job.error, "correct": job.error <= job.tolerance}
@@ -221,10 +257,12 @@ def _figures(job: Job, time: Timing, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [("case", "contender", "ms", "q10..q90", "images/s", "TFLOP/s", "of matmul rate", "MFU", "GB", "")]
+    lines = [
+        ("case", "contender", "ms", "q10..q90", "images/s", "TFLOP/s", "of matmul rate", "MFU", "predicted", "GB", "")
+    ]
     for row in rows:
         if "skipped" in row:
-            lines.append((row["case"], row["contender"], *[""] * 7, f"skipped: {row['skipped']}"))
+            lines.append((row["case"], row["contender"], *[""] * 8, f"skipped: {row['skipped']}"))
             continue
         lines.append(
             (
@@ -236,6 +274,7 @@ def table(rows: list[Row]) -> str:
                 f"{row['tflops']:.3g}" if "tflops" in row else "",
                 f"{row['matmul_share']:.0%}" if "matmul_share" in row else "",
                 f"{row['mfu']:.1%}" if "mfu" in row else "",
+                f"{row['predicted_ms']:.2f}" if "predicted_ms" in row else "",
                 f"{row['memory_gb']:.1f}" if "memory_gb" in row else "",
                 note(rows, row),
             )

@@ -176,7 +176,8 @@ def smoke(limit: float, workers: int) -> Outcome:
     start = time.monotonic()
 
     def one(suite: tuple[str, str]) -> Outcome:
-        return run(f"smoke.{suite[1]}", [sys.executable, "benchmarks/smoke.py", *suite], limit, **ONE_THREAD)
+        left = start + limit - time.monotonic()  # of all, however few run at once
+        return run(f"smoke.{suite[1]}", [sys.executable, "benchmarks/smoke.py", *suite], left, **ONE_THREAD)
 
     lines = [("operator", "backend", "shape", "", "seconds")]
     states = set()

@@ -28,6 +28,7 @@ from models import (
     compilable,
     distance,
     dtype,
+    each_batch,
     grain_maps,
     main,
     open_gates,
@@ -109,6 +110,12 @@ def sampling(
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for batch in each_batch(options):
+        yield from cases_of(batch)
+
+
+def cases_of(options: argparse.Namespace) -> Iterator[Case]:
+    """The cases of one batch."""
     for size in options.model:
         preset, baseline = SIZES[size]
         reference = Reference(options, preset)

@@ -1,18 +1,27 @@
 """A training step of D2iT: packed, with masks over all cells, and of the DiT of the same width and depth.
 
-python benchmarks/train_bench.py [--model XL B] [--batch-size 32] [--fill 0.5] [--only 'D2iT-XL*']
+python benchmarks/train_bench.py [--model XL B] [--batch-size 128 256 32] [--fill 0.5] [--only 'D2iT-XL*']
+python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu H200]
 
-The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU. Its
-operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells. "part"
-lines time pieces of the packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the
-host, which a step does not wait for unless it is longer than the step. The budget lines are steps at shares of the
-tokens of the finest map (--budgets).
+The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU.
+Its operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells.
+"plain" has adaLN of the dense blocks in plain PyTorch, for the compiler to fuse; "autotuned" (--autotune) lets
+Inductor choose among its own matrix products too, into whose ends GELU and biases go. "part" lines time pieces of the
+packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the host, which a step does
+not wait for unless it is longer than the step. The MLP's lines are one MLP of the dense blocks, forward and backward,
+in the forms that PyTorch has for GELU and biases. The budget lines are steps at shares of the tokens of the finest
+map (--budgets).
+
+Predicted is what bytes and operations (`step_count`) take at the rates of this machine, with our kernels at their
+floors. Rows of ours name the kernels that take longest. --count prints the bytes and operations of a step, part by
+part, and what they come to on a GPU that need not be there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,8 +29,12 @@ from typing import Any
 
 import machine
 import numpy as np
+import step_count
+import timing
 import torch
-from bench import TOLERANCE
+import torch.nn.functional as F
+from bench import TOLERANCE, Skip
+from kernel_report.gpus import PRODUCTS
 from models import (
     SIZES,
     Case,
@@ -30,6 +43,7 @@ from models import (
     compilable,
     distance,
     dtype,
+    each_batch,
     grain_maps,
     main,
     open_gates,
@@ -39,14 +53,20 @@ from PIL import Image
 from torch import Tensor
 
 from d2it.data import ImageSource, LatentCache, build_cache, finish_cache
+from d2it.devices import peak_flops
 from d2it.distributed import World
-from d2it.models import DynamicVAE
+from d2it.models import DynamicContentTransformer, DynamicVAE
+from d2it.models.dit import TransformerConfig
+from d2it.models.flops import fine_tokens
+from d2it.models.layers import Mlp
 from d2it.training.config import Config
 from d2it.training.learner import Batch
 from d2it.training.stage import loader, to_device
 from d2it.training.transformers import ContentStage, LatentData
 
 CLASSES = 1000
+CHECKED = 8
+"""Images of the batch whose gradients are compared, in float32 with masks over all cells."""
 
 
 def stage(options: argparse.Namespace, preset: str, *, masked: bool = False, compiled: bool = False) -> ContentStage:
@@ -56,11 +76,16 @@ def stage(options: argparse.Namespace, preset: str, *, masked: bool = False, com
     settings = config.content
     settings.preset, settings.batch_size, settings.compile = preset, options.batch_size, compiled
     if masked:
-        settings.overrides = {"masked": True}
+        settings.overrides["masked"] = True
+    if options.warm:  # all blocks of a half are compiled alike, and one of each fits beside other processes
+        settings.overrides["depth"] = 1
+        if preset.startswith("D2iT"):
+            settings.overrides["refine_depth"] = 1
     vae = DynamicVAE.preset_config("f8f16f32" if preset.endswith("-3") else "f8f16")
     data = LatentData.of_vae(vae, (options.image_size, options.image_size), images=options.batch_size)
     world = World(0, 1, 1, torch.device(machine.device()))
-    made = ContentStage(config, settings, world, data, None)
+    with world.device:
+        made = ContentStage(config, settings, world, data, None)
     open_gates(made.network)
     return made
 
@@ -82,19 +107,21 @@ def gradients(made: ContentStage, batch: Batch) -> list[Tensor]:
     learner = made.learners[0]
     torch.manual_seed(0)
     learner.backward(batch, last=True)
-    found = [p.grad.cpu() if p.grad is not None else torch.zeros(p.shape) for p in learner.parameters]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters]
     learner.optimizer.zero_grad(set_to_none=True)
     return found
 
 
 class Reference:
-    """The gradients of the masked model, in float32, computed when first asked for."""
+    """The gradients of the masked model over few images, in float32, computed when first asked for."""
 
     def __init__(self, options: argparse.Namespace, preset: str) -> None:
-        self.options, self.preset = options, preset
+        few = min(options.batch_size, CHECKED)
+        self.options, self.preset = argparse.Namespace(**{**vars(options), "batch_size": few}), preset
         self.found: list[Tensor] | None = None
 
-    def distance(self, made: ContentStage, batch: Batch) -> float:
+    def distance(self, made: ContentStage) -> float:
+        batch = batch_of(self.options, made)
         if self.found is None:
             exact = stage(self.options, self.preset, masked=True)
             exact.learners[0].bf16 = False
@@ -102,19 +129,116 @@ class Reference:
         return distance(gradients(made, batch), self.found)
 
 
-def step(options: argparse.Namespace, preset: str, reference: Reference | None, *, masked: bool, compiled: bool) -> Job:
+@functools.cache
+def rates_of(preset: str, batch: int, image_size: int) -> step_count.Rates:
+    """What this machine reaches: copies, products of the layers of a dense block, attention of its heads."""
+    config, numbers = step_count.config_of(preset, image_size), {"device": machine.device(), "dtype": dtype()}
+    rows, dim, hidden = batch * config.num_tokens, config.dim, int(config.dim * config.mlp_ratio)
+    macs, calls = 0, []
+    for inner, outer in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
+        x, weight, grad = (torch.randn(*shape, **numbers) for shape in ((rows, inner), (outer, inner), (rows, outer)))
+        calls += [partial(F.linear, x, weight), partial(torch.mm, grad, weight), partial(torch.mm, grad.t(), x)]
+        macs += 3 * rows * inner * outer
+    ms = sum(timing.time_calls([call], graph=False, seconds=0.05).ms for call in calls)
+    q = torch.randn(batch, config.heads, config.num_tokens, dim // config.heads, **numbers).requires_grad_()
+    grad = torch.randn_like(q)
+    attention = timing.time_calls(
+        [lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, q, q), q, grad)], graph=False, seconds=0.05
+    )
+    measured = timing.machine_rates()
+    return step_count.Rates(
+        copy=measured["copy_gbps"] * 1e9,
+        products=2 * macs / ms * 1e3,
+        attention=14 * batch * config.num_tokens**2 * dim / attention.ms * 1e3,
+        float32=measured["matmul_tflops"]["float32"] * 1e12,
+        peak=peak_flops(torch.device(machine.device())),
+    )
+
+
+def counted(
+    options: argparse.Namespace, made: ContentStage, batch: Batch, where: str | None = None
+) -> dict[str, float]:
+    """Figures of a row: bytes, their floor, and the milliseconds that bytes and operations come to."""
+    found = step_count.parts(
+        made.network.config,
+        options.batch_size,
+        step_count.Parameters.of(made.network),
+        batch.get("fine"),
+        itemsize=dtype().itemsize,
+    )
+    rates = rates_of(made.settings.preset, options.batch_size, options.image_size)
+    some = [part for part in found if where in (None, part.where)]
+    return {
+        "counted_bytes": sum(part.bytes for part in some),
+        "counted_floor": sum(part.floor for part in some),
+        "predicted_ms": step_count.predicted_ms(some, rates),
+    }
+
+
+def step(
+    options: argparse.Namespace,
+    preset: str,
+    reference: Reference | None,
+    *,
+    masked: bool = False,
+    compiled: bool = False,
+    plain: bool = False,
+    autotuned: bool = False,
+) -> Job:
     """The whole step."""
     if compiled:
         compilable(options)
+    if autotuned and not options.autotune:
+        raise Skip("choosing among kernels takes minutes: --autotune")
     made = stage(options, preset, masked=masked, compiled=compiled)
+    if plain:
+        for block in made.network.multi_grained.blocks:
+            block.backend = "reference"
     batch, learner = batch_of(options, made), made.learners[0]
-    error = reference.distance(made, batch) if reference else None
+    if autotuned:
+        made.network.compile_blocks(mode="max-autotune-no-cudagraphs")
+    error = reference.distance(made) if reference and not options.warm else None
 
     def call() -> None:
         learner.backward(batch, last=True)
         learner.update(0)
 
-    return Job(call, options.batch_size, 6 * made.work(batch).macs, error, 2 * TOLERANCE[dtype()])
+    flops, tolerance = 6 * made.work(batch).macs, 2 * TOLERANCE[dtype()]
+    figures = {} if masked or options.warm else counted(options, made, batch)
+    return Job(
+        call, options.batch_size, flops, error, tolerance, figures, profiled=not masked and reference is not None
+    )
+
+
+def mlp(options: argparse.Namespace, preset: str, how: str) -> Job:
+    """One MLP of the dense blocks, forward and backward."""
+    if how != "eager":
+        compilable(options)
+    if how == "autotuned" and not options.autotune:
+        raise Skip("choosing among kernels takes minutes: --autotune")
+    config = step_count.config_of(preset, options.image_size)
+    rows, where = options.batch_size * config.num_tokens, torch.device(machine.device())
+    torch.manual_seed(0)
+    with where:
+        layer = Mlp(config.dim, config.mlp_ratio)
+        x, grad = torch.randn(2, rows, config.dim, dtype=dtype())
+    x.requires_grad_()
+    run: Callable[[Tensor], Tensor] = layer
+    if how != "eager":
+        run = torch.compile(layer, mode="max-autotune-no-cudagraphs" if how == "autotuned" else None)
+
+    def results(x: Tensor, grad: Tensor, bf16: bool, run: Callable[[Tensor], Tensor] = run) -> list[Tensor]:
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            out = run(x)
+        return [out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)]
+
+    few = slice(64)
+    exact = results(x[few].detach().float().requires_grad_(), grad[few].float(), False, layer)
+    bf16 = dtype() == torch.bfloat16
+    error = distance(results(x[few].detach().requires_grad_(), grad[few], bf16), exact)
+    macs = 2 * rows * config.dim * int(config.dim * config.mlp_ratio)
+    call = partial(results, x, grad, bf16)
+    return Job(call, options.batch_size, 6 * macs, error, 2 * TOLERANCE[dtype()], profiled=True)
 
 
 def part(options: argparse.Namespace, preset: str, name: str) -> Job:
@@ -122,16 +246,18 @@ def part(options: argparse.Namespace, preset: str, name: str) -> Job:
     made = stage(options, preset)
     batch, network, learner = batch_of(options, made), made.network, made.learners[0]
     device, config, count = made.world.device, network.config, options.batch_size
+    figures = counted(options, made, batch, name)
     if name == "optimiser":
         for p in learner.parameters:
             p.grad = torch.randn_like(p) * 1e-3
-        learner.optimizer.found_inf = torch.zeros((), device=device)
+        gradients = [p.grad for p in learner.parameters]
 
         def update() -> None:
-            learner.optimizer.step()
-            learner.ema.update()
+            for p, gradient in zip(learner.parameters, gradients):
+                p.grad = gradient
+            learner.update(0)
 
-        return Job(update, count)
+        return Job(update, count, counted=figures, profiled=True)
     t, y = torch.randint(1000, (count,), device=device), batch["label"]
     if name == "dense blocks":
         x = torch.randn(count, config.in_channels, *config.grid, device=device)
@@ -149,7 +275,7 @@ def part(options: argparse.Namespace, preset: str, name: str) -> Job:
         out.backward(torch.randn_like(out))
         learner.optimizer.zero_grad(set_to_none=True)
 
-    return Job(both, count)
+    return Job(both, count, counted=figures, profiled=True)
 
 
 class Noise(ImageSource):
@@ -196,27 +322,84 @@ def reading(options: argparse.Namespace, preset: str) -> Job:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     for size in options.model:
-        preset, baseline = SIZES[size]
-        reference = Reference(options, preset)
-        contenders: dict[str, tuple[str, Callable[[], Job]]] = {}
-        for how in ("compiled", "eager"):
-            flag = {"compiled": how == "compiled"}
-            contenders[f"d2it packed {how}"] = preset, partial(step, options, preset, reference, masked=False, **flag)
-            contenders[f"masked {how}"] = preset, partial(step, options, preset, reference, masked=True, **flag)
-            contenders[f"dit {how}"] = baseline, partial(step, options, baseline, None, masked=False, **flag)
-        for name in ("dense blocks", "RefineNet", "optimiser"):
-            contenders[f"part: {name}"] = preset, partial(part, options, preset, name)
-        contenders["part: loader"] = preset, partial(reading, options, preset)
-        shape = {"batch": options.batch_size, "image_size": options.image_size, "fill": options.fill}
-        name = f"{preset}-{options.image_size}-B{options.batch_size}-fill{options.fill:g}-{str(dtype())[6:]}"
-        yield Case(name, shape, dtype(), "step", contenders)
-        for budget, spending, entries in at_budgets(options, preset):
-            shape = {"batch": options.batch_size, "image_size": options.image_size, **entries}
-            name = f"{preset}-{options.image_size}-B{options.batch_size}-budget{budget:g}-{str(dtype())[6:]}"
-            reference = Reference(spending, preset)
-            job = partial(step, spending, preset, reference, masked=False, compiled=False)
-            yield Case(name, shape, dtype(), "step", {"d2it packed eager": (preset, job)})
+        first = True
+        for some in each_batch(options):
+            yield from cases_of(some, *SIZES[size], budgets=first)
+            first = False
+
+
+def cases_of(options: argparse.Namespace, preset: str, baseline: str, *, budgets: bool) -> Iterator[Case]:
+    """The cases of one model at one batch."""
+    reference = Reference(options, preset)
+    contenders: dict[str, tuple[str, Callable[[], Job]]] = {}
+    for how in ("compiled", "eager"):
+        flag = {"compiled": how == "compiled"}
+        contenders[f"d2it packed {how}"] = preset, partial(step, options, preset, reference, **flag)
+        if how == "compiled":
+            for form in ("plain", "autotuned"):
+                given = {form: True, **flag}
+                contenders[f"d2it packed {form} {how}"] = preset, partial(step, options, preset, reference, **given)
+        contenders[f"masked {how}"] = preset, partial(step, options, preset, reference, masked=True, **flag)
+        contenders[f"dit {how}"] = baseline, partial(step, options, baseline, None, **flag)
+    for name in ("dense blocks", "RefineNet", "optimiser"):
+        contenders[f"part: {name}"] = preset, partial(part, options, preset, name)
+    contenders["part: loader"] = preset, partial(reading, options, preset)
+    shape = {"batch": options.batch_size, "image_size": options.image_size, "fill": options.fill}
+    name = f"{preset}-{options.image_size}-B{options.batch_size}-fill{options.fill:g}-{str(dtype())[6:]}"
+    yield Case(name, shape, dtype(), "step", contenders)
+    forms = {f"mlp {how}": (preset, partial(mlp, options, preset, how)) for how in ("compiled", "autotuned", "eager")}
+    name = f"{preset}-{options.image_size}-B{options.batch_size}-mlp-{str(dtype())[6:]}"
+    yield Case(name, {"batch": options.batch_size, "image_size": options.image_size}, dtype(), "mlp", forms)
+    if not budgets:
+        return
+    for budget, spending, entries in at_budgets(options, preset):
+        shape = {"batch": options.batch_size, "image_size": options.image_size, **entries}
+        name = f"{preset}-{options.image_size}-B{options.batch_size}-budget{budget:g}-{str(dtype())[6:]}"
+        reference = Reference(spending, preset)
+        yield Case(
+            name, shape, dtype(), "step", {"d2it packed eager": (preset, partial(step, spending, preset, reference))}
+        )
+
+
+def count(options: argparse.Namespace) -> None:
+    """Prints the bytes and operations of a step of every model and batch, and what they come to on a GPU."""
+    kernels = {} if options.at_floor else step_count.counted_kernels(options.gpu)
+    rates = step_count.assumed_rates(options.gpu, options.tflops * 1e12)
+    for name in options.model:
+        preset = SIZES[name][0]
+        config: TransformerConfig = step_count.config_of(preset, options.image_size)
+        with torch.device("meta"):
+            parameters = step_count.Parameters.of(DynamicContentTransformer(config))
+        for some in each_batch(options):
+            fine = fine_tokens(grain_maps(some, config.region_grid, config.num_grains), config)
+            found = step_count.parts(config, some.batch_size, parameters, fine, kernels or None)
+            size = f"{some.image_size} pixels, batch {some.batch_size}, fill {some.fill:g}"
+            print(f"\n{preset} at {size}, on an {options.gpu}")
+            print(step_count.table(found, rates, step_count.step_flops(config, some.batch_size, fine)))
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parser = size_arguments(__doc__, (128, 256, 32))
+    parser.add_argument("--autotune", action="store_true", help="contenders for which Inductor tries many kernels")
+    parser.add_argument("--count", action="store_true", help="count the step, time nothing; no GPU needed")
+    parser.add_argument("--gpu", choices=sorted(PRODUCTS), default="H200", help="of --count (%(default)s)")
+    parser.add_argument(
+        "--tflops", type=float, default=580.0, help="of --count: what cuBLAS reaches at these shapes (%(default)s)"
+    )
+    parser.add_argument(
+        "--at-floor", action="store_true", help="of --count: our kernels at their floors, without compiling them"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Counts, or measures."""
+    if options.count:
+        count(options)
+        return 0
+    return main("train", options, cases)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("train", size_arguments(__doc__).parse_args(), cases))
+    raise SystemExit(run(arguments().parse_args()))

@@ -32,7 +32,8 @@ def once(monkeypatch):
 
 
 def options(script, *words):
-    return models.size_arguments(script.__doc__).parse_args(["--batch-size", "1", *words])
+    made = script.arguments() if script is train_bench else models.size_arguments(script.__doc__)
+    return made.parse_args(["--batch-size", "1", *words])
 
 
 def test_a_training_step(tmp_path, monkeypatch):
@@ -40,7 +41,7 @@ def test_a_training_step(tmp_path, monkeypatch):
     chosen = options(train_bench, "--image-size", "64", "--budgets", "--out", str(tmp_path))
     assert models.main("train", chosen, train_bench.cases) == 0
     rows = {row["contender"]: row for row in load(tmp_path)["train"]["rows"]}
-    measured = {"d2it packed eager", "masked eager", "dit eager"}
+    measured = {"d2it packed eager", "masked eager", "dit eager", "mlp eager"}
     measured |= {f"part: {name}" for name in ("dense blocks", "RefineNet", "optimiser", "loader")}
     assert {name for name, row in rows.items() if "ms" in row} == measured
     assert rows["d2it packed compiled"]["skipped"].startswith("compiling takes minutes")
@@ -48,6 +49,16 @@ def test_a_training_step(tmp_path, monkeypatch):
     assert 0 < rows["d2it packed eager"]["error"] < 1e-4  # not the same code, the same gradients
     assert rows["d2it packed eager"]["flops"] < rows["masked eager"]["flops"]
     assert "correct" not in rows["dit eager"]
+    assert rows["mlp eager"]["correct"]
+    parts = [rows[f"part: {name}"] for name in ("dense blocks", "RefineNet", "optimiser")]
+    whole = rows["d2it packed eager"]
+    for key in ("predicted_ms", "counted_bytes", "counted_floor"):
+        assert 0 < sum(row[key] for row in parts) < whole[key]
+    for row in (whole, *parts[:2]):
+        assert len(row["kernels"]) == models.KERNELS
+        assert row["kernels"][0]["ms"] >= row["kernels"][-1]["ms"] > 0
+    assert any("window_attention" in kernel["name"] for kernel in whole["kernels"] + parts[1]["kernels"])
+    assert rows["d2it packed plain compiled"]["skipped"].startswith("compiling takes minutes")
     packed = list(goals.packed_against_masked({"train": {"rows": list(rows.values())}}))
     assert packed == [(1.0, rows["masked eager"]["case"])]
 

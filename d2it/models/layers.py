@@ -158,7 +158,13 @@ class Block(Recomputable):
 
     A branch ends where the next one begins: its gate, the addition, the norm and the modulation are one operator. So a
     block takes its input modulated already, and modulates its output for whatever follows; `run_blocks` chains them.
+
+    Attributes:
+        backend: of these operators, as for `d2it.ops`; None chooses. "reference" is plain PyTorch, which a compiler
+            can look into.
     """
+
+    backend: str | None = None
 
     def __init__(self, dim: int, attn: Attention | WindowAttention, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -210,14 +216,15 @@ class Block(Recomputable):
     ) -> tuple[Tensor, Tensor | None]:
         """What is compiled of `forward`."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        how: dict[str, Any] = {"sample": sample, "backend": self.backend}
         if modulated is None:
-            modulated = ops.adaln_modulate(x, shift_attn, scale_attn, sample=sample)
+            modulated = ops.adaln_modulate(x, shift_attn, scale_attn, **how)
         branch = self.attn(modulated, slots, segments)
-        x, modulated = ops.gated_residual_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, sample=sample)
+        x, modulated = ops.gated_residual_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, **how)
         branch = self.mlp(modulated)
         if following is None:
-            return ops.gated_residual(x, branch, gate_mlp, sample=sample), None
-        return ops.gated_residual_modulate(x, branch, gate_mlp, *following, sample=sample)
+            return ops.gated_residual(x, branch, gate_mlp, **how), None
+        return ops.gated_residual_modulate(x, branch, gate_mlp, *following, **how)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile of the body, in place; arguments as for `torch.compile`.

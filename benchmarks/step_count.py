@@ -1,0 +1,294 @@
+"""What a training step moves and computes, part by part, counted from the configuration: no GPU needed.
+
+    python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu H200]
+
+A part is what one kind of kernel does in a step: matrix products, attention, adaLN, GELU, gradients of biases, ... Its
+bytes are those of the step as it is, one pass over a tensor for each read and each write; its floor is the least that
+any implementation moves whose matrix products are cuBLAS's and whose results are the same. Bytes of our kernels are
+those that `kernel_report.py --budget` counts in their machine code. Predicted is the longer of bytes at copy bandwidth
+and operations at the rate of their kind (our kernels: also the issue of their instructions), one part after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from kernel_report.gpus import PRODUCTS
+from rows import columns
+
+from d2it.devices import PEAK_FLOPS
+from d2it.models.content import ContentTransformerConfig
+from d2it.models.dit import DiTConfig, TransformerConfig
+from d2it.models.flops import FineTokens, all_fine, count_macs
+
+MOST_OVER_FLOOR = 1.25
+"""The goal: how much more than its floor a part may move."""
+MFU_GOAL = 0.45
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a machine reaches.
+
+    Attributes:
+        copy: bytes a second, read plus written.
+        products: operations a second of the matrix products of a block's layers, in the dtype of the step.
+        attention: operations a second of PyTorch's attention, forward and backward together.
+        float32: operations a second of float32 products without TF32.
+        peak: operations a second that MFU is stated against; None where it is not known.
+    """
+
+    copy: float
+    products: float
+    attention: float
+    float32: float
+    peak: float | None
+
+
+def assumed_rates(gpu: str, products: float = 580e12) -> Rates:
+    """Rates to predict with where there is no GPU.
+
+    Args:
+        gpu: "H100" or "H200", whose copy bandwidth the budget of the kernels assumes too.
+        products: what cuBLAS reaches in bf16 at shapes of a transformer's layers on such a GPU.
+    """
+    return Rates(PRODUCTS[gpu].tbps * 1e12, products, 300e12, 50e12, PEAK_FLOPS[gpu])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the budget counts of one of our operators, at the shape of its goal.
+
+    Attributes:
+        rows: tokens of that shape; what follows is in proportion to them.
+        bytes: between memory and multiprocessors.
+        floor: of the operator.
+        ms: predicted, from bytes and instructions.
+    """
+
+    rows: int
+    bytes: float
+    floor: float
+    ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a step.
+
+    Attributes:
+        where: "dense blocks", "RefineNet", "optimiser" or "rest".
+        name: what it is.
+        bytes: moved as the step is.
+        floor: the least, see the head of this file.
+        flops: operations.
+        kind: the rate of these: "products", "attention" or "float32".
+        ms: predicted by other counts; None: by bytes and operations.
+        why: what lies above the floor.
+    """
+
+    where: str
+    name: str
+    bytes: float = 0.0
+    floor: float = 0.0
+    flops: float = 0.0
+    kind: str = "products"
+    ms: float | None = None
+    why: str = ""
+
+    def predicted_ms(self, rates: Rates) -> float:
+        """Milliseconds."""
+        least = max(self.bytes / rates.copy, self.flops / getattr(rates, self.kind)) * 1e3
+        return least if self.ms is None else max(self.ms, least)
+
+    @property
+    def over_floor(self) -> float:
+        """Bytes over the floor; of a part that need not be one, infinity."""
+        return self.bytes / self.floor if self.floor else float("inf") if self.bytes else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """How many parameters a network has.
+
+    Attributes:
+        total: of them all.
+        matrices: weights of the Linears that autocast runs in 16 bits.
+        conditioning: weights of the modulations and embeddings that stay in float32.
+    """
+
+    total: int
+    matrices: int
+    conditioning: int
+
+    @classmethod
+    def of(cls, network: torch.nn.Module) -> Parameters:
+        """Counts those of a network, on any device."""
+        total = matrices = conditioning = 0
+        for name, p in network.named_parameters():
+            total += p.numel()
+            if p.ndim == 2 and name.endswith("weight") and "label" not in name and "grain" not in name.split("."):
+                if "modulation" in name or "timestep" in name:
+                    conditioning += p.numel()
+                else:
+                    matrices += p.numel()
+        return cls(total, matrices, conditioning)
+
+
+def parts(
+    config: TransformerConfig,
+    batch: int,
+    parameters: Parameters,
+    fine: FineTokens | None = None,
+    kernels: Mapping[str, Kernel] | None = None,
+    *,
+    itemsize: int = 2,
+) -> list[Part]:
+    """The parts of a step of a content transformer, whose blocks are compiled.
+
+    Args:
+        config: of the transformer.
+        batch: images.
+        parameters: of the network.
+        fine: RefineNet's tokens in the batch; None, or a masked model: all cells.
+        kernels: what `counted_kernels` returns; None takes our kernels' bytes for their floor.
+        itemsize: bytes of a number of the residual stream: 2 under autocast, else 4.
+    """
+    dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
+    stacks = [("dense blocks", config.depth, batch * config.num_tokens, batch * config.num_tokens**2, "images")]
+    if isinstance(config, ContentTransformerConfig):
+        if fine is None or config.masked:
+            fine = all_fine(config, batch)
+        stacks.append(("RefineNet", config.refine_depth, fine.rows, fine.pairs, "packed"))
+    found: list[Part] = []
+    of_blocks = 0.0
+    for where, depth, rows, pairs, kind in stacks:
+        a_pass = depth * rows * dim * itemsize  # one read or write of the residual stream, in every block
+        macs = depth * rows * (4 * dim**2 + 2 * dim * hidden)
+        of_blocks += macs + depth * pairs * 2 * dim
+        # Forward, and the gradients of the input and of the weights: each reads two tensors and writes one.
+        moved = 3 * a_pass * (4 + 2 + 2 * (1 + hidden / dim)) + 3 * depth * itemsize * (4 * dim**2 + 2 * dim * hidden)
+        found.append(Part(where, "matrix products", moved, moved, 6 * macs))
+        ours = _kernel_pair(kernels, "window_attention", depth * rows, 11 * a_pass)
+        flops = 14 * depth * pairs * dim  # 2 products forward, 5 backward
+        if where == "RefineNet":
+            why = "Triton's backward is three kernels, which read q, k and v each"
+            found.append(Part(where, "window attention", *ours[:2], flops, "products", ours[2], why))
+        else:
+            moved = (4 + 8) * a_pass
+            why = "the gradients of q, k and v are copied into one: none with attention=flash_attn"
+            found.append(Part(where, "attention", moved + 6 * a_pass, moved, flops, "attention", None, why))
+        passes = 2 * 10 * a_pass  # forward 2 + 2, backward 4 + 2, twice a block
+        ours = _kernel_pair(kernels, f"gated_residual_modulate {kind}", 2 * depth * rows, passes)
+        found.append(Part(where, "gate, residual, norm, modulate", *ours[:2], ms=ours[2]))
+        wide = hidden / dim * a_pass
+        found.append(Part(where, "GELU and its gradient", 5 * wide, 5 * wide))
+        why = "a pass over each gradient of a Linear's output for the sum of its rows"
+        found.append(Part(where, "gradients of biases", 5 * a_pass + wide, 0.0, why=why))
+    matrices, conditioning, total = parameters.matrices, parameters.conditioning, parameters.total
+    if itemsize == 2:
+        why = "autocast reads float32 weights and writes 16-bit ones; 16-bit gradients become float32"
+        found.append(Part("rest", "casts of weights and gradients", 12.0 * matrices, 2.0 * matrices, why=why))
+    moved = 12.0 * conditioning
+    found.append(Part("rest", "conditioning in float32", moved, moved, 6.0 * batch * conditioning, "float32"))
+    macs = count_macs(config, batch, fine).total - of_blocks - batch * conditioning
+    moved = 12.0 * batch * config.num_tokens * dim * itemsize
+    if fine is not None:
+        moved += 8.0 * fine.rows * dim * itemsize  # positions: packed, added, and the gradient back to cells
+    found.append(Part("rest", "embeddings, positions, final layers", moved, moved, 6 * max(macs, 0.0)))
+    # Read of the gradients for the norm; weights, gradients, two moments and the average read, all but one written.
+    why = "the norm, clipping, AdamW and the average are passes of their own"
+    found.append(Part("optimiser", "norm, clipping, AdamW, average", 52.0 * total, 40.0 * total, why=why))
+    return found
+
+
+def _kernel_pair(
+    kernels: Mapping[str, Kernel] | None, name: str, rows: int, floor: float
+) -> tuple[float, float, float | None]:
+    """Bytes, floor and milliseconds of an operator's forward and backward over so many rows."""
+    if kernels is None:
+        return floor, floor, None
+    pair = [kernels[f"{name} {direction}"] for direction in ("forward", "backward")]
+    return (
+        sum(each.bytes * rows / each.rows for each in pair),
+        sum(each.floor * rows / each.rows for each in pair),
+        sum(each.ms * rows / each.rows for each in pair),
+    )
+
+
+def counted_kernels(gpu: str, *, cuda: bool = True) -> dict[str, Kernel]:
+    """Our kernels of a step of the XL model, counted from their machine code; takes a minute, several with nvcc.
+
+    Args:
+        gpu: "H100" or "H200".
+        cuda: CUDA C++ where there is nvcc; else Triton's kernels alone.
+    """
+    from kernel_report import budget_cases
+    from kernel_report.budget import count_case, verdicts
+
+    names = {
+        "gate-modulate-B256-L256-C1152-images-bfloat16": ("gated_residual_modulate images", 256 * 256),
+        "gate-modulate-B256-L512-C1152-packed-bfloat16": ("gated_residual_modulate packed", 256 * 512),
+        "n256-H16-D72-fill0.5-bfloat16": ("window_attention", budget_cases.CELLS // 2),
+    }
+    found: dict[str, Kernel] = {}
+    product = PRODUCTS[gpu]
+    for case in [*budget_cases.modulation(), *budget_cases.attention()]:
+        if case.case not in names or (case.cuda and not cuda):
+            continue
+        name, rows = names[case.case]
+        row = verdicts(case, count_case(case, product.arch), product)[-1]
+        # CUDA kernels come after Triton's of the same case, and are chosen where they are built.
+        found[f"{name} {case.direction}"] = Kernel(rows, row["bytes"], row["floor_bytes"], row["predicted_ms"])
+    return found
+
+
+def step_flops(config: TransformerConfig, batch: int, fine: FineTokens | None) -> float:
+    """Operations of a step, as MFU counts them: six for each multiply-accumulate of a forward pass."""
+    return 6.0 * count_macs(config, batch, fine).total
+
+
+def table(found: Iterable[Part], rates: Rates, flops: float) -> str:
+    """The lines that are printed: a part each, then the step."""
+    found = list(found)
+    lines = [("where", "part", "TFLOP", "GB", "floor GB", "of floor", "predicted ms", "")]
+    for part in found:
+        over = part.over_floor
+        missed = part.bytes > 0 and over > MOST_OVER_FLOOR
+        lines.append(
+            (
+                part.where,
+                part.name,
+                f"{part.flops / 1e12:.2f}" if part.flops else "",
+                f"{part.bytes / 1e9:.1f}",
+                f"{part.floor / 1e9:.1f}",
+                f"{over:.2f}" if over < float("inf") else "no floor",
+                f"{part.predicted_ms(rates):.1f}",
+                f"over {MOST_OVER_FLOOR:g}: {part.why}" if missed else "",
+            )
+        )
+    ms = sum(part.predicted_ms(rates) for part in found)
+    moved, floor = sum(part.bytes for part in found), sum(part.floor for part in found)
+    mfu = f"{flops / ms * 1e3 / rates.peak:.1%} MFU" if rates.peak else ""
+    lines.append(
+        ("step", "", f"{flops / 1e12:.2f}", f"{moved / 1e9:.1f}", f"{floor / 1e9:.1f}", f"{moved / floor:.2f}",
+         f"{ms:.1f}", mfu)
+    )  # fmt: skip
+    return columns(lines)
+
+
+def predicted_ms(found: Iterable[Part], rates: Rates, where: str | None = None) -> float:
+    """Milliseconds of a whole step, or of the parts of one place."""
+    return sum(part.predicted_ms(rates) for part in found if where in (None, part.where))
+
+
+def config_of(preset: str, image_size: int) -> TransformerConfig:
+    """The configuration of a preset of the content transformer or of the plain DiT."""
+    from d2it.models import DiT, DynamicContentTransformer
+
+    kind = DynamicContentTransformer if preset in DynamicContentTransformer.presets else DiT
+    config = kind.preset_config(preset, image_size=image_size)
+    assert isinstance(config, (ContentTransformerConfig, DiTConfig))
+    return config

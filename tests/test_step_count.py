@@ -1,0 +1,108 @@
+"""The counted step against a step that runs: what its operators read and write, and what it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import step_count
+import torch
+import train_bench
+from models import grain_maps, open_gates
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from d2it.models import DynamicContentTransformer
+from d2it.models.flops import fine_tokens
+from d2it.models.layers import run_blocks
+
+RATES = step_count.assumed_rates("H200")
+
+
+def size(tree: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
+
+
+class Bytes(TorchDispatchMode):
+    """What each operator reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.of[str(func.overloadpacket)] += size((args, kwargs)) + size(out)
+        return out
+
+
+@pytest.mark.parametrize("preset", ["D2iT-S", "D2iT-XL", "D2iT-XL-3"])
+def test_operations_are_those_of_the_model(preset: str) -> None:
+    """But for scores that the backward of an attention computes again: seven products where six count."""
+    options = train_bench.arguments().parse_args(["--batch-size", "3", "--image-size", "256"])
+    (some,) = train_bench.each_batch(options)
+    config = step_count.config_of(preset, 256)
+    with torch.device("meta"):
+        network = DynamicContentTransformer(config)
+    parameters = step_count.Parameters.of(network)
+    assert parameters.total == sum(p.numel() for p in network.parameters())
+    fine = fine_tokens(grain_maps(some, config.region_grid, config.num_grains), config)
+    found = step_count.parts(config, 3, parameters, fine)
+    counted = sum(part.flops * (6 / 7 if "attention" in part.name else 1) for part in found)
+    assert counted == pytest.approx(step_count.step_flops(config, 3, fine), rel=1e-9)
+    assert step_count.predicted_ms(found, RATES) == pytest.approx(
+        sum(
+            step_count.predicted_ms(found, RATES, where) for where in ("dense blocks", "RefineNet", "optimiser", "rest")
+        )
+    )
+
+
+def test_bytes_are_those_that_the_operators_of_a_block_move() -> None:
+    """Of the dense blocks, in float32: GELU, sums of bias gradients, adaLN, copies of the gradients of q, k and v."""
+    config = step_count.config_of("D2iT-S", 128)
+    network = DynamicContentTransformer(config)
+    open_gates(network)
+    trunk, batch = network.multi_grained, 2
+    x = torch.randn(batch, config.num_tokens, config.dim, requires_grad=True)
+    c = torch.randn(batch, config.dim)
+    with Bytes() as moved:
+        out = run_blocks(trunk.blocks, trunk.final, x, c)
+        out.backward(torch.randn_like(out))
+    found = {
+        part.name: part
+        for part in step_count.parts(config, batch, step_count.Parameters.of(network), itemsize=4)
+        if part.where == "dense blocks"
+    }
+    assert moved.of["aten.gelu"] + moved.of["aten.gelu_backward"] == found["GELU and its gradient"].bytes
+    ours = moved.of["d2it.gated_residual_modulate"] + moved.of["d2it.gated_residual_modulate_backward"]
+    assert ours == pytest.approx(
+        found["gate, residual, norm, modulate"].bytes, rel=0.2
+    )  # and parameters, few rows here
+    assert moved.of["aten.sum"] == pytest.approx(found["gradients of biases"].bytes, rel=0.1)
+    copies = found["attention"].bytes - found["attention"].floor
+    assert moved.of["aten.stack"] == pytest.approx(copies, rel=0.05)  # and the gradients of a modulation's pieces
+
+
+def test_what_misses_its_floor_is_named() -> None:
+    part = step_count.Part("x", "copies", bytes=1.3e9, floor=1e9, why="they need not be")
+    inside = step_count.Part("x", "moves", bytes=1.2e9, floor=1e9, why="not said")
+    gone = step_count.Part("x", "sums", bytes=1e9, why="another kernel has them")
+    text = step_count.table([part, inside, gone], RATES, 1e12)
+    assert "1.30" in text
+    assert "over 1.25: they need not be" in text
+    assert "not said" not in text
+    assert "over 1.25: another kernel has them" in text
+    assert part.predicted_ms(RATES) == pytest.approx(1.3 / 4.3)
+    assert step_count.Part("x", "y", bytes=1.0, flops=1e12, kind="float32").predicted_ms(RATES) == pytest.approx(20.0)
+    assert step_count.Part("x", "y", bytes=4.3e9, ms=2.0).predicted_ms(RATES) == 2.0
+
+
+def test_the_table_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--count", "--at-floor", "--model", "XL", "--batch-size", "128", "--image-size", "256", "--gpu", "H200"]
+    assert train_bench.run(train_bench.arguments().parse_args(words)) == 0
+    text = capsys.readouterr().out
+    assert "D2iT-XL at 256 pixels, batch 128, fill 0.5, on an H200" in text
+    assert "window attention" in text
+    assert text.rstrip().endswith("MFU")
