@@ -12,17 +12,30 @@
 
 // Compiles a function for plain x86-64, AVX2 and AVX-512; the loader picks one for the machine it runs on, so
 // a wheel built here is fast elsewhere. What such a function calls has to be inlined into it: D2IT_INLINE.
-// D2IT_CLONES_256 leaves out AVX-512: for loops over rows too short to fill its vectors.
+// D2IT_CLONES_256 leaves out AVX-512: for loops over rows too short to fill its vectors, and for what is
+// written out for it apart, in a function D2IT_V4 that is called where d2it::has_v4().
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define D2IT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define D2IT_CLONES_256 __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define D2IT_V4 __attribute__((target("arch=x86-64-v4")))
 #else
 #define D2IT_CLONES
 #define D2IT_CLONES_256
+#define D2IT_V4
 #endif
 #define D2IT_INLINE inline __attribute__((always_inline))
 
 namespace d2it {
+
+// Whether vectors of 64 bytes fit into a register, in functions that are D2IT_V4.
+inline bool has_v4() {
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+  static const bool has = __builtin_cpu_supports("x86-64-v4");
+  return has;
+#else
+  return false;
+#endif
+}
 
 // All bits where the condition holds, none elsewhere. A loop that chooses by masks vectorises; by conditions
 // it often does not, because what is under a condition may be a load or a sum that must not be taken

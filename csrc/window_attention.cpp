@@ -2,13 +2,14 @@
 //
 // The work is cut into a window of one head at a time. Its rows are gathered into dense float32 matrices,
 // only those of tokens: what a window costs follows the square of its tokens, whatever its size. Matrices are
-// padded to whole vectors, and all products go through one small kernel whose 4 x 24 sums stay in registers.
+// padded to whole vectors, and all products go through one small kernel whose sums stay in registers.
 // Scores exist for kQueries queries at a time, so that they stay in the L2 cache; the backward computes them
 // again.
 //
 // The gradient of the bias is added up in float32 over runs of windows that depend on the shapes alone, then
 // over those runs in their order: the same bits for any number of threads.
 #include "cpu.h"
+#include "products.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -25,100 +26,22 @@ using d2it::as;
 using d2it::BFloat16;
 using d2it::Floats;
 using d2it::Half;
+using d2it::kLanes;
+using d2it::kWide;
+using d2it::Matrix;
+using d2it::multiply;
+using d2it::pitch_of;
+using d2it::round_up;
+using d2it::transpose;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kLanes = 8;
-constexpr int kRows = 4;
-constexpr int kDepth = 32; // products that one sum takes up before it is added to the others: see `multiply`
 constexpr int kQueries = 64;
 constexpr int64_t kPairsPerThread = 1 << 19; // multiply-adds; fewer are not worth waking a thread for
 constexpr int64_t kRuns = 128;               // of windows, at most, whose bias gradients are summed apart
 constexpr int64_t kSumsBytes = 1 << 26;      // of all those sums
 constexpr int64_t kCacheBytes = 1 << 18;     // of the biases, and of their sums, of the heads taken together
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-using V = Floats<kLanes>;
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// Floats from one row of a matrix to the next: whole vectors, and an odd number of cache lines, since rows at
-// a multiple of a power of two would share a few sets of the cache.
-int64_t pitch_of(int64_t columns) {
-  constexpr int64_t line = 64 / sizeof(float);
-  return (round_up(columns, line) / line | 1) * line;
-}
-
-struct Matrix {
-  float* data;
-  int64_t pitch;
-  float* row(int64_t i) const { return data + i * pitch; }
-};
-
-// ----------------------------------------------------------------------------------------------------
-// Products
-
-// kWidth vectors of columns of c (rows x ...) = or += a b; element (i, k) of a lies at a[i * a_row + k *
-// a_column].
-template <int kWidth>
-D2IT_INLINE void multiply_columns(const float* a, int64_t a_row, int64_t a_column, const float* b,
-                                  int64_t b_pitch, int64_t rows, int64_t depth, float* c, int64_t c_pitch,
-                                  bool add) {
-  for (int64_t i = 0; i < rows; i += kRows, a += kRows * a_row, c += kRows * c_pitch) {
-    const float *in = a, *line = b;
-    for (int64_t begin = 0; begin < depth; begin += kDepth) {
-      V sums[kRows][kWidth] = {};
-      for (int64_t k = begin; k < std::min<int64_t>(begin + kDepth, depth); ++k) {
-        V v[kWidth];
-        for (int j = 0; j < kWidth; ++j) v[j] = as<V>(line + j * kLanes);
-        for (int r = 0; r < kRows; ++r)
-          for (int j = 0; j < kWidth; ++j) sums[r][j] += in[r * a_row] * v[j];
-        in += a_column, line += b_pitch;
-      }
-      for (int r = 0; r < kRows; ++r)
-        for (int j = 0; j < kWidth; ++j) {
-          V& sum = as<V>(c + r * c_pitch + j * kLanes);
-          sum = add || begin ? sum + sums[r][j] : sums[r][j];
-        }
-    }
-  }
-}
-
-// c (rows x columns) = or += a (rows x depth) b (depth x columns). Rows are taken up to a multiple of kRows,
-// columns of kLanes: a and c have room for them. Sums of kDepth products each are summed: one sum over all of
-// a long row would lose a bit more than the libraries' products do.
-D2IT_CLONES void multiply(const float* a, int64_t a_row, int64_t a_column, const Matrix& b, int64_t rows,
-                          int64_t columns, int64_t depth, const Matrix& c, bool add) {
-  int64_t j = 0;
-  for (; columns - j > 2 * kLanes; j += 3 * kLanes)
-    multiply_columns<3>(a, a_row, a_column, b.data + j, b.pitch, rows, depth, c.data + j, c.pitch, add);
-  if (columns - j > kLanes)
-    multiply_columns<2>(a, a_row, a_column, b.data + j, b.pitch, rows, depth, c.data + j, c.pitch, add);
-  else if (columns > j)
-    multiply_columns<1>(a, a_row, a_column, b.data + j, b.pitch, rows, depth, c.data + j, c.pitch, add);
-}
-
-// out (columns x rows) = in (rows x columns), both padded to whole vectors.
-D2IT_CLONES void transpose(const Matrix& in, int64_t rows, int64_t columns, const Matrix& out) {
-  for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      V x[kLanes], y[kLanes];
-      for (int k = 0; k < kLanes; ++k) x[k] = as<V>(in.row(i + k) + j);
-      for (int k = 0; k < kLanes; k += 2) {
-        y[k] = __builtin_shufflevector(x[k], x[k + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-        y[k + 1] = __builtin_shufflevector(x[k], x[k + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-      }
-      for (int k = 0; k < kLanes; k += 4)
-        for (int l = k; l < k + 2; ++l) {
-          x[l] = __builtin_shufflevector(y[l], y[l + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-          x[l + 2] = __builtin_shufflevector(y[l], y[l + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-      for (int l = 0; l < 4; ++l) {
-        as<V>(out.row(j + l) + i) = __builtin_shufflevector(x[l], x[l + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        as<V>(out.row(j + l + 4) + i) = __builtin_shufflevector(x[l], x[l + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-      }
-    }
-}
 
 // ----------------------------------------------------------------------------------------------------
 // Softmax
@@ -131,22 +54,42 @@ struct Bias {
   const int64_t* segments;  // of the tokens, or null
 };
 
-D2IT_INLINE float largest(V v) {
-  float most = v[0];
-  for (int k = 1; k < kLanes; ++k) most = v[k] > most ? v[k] : most;
-  return most;
+template <typename V>
+constexpr int kLanesOf = sizeof(V) / sizeof(float);
+
+// The lanes of a vector, by halves, down to one: with `combine(v, w)` of every pair.
+template <typename V, typename F>
+D2IT_INLINE float fold(const V& v, const F& combine) {
+  if constexpr (kLanesOf<V> == kWide) {
+    return fold(combine(as<Floats<kLanes>>((const float*)&v), as<Floats<kLanes>>((const float*)&v + kLanes)),
+                combine);
+  } else {
+    const V a = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    const V b = combine(a, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5));
+    return combine(b, __builtin_shufflevector(b, b, 1, 0, 3, 2, 5, 4, 7, 6))[0];
+  }
 }
 
-D2IT_INLINE float total(V v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+template <typename V>
+D2IT_INLINE float largest(const V& v) {
+  return fold(v, [](const auto& x, const auto& y) __attribute__((always_inline)) { return y > x ? y : x; });
+}
+
+template <typename V>
+D2IT_INLINE float total(const V& v) {
+  return fold(v, [](const auto& x, const auto& y) __attribute__((always_inline)) { return x + y; });
+}
 
 // A row of scores, scaled and biased; returns its largest. Past the tokens it is minus infinity.
+template <typename V>
 D2IT_INLINE float bias_row(float* row, int64_t query, int64_t tokens, float scale, const Bias& bias) {
-  const int64_t padded = round_up(tokens, kLanes);
+  constexpr int lanes = kLanesOf<V>;
+  const int64_t padded = round_up(tokens, lanes);
   V most = V{} + kMinusInfinity;
   int64_t j = 0;
   if (bias.matrix && !bias.positions && !bias.segments) {
     const float* line = bias.matrix + query * bias.n;
-    for (; j + kLanes <= tokens; j += kLanes) {
+    for (; j + lanes <= tokens; j += lanes) {
       const V score = as<V>(row + j) * scale + as<V>(line + j);
       as<V>(row + j) = score;
       most = score > most ? score : most;
@@ -166,22 +109,23 @@ D2IT_INLINE float bias_row(float* row, int64_t query, int64_t tokens, float scal
     for (int64_t k = 0; k < tokens; ++k) row[k] = bias.segments[k] == own ? row[k] : kMinusInfinity;
   }
   for (int64_t k = tokens; k < padded; ++k) row[k] = kMinusInfinity;
-  for (; j < padded; j += kLanes) most = as<V>(row + j) > most ? as<V>(row + j) : most;
+  for (; j < padded; j += lanes) most = as<V>(row + j) > most ? as<V>(row + j) : most;
   return largest(most);
 }
 
 // Scores of queries begin .. begin + rows become exp(scale * score + bias - its row's maximum), zero past the
 // tokens; inverse_sums: of the rows.
-D2IT_CLONES void softmax(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens, float scale,
-                         const Bias& bias, float* inverse_sums) {
-  const int64_t padded = round_up(tokens, kLanes);
+template <typename V>
+D2IT_INLINE void softmax_rows(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens, float scale,
+                              const Bias& bias, float* inverse_sums) {
+  const int64_t padded = round_up(tokens, kLanesOf<V>);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores.row(i);
-    const float most = bias_row(row, begin + i, tokens, scale, bias);
+    const float most = bias_row<V>(row, begin + i, tokens, scale, bias);
     // A query that sees no key: its weights are zero, and so is what is divided by their sum.
     const float shift = most == kMinusInfinity ? 0.0f : most;
     V sums{};
-    for (int64_t j = 0; j < padded; j += kLanes) {
+    for (int64_t j = 0; j < padded; j += kLanesOf<V>) {
       const V y = as<V>(row + j) - shift;
       const V p = y >= -87.0f ? d2it::exp_negative(y) : y != y ? y : V{};
       sums += as<V>(row + j) = p;
@@ -191,39 +135,68 @@ D2IT_CLONES void softmax(const Matrix& scores, int64_t begin, int64_t rows, int6
   }
 }
 
+D2IT_V4 void softmax_wide(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens, float scale,
+                          const Bias& bias, float* inverse_sums) {
+  softmax_rows<Floats<kWide>>(scores, begin, rows, tokens, scale, bias, inverse_sums);
+}
+D2IT_CLONES_256 void softmax_narrow(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens,
+                                    float scale, const Bias& bias, float* inverse_sums) {
+  softmax_rows<Floats<kLanes>>(scores, begin, rows, tokens, scale, bias, inverse_sums);
+}
+constexpr auto softmax = [](auto&&... args) { (d2it::wide() ? softmax_wide : softmax_narrow)(args...); };
+
 // Rows of a matrix, each times its factor.
 D2IT_CLONES void multiply_rows(const Matrix& matrix, int64_t begin, int64_t rows, int64_t width,
                                const float* factors) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < width; j += kLanes) as<V>(matrix.row(begin + i) + j) *= factors[i];
+    for (int64_t j = 0; j < width; j += kLanes) as<Floats<kLanes>>(matrix.row(begin + i) + j) *= factors[i];
 }
 
 // ds = p * (dp - rowsum(p dp)), in the place of dp. The weights come as e = p * sum and dp divided by the
 // sum, so that nothing is normalised pair by pair. ds is added to the sum of the bias's gradient, N x N, if
-// there is one.
-D2IT_CLONES void softmax_backward(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
-                                  int64_t tokens, const float* inverse_sums, const Bias& bias, float* sum) {
-  const int64_t padded = round_up(tokens, kLanes);
+// there is one; or it is the sum, where that is `fresh` and all positions hold a token.
+template <typename V>
+D2IT_INLINE void softmax_backward_rows(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
+                                       int64_t tokens, const float* inverse_sums, const Bias& bias,
+                                       float* sum, bool fresh) {
+  constexpr int lanes = kLanesOf<V>;
+  const int64_t padded = round_up(tokens, lanes);
   for (int64_t i = 0; i < rows; ++i) {
     const float* weights = e.row(i);
     float* row = dp.row(i);
     V sums{};
-    for (int64_t j = 0; j < padded; j += kLanes) sums += as<V>(weights + j) * as<V>(row + j);
+    for (int64_t j = 0; j < padded; j += lanes) sums += as<V>(weights + j) * as<V>(row + j);
     const float delta = total(sums) * inverse_sums[i];
-    for (int64_t j = 0; j < padded; j += kLanes)
+    for (int64_t j = 0; j < padded; j += lanes)
       as<V>(row + j) = as<V>(weights + j) * (as<V>(row + j) - delta);
     if (!sum) continue;
     if (bias.positions) {
       float* line = sum + bias.positions[begin + i] * bias.n;
       for (int64_t j = 0; j < tokens; ++j) line[bias.positions[j]] += row[j];
+    } else if (fresh) {
+      std::memcpy(sum + (begin + i) * bias.n, row, tokens * sizeof(float));
     } else {
       float* line = sum + (begin + i) * bias.n;
       int64_t j = 0;
-      for (; j + kLanes <= tokens; j += kLanes) as<V>(line + j) += as<V>(row + j);
+      for (; j + lanes <= tokens; j += lanes) as<V>(line + j) += as<V>(row + j);
       for (; j < tokens; ++j) line[j] += row[j];
     }
   }
 }
+
+D2IT_V4 void softmax_backward_wide(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
+                                   int64_t tokens, const float* inverse_sums, const Bias& bias, float* sum,
+                                   bool fresh) {
+  softmax_backward_rows<Floats<kWide>>(e, dp, begin, rows, tokens, inverse_sums, bias, sum, fresh);
+}
+D2IT_CLONES_256 void softmax_backward_narrow(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
+                                             int64_t tokens, const float* inverse_sums, const Bias& bias,
+                                             float* sum, bool fresh) {
+  softmax_backward_rows<Floats<kLanes>>(e, dp, begin, rows, tokens, inverse_sums, bias, sum, fresh);
+}
+constexpr auto softmax_backward = [](auto&&... args) {
+  (d2it::wide() ? softmax_backward_wide : softmax_backward_narrow)(args...);
+};
 
 D2IT_CLONES void add_floats(const float* __restrict from, float* __restrict to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
@@ -254,12 +227,10 @@ D2IT_INLINE void read_rows(const Heads& from, int64_t first, const int32_t* rows
     const T* in = base + rows[i] * from.token;
     float* __restrict out = to.row(i);
     d2it::widen(in, from.dim, out, width);
-    for (int64_t d = width; d < round_up(width, kLanes); ++d) out[d] = 0;
   }
   // Rows up to whole vectors of them enter products and transposes: what they give is not read, but for
   // zeros.
-  for (int64_t i = count; i < round_up(count, kLanes); ++i)
-    std::memset(to.row(i), 0, round_up(width, kLanes) * sizeof(float));
+  for (int64_t i = count; i < round_up(count, kWide); ++i) std::memset(to.row(i), 0, width * sizeof(float));
 }
 
 D2IT_INLINE void store(float v, float* to) { *to = v; }
@@ -414,14 +385,16 @@ class Scratch {
   }
 
   // tokens x width, width x tokens, and queries x tokens.
-  Matrix rows() { return matrix(round_up(problem_.n, kLanes), problem_.width); }
-  Matrix columns() { return matrix(round_up(problem_.width, kLanes), problem_.n); }
-  Matrix pairs() { return matrix(round_up(std::min<int64_t>(problem_.n, kQueries), kRows), problem_.n); }
+  Matrix rows() { return matrix(problem_.n, problem_.width); }
+  Matrix columns() { return matrix(problem_.width, problem_.n); }
+  Matrix pairs() { return matrix(std::min<int64_t>(problem_.n, kQueries), problem_.n); }
 
  private:
+  // Zero, since products take whole vectors, and what lies in memory by chance may be slow to multiply.
   Matrix matrix(int64_t rows, int64_t columns) {
-    const int64_t pitch = pitch_of(columns);
-    auto* data = static_cast<float*>(::operator new(rows * pitch * sizeof(float), std::align_val_t{64}));
+    const int64_t pitch = pitch_of(columns), bytes = round_up(rows, kWide) * pitch * sizeof(float);
+    auto* data = static_cast<float*>(::operator new(bytes, std::align_val_t{64}));
+    std::memset(data, 0, bytes);
     blocks_.push_back(data);
     return {data, pitch};
   }
@@ -481,13 +454,13 @@ struct Forward {
         access.read(q, window.index * q.window + h * q.head, rows, tokens, p.width, b_q);
         access.read(k, window.index * k.window + h * k.head, rows, tokens, p.width, b_k);
         access.read(v, window.index * v.window + h * v.head, rows, tokens, p.width, b_v);
-        transpose(b_k, tokens, p.width, b_kt);
+        transpose(b_k, round_up(tokens, kWide), p.width, b_kt);
         const Bias bias = window.bias(p, h);
         for (int64_t i = 0; i < tokens; i += kQueries) {
           const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
-          multiply(b_q.row(i), b_q.pitch, 1, b_kt, queries, tokens, p.width, scores, false);
+          multiply({b_q.row(i), b_q.pitch, 1}, b_kt, queries, tokens, p.width, scores, false);
           softmax(scores, i, queries, tokens, p.scale, bias, inverse_sums);
-          multiply(scores.data, scores.pitch, 1, b_v, queries, p.width, tokens, b_out, false);
+          multiply({scores.data, scores.pitch, 1}, b_v, queries, p.width, tokens, b_out, false);
           access.write(out, window.index * out.window + h * out.head, rows + i, queries, p.width, b_out,
                        inverse_sums, 1.0f);
         }
@@ -541,39 +514,46 @@ struct Backward {
       const int64_t last_head = std::min(first_head + together, p.heads);
       const int64_t repeats = (p.windows - residue + p.bias_windows - 1) / p.bias_windows;
       float* own = sums ? sums + (run * p.bias_windows + residue) * p.heads * matrix : nullptr;
-      if (own) std::memset(own + first_head * matrix, 0, (last_head - first_head) * matrix * sizeof(float));
+      bool fresh = own; // no window has been added yet
+      const auto clear = [&] {
+        std::memset(own + first_head * matrix, 0, (last_head - first_head) * matrix * sizeof(float));
+        fresh = false;
+      };
       for (int64_t r = repeats * run / runs; r < repeats * (run + 1) / runs; ++r) {
         window.move_to(p, r * p.bias_windows + residue);
         const int64_t tokens = window.tokens, at = window.index;
         const int32_t* rows = window.rows.data();
+        if (fresh && tokens < p.n) clear();
         for (int64_t h = first_head; tokens && h < last_head; ++h) {
           access.read(q, at * q.window + h * q.head, rows, tokens, p.width, b_q);
           access.read(k, at * k.window + h * k.head, rows, tokens, p.width, b_k);
           access.read(v, at * v.window + h * v.head, rows, tokens, p.width, b_v);
           access.read(grad, at * grad.window + h * grad.head, rows, tokens, p.width, b_grad);
-          transpose(b_k, tokens, p.width, b_kt);
-          transpose(b_v, tokens, p.width, b_vt);
+          transpose(b_k, round_up(tokens, kWide), p.width, b_kt);
+          transpose(b_v, round_up(tokens, kWide), p.width, b_vt);
           const Bias bias = window.bias(p, h);
           for (int64_t i = 0; i < tokens; i += kQueries) {
             const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
             const bool add = i > 0;
-            multiply(b_q.row(i), b_q.pitch, 1, b_kt, queries, tokens, p.width, weights, false);
+            multiply({b_q.row(i), b_q.pitch, 1}, b_kt, queries, tokens, p.width, weights, false);
             softmax(weights, i, queries, tokens, p.scale, bias, inverse_sums);
             multiply_rows(b_grad, i, queries, p.width, inverse_sums);
-            multiply(weights.data, 1, weights.pitch, {b_grad.row(i), b_grad.pitch}, tokens, p.width, queries,
-                     b_dv, add);
-            multiply(b_grad.row(i), b_grad.pitch, 1, b_vt, queries, tokens, p.width, ds, false);
+            multiply({weights.data, 1, weights.pitch}, {b_grad.row(i), b_grad.pitch}, tokens, p.width,
+                     queries, b_dv, add);
+            multiply({b_grad.row(i), b_grad.pitch, 1}, b_vt, queries, tokens, p.width, ds, false);
             softmax_backward(weights, ds, i, queries, tokens, inverse_sums, bias,
-                             own ? own + h * matrix : nullptr);
-            multiply(ds.data, ds.pitch, 1, b_k, queries, p.width, tokens, b_dq, false);
-            multiply(ds.data, 1, ds.pitch, {b_q.row(i), b_q.pitch}, tokens, p.width, queries, b_dk, add);
+                             own ? own + h * matrix : nullptr, fresh);
+            multiply({ds.data, ds.pitch, 1}, b_k, queries, p.width, tokens, b_dq, false);
+            multiply({ds.data, 1, ds.pitch}, {b_q.row(i), b_q.pitch}, tokens, p.width, queries, b_dk, add);
             access.write(dq, at * dq.window + h * dq.head, rows + i, queries, p.width, b_dq, nullptr,
                          p.scale);
           }
           access.write(dk, at * dk.window + h * dk.head, rows, tokens, p.width, b_dk, nullptr, p.scale);
           access.write(dv, at * dv.window + h * dv.head, rows, tokens, p.width, b_dv, nullptr, 1.0f);
         }
+        fresh = false;
       }
+      if (fresh) clear();
     }
   }
 };

@@ -18,15 +18,18 @@ CPP_MUTATIONS = {
     "missing row": ("tokens += «row >= 0»;", "row > 0"),
     "unnamed rows not cleared": ("if («unnamed[row]»)\n      for (const Heads* to", "false"),
     "no delta": ("const float delta = «total(sums) * inverse_sums[i]»;", "0.0f"),
-    "weights not normalised": ("as<V>(matrix.row(begin + i) + j) *= «factors[i]»", "1.0f"),
+    "weights not normalised": ("(matrix.row(begin + i) + j) *= «factors[i]»;", "1.0f"),
     "gradient not scaled": ("tokens, p.width, b_dk, nullptr, «p.scale»)", "1.0f"),
     "queries that come later alone": ("const bool add = «i > 0»;", "false"),
     "remainder of the exponential": ("(bounded - n * «0.693359375f»)", "0.7f"),  # of cpu.h
     "missing run of the bias's sum": ("for (int64_t run = 0; run < «work.runs»; ++run)", "work.runs / 2"),
+    "sums not cleared": ("if (fresh && tokens < p.n) «clear()»;", "void()"),
+    "last window's sum alone": ("        fresh = «false»;\n      }\n      if (fresh) clear();", "fresh"),
 }
+NARROW = {"vectors of 8": ("inline bool wide() { return «has_v4()»; }", "false")}
 # More positions than a tile of heads that wide.
 BLOCKWISE = {"W": 2, "N": 18, "H": 1, "D": 96, "fill": 0.6, "bias": (1, 1), "segments": 1}
-SOURCES = cuda_on_cpu.Sources({"window_attention.cpp": CPP_MUTATIONS})
+SOURCES = cuda_on_cpu.Sources({"window_attention.cpp": CPP_MUTATIONS | NARROW})
 
 
 @pytest.mark.parametrize("fill", [None, 0.3])
@@ -297,6 +300,14 @@ class TestWindowAttention(WindowSuite):
         qkv, call = self.parts(shape, dtype, rng)
         q, k, v = qkv.unbind(-3)
         return {"q": q, "k": k, "v": v, **call}
+
+    @pytest.mark.skipif(
+        not (cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in BACKENDS), reason="needs a compiler and the library"
+    )
+    def test_vectors_of_a_machine_without_avx512(self, run):
+        run("window_attention.cpp", *NARROW)
+        for shape in self.cpp_shapes:
+            self.check(shape, "cpu", torch.float32, "plain", seed=1)
 
 
 class TestWindowAttentionQKVPacked(WindowSuite):
