@@ -49,4 +49,9 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "Tensor? segment_ids, Tensor out, Tensor lse, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) "
       "dv, "
       "Tensor(d!)? sums, Tensor(e!)? dbias, Tensor(f!)? unnamed, int splits) -> ()");
+  m.def("square_sum(Tensor[] tensors, Tensor(a!) total) -> ()");
+  m.def(
+      "adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "
+      "Tensor(d!)[] steps, Tensor(e!)[] averages, Tensor? factor, Tensor found_inf, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay, float[] shares) -> ()");
 }

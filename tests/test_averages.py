@@ -41,7 +41,7 @@ def test_the_average_weighs_the_steps_by_a_power(sigma: float) -> None:
     for step, values in enumerate(walk):
         with torch.no_grad():
             module.weight.copy_(values)
-        average.update_at(step)
+        average.update(step)
     share = (torch.arange(51, dtype=torch.float64) / 50) ** (power_exponent(sigma) + 1)
     torch.testing.assert_close(average.shadow["weight"], (share.diff()[:, None, None] * walk).sum(0))
 
@@ -58,7 +58,7 @@ def test_averages_are_rebuilt_from_snapshots() -> None:
         for step in range(steps):
             module.weight.add_(torch.randn(64, dtype=torch.float64) + drift)
             for average in averages.values():
-                average.update_at(step)
+                average.update(step)
             if (step + 1) % every == 0:
                 for sigma, average in averages.items():
                     tracked[sigma, step + 1] = average.shadow["weight"].clone()

@@ -14,6 +14,7 @@ import attn_bench
 import kde_entropy_bench
 import modulate_bench
 import neighbor_copy_bench
+import optimizer_bench
 import pack_tokens_bench
 import plan_tokens_bench
 import torch
@@ -217,6 +218,14 @@ def neighbor_copy() -> Iterator[Case]:
         yield made("backward", backward, cuda=(split,), share=MOVER_SHARE)
 
 
+def optimizer() -> Iterator[Case]:
+    from d2it.kernels import adamw
+
+    size = 687_000_000  # the weights of D2iT-XL
+    call, floor = in_turn(*adamw.launches(size, averages=1)), optimizer_bench.cost([(size,)])
+    yield Case("optimizer", "D2iT-XL-float32", "forward", floor, call, {}, share=MOVER_SHARE)
+
+
 def cases() -> Iterator[Case]:
     """Every case that has a goal."""
     yield from attention()
@@ -224,3 +233,4 @@ def cases() -> Iterator[Case]:
     yield from movers()
     yield from entropy()
     yield from neighbor_copy()
+    yield from optimizer()

@@ -60,16 +60,17 @@ class Ema:
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.shadow = {n: p.detach().clone() for n, p in self.parameters.items()}
 
-    def update(self) -> None:
-        """Takes the parameters as they are now into the average."""
-        self._take(1.0 - self.decay)
+    def share(self, step: int) -> float:
+        """Returns what the parameters after optimiser step `step` (the first is 0) weigh in the average."""
+        return 1.0 - self.decay
 
     @torch.no_grad()
-    def _take(self, share: float) -> None:
+    def update(self, step: int = 0) -> None:
+        """Takes the parameters after optimiser step `step` into the average."""
         torch._foreach_lerp_(
             [local(s) for s in self.shadow.values()],
             [local(p.detach()) for p in self.parameters.values()],
-            share,
+            self.share(step),
         )
 
     @contextlib.contextmanager
@@ -103,9 +104,8 @@ class PowerEma(Ema):
         self.sigma, self.exponent = sigma, power_exponent(sigma)
         self.title = f"the average of width {sigma:g}"
 
-    def update_at(self, step: int) -> None:
-        """Takes the parameters after optimiser step `step` (the first is 0) into the average."""
-        self._take(1.0 - (1.0 - 1.0 / (step + 1)) ** (self.exponent + 1.0))
+    def share(self, step: int) -> float:
+        return 1.0 - (1.0 - 1.0 / (step + 1)) ** (self.exponent + 1.0)
 
 
 def power_exponent(sigma: float) -> float:

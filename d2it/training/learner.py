@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from d2it.distributed import World
+from d2it.training.adamw import AdamW
 from d2it.training.config import LatentStageConfig, StageConfig
 from d2it.training.ema import Ema, PowerEma, local, snapshot_folder
 from d2it.training.float8 import to_float8
@@ -92,12 +93,11 @@ class Learner:
         self.bf16 = bf16(settings, world.device)
         self.module = spread(self.losses, self.network, blocks, world, settings.parallel, self.bf16)
         self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             self.parameters,
             lr=settings.lr,
             betas=(settings.betas[0], settings.betas[1]),
             weight_decay=settings.weight_decay,
-            fused=True,
         )
         self.ema = Ema(self.losses, settings.ema)
         self.powers = [PowerEma(self.losses, sigma) for sigma in snapshot_sigmas(settings)]
@@ -123,24 +123,15 @@ class Learner:
                 return self.losses(batch)[1]
 
     def update(self, step: int) -> Tensor:
-        """Updates weights and average, without a host synchronisation; returns the gradient's norm.
+        """Updates weights and averages, without a host synchronisation; returns the gradient's norm.
 
-        A norm that is not finite skips the update inside the fused kernel. Gradients are reduced before, so every rank
-        has the same norm and takes the same decision.
+        A norm that is not finite skips the update inside the kernel. Gradients are reduced before, so every rank has
+        the same norm and takes the same decision.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm, foreach=True)
-        bad = 1.0 - norm.isfinite().float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, self.peak)
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self.optimizer.step()
+        norm, bad = self.optimizer.update(step, clip=self.settings.clip, averages=[self.ema, *self.powers])
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        for average in self.powers:
-            average.update_at(step)
         total, streak, worst = self.guard.unbind()
         streak = (streak + 1) * bad
         self.guard = torch.stack([total + bad, streak, torch.maximum(worst, streak)])

@@ -1,0 +1,182 @@
+// AdamW on CPU (Loshchilov and Hutter 2019, Algorithm 2): the norm of all gradients in one pass over them,
+// then weights, moments and averages of the weights in one pass over all of these.
+//
+// Tensors are cut into chunks whose parts of all tensors fit into the L1 cache together. A chunk's weights
+// are still there when the averages take them. Sums are taken chunk by chunk and added up in order, so they
+// are the same for any number of threads.
+#include "cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kChunk = 2048;         // elements
+constexpr int64_t kChunksPerThread = 16; // fewer are not worth waking a thread for
+
+float* floats_of(const Tensor& tensor) {
+  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+// The chunks of a list of tensors, numbered from the first tensor on.
+class Chunks {
+ public:
+  explicit Chunks(const std::vector<Tensor>& tensors) : first_{0} {
+    for (const Tensor& tensor : tensors) {
+      sizes_.push_back(tensor.numel());
+      first_.push_back(first_.back() + (sizes_.back() + kChunk - 1) / kChunk);
+    }
+  }
+
+  int64_t count() const { return first_.back(); }
+
+  // Calls work(chunk, tensor, begin of the chunk in it, its elements) for every chunk, from several threads.
+  template <typename F>
+  void for_each(const F& work) const {
+    torch::stable::parallel_for(0, count(), kChunksPerThread, [&](int64_t begin, int64_t end) {
+      int64_t t = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        while (chunk >= first_[t + 1]) ++t;
+        const int64_t at = (chunk - first_[t]) * kChunk;
+        work(chunk, t, at, std::min(kChunk, sizes_[t] - at));
+      }
+    });
+  }
+
+ private:
+  std::vector<int64_t> first_, sizes_;
+};
+
+// ----------------------------------------------------------------------------------------------------
+// One chunk
+
+D2IT_CLONES float square_sum(const float* in, int64_t n) {
+  using V = d2it::Floats<16>;
+  V parts[4] = {};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    for (int j = 0; j < 4; ++j) {
+      const V x = d2it::as<V>(in + i + 16 * j);
+      parts[j] += x * x;
+    }
+  }
+  const V all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  float total = 0;
+  for (int j = 0; j < 16; ++j) total += all[j];
+  for (; i < n; ++i) total += in[i] * in[i];
+  return total;
+}
+
+D2IT_CLONES void scale(const float* __restrict in, float factor, float* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
+}
+
+// to + weight * (from - to), from the nearer end as torch.lerp takes it.
+D2IT_CLONES void average(float* __restrict to, const float* __restrict from, float weight, int64_t n) {
+  if (weight < 0.5f) {
+    for (int64_t i = 0; i < n; ++i) to[i] = to[i] + weight * (from[i] - to[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i] + (weight - 1.0f) * (from[i] - to[i]);
+  }
+}
+
+// The numbers of a step, rounded as torch.optim.AdamW rounds them.
+struct Step {
+  float kept;        // 1 - lr * weight_decay
+  float mean_weight; // 1 - beta1
+  float beta2, square_weight;
+  float size; // -lr / (1 - beta1^t)
+  float root; // sqrt(1 - beta2^t)
+  float eps;
+};
+
+// What follows rounds as torch.optim.AdamW(fused=True) does: with AVX2 the second moment takes the squares in
+// a fused multiply-add, whose addend is rounded before; weights take none. So these are loops of their own,
+// over what lies in the L1 cache.
+D2IT_CLONES void decay(float* __restrict v, float beta2, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) v[i] *= beta2;
+}
+
+D2IT_CLONES void add_squares(float* __restrict v, const float* __restrict g, float weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) v[i] = v[i] + weight * g[i] * g[i];
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-math-errno", "fp-contract=off"))) // a root that may set errno is not vectorised
+#endif
+D2IT_CLONES void move(const Step& s, float* __restrict p, const float* __restrict m,
+                      const float* __restrict v, int64_t n) {
+  const float kept = s.kept, size = s.size, root = s.root, eps = s.eps;
+  for (int64_t i = 0; i < n; ++i) p[i] = p[i] * kept + size * m[i] / (std::sqrt(v[i]) / root + eps);
+}
+
+// ----------------------------------------------------------------------------------------------------
+// Operators. Tensors are dense, those of one parameter laid out alike.
+
+// total: 0-dim float64.
+void square_sum_of_tensors(std::vector<Tensor> tensors, Tensor total) {
+  const Chunks chunks(tensors);
+  std::vector<float> sums(chunks.count());
+  chunks.for_each([&](int64_t chunk, int64_t t, int64_t at, int64_t n) {
+    sums[chunk] = square_sum(floats_of(tensors[t]) + at, n);
+  });
+  double all = 0;
+  for (const float sum : sums) all += sum;
+  *static_cast<double*>(const_cast<void*>(total.const_data_ptr())) = all;
+}
+
+// steps: 0-dim float32, one for each parameter. averages: as many lists of parameters, one after the other,
+// as there are shares. Where found_inf is not zero, the averages alone change.
+void adamw(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> means,
+           std::vector<Tensor> squares, std::vector<Tensor> steps, std::vector<Tensor> averages,
+           std::optional<Tensor> factor, Tensor found_inf, double lr, double beta1, double beta2, double eps,
+           double weight_decay, std::vector<double> shares) {
+  const int64_t count = parameters.size();
+  const bool skip = *floats_of(found_inf) != 0.0f;
+  const float of_gradients = factor ? *floats_of(*factor) : 1.0f;
+  std::vector<Step> numbers(count);
+  for (int64_t i = 0; i < count && !skip; ++i) {
+    float* const step = floats_of(steps[i]);
+    *step += 1.0f;
+    const double bias1 = 1 - std::pow(beta1, *step), bias2 = 1 - std::pow(beta2, *step);
+    numbers[i] = {.kept = static_cast<float>(1 - lr * weight_decay),
+                  .mean_weight = static_cast<float>(1 - beta1),
+                  .beta2 = static_cast<float>(beta2),
+                  .square_weight = static_cast<float>(1 - beta2),
+                  .size = static_cast<float>(-(lr / bias1)),
+                  .root = static_cast<float>(std::sqrt(bias2)),
+                  .eps = static_cast<float>(eps)};
+  }
+  Chunks(parameters).for_each([&](int64_t, int64_t t, int64_t at, int64_t n) {
+    float* const p = floats_of(parameters[t]) + at;
+    if (!skip) {
+      float room[kChunk];
+      const float* g = floats_of(gradients[t]) + at;
+      if (of_gradients != 1.0f) {
+        scale(g, of_gradients, room, n);
+        g = room;
+      }
+      float* const m = floats_of(means[t]) + at;
+      float* const v = floats_of(squares[t]) + at;
+      average(m, g, numbers[t].mean_weight, n);
+      decay(v, numbers[t].beta2, n);
+      add_squares(v, g, numbers[t].square_weight, n);
+      move(numbers[t], p, m, v, n);
+    }
+    for (size_t a = 0; a < shares.size(); ++a) {
+      average(floats_of(averages[a * count + t]) + at, p, static_cast<float>(shares[a]), n);
+    }
+  });
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(d2it_C, CPU, m) {
+  m.impl("square_sum", TORCH_BOX(&square_sum_of_tensors));
+  m.impl("adamw", TORCH_BOX(&adamw));
+}

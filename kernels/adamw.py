@@ -1,0 +1,272 @@
+"""AdamW over a list of tensors (Loshchilov and Hutter 2019, Algorithm 2): the norm of the gradients, then one pass.
+
+Bytes: the norm reads the gradients. The update reads weights, gradients, both moments and every average of the weights,
+and writes all of these but the gradients. Nothing is copied into one piece: a table on the device says where each
+tensor lies, as its distance in elements from the first of its list, and a program works on one block of one tensor.
+Sums are taken block by block and added up in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2it.kernels.common import CompileCase, cdiv, compile_cases
+
+BLOCK = 1024  # of one program: 128 threads with two 16-byte loads of every tensor in flight
+
+
+@triton.jit
+def _block(table, owners, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns this program's tensor, its place there, and which of its elements exist."""
+    i_tensor = tl.load(owners + tl.program_id(0))
+    b_size, b_first = tl.load(table + i_tensor), tl.load(table + tensors + i_tensor)
+    if ALIGNED:
+        b_size = tl.multiple_of(b_size, 4)
+    o_x = (tl.program_id(0) - b_first) * BLOCK + tl.arange(0, BLOCK)
+    return i_tensor, o_x, o_x < b_size
+
+
+@triton.jit
+def _place(table, tensors, i_list: tl.constexpr, i_tensor, ALIGNED: tl.constexpr):
+    """Where a tensor begins, in elements from the first one of its list."""
+    b_place = tl.load(table + (i_list + 2) * tensors + i_tensor)
+    return tl.multiple_of(b_place, 4) if ALIGNED else b_place
+
+
+@triton.jit
+def square_sum_kernel(out, x, table, owners, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """out[program] = the sum of the squares of its block."""
+    i_tensor, o_x, m_x = _block(table, owners, tensors, ALIGNED, BLOCK)
+    b_x = tl.load(x + _place(table, tensors, 0, i_tensor, ALIGNED) + o_x, mask=m_x, other=0.0)
+    tl.store(out + tl.program_id(0), tl.sum(b_x * b_x))
+
+
+@triton.jit
+def _one_minus_power(b_log):
+    """1 - exp(b_log) for b_log <= 0, to float32's rounding also near 0."""
+    b_series = 1.0 + b_log * 0.125
+    for i in tl.static_range(6):
+        b_series = 1.0 + b_log / (7.0 - i) * b_series
+    return tl.where(b_log > -0.4, -b_log * b_series, 1.0 - tl.exp(b_log))
+
+
+@triton.jit
+def adamw_kernel(
+    parameters,
+    gradients,
+    means,
+    squares,
+    steps,
+    averages,
+    shares,
+    factor,
+    found_inf,
+    table,
+    owners,
+    tensors,
+    lr,
+    kept,
+    mean_weight,
+    beta2,
+    square_weight,
+    log_beta1,
+    log_beta2,
+    eps,
+    AVERAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a block of one tensor. kept = 1 - lr * weight_decay. The steps are counted already.
+
+    Where found_inf is not zero only the averages change.
+    """
+    i_tensor, o_x, m_x = _block(table, owners, tensors, ALIGNED, BLOCK)
+    m_updated = m_x & (tl.zeros((BLOCK,), tl.float32) == tl.load(found_inf))
+    p_parameter = parameters + _place(table, tensors, 0, i_tensor, ALIGNED) + o_x
+    p_gradient = gradients + _place(table, tensors, 1, i_tensor, ALIGNED) + o_x
+    p_mean = means + _place(table, tensors, 2, i_tensor, ALIGNED) + o_x
+    p_square = squares + _place(table, tensors, 3, i_tensor, ALIGNED) + o_x
+    b_step = tl.load(steps + tl.load(table + 6 * tensors + i_tensor))
+    b_parameter = tl.load(p_parameter, mask=m_x)
+    b_gradient = tl.load(p_gradient, mask=m_updated, other=0.0)
+    b_mean = tl.load(p_mean, mask=m_updated, other=0.0)
+    b_square = tl.load(p_square, mask=m_updated, other=0.0)
+    if factor is not None:
+        b_gradient *= tl.load(factor)
+    b_mean += mean_weight * (b_gradient - b_mean)
+    b_square = b_square * beta2 + square_weight * b_gradient * b_gradient
+    b_size = lr / _one_minus_power(b_step * log_beta1)
+    b_root = tl.sqrt(_one_minus_power(b_step * log_beta2))
+    b_moved = b_parameter * kept - tl.div_rn(b_size * b_mean, tl.sqrt_rn(b_square) / b_root + eps)
+    b_parameter = tl.where(m_updated, b_moved, b_parameter)
+    tl.store(p_mean, b_mean, mask=m_updated)
+    tl.store(p_square, b_square, mask=m_updated)
+    tl.store(p_parameter, b_parameter, mask=m_updated)
+    for i in tl.static_range(AVERAGES):
+        p_average = averages[i] + _place(table, tensors, 5 + i, i_tensor, ALIGNED) + o_x
+        b_average = tl.load(p_average, mask=m_x)
+        tl.store(p_average, b_average + shares[i] * (b_parameter - b_average), mask=m_x)
+
+
+class Group(NamedTuple):
+    """What one launch needs to know of the tensors that it takes.
+
+    Attributes:
+        programs: blocks of all tensors.
+        owners: (programs,) int32, the tensor of each block.
+        table: (2 + lists, tensors) int64: elements, first block, and place in every list of each tensor.
+        aligned: whether all lie at 16 bytes and have a multiple of 4 elements.
+    """
+
+    programs: int
+    owners: Tensor
+    table: Tensor
+    aligned: bool
+
+
+_KEPT: dict[tuple[int, ...], list[Group]] = {}
+_MOST_KEPT = 16
+
+
+def _groups(*lists: Sequence[Tensor]) -> list[Group]:
+    """Sorts tensors by their alignment; kept until one lies elsewhere. All are float32, those of one index equal."""
+    pointers = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+    sizes = [tensor.numel() for tensor in lists[0]]
+    key = (lists[0][0].get_device(), *sizes, *(pointer for row in pointers for pointer in row))
+    groups = _KEPT.get(key)
+    if groups is None:
+        if len(_KEPT) >= _MOST_KEPT:
+            _KEPT.clear()
+        aligned = [not size % 4 and not any(row[i] % 16 for row in pointers) for i, size in enumerate(sizes)]
+        groups = []
+        for wanted in (True, False):
+            chosen = [i for i, size in enumerate(sizes) if size and aligned[i] == wanted]
+            if chosen:
+                groups.append(_group(chosen, sizes, pointers, wanted, lists[0][0].device))
+        _KEPT[key] = groups
+    return groups
+
+
+def _group(
+    chosen: list[int], sizes: list[int], pointers: list[list[int]], aligned: bool, device: torch.device
+) -> Group:
+    blocks = [cdiv(sizes[i], BLOCK) for i in chosen]
+    first = [0]
+    for count in blocks:
+        first.append(first[-1] + count)
+    places = [[(row[i] - row[0]) // 4 for i in chosen] for row in pointers]
+    table = torch.tensor([[sizes[i] for i in chosen], first[:-1], *places])
+    owners = torch.repeat_interleave(torch.arange(len(chosen), dtype=torch.int32), torch.tensor(blocks))
+    if device.type == "cuda":  # from pinned memory, so that the host does not wait
+        table, owners = (each.pin_memory().to(device, non_blocking=True) for each in (table, owners))
+    return Group(first[-1], owners, table, aligned)
+
+
+def square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Dense float32 tensors -> the sum of all their squares, 0-dim float64."""
+    groups = _groups(tensors)
+    sums = tensors[0].new_empty(sum(group.programs for group in groups))
+    begin = 0
+    with torch.cuda.device_of(sums):
+        for group in groups:
+            _launch_square_sum(sums[begin : begin + group.programs], tensors[0], group)
+            begin += group.programs
+    return sums.sum(dtype=torch.float64)
+
+
+def _launch_square_sum(out: Tensor, first: Tensor, group: Group) -> None:
+    flags = {"ALIGNED": group.aligned, "BLOCK": BLOCK, "num_warps": 4}
+    square_sum_kernel[(group.programs,)](out, first, group.table, group.owners, group.table.shape[1], **flags)
+
+
+def adamw(
+    lists: Sequence[Sequence[Tensor]],
+    factor: Tensor | None,
+    found_inf: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    shares: Sequence[float],
+) -> None:
+    """Updates dense float32 tensors in place, those of one index laid out alike; see `d2it.training.adamw`.
+
+    Args:
+        lists: parameters, gradients, means, squares, steps (0-dim), and a list for every average.
+        factor: 0-dim, of the gradients; None is 1.
+        found_inf: 0-dim; where it is not zero, only the averages change.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+        shares: what the new parameters weigh in each average.
+    """
+    torch._foreach_add_(list(lists[4]), [1.0 - found_inf] * len(lists[4]))
+    numbers = _numbers(lr, betas, eps, weight_decay)
+    first = tuple(each[0] for each in lists)
+    with torch.cuda.device_of(found_inf):
+        for group in _groups(*lists):
+            _launch_adamw(first, tuple(map(float, shares)), factor, found_inf, numbers, group)
+
+
+def _numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> tuple[float, ...]:
+    """What the kernel takes of the settings, rounded to float32 once."""
+    beta1, beta2 = betas
+    logs = (math.log(max(beta, 1e-300)) for beta in betas)
+    return lr, 1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, *logs, eps
+
+
+def _launch_adamw(
+    first: tuple[Tensor, ...],
+    shares: tuple[float, ...],
+    factor: Tensor | None,
+    found_inf: Tensor,
+    numbers: tuple[float, ...],
+    group: Group,
+) -> None:
+    """`first`: of every list, those of the averages last."""
+    adamw_kernel[(group.programs,)](
+        *first[:5],
+        first[5:],
+        shares,
+        factor,
+        found_inf,
+        group.table,
+        group.owners,
+        group.table.shape[1],
+        *numbers,
+        AVERAGES=len(shares),
+        ALIGNED=group.aligned,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
+def launches(size: int, averages: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The launches for one tensor without memory: of the norm, and of the update."""
+    x, scalar = torch.empty(size, device="meta"), torch.empty((), device="meta")
+    lists = [x] * 4 + [scalar] + [x] * averages
+    (of_norm,), (of_update,) = _groups([x]), _groups(*([each] for each in lists))
+    sums = torch.empty(of_norm.programs, device="meta")
+    numbers = _numbers(1e-4, (0.9, 0.999), 1e-8, 0.0)
+    update = partial(_launch_adamw, tuple(lists), (1e-4,) * averages, scalar, scalar, numbers, of_update)
+    return partial(_launch_square_sum, sums, x, of_norm), update
+
+
+@compile_cases
+def _compile_cases() -> Iterator[CompileCase]:
+    for size in (2**20, 2**20 + 1):
+        for averages in (1, 3):
+            norm, update = launches(size, averages)
+            if averages == 1:
+                yield f"N{size}-float32", norm
+            yield f"N{size}-float32-averages{averages}", update
