@@ -71,8 +71,10 @@ def check_script(path: str, words: list[str]) -> None:
     file = ROOT / path
     assert file.is_file(), path
     package = file.with_suffix("")
-    sources = [file, ROOT / "benchmarks" / "command.py", *(package.glob("*.py") if package.is_dir() else [])]
+    sources = [file, *(package.glob("*.py") if package.is_dir() else [])]
     text = "".join(source.read_text() for source in sources)
+    beside = [file.with_name(f"{name}.py") for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)]
+    text += "".join(source.read_text() for source in {*beside, file.with_name("command.py")} if source.is_file())
     for word in words:
         if word.startswith("--"):
             assert f'"{word.partition("=")[0]}"' in text, f"{path} has no {word}"
