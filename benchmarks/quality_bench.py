@@ -6,8 +6,9 @@
 
 Every variant is trained by d2it's own stages on cached latents, for the same multiply-accumulates, and scored on
 held-out images: the error of its denoising, and Frechet and kernel distance, precision, recall and class accuracy of
-its samples in the features of EfficientNet-Lite0, over three seeds of sampling. The VAEs are trained once a tier and
-shared. `benchmarks/quality/tiers.py` has the tiers and the variants.
+its samples in the features of EfficientNet-Lite0, over three seeds of sampling; beside them stand the distances of as
+many real images, and of those as the VAE rebuilds them. The VAEs are trained once a tier and shared.
+`benchmarks/quality/tiers.py` has the tiers and the variants.
 
 What is killed goes on where it was when the same command is given again, and the same seed gives the same bits on the
 same machine and number of threads. Data: two packs of images (docs/data.md), for training and held out; by default
@@ -28,7 +29,7 @@ from typing import Any
 
 import machine
 from quality.scores import Scorer, timing
-from quality.stages import Bench, train_variant, write_json
+from quality.stages import Bench, digest, train_variant, write_json
 from quality.tiers import TIERS, VARIANTS
 from rows import RESULTS
 
@@ -73,31 +74,31 @@ def bench(options: argparse.Namespace, names: Sequence[str]) -> None:
     with distributed.joined("auto") as world:
         work.mkdir(parents=True, exist_ok=True)
         with only_writer(work):
-            made = Bench(tier, work, world, (options.train, options.held_out))
+            scorer = Scorer(Bench(tier, work, world, (options.train, options.held_out)))
             for name in names:
-                measure(made, name, options.results / tier.name)
+                measure(scorer, name, options.results / tier.name)
 
 
-def measure(made: Bench, name: str, results: Path) -> dict[str, Any]:
+def measure(scorer: Scorer, name: str, results: Path) -> dict[str, Any]:
     """Trains a variant, scores it and writes its result.
 
     Args:
-        made: the tier in its folder.
+        scorer: of the tier in its folder.
         name: a key of `VARIANTS`.
         results: folder of the result.
 
     Returns:
         What was written.
     """
-    variant, start = VARIANTS[name], time.monotonic()
+    made, variant, start = scorer.bench, VARIANTS[name], time.monotonic()
     plan = train_variant(made, name, variant)
     trained = time.monotonic()
-    scorer = Scorer(made)
     scores = scorer.variant(name, variant, plan)
     reconstruction = scorer.reconstruction(variant.vae)
     content = {
         "variant": name,
         "tier": made.tier.name,
+        "tier_digest": digest(made.tier),
         "what": variant.what,
         **machine.header(),
         "vae": made.vae(variant),
@@ -108,6 +109,7 @@ def measure(made: Bench, name: str, results: Path) -> dict[str, Any]:
         "samples": made.tier.samples,
         "seeds": list(made.tier.seeds),
         "extractor": scorer.extractor.name,
+        "floor": scorer.floor(),
         "scores": scores,
         "reconstruction": reconstruction,
         # What no repetition gives again.

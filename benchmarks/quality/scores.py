@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from d2it.diffusion import (
     sample_grain_maps,
 )
 from d2it.diffusion.grains import expand_map, grain_weights
+from d2it.diffusion.process import NUM_TIMESTEPS
 from d2it.evaluation.extractors import EfficientNetLite
 from d2it.evaluation.generation import Summary, compare, open_reference, spread, summarize
 from d2it.evaluation.reconstruction import evaluate_reconstruction
@@ -29,12 +31,16 @@ from d2it.files import read_json
 from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
 from d2it.models.base import saved_kind
 from d2it.seeds import seed_of
-from quality.stages import Bench, Plan, seconds_at, write_json
+from quality.stages import Bench, Plan, evenly, seconds_at, write_json
 from quality.tiers import Variant
 
 METRICS = ("fd", "kd", "precision", "recall", "accuracy")
-#: Timesteps of the ddpm path at whose ratio of noise to signal the error is measured: the middles of ten equal parts.
-TIMES = tuple(range(50, 1000, 100))
+_A, _S = (each.flatten().double() for each in GaussianDiffusion().coefficients(torch.arange(NUM_TIMESTEPS)))
+#: log(signal to noise, a^2 / s^2) at which the denoising error is measured. Beyond -4 no network here knows more of the
+#: image than its mean, and the x_0 that epsilon gives is divided by a: what is left there is chance.
+LEVELS = tuple(range(4, -5, -1))
+#: The timesteps of the ddpm path that are nearest to them.
+TIMES = tuple(int((2 * (_A / _S).log() - level).abs().argmin()) for level in LEVELS)
 BATCH = 64
 SMALL = 16  # of the extractor: its layers before the depthwise ones fill a CPU's cache; a divisor of BATCH
 
@@ -60,7 +66,7 @@ class Scorer:
         path = self.bench.work / "data" / "reference.npz"
         if not path.exists():
             labels = torch.from_numpy(self._source.labels)
-            found = self._summary(lambda: self.images(), labels)
+            found = self._summary(self.images(), labels)
             part = path.with_name("reference.part.npz")
             found.save(part)
             part.rename(path)
@@ -76,9 +82,49 @@ class Scorer:
         for start in range(0, total, BATCH):
             yield self._source.fetch(range(start, min(start + BATCH, total)))["image"]
 
-    def _summary(self, images: Callable[[], Iterator[Tensor]], labels: Tensor) -> Summary:
+    def _summary(self, images: Iterable[Tensor], labels: Tensor) -> Summary:
         given: Any = {"metrics": METRICS, "device": self.device, "labels": labels.split(SMALL)}
-        return summarize((part for batch in images() for part in batch.split(SMALL)), self.extractor, **given)  # type: ignore[arg-type]
+        return summarize((part for batch in images for part in batch.split(SMALL)), self.extractor, **given)  # type: ignore[arg-type]
+
+    def _distances(self, images: Iterable[Tensor], labels: Tensor) -> dict[str, float]:
+        """The metrics of images against the held-out ones; precision and recall are shares."""
+        return compare(self._summary(images, labels), self.reference, METRICS)
+
+    # ---- what samples cannot beat ------------------------------------------------------------------------------------
+
+    def _real(self, seed: int) -> tuple[Tensor, Tensor]:
+        """As many training images as there are samples, uint8, and their labels, from each class in turn."""
+        source = open_source(self.bench.data[0], self.tier.image_size)
+        shuffled = np.random.default_rng(seed_of("quality", "floor", seed)).permutation(len(source))
+        chosen = evenly(shuffled.tolist(), source.labels)[: self.tier.samples]
+        return source.fetch(chosen)["image"], torch.from_numpy(source.labels[chosen])
+
+    def floor(self) -> dict[str, dict[str, float]]:
+        """The metrics of real images, as many as there are samples: where a distance of so many images begins."""
+
+        def measured(seed: int) -> dict[str, float]:
+            images, labels = self._real(seed)
+            return self._distances(images.split(BATCH), labels)
+
+        folder = self.bench.work / "data"
+        return _figures([_kept(folder / f"floor-{s}.json", lambda s=s: measured(s)) for s in self.tier.seeds])
+
+    @torch.inference_mode()
+    def rebuilt(self, variant: Variant) -> dict[str, float]:
+        """The metrics of the first seed's real images as the variant's VAE rebuilds them: what a transformer without
+        error would have on its latents."""
+        folder = self.bench.vae_folder(variant)
+
+        def measured() -> dict[str, float]:
+            vae = DynamicVAE.from_pretrained(folder / "vae").to(self.device)
+            images, labels = self._real(self.tier.seeds[0])
+            made = []
+            for batch in images.split(BATCH):
+                mean, _, grains, _ = vae.encode(pictures.from_uint8(batch.to(self.device)))
+                made.append(pictures.to_uint8(vae.decode(mean, grains)).cpu())
+            return self._distances(made, labels)
+
+        return _kept(folder / "rebuilt.json", measured)
 
     def network(self, folder: Path) -> Any:
         found = saved_kind(folder, (DynamicContentTransformer, DiT)).from_pretrained(folder)
@@ -91,11 +137,12 @@ class Scorer:
         """Squared error of the predicted x_0 (latents of unit variance) on held-out latents.
 
         The posterior's draws, the noise and the images are the same for all variants on one VAE, and every latent code
-        counts once. At one ratio of noise to signal, the errors of two models have one ratio in x_0, epsilon and v.
+        counts once. At one ratio of signal to noise, the errors of two models have one ratio in x_0, epsilon and v, so
+        their geometric mean over such ratios favours no prediction.
 
         Returns:
-            "all": by time, over all codes; "grain.g": by time, over the codes of grain g; "mean": the geometric mean of
-            "all" over the times.
+            "all": by level, over all codes; "grain.g": by level, over the codes of grain g; "mean": the geometric mean
+            of "all" over the levels.
         """
         cache = LatentCache(self.bench.vae_folder(variant) / "held_out")
         config, scale = network.config, float(cache.facts["scaling_factor"])
@@ -171,10 +218,18 @@ class Scorer:
                 chosen = random_grain_map(held_out.grid, shares, held_out.num_grains, generator=generators)
             elif grained:
                 of_maps = [seed_of("quality", "map", seed, i) for i in numbers]
-                chosen = sample_grain_maps(grain, labels, seeds=of_maps, steps=tier.steps)
+                chosen = sample_grain_maps(
+                    grain, labels, seeds=of_maps, scheduler=tier.scheduler, steps=tier.steps, autocast=self._autocast
+                )
             chosen = chosen.to(self.device)
             latents = sample_content(
-                network, chosen if grained else None, labels, seeds=seeds, steps=tier.steps, autocast=self._autocast
+                network,
+                chosen if grained else None,
+                labels,
+                seeds=seeds,
+                scheduler=tier.scheduler,
+                steps=tier.steps,
+                autocast=self._autocast,
             )
             found.append(pictures.to_uint8(vae.decode(latents / vae.scaling_factor, chosen)).cpu())
             all_labels.append(labels.cpu())
@@ -187,7 +242,7 @@ class Scorer:
     def distances(self, name: str, variant: Variant, network: Any, seed: int, maps: str) -> dict[str, float]:
         """The metrics of one seed's samples against the held-out images; precision and recall are shares."""
         images, labels = self.sample(name, variant, network, seed, maps)
-        return compare(self._summary(lambda: iter(images.split(BATCH)), labels), self.reference, METRICS)
+        return self._distances(images.split(BATCH), labels)
 
     # ---- a variant, a VAE --------------------------------------------------------------------------------------------
 
@@ -196,7 +251,7 @@ class Scorer:
         tier, folder = self.tier, self.bench.folder(name) / "scores"
         every = plan.steps // tier.checkpoints
         curve = []
-        for step in range(every, plan.steps + 1, every):
+        for step in range(every, plan.steps + 1, every if variant.core else plan.steps - every):
             weights = self.bench.average(name, step)
             last = step == plan.steps
             errors = [
@@ -224,11 +279,13 @@ class Scorer:
                     "kd": scores["kd"],
                 }
             )
-        by_time = {key: _over_seeds([error[key] for error in errors]) for key in errors[0] if key != "mean"}
+        values = [error["mean"] for error in errors]
+        by_level = {key: _over_seeds([error[key] for error in errors]) for key in errors[0] if key != "mean"}
         return {
-            "error": _figure([error["mean"] for error in errors]),
-            "error_by_time": {"times": list(TIMES), **by_time},
+            "error": _figure(values) | {"values": values},
+            "error_by_level": {"levels": list(LEVELS), **by_level},
             "samples": {source: _figures(reports) for source, reports in found.items()},
+            "rebuilt": self.rebuilt(variant),
             "curve": curve,
         }
 
@@ -241,7 +298,7 @@ class Scorer:
         def rows() -> dict[str, Any]:
             found = evaluate_reconstruction(
                 network,
-                lambda: self.images(self.tier.samples),
+                lambda: self.images(self.tier.rebuilt),
                 ratios,
                 extractor=self.extractor,  # type: ignore[arg-type]
                 device=self.device,
@@ -252,11 +309,11 @@ class Scorer:
 
 
 def _times(diffusion: Any) -> list[int | float]:
-    """The timesteps of a path that have the ratio of noise to signal of TIMES on the ddpm path."""
+    """The timesteps of a path that have the ratios of signal to noise of TIMES on the ddpm path."""
     if isinstance(diffusion, GaussianDiffusion):
         return list(TIMES)
-    a, s = GaussianDiffusion().coefficients(torch.tensor(TIMES))
-    return (diffusion.num_timesteps * s / (a + s)).flatten().tolist()
+    a, s = _A[list(TIMES)], _S[list(TIMES)]
+    return (diffusion.num_timesteps * s / (a + s)).tolist()
 
 
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -281,6 +338,7 @@ def _over_seeds(lists: Sequence[Sequence[float]]) -> list[float]:
     return [math.fsum(values) / len(values) for values in zip(*lists)]
 
 
-def timing(bench: Bench, name: str, curve: list[dict[str, Any]]) -> list[float]:
-    """Seconds of training at every point of a curve."""
-    return [seconds_at(bench, name, point["step"]) for point in curve]
+def timing(bench: Bench, name: str, curve: list[dict[str, Any]]) -> list[float] | None:
+    """Seconds of training at every point of a curve; None where the log has none."""
+    found = [seconds_at(bench, name, point["step"]) for point in curve]
+    return None if None in found else found  # type: ignore[return-value]

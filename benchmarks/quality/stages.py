@@ -1,5 +1,6 @@
 """Trains what a variant needs with d2it's own stages, each of which goes on where it was stopped.
 
+<work>/tier.json                        the tier that all of it is of
 <work>/data/train.npz held_out.npz      the classes of the tier, cut out of the packs
 <work>/vaes/<vae>/                      a run of the stages dvae, cache and grain
 <work>/vaes/<vae>/held_out/             latents of the held-out images
@@ -8,6 +9,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ from d2it import ops
 from d2it.data import LatentCache, SinglePass, open_source
 from d2it.distributed import World
 from d2it.errors import UserError
-from d2it.files import atomic_write
+from d2it.files import atomic_write, read_json
 from d2it.models import ContentTransformerConfig, DynamicVAE
 from d2it.models.flops import count_macs, fine_tokens
 from d2it.models.repa import TEACHER, Alignment
@@ -77,12 +80,24 @@ class Bench:
         return self.folder(name) / "averages" / "content" / f"step-{step:08d}" / f"{SIGMA:.3f}"
 
 
+def digest(tier: Tier) -> str:
+    """The first digits of a hash of all settings of a tier: results of two of them are not comparable."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(tier), sort_keys=True).encode()).hexdigest()[:12]
+
+
 def prepare(bench: Bench) -> None:
     """Cut the tier's classes out of both packs.
 
     Raises:
-        UserError: a pack that is not there, or without one of the classes.
+        UserError: a pack that is not there, or without one of the classes; work of a tier with other settings.
     """
+    kept = bench.work / "tier.json"
+    if not kept.exists():
+        write_json(kept, dataclasses.asdict(bench.tier) | {"digest": digest(bench.tier)})
+    elif read_json(kept).get("digest") != digest(bench.tier):
+        raise UserError(
+            f"{kept}: the work of a tier with other settings; move {bench.work} away, or name another --work"
+        )
     for source, target in zip(bench.packs, bench.data):
         if target.exists():
             continue
@@ -97,7 +112,7 @@ def prepare(bench: Bench) -> None:
             jpeg, offsets, labels = pack["jpeg"], pack["offsets"], pack["labels"]
         rows = [i for i in range(len(labels)) if labels[i] in numbers]
         if target == bench.data[1]:
-            rows = evenly(rows, labels, bench.tier.held_out)
+            rows = evenly(rows, labels)[: bench.tier.held_out]
         files = [jpeg[offsets[i] : offsets[i + 1]] for i in rows]
         target.parent.mkdir(parents=True, exist_ok=True)
         arrays = {
@@ -109,16 +124,14 @@ def prepare(bench: Bench) -> None:
         save_arrays(target, arrays)
 
 
-def evenly(rows: Sequence[int], labels: np.ndarray, count: int | None) -> list[int]:
-    """The first `count` rows, taken from each class in turn; None is all rows in their order."""
-    if count is None:
-        return list(rows)
+def evenly(rows: Sequence[int], labels: np.ndarray) -> list[int]:
+    """The rows, taken from each class in turn."""
     turns: dict[int, int] = {}
     order = []
     for row in rows:
         turn = turns[labels[row]] = turns.get(labels[row], -1) + 1
         order.append((turn, row))
-    return [row for _, row in sorted(order)[:count]]
+    return [row for _, row in sorted(order)]
 
 
 def configure(bench: Bench, folder: Path, stages: Sequence[str], settings: dict[str, Any]) -> Config:
@@ -217,18 +230,18 @@ def share_vae(bench: Bench, variant: Variant) -> None:
 def content_settings(bench: Bench, variant: Variant) -> dict[str, Any]:
     """The settings of the sections content and diffusion that train a variant, but for its steps."""
     tier = bench.tier
-    overrides = {**tier.content["overrides"], **variant.overrides}
+    overrides, depth = {**tier.content["overrides"], **variant.overrides}, tier.depth + variant.added
     settings = {**tier.content, **variant.content, "overrides": overrides}
     if variant.refine is None:
         settings["preset"] = "DiT-S/2"
         for key in ("window", "relative_bias"):
             overrides.pop(key, None)
-        overrides["depth"] = tier.depth
+        overrides["depth"] = depth
         overrides["patch_size"] = 2 if variant.vae == "fine" else 1
     elif variant.refine:
-        overrides |= {"depth": tier.depth - variant.refine, "refine_depth": variant.refine}
+        overrides |= {"depth": depth - variant.refine, "refine_depth": variant.refine}
     else:  # RefineNet is there, and corrects nothing at any timestep
-        overrides |= {"depth": tier.depth, "refine_depth": 1, "refine_until": 0.0}
+        overrides |= {"depth": depth, "refine_depth": 1, "refine_until": 0.0}
     return section("content", settings) | section("diffusion", variant.diffusion)
 
 
@@ -311,12 +324,19 @@ def mark(folder: Path) -> None:
         path.write_text("")
 
 
-def seconds_at(bench: Bench, name: str, step: int) -> float:
-    """Seconds of training up to a step, from the run's log; loading included, start and pictures not."""
+def seconds_at(bench: Bench, name: str, step: int) -> float | None:
+    """Seconds of training up to a step, from the run's log; loading included, start and pictures not.
+
+    On a CPU they are those that the process computed, whatever else the machine did (None where an older d2it, which
+    did not log them, wrote the log); on a GPU those that passed.
+    """
+    key = "cpu_seconds" if bench.world.device.type == "cpu" else "step_seconds"
     total, before = 0.0, 0
     for row in read_log(bench.folder(name) / "logs" / "content.jsonl"):
         if row["step"] <= step:
-            total += row["step_seconds"] * (row["step"] - before)
+            if key not in row:
+                return None
+            total += row[key] * (row["step"] - before)
             before = row["step"]
     return total
 

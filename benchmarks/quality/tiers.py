@@ -23,12 +23,15 @@ class Tier:
         budget: multiply-accumulates of a variant's training: three times the forward pass of all its images.
         samples: images of one seed of sampling.
         seeds: of sampling, and of the noise of the held-out denoising error.
+        scheduler: of sampling; both paths know it.
         steps: of sampling.
         held_out: images of the held-out set; None is all.
         errors: how many of them measure the denoising error.
+        rebuilt: how many of them measure a VAE at every share of fine regions.
         extractor: of the scores.
         side: pixels of the extractor's images; None is its own.
-        checkpoints: parts of the training after which a curve has a point.
+        checkpoints: parts of the training, after each of which the curve of a core variant has a point; that of another
+            one has the first and the last.
     """
 
     name: str
@@ -43,9 +46,11 @@ class Tier:
     budget: float
     samples: int
     seeds: tuple[int, ...] = (0, 1, 2)
+    scheduler: str = "dpm++"
     steps: int = 25
     held_out: int | None = None
     errors: int = 256
+    rebuilt: int = 256
     extractor: str = "efficientnet-lite0"
     side: int | None = None
     checkpoints: int = 4
@@ -59,24 +64,28 @@ class Variant:
         what: in a few words.
         vae: whose latents it is trained on, a key of `Tier.vaes`.
         refine: blocks of RefineNet; 0 trains the Multi-grained Net alone; None is a plain DiT.
+        added: blocks beyond the tier's depth.
         share: of fine regions; None is the VAE's own. Another one gives the VAE other thresholds.
         diffusion: settings of the section `diffusion`.
         content: further settings of the section `content`.
         overrides: further settings of the model.
         maps: where the grain maps of the samples come from; the first one gives the variant's scores.
         seed: of the training.
+        repeats: the variant that this one is again, from another seed: how far one training is from the next.
         core: whether it is one of the few that everything else is held against.
     """
 
     what: str
     vae: str = "two"
     refine: int | None = 1
+    added: int = 0
     share: float | None = None
     diffusion: dict[str, Any] = field(default_factory=dict)
     content: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     maps: tuple[str, ...] = ("predicted",)
     seed: int = 0
+    repeats: str | None = None
     core: bool = False
 
 
@@ -85,7 +94,11 @@ VARIANTS: dict[str, Variant] = {
     "d2it-v": Variant("the same, predicting v", diffusion={"prediction": "v"}, core=True),
     "dit": Variant("DiT of the same width and depth, on a VAE of fine codes alone", vae="fine", refine=None, core=True),
     "d2it-3": Variant("the same with three grains", vae="three", core=True),
-    "d2it-seed1": Variant("D2iT trained from another seed: how far one training is from the next", seed=1),
+    "dit-v": Variant("DiT predicting v", vae="fine", refine=None, diffusion={"prediction": "v"}, core=True),
+    "d2it-seed1": Variant("D2iT from another seed", seed=1, repeats="d2it"),
+    "d2it-v-seed1": Variant(
+        "D2iT predicting v, from another seed", diffusion={"prediction": "v"}, seed=1, repeats="d2it-v"
+    ),
     "routing": Variant(
         "grained noise and the grain embedding, without RefineNet, every cell weighing 1 in the loss",
         refine=0,
@@ -97,7 +110,6 @@ VARIANTS: dict[str, Variant] = {
     "fine-0": Variant("D2iT's trunk on a VAE of coarse codes alone", vae="coarse", refine=None),
     "fine-30": Variant("D2iT at 30 % fine regions", share=0.3),
     "fine-70": Variant("D2iT at 70 % fine regions", share=0.7),
-    "dit-v": Variant("DiT predicting v", vae="fine", refine=None, diffusion={"prediction": "v"}),
     "d2it-x0": Variant("predicting x_0, the loss in v", diffusion={"prediction": "sample", "weighting": "v"}),
     "d2it-flow": Variant(
         "the linear path, predicting the velocity", diffusion={"path": "linear", "prediction": "velocity"}
@@ -106,7 +118,17 @@ VARIANTS: dict[str, Variant] = {
         "D2iT with REPA: half-way up, the trunk follows EfficientNet-Lite2, which does not judge",
         content={"repa": {"teacher": "efficientnet-lite2", "block": 3, "weight": 0.5, "hidden": 256}},
     ),
+    "added-1": Variant("a block of RefineNet on top of the trunk's", added=1),
+    "added-2": Variant("two blocks of RefineNet on top of the trunk's", refine=2, added=2),
     "until-60": Variant("refining the cleaner 60 % of the timesteps alone", overrides={"refine_until": 0.6}),
+    "dit-v-seed1": Variant(
+        "DiT predicting v, from another seed",
+        vae="fine",
+        refine=None,
+        diffusion={"prediction": "v"},
+        seed=1,
+        repeats="dit-v",
+    ),
 }
 
 CPU = Tier(
@@ -152,8 +174,8 @@ CPU = Tier(
     },
     depth=6,
     budget=1.2e12,
-    samples=160,
-    steps=20,
+    samples=256,
+    steps=10,
     side=96,
     errors=192,
 )
@@ -164,7 +186,7 @@ GPU = Tier(
     classes=(),
     vaes={
         "two": {"downsampling": [8, 16], "encoder_mult": [1, 1, 2, 2, 4], "decoder_mult": [1, 1, 2, 2]},
-        "three": {"downsampling": [4, 8, 16], "encoder_mult": [1, 1, 2, 2, 4], "decoder_mult": [1, 1, 2]},
+        "three": {"downsampling": [8, 16, 32], "encoder_mult": [1, 1, 2, 2, 4, 4], "decoder_mult": [1, 1, 2, 2]},
         "fine": {"downsampling": [8], "encoder_mult": [1, 1, 2, 2], "decoder_mult": [1, 1, 2, 2]},
         "coarse": {"downsampling": [16], "encoder_mult": [1, 1, 2, 2, 4], "decoder_mult": [1, 1, 2, 2, 4]},
     },
@@ -172,7 +194,7 @@ GPU = Tier(
     vae={
         "preset": "tiny",
         "overrides": {"channels": 32, "latent_channels": 8, "num_bins": 256},
-        "steps": 1000,
+        "steps": 500,
         "batch_size": 32,
         "lr": 1e-3,
         "betas": [0.9, 0.99],
@@ -183,7 +205,7 @@ GPU = Tier(
     },
     grain={
         "preset": "tiny",
-        "steps": 600,
+        "steps": 400,
         "batch_size": 128,
         "lr": 1e-3,
         "betas": [0.9, 0.99],
@@ -200,9 +222,9 @@ GPU = Tier(
         "warmup": 50,
     },
     depth=12,
-    budget=6e14,
+    budget=4e14,
     samples=1024,
-    steps=50,
+    steps=16,
 )
 
 TIERS = {tier.name: tier for tier in (CPU, GPU)}

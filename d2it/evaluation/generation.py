@@ -328,9 +328,9 @@ def compare(samples: Summary, reference: Summary, metrics: Sequence[str] = METRI
     found: dict[str, float] = {}
     for name in ("fid", "fd"):
         if name in metrics:
-            found[name] = samples.pool.frechet_distance(reference.pool)
+            found[name] = reference.pool.frechet_distance(samples.pool)
     if "sfid" in metrics and samples.spatial and reference.spatial:
-        found["sfid"] = samples.spatial.frechet_distance(reference.spatial)
+        found["sfid"] = reference.spatial.frechet_distance(samples.spatial)
     if "is" in metrics and samples.probabilities is not None:
         found["is"] = inception_score(samples.probabilities)
     if samples.features is not None and reference.features is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.distributed as dist
@@ -76,18 +77,23 @@ class Gaussian:
         """|mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al. 2017, Eq. 6).
 
         The trace of the root is the sum of the square roots of the eigenvalues of C^(1/2) C' C^(1/2), a symmetric
-        matrix: real, and never negative but for rounding.
+        matrix: real, and never negative but for rounding. C^(1/2) is kept for the next distance from this one.
         """
+        product = self._root @ other.covariance @ self._root
+        overlap = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
+        distance = (self.mean - other.mean).square().sum()
+        return float(distance + self.covariance.trace() + other.covariance.trace() - 2 * overlap)
+
+    @functools.cached_property
+    def _root(self) -> Tensor:
+        """C^(1/2), symmetric."""
         try:
             values, vectors = torch.linalg.eigh(self.covariance)
         except torch.linalg.LinAlgError:
             # LAPACK's divide and conquer may not converge where most eigenvalues are zero, as with fewer samples than
             # features; of such a matrix the singular value decomposition is the same.
             vectors, values, _ = torch.linalg.svd(self.covariance)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-        overlap = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp(min=0).sqrt().sum()
-        distance = (self.mean - other.mean).square().sum()
-        return float(distance + self.covariance.trace() + other.covariance.trace() - 2 * overlap)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:

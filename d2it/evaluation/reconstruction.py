@@ -92,7 +92,7 @@ def evaluate_reconstruction(
                 pass
         else:
             made = summarize(decoded(), extractor, metrics=("fid",), device=device)
-            row |= {"rfid": made.pool.frechet_distance(true.pool)}
+            row |= {"rfid": true.pool.frechet_distance(made.pool)}
         row |= {name: float(torch.cat(values).mean()) for name, values in scores.items() if values}
         rows.append(row)
     return rows

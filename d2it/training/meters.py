@@ -66,6 +66,7 @@ class Meters:
         self._peak = peak_flops(world.device)
         self._first, self._reported = first, first
         self._start = self._since = time.perf_counter()
+        self._computed = time.process_time()
         self._joules = self._energy.joules()
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
@@ -133,7 +134,7 @@ class Meters:
         values = torch.stack([self._sums[k] / self._counts[k] for k in keys])
         means = self.world.mean(values).tolist()  # waits for the device
         now = time.perf_counter()
-        seconds = now - self._since
+        seconds, computed = now - self._since, time.process_time()
         if joules is not None and self._joules is not None:
             host[4] = joules - self._joules
         images, tokens, macs, loading, energy = (
@@ -144,6 +145,7 @@ class Meters:
             "images_per_second": images / seconds,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds / max(1, step - self._reported),
+            "cpu_seconds": (computed - self._computed) / max(1, step - self._reported),
             "loader_wait": loading / self.world.size / seconds,
         }
         if self._peak is not None:
@@ -157,7 +159,7 @@ class Meters:
         self._counts.clear()
         self._images = self._tokens = self._macs = 0
         self._loading = 0.0
-        self._since, self._reported, self._joules = now, step, joules
+        self._since, self._computed, self._reported, self._joules = now, computed, step, joules
         return figures
 
     def picture(self, name: str, image: Any, step: int) -> None:
