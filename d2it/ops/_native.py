@@ -24,8 +24,10 @@ ARGUMENTS = {
     "window_attention_backward": 12,
     "window_attention_saved": 10,
     "window_attention_saved_backward": 17,
+    "square_sum": 2,
+    "adamw": 14,
 }
-"""The operators of csrc/registration.cpp that are called here, and how many arguments each takes."""
+"""The operators of csrc/registration.cpp that are called from Python, and how many arguments each takes."""
 
 
 @functools.cache
