@@ -199,8 +199,7 @@ def parts(
         moved += 8.0 * fine.rows * dim * itemsize  # positions: packed, added, and the gradient back to cells
     found.append(Part("rest", "embeddings, positions, final layers", moved, moved, 6 * max(macs, 0.0)))
     # Read of the gradients for the norm; weights, gradients, two moments and the average read, all but one written.
-    why = "the norm, clipping, AdamW and the average are passes of their own"
-    found.append(Part("optimiser", "norm, clipping, AdamW, average", 52.0 * total, 40.0 * total, why=why))
+    found.append(Part("optimiser", "norm, clipping, AdamW, average", 40.0 * total, 40.0 * total))
     return found
 
 
