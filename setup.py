@@ -65,6 +65,7 @@ def extension(target: str) -> dict:
     flags = {
         "cxx": [
             "-O3",
+            "-fno-math-errno",  # a root that may set errno is not vectorised
             "-std=c++20",
             "-fvisibility=hidden",
             "-Wall",

@@ -98,21 +98,19 @@ struct Step {
 // What follows rounds as torch.optim.AdamW(fused=True) does: with AVX2 the second moment takes the squares in
 // a fused multiply-add, whose addend is rounded before; weights take none. So these are loops of their own,
 // over what lies in the L1 cache.
-D2IT_CLONES void decay(float* __restrict v, float beta2, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) v[i] *= beta2;
+D2IT_CLONES void decay(float* __restrict x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
 D2IT_CLONES void add_squares(float* __restrict v, const float* __restrict g, float weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] = v[i] + weight * g[i] * g[i];
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("no-math-errno", "fp-contract=off"))) // a root that may set errno is not vectorised
-#endif
+// Of the decayed weights: were the decay a part of this loop, a fused multiply-add would take its product.
 D2IT_CLONES void move(const Step& s, float* __restrict p, const float* __restrict m,
                       const float* __restrict v, int64_t n) {
-  const float kept = s.kept, size = s.size, root = s.root, eps = s.eps;
-  for (int64_t i = 0; i < n; ++i) p[i] = p[i] * kept + size * m[i] / (std::sqrt(v[i]) / root + eps);
+  const float size = s.size, root = s.root, eps = s.eps;
+  for (int64_t i = 0; i < n; ++i) p[i] += size * m[i] / (std::sqrt(v[i]) / root + eps);
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -166,6 +164,7 @@ void adamw(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::v
       average(m, g, numbers[t].mean_weight, n);
       decay(v, numbers[t].beta2, n);
       add_squares(v, g, numbers[t].square_weight, n);
+      decay(p, numbers[t].kept, n);
       move(numbers[t], p, m, v, n);
     }
     for (size_t a = 0; a < shares.size(); ++a) {
