@@ -83,7 +83,7 @@ class TestUnpackTokens(Packing):
     mutations = [
         Mutation("base everywhere", FILE, "tl.where(m_from, b_out, b_base)", "b_out + b_base + 1"),
         Mutation("base where rows are", FILE, "mask=m_tile & (m_from == 0), other", "mask=m_tile & m_from, other"),
-        Mutation("gradient of the base", FILE, "(inverse, packed,", "(inverse + (packed is None), packed,"),
+        Mutation("gradient of the base", FILE, "(tape, inverse, packed,", "(tape, inverse + (packed is None), packed,"),
     ]
 
     def random_shape(self, rng: random.Random) -> Shape:
