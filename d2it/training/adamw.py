@@ -14,17 +14,17 @@ from d2it.ops import _native
 from d2it.ops._dispatch import HAS_TRITON
 from d2it.training.ema import Ema, local
 
-PREFERENCE = {"cuda": "triton"}
-"""The backend of parameters on a device, where it can take them; PyTorch's elsewhere, which on a CPU is faster."""
+PREFERENCE = {"cuda": "triton", "cpu": "cpu"}
+"""The backend of parameters on a device, where it can take them; PyTorch's elsewhere."""
 
 
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW (Loshchilov and Hutter 2019, Algorithm 2) with everything else of a step in its pass.
 
     The norm reads every gradient once. The update then reads weights, gradients, moments and averages once and writes
-    them once, all but the gradients; clipping and the decision to skip are read on the device. In Triton on a GPU, in
-    C++ on a CPU where that is asked for, by PyTorch's own kernels one after the other elsewhere. State, `state_dict`
-    and arithmetic are those of torch.optim.AdamW(fused=True), so that checkpoints of either load into the other.
+    them once, all but the gradients; clipping and the decision to skip are read on the device. In C++ on a CPU, in
+    Triton on a GPU, by PyTorch's own kernels one after the other elsewhere. State, `state_dict` and arithmetic are
+    those of torch.optim.AdamW(fused=True), so that checkpoints of either load into the other.
 
     Args:
         parameters: what is trained; all on one device, or DTensors of one mesh.
@@ -123,7 +123,7 @@ def why_not(backend: str, parameters: Sequence[Tensor]) -> list[str]:
     """Returns why `backend` ("cpu", "triton", "torch") cannot update these parameters; empty if it can."""
     if backend == "torch":
         return []
-    if backend not in ("cpu", "triton"):
+    if backend not in PREFERENCE.values():
         return [f"AdamW has no backend {backend!r}; it has cpu, torch, triton"]
     reasons = []
     devices = {"cpu": ("cpu",), "triton": ("cuda", "cpu", "meta") if INTERPRET else ("cuda",)}[backend]
