@@ -292,6 +292,7 @@ def plot(folder: Path, results: Results) -> None:
 
     if "d2it-v" in results:
         figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         base = results["d2it-v"]["scores"]["error_by_level"]
         for name, result in results.items():
             if result["vae"] == results["d2it-v"]["vae"] and name != "d2it-v":
@@ -301,7 +302,7 @@ def plot(folder: Path, results: Results) -> None:
         axis.set(xlabel="log of signal to noise, a² / s²", ylabel="denoising error / that of d2it-v")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         _save(figure, folder / "levels.png")
 
     shares = {"fine-0": 0, "fine-30": 30, "d2it-v": 50, "fine-70": 70, "dit-v": 100}
