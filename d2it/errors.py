@@ -32,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         number: the signal; the exit code is 128 + it.
-        message: one line about what was kept; None where nobody has said it yet.
+        message: one line about what was kept; None is "stopped by" and the signal.
         shared: as for `UserError`.
     """
 

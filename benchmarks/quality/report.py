@@ -30,7 +30,7 @@ errors, whose noise is the same, of their difference; between two trainings it i
 another seed. A measure judges only where a variant on the VAE of one of the two has gained more than three spreads from
 the first point of its curve to the last: a distance that does not fall as models learn says nothing of a model. What is
 not told apart is *unresolved* at this budget, which says nothing against the claim. The first measure of a row decides.
-Seconds of training on a CPU are those that the process computed, so that other work on the machine counts little.
+Seconds of training on a CPU are those that the process computed; other work on the machine still lengthens them.
 """
 
 
