@@ -8,24 +8,22 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import hashlib
-import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from revision import ROOT, commit, source_hash
+
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from d2it.devices import nvml  # noqa: E402
+from d2it.devices import nvml
 
 
 def device() -> str:
@@ -54,30 +52,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
 
 
-def _command(*words: str) -> str | None:
-    try:
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def source_hash() -> str:
-    """Of everything that is measured: names the code where git is absent or the tree has changes."""
-    digest = hashlib.sha256()
-    for folder, pattern in (("kernels", "*.py"), ("csrc", "*"), ("d2it", "**/*.py"), ("benchmarks", "**/*.py")):
-        for path in sorted((ROOT / folder).glob(pattern)):
-            if path.is_file():
-                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 @functools.cache
 def header() -> dict[str, Any]:
     """Device, driver, versions and commit: what a figure means nothing without."""
-    # D2IT_COMMIT: of a copy without its git folder, as on a machine that only measures.
-    commit = os.environ.get("D2IT_COMMIT") or _command("git", "rev-parse", "--short", "HEAD") or "unknown"
-    # Results are written while others are measured; they are no change of what is measured.
-    changes = _command("git", "status", "--porcelain", "--", ":!benchmarks/results", ":!docs", ":!README.md")
     try:
         import triton
 
@@ -90,7 +67,7 @@ def header() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
-        "commit": commit + ("+changes" if changes else ""),
+        "commit": commit(),
         "source": source_hash(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -1,13 +1,7 @@
 import dataclasses
 import importlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,8 +9,6 @@ import command
 import goals
 import pytest
 import results
-import resume_plugin
-import run_gpu
 import timing
 import torch
 from bench import (
@@ -167,148 +159,6 @@ def test_warming_runs_its_share_and_times_nothing(quick: None, tmp_path: Path, c
     assert run_main(benches, "--out", str(tmp_path), "--warm", "1/2") == 0
     assert ran == ["1"]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("code", "state"),
-    [
-        ("print('fine')", "passed"),
-        ("raise SystemExit(3)", "failed"),
-        ("import no_such_module_anywhere", "skipped: needs no_such_module_anywhere, which is not installed"),
-        ("import time; time.sleep(60)", "stopped at its limit"),
-    ],
-)
-def test_a_part_of_make_gpu_is_told_by_how_it_ended(
-    code: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_gpu, "LOGS", tmp_path / "logs")
-    outcome = run_gpu.run("part", [sys.executable, "-S", "-c", code], 30 if state != "stopped at its limit" else 1)
-    assert outcome.state == state
-    assert outcome.bad == (state in ("failed", "stopped at its limit"))
-    assert (tmp_path / "logs" / "part.log").exists()
-
-
-def test_make_gpu_runs_every_test_of_the_suite_and_every_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran: list[list[str]] = []
-
-    def run(command: list[str], *_: object) -> int:
-        ran.append(command)
-        (tmp_path / "part.log").touch()
-        return 0
-
-    monkeypatch.setattr(run_gpu.children, "run", run)
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda path, *args, real=Path.read_text, **kwargs: real(path, *args, **kwargs) if path.exists() else "",
-    )
-    monkeypatch.setattr(run_gpu, "LOGS", tmp_path)
-    for task in run_gpu.suite_tasks(lambda: 100.0):
-        assert task().state == "passed"
-    words = [word for command in ran for word in command]
-    for path in (ROOT / "tests" / "kernels").glob("test_*.py"):
-        assert words.count(str(path)) == run_gpu.SHARDS
-    assert str(ROOT / "tests" / "test_no_sync.py") in words
-    scripts = set(SCRIPTS) - {"quality_bench"}
-    assert set(run_gpu.benchmarks()) == scripts
-    assert {f"{name}_bench" for name in run_gpu.SHARES} <= scripts
-    assert len(run_gpu.suites()) == len({name for _, name in run_gpu.suites()}) >= 11
-    assert {"gather_rows_kernel", "kde_entropy_kernel", "merge_rows"} <= set(run_gpu.kernel_names())
-
-
-DEADLY = """
-import os, signal
-
-def test_before(): pass
-def test_deadly(): os.kill(os.getpid(), signal.SIGKILL)
-def test_between(): assert False
-def test_aborts(): os.abort()
-def test_after(): pass
-"""
-
-
-def test_a_shard_goes_on_after_a_test_that_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_gpu, "LOGS", tmp_path / "logs")
-    (tmp_path / "test_deadly.py").write_text(DEADLY)
-    words = [*run_gpu.PYTEST, "-p", "resume_plugin", "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
-    outcome = run_gpu.run_shard("tests.deadly", words, 120.0, {})
-    assert outcome.state == "failed"
-    states = resume_plugin.read_log(tmp_path / "logs" / "tests.deadly.tests")
-    names = ("before", "deadly", "between", "aborts", "after")
-    expected = dict(zip(names, ("end", "start", "failed", "start", "end")))
-    assert states == {f"test_deadly.py::test_{name}": state for name, state in expected.items()}
-    for name in ("deadly", "aborts"):
-        assert f"took its process or the device with it: test_deadly.py::test_{name}" in outcome.tail
-    assert "failed: test_deadly.py::test_between" in outcome.tail
-
-
-def test_a_lost_device_ends_the_process_and_names_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(resume_plugin, "LOG", tmp_path / "log")
-    report = pytest.TestReport("test_x.py::test_y", ("test_x.py", 1, "test_y"), {}, "failed", None, "call")
-    resume_plugin.pytest_runtest_logstart(report.nodeid)
-    resume_plugin.pytest_runtest_logreport(report)  # a failure that leaves the device alone
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(pytest.exit.Exception, match=r"the device is lost after test_x\.py::test_y"):
-        resume_plugin.pytest_runtest_logreport(report)
-    resume_plugin.pytest_runtest_logfinish(report.nodeid)
-    assert resume_plugin.read_log(tmp_path / "log") == {report.nodeid: "fault"}
-
-
-ANCESTOR = """
-import os, sys, threading
-from pathlib import Path
-import children
-code = "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', sys.argv[1]])"
-sleeper = "import time, os; open(%r, 'w').write(str(os.getpid())); time.sleep(600)"
-children.run([sys.executable, "-S", "-c", code, sleeper], Path(%r), 600, dict(os.environ), Path("/"))
-"""
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_children_and_theirs_end_with_the_one_that_started_them(how: int, tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    (tmp_path / "ancestor.py").write_text(ANCESTOR % (str(pid), str(tmp_path / "log")))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
-    ancestor = subprocess.Popen([sys.executable, "-S", str(tmp_path / "ancestor.py")], env=environment)
-    try:
-        wait_for(lambda: pid.exists() and pid.read_text() != "")
-        sleeper = int(pid.read_text())
-        assert Path(f"/proc/{sleeper}").exists()
-    finally:
-        ancestor.send_signal(how)
-        ancestor.wait()
-    wait_for(lambda: not Path(f"/proc/{sleeper}").exists())
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def test_the_bundle_is_whole_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_gpu, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(run_gpu.Bundle, "EVERY", 0.01)
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    (tmp_path / "logs").mkdir()
-    with run_gpu.Bundle(tmp_path / "results"):
-        for i in range(20):
-            (tmp_path / "logs" / "part.log").write_text(f"{i}\n" * 1000)
-            with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as bundle:
-                bundle.getmembers()
-            time.sleep(0.01)
-        (tmp_path / "results").mkdir()
-        (tmp_path / "results" / "op.json").write_text("{}")
-    with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as bundle:
-        assert {member.name for member in bundle.getmembers()} == {"logs/part.log", "results/op.json"}
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu.tar.gz"]
 
 
 def row(case: str, contender: str, ms: float, direction: str = "forward", **more: object) -> dict:
