@@ -36,6 +36,7 @@ from d2it.evaluation.metrics import Gaussian
 from d2it.models import DiT, DynamicContentTransformer, DynamicVAE
 from d2it.models.layers import Block
 from d2it.models.repa import check_block
+from d2it.npz import save_arrays
 from d2it.training.learner import Learner
 from d2it.training.transformers import ContentStage, LatentData
 
@@ -134,6 +135,7 @@ def test_what_is_killed_goes_on_to_the_same_bits(trained, packs, tmp_path, monke
     kill["left"] = 0
     assert quality_bench.main(words(packs, tmp_path / "killed", "--only", "fine-70")) == 0
     assert result(tmp_path / "killed", "fine-70") == result(tmp_path / "whole", "fine-70")
+    assert [point["step"] for point in result(tmp_path / "whole", "fine-70")["scores"]["curve"]] == [steps]
 
 
 def test_a_missing_pack_or_class_is_one_line(packs, world, tmp_path, monkeypatch, capsys):
@@ -235,6 +237,14 @@ def test_maps_of_the_samples(trained):
             assert labels.tolist() == [0, 1] * 10
     finally:
         type(network).forward = forward
+    kept = bench.vae_folder(variant) / "maps-0.npz"
+    kept.unlink()
+    assert torch.equal(scorer.predicted_maps(variant, 0), counts["predicted"])  # drawn again, they are the same
+    with np.load(kept) as file:
+        save_arrays(kept, {"maps": 1 - file["maps"]})
+    assert torch.equal(scorer.predicted_maps(VARIANTS["d2it"], 0), 1 - counts["predicted"])  # of any variant on the VAE
+    assert torch.equal(scorer.predicted_maps(variant, 1), counts["predicted"])  # of this seed; two steps teach one map
+    kept.unlink()
     held_out = scorer.images(20)
     cache = LatentCache(bench.vae_folder(variant) / "held_out")
     assert torch.equal(counts["true"], cache.fetch(range(20))["grain_map"])

@@ -226,7 +226,7 @@ def _convergence(results: Results) -> list[str]:
     lines = [
         "### Convergence (Fig. 6)",
         "",
-        "At quarters of the training, by one seed of sampling:",
+        "At equal parts of the training, by one seed of sampling:",
         "",
         *lines,
         "",

@@ -30,6 +30,7 @@ from d2it.evaluation.reconstruction import evaluate_reconstruction
 from d2it.files import read_json
 from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE
 from d2it.models.base import saved_kind
+from d2it.npz import save_arrays
 from d2it.seeds import seed_of
 from quality.stages import Bench, Plan, evenly, seconds_at, write_json
 from quality.tiers import Variant
@@ -201,8 +202,7 @@ class Scorer:
         vae = DynamicVAE.from_pretrained(folder / "vae").to(self.device)
         held_out = LatentCache(folder / "held_out")
         grained = isinstance(network, DynamicContentTransformer)
-        if grained and maps == "predicted":
-            grain = DynamicGrainTransformer.from_pretrained(folder / "grain_transformer").to(self.device).eval()
+        predicted = self.predicted_maps(variant, seed) if grained and maps == "predicted" else None
         shares = held_out.shares()
         found, all_labels = [], []
         for start in range(0, tier.samples, BATCH):
@@ -216,11 +216,8 @@ class Scorer:
             elif grained and maps == "random":
                 generators = [torch.Generator().manual_seed(each) for each in seeds]
                 chosen = random_grain_map(held_out.grid, shares, held_out.num_grains, generator=generators)
-            elif grained:
-                of_maps = [seed_of("quality", "map", seed, i) for i in numbers]
-                chosen = sample_grain_maps(
-                    grain, labels, seeds=of_maps, scheduler=tier.scheduler, steps=tier.steps, autocast=self._autocast
-                )
+            elif predicted is not None:
+                chosen = predicted[start : start + BATCH]
             chosen = chosen.to(self.device)
             latents = sample_content(
                 network,
@@ -234,6 +231,26 @@ class Scorer:
             found.append(pictures.to_uint8(vae.decode(latents / vae.scaling_factor, chosen)).cpu())
             all_labels.append(labels.cpu())
         return torch.cat(found), torch.cat(all_labels)
+
+    @torch.no_grad()
+    def predicted_maps(self, variant: Variant, seed: int) -> Tensor:
+        """The maps (samples, h, w) int64 of one seed's samples by the VAE's Grain Transformer, for the labels of the
+        held-out images in turn: all variants on one VAE have the same ones, kept in a file."""
+        tier, folder = self.tier, self.bench.vae_folder(variant)
+        path = folder / f"maps-{seed}.npz"
+        if not path.exists():
+            held_out = LatentCache(folder / "held_out")
+            grain = DynamicGrainTransformer.from_pretrained(folder / "grain_transformer").to(self.device).eval()
+            found = []
+            for start in range(0, tier.samples, BATCH):
+                numbers = range(start, min(start + BATCH, tier.samples))
+                labels = held_out.fetch([i % len(held_out) for i in numbers])["label"].to(self.device)
+                seeds = [seed_of("quality", "map", seed, i) for i in numbers]
+                given: Any = {"scheduler": tier.scheduler, "steps": tier.steps, "autocast": self._autocast}
+                found.append(sample_grain_maps(grain, labels, seeds=seeds, **given).cpu())
+            save_arrays(path, {"maps": torch.cat(found).numpy()})
+        with np.load(path, allow_pickle=False) as kept:
+            return torch.from_numpy(kept["maps"])
 
     @property
     def _autocast(self) -> torch.dtype | None:
@@ -251,7 +268,7 @@ class Scorer:
         tier, folder = self.tier, self.bench.folder(name) / "scores"
         every = plan.steps // tier.checkpoints
         curve = []
-        for step in range(every, plan.steps + 1, every if variant.core else plan.steps - every):
+        for step in range(every if variant.core else plan.steps, plan.steps + 1, every):
             weights = self.bench.average(name, step)
             last = step == plan.steps
             errors = [

@@ -4,6 +4,7 @@
 <work>/data/train.npz held_out.npz      the classes of the tier, cut out of the packs
 <work>/vaes/<vae>/                      a run of the stages dvae, cache and grain
 <work>/vaes/<vae>/held_out/             latents of the held-out images
+<work>/vaes/<vae>/maps-<seed>.npz       grain maps of the samples, the same for all variants on the VAE
 <work>/variants/<variant>/              a run of the stage content
 """
 

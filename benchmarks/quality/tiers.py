@@ -31,7 +31,7 @@ class Tier:
         extractor: of the scores.
         side: pixels of the extractor's images; None is its own.
         checkpoints: parts of the training, after each of which the curve of a core variant has a point; that of another
-            one has the first and the last.
+            one has the last alone.
     """
 
     name: str
@@ -93,12 +93,9 @@ VARIANTS: dict[str, Variant] = {
     "d2it": Variant("D2iT as the paper has it", maps=("predicted", "true", "random"), core=True),
     "d2it-v": Variant("the same, predicting v", diffusion={"prediction": "v"}, core=True),
     "dit": Variant("DiT of the same width and depth, on a VAE of fine codes alone", vae="fine", refine=None, core=True),
-    "d2it-3": Variant("the same with three grains", vae="three", core=True),
     "dit-v": Variant("DiT predicting v", vae="fine", refine=None, diffusion={"prediction": "v"}, core=True),
+    "d2it-3": Variant("three grains: about as many codes on a quarter of the trunk's tokens", vae="three", core=True),
     "d2it-seed1": Variant("D2iT from another seed", seed=1, repeats="d2it"),
-    "d2it-v-seed1": Variant(
-        "D2iT predicting v, from another seed", diffusion={"prediction": "v"}, seed=1, repeats="d2it-v"
-    ),
     "routing": Variant(
         "grained noise and the grain embedding, without RefineNet, every cell weighing 1 in the loss",
         refine=0,
@@ -107,20 +104,14 @@ VARIANTS: dict[str, Variant] = {
     "refine-0": Variant("the same with the loss weighed by codes (Eq. 11)", refine=0),
     "refine-2": Variant("two of the blocks in RefineNet", refine=2),
     "refine-4": Variant("four of the blocks in RefineNet", refine=4),
+    "added-1": Variant("a block of RefineNet on top of the trunk's", added=1),
+    "added-2": Variant("two blocks of RefineNet on top of the trunk's", refine=2, added=2),
     "fine-0": Variant("D2iT's trunk on a VAE of coarse codes alone", vae="coarse", refine=None),
     "fine-30": Variant("D2iT at 30 % fine regions", share=0.3),
     "fine-70": Variant("D2iT at 70 % fine regions", share=0.7),
-    "d2it-x0": Variant("predicting x_0, the loss in v", diffusion={"prediction": "sample", "weighting": "v"}),
-    "d2it-flow": Variant(
-        "the linear path, predicting the velocity", diffusion={"path": "linear", "prediction": "velocity"}
+    "d2it-v-seed1": Variant(
+        "D2iT predicting v, from another seed", diffusion={"prediction": "v"}, seed=1, repeats="d2it-v"
     ),
-    "repa": Variant(
-        "D2iT with REPA: half-way up, the trunk follows EfficientNet-Lite2, which does not judge",
-        content={"repa": {"teacher": "efficientnet-lite2", "block": 3, "weight": 0.5, "hidden": 256}},
-    ),
-    "added-1": Variant("a block of RefineNet on top of the trunk's", added=1),
-    "added-2": Variant("two blocks of RefineNet on top of the trunk's", refine=2, added=2),
-    "until-60": Variant("refining the cleaner 60 % of the timesteps alone", overrides={"refine_until": 0.6}),
     "dit-v-seed1": Variant(
         "DiT predicting v, from another seed",
         vae="fine",
@@ -129,6 +120,15 @@ VARIANTS: dict[str, Variant] = {
         seed=1,
         repeats="dit-v",
     ),
+    "repa": Variant(
+        "D2iT with REPA: half-way up, the trunk follows EfficientNet-Lite2, which does not judge",
+        content={"repa": {"teacher": "efficientnet-lite2", "block": 3, "weight": 0.5, "hidden": 256}},
+    ),
+    "d2it-flow": Variant(
+        "the linear path, predicting the velocity", diffusion={"path": "linear", "prediction": "velocity"}
+    ),
+    "d2it-x0": Variant("predicting x_0, the loss in v", diffusion={"prediction": "sample", "weighting": "v"}),
+    "until-60": Variant("refining the cleaner 60 % of the timesteps alone", overrides={"refine_until": 0.6}),
 }
 
 CPU = Tier(
@@ -136,28 +136,28 @@ CPU = Tier(
     image_size=32,
     classes=("church", "golf ball", "parachute"),
     vaes={
-        "two": {"downsampling": [4, 8], "encoder_mult": [1, 2, 2, 2], "decoder_mult": [1, 2, 2]},
-        "three": {"downsampling": [2, 4, 8], "encoder_mult": [1, 2, 2, 2], "decoder_mult": [1, 2]},
-        "fine": {"downsampling": [4], "encoder_mult": [1, 2, 2], "decoder_mult": [1, 2, 2]},
-        "coarse": {"downsampling": [8], "encoder_mult": [1, 2, 2, 2], "decoder_mult": [1, 2, 2, 2]},
+        "two": {"downsampling": [4, 8], "encoder_mult": [1, 2, 4, 8], "decoder_mult": [1, 2, 4]},
+        "three": {"downsampling": [4, 8, 16], "encoder_mult": [1, 2, 4, 8, 8], "decoder_mult": [1, 2, 4]},
+        "fine": {"downsampling": [4], "encoder_mult": [1, 2, 4], "decoder_mult": [1, 2, 4]},
+        "coarse": {"downsampling": [8], "encoder_mult": [1, 2, 4, 8], "decoder_mult": [1, 2, 4, 8]},
     },
-    shares={"two": (0.5,), "three": (0.5, 0.25), "fine": (), "coarse": ()},
+    shares={"two": (0.5,), "three": (0.75, 0.5), "fine": (), "coarse": ()},
     vae={
         "preset": "tiny",
-        "overrides": {"channels": 16, "latent_channels": 8, "num_bins": 256},
-        "steps": 400,
+        "overrides": {"channels": 8, "latent_channels": 16, "num_bins": 256},
+        "steps": 1000,
         "batch_size": 16,
-        "lr": 2e-3,
+        "lr": 3e-3,
         "betas": [0.9, 0.99],
         "warmup": 20,
         "schedule": "cosine",
         "ema": 0.98,
-        "loss": {"disc_start": None, "features": "efficientnet-lite2"},
+        "loss": {"disc_start": None, "features": "efficientnet-lite2", "features_weight": 1.0},
     },
     grain={
         "preset": "tiny",
         "steps": 300,
-        "batch_size": 64,
+        "batch_size": 32,
         "lr": 1e-3,
         "betas": [0.9, 0.99],
         "warmup": 20,
@@ -173,11 +173,12 @@ CPU = Tier(
         "warmup": 50,
     },
     depth=6,
-    budget=1.2e12,
+    budget=8e11,
     samples=256,
     steps=10,
     side=96,
-    errors=192,
+    errors=128,
+    checkpoints=5,
 )
 
 GPU = Tier(
@@ -190,7 +191,7 @@ GPU = Tier(
         "fine": {"downsampling": [8], "encoder_mult": [1, 1, 2, 2], "decoder_mult": [1, 1, 2, 2]},
         "coarse": {"downsampling": [16], "encoder_mult": [1, 1, 2, 2, 4], "decoder_mult": [1, 1, 2, 2, 4]},
     },
-    shares={"two": (0.5,), "three": (0.5, 0.25), "fine": (), "coarse": ()},
+    shares={"two": (0.5,), "three": (0.75, 0.5), "fine": (), "coarse": ()},
     vae={
         "preset": "tiny",
         "overrides": {"channels": 32, "latent_channels": 8, "num_bins": 256},
