@@ -395,7 +395,7 @@ def test_the_report_says_what_the_files_hold(tmp_path):
     folder = tmp_path / "cpu"
     folder.mkdir()
     made = {"dit-v": scored(0.5, 120), "d2it-v": scored(0.4, 100), "fine-30": scored(0.4, 105)}
-    made["d2it"] = scored(0.4, 100, true=99, random=150)
+    made |= {"d2it": scored(0.4, 100, true=99, random=150), "dit": scored(0.5, 120)}
     made["dit-v"]["settings"] = {"vae": "fine", "refine": None}
     for name, content in made.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -409,6 +409,7 @@ def test_the_report_says_what_the_files_hold(tmp_path):
     assert "**not measured**" in next(line for line in text.splitlines() if "RefineNet adds" in line)
     assert "**no difference seen**" in next(line for line in text.splitlines() if "predicted maps" in line)
     assert "after 100% of its" in text
+    assert "| 100% | 100.0, 100; 8, 2 s | 100.0, 100; 8, 2 s | 120.0, 120; 8, 2 s |" in text
     (folder / "fine-30.json").write_text(json.dumps(made["fine-30"] | {"tier_digest": "another"}))
     with pytest.raises(ValueError, match="dit-v and fine-30 were measured with different settings"):
         report.document(tmp_path)

@@ -220,7 +220,8 @@ def _convergence(results: Results) -> list[str]:
         result = results[name]
         passed = result["seconds"]["training"] or [None] * len(result["scores"]["curve"])
         for point, seconds in zip(result["scores"]["curve"], passed):
-            cell = f"{point['fd']:.1f}, {point['kd']:.0f}" + ("" if seconds is None else f", {seconds:.0f} s")
+            cell = f"{point['fd']:.1f}, {point['kd']:.0f}; {point['images']:,}"
+            cell += "" if seconds is None else f", {seconds:.0f} s"
             reached_at[name][f"{point['step'] / result['steps']:.0%}"] = cell
     shares = sorted({share for cells in reached_at.values() for share in cells}, key=lambda share: int(share[:-1]))
     lines = [
@@ -230,7 +231,7 @@ def _convergence(results: Results) -> list[str]:
         "",
         *lines,
         "",
-        "| share of the budget | " + " | ".join(f"`{name}` FD, KD, s" for name in names) + " |",
+        "| share of the budget | " + " | ".join(f"`{name}` FD, KD; images, s" for name in names) + " |",
         "|---|" + "---|" * len(names),
     ]
     lines += [f"| {share} | {' | '.join(reached_at[name].get(share, '') for name in names)} |" for share in shares]
@@ -265,29 +266,31 @@ def plot(folder: Path, results: Results) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for name in CURVES:
-        if name not in results:
-            continue
-        curve, seconds = results[name]["scores"]["curve"], results[name]["seconds"]["training"]
-        macs = [point["macs"] / 1e12 for point in curve]
-        line = axes[0].plot(macs, [point["fd"] for point in curve], "o-", label=name)
-        color = line[0].get_color()
-        axes[1].plot(macs, [point["kd"] for point in curve], "o-", color=color)
-        if seconds:
-            axes[2].plot(seconds, [point["fd"] for point in curve], "o-", color=color)
-        rebuilt = results[name]["scores"]["rebuilt"]
-        for axis, key in zip(axes, ("fd", "kd", "fd")):
-            axis.axhline(rebuilt[key], color=color, linewidth=0.8, linestyle=":")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    axes = axes.flatten()
     floor = next(iter(results.values()))["floor"]
-    for axis, x, key in zip(
-        axes, ("10¹² multiply-accumulates", "10¹² multiply-accumulates", "seconds"), ("fd", "kd", "fd")
-    ):
-        axis.axhline(floor[key]["mean"], color="black", linewidth=0.8, linestyle="--", label="real images")
-        axis.set(xlabel=f"{x} of training", ylabel="FD" if key == "fd" else "KD × 1,000")
+    panels = (
+        ("thousand images of training", "images", 1e3, "fd"),
+        ("thousand images of training", "images", 1e3, "kd"),
+        ("10¹² multiply-accumulates of training", "macs", 1e12, "fd"),
+        ("seconds of training", "seconds", 1.0, "fd"),
+    )
+    for axis, (title, key, unit, measure) in zip(axes, panels):
+        for number, name in enumerate(CURVES):
+            if name not in results:
+                continue
+            curve, seconds = results[name]["scores"]["curve"], results[name]["seconds"]["training"]
+            if key == "seconds" and not seconds:
+                continue
+            x = seconds if key == "seconds" else [point[key] / unit for point in curve]
+            axis.plot(x, [point[measure] for point in curve], "o-", color=f"C{number}", label=name)
+            rebuilt = results[name]["scores"]["rebuilt"][measure]
+            axis.axhline(rebuilt, color=f"C{number}", linewidth=0.8, linestyle=":")
+        axis.axhline(floor[measure]["mean"], color="black", linewidth=0.8, linestyle="--", label="real images")
+        axis.set(xlabel=title, ylabel="FD" if measure == "fd" else "KD × 1,000")
         axis.grid(alpha=0.3)
     axes[0].plot([], [], color="gray", linewidth=0.8, linestyle=":", label="rebuilt by its VAE")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize="small")
     _save(figure, folder / "curves.png")
 
     if "d2it-v" in results:
@@ -305,7 +308,7 @@ def plot(folder: Path, results: Results) -> None:
             axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         _save(figure, folder / "levels.png")
 
-    shares = {"fine-0": 0, "fine-30": 30, "d2it-v": 50, "fine-70": 70, "dit-v": 100}
+    shares = {"fine-0": 0, "fine-30": 30, "d2it": 50, "fine-70": 70, "dit": 100}
     found = {share: results[name] for name, share in shares.items() if name in results}
     if len(found) > 2:
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
