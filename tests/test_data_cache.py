@@ -1,6 +1,5 @@
-"""The latent cache: whole or absent, the same for any number of ranks, and refused over one changed bit."""
+"""The latent cache: whole or absent, the same for any number of ranks, and of one source, one encoder, one setting."""
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -9,71 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from d2it import ops
-from d2it.data import ImageSource, LatentCache, Loader, build_cache, finish_cache, verify_cache
-from d2it.data.decode import Unreadable
+from d2it.data import LatentCache, Loader, build_cache, finish_cache
 from d2it.errors import UserError
-from d2it.files import sha256_of, write_sealed
-
-FACTS = {"vae_sha256": "ab12", "thresholds": [4.04], "downsampling": (8, 16), "scaling_factor": 0.9}
-
-
-class Tiles(ImageSource):
-    """Random 32 x 32 pictures, every one its own."""
-
-    def __init__(self, count=50, bad=()):
-        super().__init__(32)
-        self.count, self.bad = count, set(bad)
-        self.labels = np.arange(count) % 5
-        self.num_classes = 5
-        self.classes = list("abcde")
-        self.description = f"{count} tiles"
-
-    def __len__(self):
-        return self.count
-
-    def name(self, index):
-        return f"tile{index}"
-
-    def picture(self, index):
-        if index in self.bad:
-            raise Unreadable("broken on purpose")
-        return Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-
-
-def encode(images):
-    """A stand-in for the VAE that a mirror image does not commute with."""
-    assert images.dtype == torch.uint8
-    x = (images.float() / 127.5 - 1) * torch.linspace(0, 1, 32)
-    coarse, fine = (torch.nn.functional.avg_pool2d(x, side) for side in (16, 8))
-    found = {"mean.0": coarse, "std.0": coarse.abs() / 3, "mean.1": fine, "std.1": fine.abs() / 3}
-    return found | {"entropy": 4.04 + fine[:, 0, ::2, ::2]}
-
-
-def latents(encoded, thresholds):
-    """mean, std (B, 3, 4, 4) and grain_map (B, 2, 2) of what `encode` returned."""
-    grains = ops.reference.grain_map(encoded["entropy"], torch.as_tensor(thresholds))
-    pairs = ([encoded[f"{name}.{g}"].half().float() for g in range(2)] for name in ("mean", "std"))
-    mean, std = (ops.reference.neighbor_copy(pair, grains) for pair in pairs)
-    return mean, std, grains
-
-
-def make(folder, source=None, **options):
-    source = source or Tiles()
-    world_size = options.pop("world_size", 1)
-    for rank in reversed(range(world_size)):
-        build_cache(
-            folder, source, encode, **{"facts": FACTS, "batch_size": 4, "unit_size": 15, **options},
-            rank=rank, world_size=world_size,
-        )  # fmt: skip
-    finish_cache(folder)
-    return LatentCache(folder)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from tests.tiles import FACTS, Tiles, contents, encode, latents, make
 
 
 @pytest.mark.parametrize(("sides", "expected"), [((16, 32), 43_024), ((8, 16, 32), 43_536)])
@@ -242,194 +180,6 @@ def test_a_cache_survives_the_trip_to_a_spawned_worker(tmp_path):
     assert torch.equal(pickle.loads(data).fetch([7])["mean"], cache.fetch([7])["mean"])
 
 
-# Maps of other shares
-
-
-def test_shares_are_drawn_for_each_image_of_a_stream(tmp_path):
-    make(tmp_path)
-    cache = LatentCache(tmp_path, shares=the_whole_range, extras=("entropy",))
-    whole = Loader(cache, 16, seed=4)
-    batches = [next(whole) for _ in range(40)]
-    entropies = torch.cat([encode(image)["entropy"].flatten() for image in everything()])
-    shares = []
-    for batch in batches:
-        grains, entropy = batch["grain_map"].bool(), batch["entropy"]
-        for image in range(16):
-            # A map is one threshold of the entropies, a quantile of the whole cache.
-            fine, coarse = entropy[image][grains[image]], entropy[image][~grains[image]]
-            assert not len(fine) or not len(coarse) or fine.min() > coarse.max()
-            if len(fine) and len(coarse):
-                shares.append([(entropies > limit).float().mean().item() for limit in (fine.min(), coarse.max())])
-    assert min(low for low, _ in shares) < 0.15
-    assert max(high for _, high in shares) > 0.85
-    mean = torch.cat([batch["grain_map"] for batch in batches]).float().mean().item()
-    assert abs(mean - 0.5) < 0.05
-    with Loader(cache, 8, seed=4, rank=1, world_size=2, start=32, workers=1) as loader:
-        for batch in batches[2:6]:  # the second half of each, whoever reads it
-            resumed = next(loader)
-            assert all(torch.equal(value, batch[key][8:]) for key, value in resumed.items())
-
-
-def the_whole_range(uniform):
-    return [uniform]
-
-
-def everything():
-    images = torch.stack([Tiles()[i]["image"] for i in range(50)])
-    return images, images.flip(3)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_a_fixed_share_is_the_map_of_that_quantile(tmp_path, share):
-    make(tmp_path)
-    cache = LatentCache(tmp_path, shares=lambda uniform: [share])
-    grains = torch.cat([next(Loader(cache, 100, seed=s))["grain_map"] for s in range(3)])
-    assert grains.float().mean().item() == pytest.approx(share, abs=0.06)
-    (limit,) = cache.quantiles([share])
-    wanted = torch.cat([encode(images)["entropy"] for images in everything()])
-    assert (wanted > limit).float().mean().item() == pytest.approx(share, abs=0.003)
-    assert cache.shares_above([limit]) == pytest.approx([share], abs=0.003)
-    # Out of a stream, without draws, the map is that of the facts' thresholds.
-    assert torch.equal(cache.fetch(range(50))["grain_map"], LatentCache(tmp_path).fetch(range(50))["grain_map"])
-
-
-def test_a_share_at_the_thresholds_gives_the_same_bits(tmp_path):
-    cache = make(tmp_path)
-    point = LatentCache(tmp_path, shares=Point(cache.shares()))
-    for one, other in zip(Loader(cache, 24, seed=3), [next(Loader(point, 24, seed=3))]):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-class Point:
-    def __init__(self, shares):
-        self.shares = shares
-
-    def __call__(self, uniform):
-        return self.shares
-
-
-def test_further_arrays_are_kept_by_name(tmp_path):
-    def more(images):
-        return encode(images) | {"features": images[:, :, ::16, ::16].to(torch.bfloat16), "seen": images[:, 0, :2, 0]}
-
-    build_cache(tmp_path, Tiles(), more, facts=FACTS, unit_size=15)
-    finish_cache(tmp_path)
-    assert LatentCache(tmp_path).fetch([1]).keys() == {"mean", "std", "grain_map", "label", "index"}
-    batch = LatentCache(tmp_path, extras=("features", "seen")).fetch([17, 3])
-    images = torch.stack([Tiles()[i]["image"] for i in (17, 3)])
-    assert torch.equal(batch["features"], images[:, :, ::16, ::16].to(torch.bfloat16))
-    assert torch.equal(batch["seen"], images[:, 0, :2, 0])
-    with pytest.raises(UserError, match="it has no teacher"):
-        LatentCache(tmp_path, extras=("teacher",))
-
-
-def older(folder):
-    """Turns a cache into one of version 1: the latents of one map."""
-    index = json.loads((folder / "index.json").read_text())
-    for unit in index["units"]:
-        path = folder / unit["file"]
-        tensors = load_file(path)
-        views = [latents({k: v[:, f] for k, v in tensors.items() if v.ndim > 1}, [4.04]) for f in range(2)]
-        mean, std, grains = (torch.stack(parts, 1) for parts in zip(*views))
-        old = {"mean": mean.half(), "std": std.half(), "grain_map": grains.to(torch.uint8)}
-        save_file(old | {key: tensors[key] for key in ("label", "index")}, path)
-        unit |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    del index["entropies"], index["resolution"], index["plan"]["version"]
-    (folder / "index.json").write_text(json.dumps(index | {"version": 1}))
-
-
-def test_a_cache_of_version_1_is_read_with_its_own_map(tmp_path):
-    new = make(tmp_path / "new")
-    make(tmp_path / "old")
-    older(tmp_path / "old")
-    old = LatentCache(tmp_path / "old")
-    assert (old.fixed, new.fixed) == (True, False)
-    assert (old.latent_shape, old.grid, old.num_grains) == (new.latent_shape, new.grid, new.num_grains)
-    assert old.shares() == new.shares()
-    for one, other in zip(Loader(old, 24, seed=3), [next(Loader(new, 24, seed=3))]):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    for settings in ({"shares": the_whole_range}, {"extras": ("entropy",)}):
-        with pytest.raises(UserError, match=r"earlier version, whose grain maps are fixed.*run the cache stage again"):
-            LatentCache(tmp_path / "old", **settings)
-    before = contents(tmp_path / "old")
-    build_cache(tmp_path / "old", Tiles(), encode, facts=FACTS, unit_size=15)  # finished, so nothing is added
-    assert contents(tmp_path / "old") == before
-
-
-# Damage
-
-
-def seal(folder, index):
-    """Writes an index as `finish_cache` does."""
-    write_sealed(folder / "index.json", {key: value for key, value in index.items() if key != "sha256"})
-
-
-@pytest.mark.parametrize("trial", range(12))
-def test_one_changed_bit_anywhere_is_refused(tmp_path, trial):
-    make(tmp_path)
-    draw = np.random.default_rng(trial)
-    path = tmp_path / f"unit-{draw.integers(4):05d}.safetensors"
-    data = bytearray(path.read_bytes())
-    # Half of the trials in the header, where the format itself would notice some.
-    data[draw.integers(len(data)) if trial % 2 else draw.integers(400)] ^= 1 << draw.integers(8)
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path.name} is damaged"):
-        LatentCache(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"num_classes": 5', '"num_classes": 6'),
-        ("4.04", "4.14"),
-        ('"unit-00002.safetensors"', '"unit-00003.safetensors"'),
-    ],
-)
-def test_an_edited_index_is_refused(tmp_path, old, new):
-    make(tmp_path)
-    text = (tmp_path / "index.json").read_text()
-    assert old in text
-    (tmp_path / "index.json").write_text(text.replace(old, new))
-    with pytest.raises(UserError, match=r"index\.json has changed since it was saved"):
-        LatentCache(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("mean.0", float("nan"), "mean.0 has values that are not finite"),
-        ("std.1", float("inf"), "std.1 has values that are not finite"),
-        ("entropy", float("-inf"), "entropy has values that are not finite"),
-        ("label", -2, r"labels -2 \.\.\."),
-        ("label", 5, r"labels .* 5 of 5 classes"),
-    ],
-)
-def test_values_that_no_build_writes_are_refused(tmp_path, name, value, message):
-    """By whoever wrote the cache: the hashes are as they should be."""
-    make(tmp_path)
-    path = tmp_path / "unit-00001.safetensors"
-    tensors = load_file(path)
-    tensors[name].view(-1)[3] = value
-    save_file(tensors, path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    changed = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-    units = [unit | changed if unit["file"] == path.name else unit for unit in index["units"]]
-    seal(tmp_path, index | {"units": units})
-    with pytest.raises(UserError, match=message):
-        LatentCache(tmp_path)
-
-
-def test_grains_beyond_the_thresholds_are_refused(tmp_path):
-    make(tmp_path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    index["plan"]["facts"]["thresholds"] = index["plan"]["facts"]["thresholds"][:-1]
-    seal(tmp_path, index)
-    with pytest.raises(UserError, match=r"it has mean\.\d, for \d grains"):
-        LatentCache(tmp_path)
-
-
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_lost_file_of_an_unfinished_cache_is_encoded_again(tmp_path, damage):
     whole = make(tmp_path / "whole")
@@ -453,51 +203,6 @@ def test_an_encoder_that_leaves_something_out_is_refused_at_its_first_batch(tmp_
         build_cache(tmp_path, Tiles(), less, facts=FACTS)
 
 
-def test_a_truncated_or_missing_file_is_refused_without_hashing(tmp_path):
-    make(tmp_path)
-    path = tmp_path / "unit-00002.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[:-1])
-    with pytest.raises(UserError, match=r"unit-00002.safetensors is damaged: [\d,]+ bytes"):
-        LatentCache(tmp_path, verify=False)
-    path.unlink()
-    with pytest.raises(UserError, match=r"unit-00002.safetensors: No such file"):
-        LatentCache(tmp_path, verify=False)
-
-
-def test_a_header_that_disagrees_with_the_index_is_refused_without_hashing(tmp_path):
-    make(tmp_path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    fewer = [{**index["units"][0], "images": 14}, {**index["units"][1], "images": 16}, *index["units"][2:]]
-    for spoiled in (index | {"plan": index["plan"] | {"flips": False}}, index | {"units": fewer}):
-        seal(tmp_path, spoiled)
-        with pytest.raises(UserError, match="is damaged"):
-            LatentCache(tmp_path, verify=False)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda index: index | {"format": "other"},
-        lambda index: index | {"version": 3},
-        lambda index: {key: value for key, value in index.items() if key != "plan"},
-        lambda index: index | {"units": index["units"][1:]},
-        lambda index: index | {"units": []},
-        lambda index: index | {"units": [{**index["units"][0], "file": "../../etc/passwd"}]},
-        lambda index: index | {"units": [{**index["units"][0], "file": "/etc/passwd"}]},
-        lambda index: index | {"units": 7},
-        lambda index: index | {"plan": index["plan"] | {"flips": "yes"}},
-        lambda index: index | {"more": 1},
-    ],
-)
-def test_a_damaged_index_is_refused(tmp_path, spoil):
-    make(tmp_path)
-    seal(tmp_path, spoil(json.loads((tmp_path / "index.json").read_text())))
-    with pytest.raises(UserError, match=r"index\.json") as caught:
-        LatentCache(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
 def test_no_cache_and_no_permission(tmp_path):
     with pytest.raises(UserError, match="no latent cache here"):
         LatentCache(tmp_path / "absent")
@@ -518,18 +223,6 @@ def test_a_failed_write_leaves_no_file_behind(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_verify_command(tmp_path, capsys):
-    make(tmp_path)
-    verify_cache.main([str(tmp_path)])
-    shown = capsys.readouterr().out
-    assert "50 images cached, 0 unreadable" in shown
-    assert "vae_sha256: ab12" in shown
-    path = tmp_path / "unit-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    with pytest.raises(UserError, match=r"unit-00001\.safetensors is damaged"):
-        verify_cache.main([str(tmp_path)])
-
-
 def test_labels_are_held_against_the_number_of_classes(tmp_path):
     cache = make(tmp_path / "labelled")
     cache.require_classes(5)
@@ -542,9 +235,6 @@ def test_labels_are_held_against_the_number_of_classes(tmp_path):
     tiles.labels, tiles.num_classes, tiles.classes = None, 0, None
     with pytest.raises(UserError, match="num_classes=5 needs labels"):
         make(tmp_path / "unlabelled", tiles).require_classes(5)
-
-
-# Other data of the same number and names
 
 
 class Others(Tiles):
@@ -581,77 +271,3 @@ def test_a_cache_has_a_fingerprint_of_its_content(tmp_path):
     one, two = make(tmp_path / "a"), make(tmp_path / "b")
     assert one.fingerprint() == two.fingerprint() == LatentCache(tmp_path / "a").fingerprint()
     assert one.fingerprint() != make(tmp_path / "c", Others("pixels")).fingerprint()
-
-
-def unit(**change):
-    return lambda index: index | {"units": [{**index["units"][0], **change}, *index["units"][1:]]}
-
-
-def without(*keys):
-    return lambda index: (
-        index | {"units": [{k: v for k, v in index["units"][0].items() if k not in keys}, *index["units"][1:]]}
-    )
-
-
-def plan(**change):
-    return lambda index: index | {"plan": index["plan"] | change}
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        without("sha256"),
-        unit(sha256=""),
-        unit(sha256=None),
-        unit(sha256="0" * 63),
-        unit(sha256="z" * 64),
-        unit(images=15.0),
-        unit(images=-15),
-        unit(images=True),
-        unit(images=10**30),
-        unit(bytes="1"),
-        unit(file=5),
-        unit(file=["unit-00000.safetensors"]),
-        plan(image_size=[32, 32.5]),
-        plan(image_size=[32, 0]),
-        plan(image_size=32),
-        plan(num_classes="5"),
-        plan(num_classes=-1),
-        plan(classes="abcde"),
-        plan(classes=[1, 2, 3, 4, 5]),
-        plan(classes=["a"]),
-        plan(flips=1),
-        plan(facts=[1]),
-        lambda index: index | {"skipped": 3},
-        lambda index: index | {"images": 50.0},
-        lambda index: index | {"plan": None},
-        lambda index: index | {"units": [None]},
-    ],
-)
-def test_an_index_of_other_types_or_without_hashes_is_one_line(tmp_path, spoil):
-    make(tmp_path)
-    seal(tmp_path, spoil(json.loads((tmp_path / "index.json").read_text())))
-    with pytest.raises(UserError, match=r"index\.json is damaged") as caught:
-        LatentCache(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{", b'{"plan": 1}', b'{"plan": {"units": 4}, "file": "x"}', b"\xff", b"[" * 9**5]
-)
-def test_a_damaged_record_of_an_unfinished_cache_is_one_line(tmp_path, content):
-    build_cache(tmp_path, Tiles(), encode, facts=FACTS, unit_size=15)
-    (tmp_path / "unit-00000.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"unit-") as caught:
-        finish_cache(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.timeout(30)
-@pytest.mark.parametrize("name", ["index.json", "unit-00001.safetensors"])
-def test_a_fifo_in_a_cache_is_one_line_and_no_wait(tmp_path, name):
-    make(tmp_path)
-    (tmp_path / name).unlink()
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=name):
-        LatentCache(tmp_path)
