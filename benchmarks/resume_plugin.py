@@ -4,12 +4,14 @@
 
 The log gets a line as each test starts and ends. The same command again leaves out the tests in the log, those that
 ended and the one that did not. A failed test after which the device answers no more ends the process with exit status
-`FAULT`: what would follow in it could only fail.
+`FAULT`: what would follow in it could only fail. A test that imports a package that is not installed is skipped.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item.nodeid not in over]
+
+
+def _skip_where_absent() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package):  # a module of a package that is there
+            raise
+        pytest.skip(f"needs {package}, which is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    """Skips a test whose fixtures import a package that is not installed."""
+    return (yield from _skip_where_absent())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Skips a test that imports a package that is not installed."""
+    return (yield from _skip_where_absent())
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

@@ -127,12 +127,14 @@ def adaln_modulate_bwd_kernel(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: a block of rows, run by run, ROWS rows at a time.
 
     grad, grad_total, x, branch, gate and scale are `Rows`, sample an `Index` or None, runs `Runs`, with the sums for
     shift and for scale; dx and dbranch (rows, C) contiguous. With branch, x is the total that the forward stored, and
-    the runs have the sums for gate too; without, gate, grad_total and dbranch are None too.
+    the runs have the sums for gate too; without, gate, grad_total and dbranch are None too. EARLY: grad_total and
+    branch are asked for before the sums over a row, and wait in registers.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     i_block = tl.program_id(0)
@@ -158,7 +160,7 @@ def adaln_modulate_bwd_kernel(
             b_offset = b_mean * b_rstd
             b_total_grad = ()
             b_branch = ()
-            if branch is not None:  # asked for early
+            if branch is not None and EARLY:
                 for i in tl.static_range(CHUNKS):
                     b_total_grad = b_total_grad + (load_chunk(grad_total, o_row, i, C, CHUNK),)
                     b_branch = b_branch + (load_chunk(branch, o_row, i, C, CHUNK),)
@@ -189,8 +191,10 @@ def adaln_modulate_bwd_kernel(
             for i in tl.static_range(CHUNKS):
                 b_dx = b_dnormed[i] * b_rstd[:, None] + (b_x[i] * b_factor[:, None] + b_constant[:, None])
                 if branch is not None:
-                    b_dx += b_total_grad[i] * b_weight[:, None]
-                    b_gate_next = b_gate_next + (b_gate_sum[i] + b_dx * b_branch[i],)
+                    b_total_chunk = b_total_grad[i] if EARLY else load_chunk(grad_total, o_row, i, C, CHUNK)
+                    b_branch_chunk = b_branch[i] if EARLY else load_chunk(branch, o_row, i, C, CHUNK)
+                    b_dx += b_total_chunk * b_weight[:, None]
+                    b_gate_next = b_gate_next + (b_gate_sum[i] + b_dx * b_branch_chunk,)
                     b_dbranch = b_dx * load_chunk(gate, o_image, i, C, CHUNK)
                     store_chunk(dbranch, b_dbranch, o_row, m_row, i, C, CHUNK)
                 store_chunk(dx, b_dx, o_row, m_row, i, C, CHUNK)
@@ -358,6 +362,7 @@ def _backward(
             None if gate is None else rows_of(gate),
             rows_of(scale),
             index_of(sample),
+            EARLY=channels <= 4096,  # wider rows would spill
             **tile.constants(channels),
         )
 
@@ -368,8 +373,6 @@ def _compile_cases() -> Iterator[CompileCase]:
         stats = rows.new_empty((math.prod(rows.shape[:-1]), 2), dtype=torch.float32)
         yield f"{name}-modulate", partial(adaln_modulate_forward, rows, parameter, parameter, sample, 1e-6)
         yield f"{name}-modulate", partial(adaln_modulate_backward, rows, rows, stats, parameter, sample, 1e-6)
-        if rows.shape[-1] > 4096:
-            continue  # three sums of such a row spill
         forward = partial(gated_residual_modulate_forward, rows, rows, parameter, parameter, parameter, sample, 1e-6)
         yield f"{name}-gate-modulate", forward
         backward = partial(

@@ -167,8 +167,9 @@ def gpu_without_storage(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 def content_stage(device: torch.device) -> ContentStage:
-    settings = ["data.path=unused", "data.num_classes=10", "content.preset=tiny"]
-    chosen = config.load(None, [*settings, "content.batch_size=4", "content.clip=1"])
+    chosen = config.Config()  # not from text, which takes a package that the machine with the GPU may lack
+    chosen.data.path, chosen.data.num_classes = "unused", 10
+    chosen.content.preset, chosen.content.batch_size, chosen.content.clip = "tiny", 4, 1.0
     data = LatentData.of_vae(DynamicVAEConfig(), (64, 64), images=4)
     stage = ContentStage(chosen, chosen.content, World(0, 1, 1, device), data, None)
     assert len(stage.learners) == 1

@@ -77,6 +77,7 @@ def test_deadly(): os.kill(os.getpid(), signal.SIGKILL)
 def test_between(): assert False
 def test_aborts(): os.abort()
 def test_after(): pass
+def test_absent(): import no_such_package_anywhere.part
 """
 
 
@@ -84,11 +85,11 @@ def test_a_shard_goes_on_after_a_test_that_ends_its_process(tmp_path: Path, monk
     monkeypatch.setattr(parts, "LOGS", tmp_path / "logs")
     (tmp_path / "test_deadly.py").write_text(DEADLY)
     words = [*parts.PYTEST, "-p", "resume_plugin", "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
-    outcome = parts.run_shard("tests.deadly", words, 120.0, {})
+    outcome = parts.run_shard("tests.deadly", words, 600.0, {})
     assert outcome.state == "failed"
     states = resume_plugin.read_log(tmp_path / "logs" / "tests.deadly.tests")
-    names = ("before", "deadly", "between", "aborts", "after")
-    expected = dict(zip(names, ("end", "start", "failed", "start", "end")))
+    tests = ("before", "deadly", "between", "aborts", "after", "absent")
+    expected = dict(zip(tests, ("end", "start", "failed", "start", "end", "end")))
     assert states == {f"test_deadly.py::test_{name}": state for name, state in expected.items()}
     for name in ("deadly", "aborts"):
         assert f"took its process or the device with it: test_deadly.py::test_{name}" in outcome.tail

@@ -89,7 +89,7 @@ def run(part: str, words: list[str], limit: float, *, optional: bool = False, **
     suite = "pytest" in words
     passed = code == 0 or (code == 5 and suite)
     state = "stopped at its limit" if code is None else "passed" if passed else "failed"
-    absent = re.search(r"^(?:E +)?ModuleNotFoundError: No module named '(\w+)'$", tail[-1000:], re.MULTILINE)
+    absent = re.search(r"^(?:E +)?ModuleNotFoundError: No module named '(\w+)[\w.]*'$", tail[-1000:], re.MULTILINE)
     if code == (2 if suite else 1) and absent:
         state = f"skipped: needs {absent[1]}, which is not installed"
     return Outcome(part, state, time.monotonic() - start, tail, optional)

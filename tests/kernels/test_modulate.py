@@ -53,6 +53,7 @@ SOURCES = cuda_on_cpu.Sources({"modulate.cpp": {**NORMS, **GATES, **FUSED}})
 PLAN = {"B": 3, "L": 17, "C": 5, "order": "plan"}
 ANY = {"B": 3, "L": 9, "C": 5, "order": "any"}
 HALVES = {"B": 4, "L": 8, "C": 72, "order": "halves"}  # in order inside each block of rows, not from one to the next
+WIDE = {"B": 2, "L": 1, "C": 4100, "order": "plan"}  # its branch and the total's gradient are read late
 CORNERS = [
     {"B": 0, "L": 3, "C": 8, "order": "images"},
     {"B": 2, "L": 0, "C": 8, "order": "images"},
@@ -199,19 +200,22 @@ class TestGatedResidual(Modulation):
 
 class TestGatedResidualModulate(Modulation):
     op = "gated_residual_modulate"
+    corners = [*(shape for shape in CORNERS if shape["C"] != 1152), WIDE]
+    gpu_corners = [*GPU_CORNERS, {"B": 4, "L": 256, "C": 8192, "order": "images"}]
     gradients = ("x", "branch", "gate", "shift", "scale")
     cpp_mutations = "modulate.cpp", [name for name in FUSED if name != "total not rounded"]
     mutations = [
         Mutation("no gate", FILE, "b_chunk += load_chunk(gate, o_image, i, C, CHUNK) *", "b_chunk += 1.0 *"),
-        Mutation("gradient of the total", FILE, "b_dx += b_total_grad[i] *", "b_dx -= b_total_grad[i] *"),
-        Mutation("last row again in dgate", FILE, "b_total_grad[i] * b_weight[:, None]", "b_total_grad[i]"),
-        Mutation("x for the branch", FILE, "b_dx * b_branch[i],)", "b_dx * b_x[i],)"),
+        Mutation("gradient of the total", FILE, "b_dx += b_total_chunk *", "b_dx -= b_total_chunk *"),
+        Mutation("last row again in dgate", FILE, "b_total_chunk * b_weight[:, None]", "b_total_chunk"),
+        Mutation("x for the branch", FILE, "b_dx * b_branch_chunk,)", "b_dx * b_x[i],)"),
         Mutation(
             "no gate in dbranch",
             FILE,
             "b_dbranch = b_dx * load_chunk(gate,",
             "b_dbranch = b_dx + 0 * load_chunk(gate,",
         ),
+        Mutation("branch of a wide row", FILE, "else load_chunk(branch,", "else load_chunk(x,", (WIDE,)),
         Mutation("sum of the scale", FILE, "partials=runs.partials[:, 2]", "partials=runs.partials[:, 1]"),
         Mutation("sums side by side", FILE, "p_run + 2 * C + o_col", "p_run + C + o_col"),
         Mutation("gate out of order", FILE, "dx, branch, sample, dgate)", "grad, branch, sample, dgate)", (ANY,)),
