@@ -16,8 +16,8 @@
 # make gpu     on a GPU, with the PYTHON that has its torch, no network needed: build, suite, sanitizers, benchmarks,
 #              goals; PARTS names some of them alone (`make gpu PARTS="tests attn_bench"`)
 # make results docs/results.md, docs/evidence.md and the README's table, from the files of benchmarks/results
-# make report  registers, spills and access widths of every kernel for sm_80, sm_90 and sm_100, and the bytes and
-#              instructions of each at the shapes of its goal, without a GPU
+# make report  registers, spills and access widths of every kernel for sm_80, sm_90, sm_100 and sm_120, and the bytes
+#              and instructions of each at the shapes of its goal, without a GPU
 #
 # make clean   remove everything made here, .venv included
 
@@ -110,7 +110,7 @@ results:
 	$(PYTHON) benchmarks/results.py
 
 report: build
-	$(BIN)/python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100
+	$(BIN)/python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 sm_120
 	$(BIN)/python benchmarks/kernel_report.py --budget
 
 clean:

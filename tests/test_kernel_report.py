@@ -176,18 +176,22 @@ def test_reads_what_a_kernel_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("registers", "threads", "shared", "share"),
+    ("arch", "registers", "threads", "shared", "share"),
     [
-        (32, 256, 0, 1.0),  # 8 blocks of 8 warps
-        (128, 128, 0, 0.25),  # 16 warps of 4096 registers
-        (40, 128, 0, 0.75),  # 1280 registers a warp: 51 warps, in blocks of 4
-        (32, 128, 100 * 1024, 0.125),  # 2 blocks by shared memory
-        (16, 32, 0, 0.5),  # 32 blocks of 1 warp
-        (255, 1024, 0, 0.0),  # not a single block
+        ("sm_90", 32, 256, 0, 1.0),  # 8 blocks of 8 warps
+        ("sm_90", 128, 128, 0, 0.25),  # 16 warps of 4096 registers
+        ("sm_90", 40, 128, 0, 0.75),  # 1280 registers a warp: 51 warps, in blocks of 4
+        ("sm_90", 32, 128, 100 * 1024, 0.125),  # 2 blocks by shared memory
+        ("sm_90", 16, 32, 0, 0.5),  # 32 blocks of 1 warp
+        ("sm_90", 255, 1024, 0, 0.0),  # not a single block
+        ("sm_120", 32, 256, 0, 1.0),  # 6 blocks of 8 warps
+        ("sm_120", 128, 128, 0, 1 / 3),  # 16 warps of 4096 registers
+        ("sm_120", 32, 128, 48 * 1024, 1 / 6),  # 2 blocks by shared memory
+        ("sm_120", 16, 32, 0, 0.5),  # 24 blocks of 1 warp
     ],
 )
-def test_occupancy_on_sm_90(registers: int, threads: int, shared: int, share: float) -> None:
-    assert occupancy("sm_90", registers, threads, shared) == pytest.approx(share)
+def test_occupancy(arch: str, registers: int, threads: int, shared: int, share: float) -> None:
+    assert occupancy(arch, registers, threads, shared) == pytest.approx(share)
 
 
 def test_finds_loops_and_how_often_their_blocks_run() -> None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-# Per multiprocessor: shared memory, of which a block may take; streaming multiprocessors of the product.
-# 65,536 registers, 64 warps and 32 blocks on all three (CUDA C++ Programming Guide, "Compute Capabilities").
+# Per multiprocessor: shared memory, of which a block may take; warps; blocks. Multiprocessors of A100, H100, B200 and
+# RTX 5090. 65,536 registers on all four (CUDA C++ Programming Guide, "Compute Capabilities").
 ARCHS = {
-    "sm_80": {"capability": (8, 0), "shared": 164 * 1024, "block_shared": 163 * 1024, "sms": 108},
-    "sm_90": {"capability": (9, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "sms": 132},
-    "sm_100": {"capability": (10, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "sms": 148},
-}
+    "sm_80": {
+        "capability": (8, 0), "shared": 164 * 1024, "block_shared": 163 * 1024, "warps": 64, "blocks": 32, "sms": 108,
+    },
+    "sm_90": {
+        "capability": (9, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "warps": 64, "blocks": 32, "sms": 132,
+    },
+    "sm_100": {
+        "capability": (10, 0), "shared": 228 * 1024, "block_shared": 227 * 1024, "warps": 64, "blocks": 32, "sms": 148,
+    },
+    "sm_120": {
+        "capability": (12, 0), "shared": 100 * 1024, "block_shared": 99 * 1024, "warps": 48, "blocks": 24, "sms": 170,
+    },
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +42,10 @@ PRODUCTS = {"H100": Product("sm_90", 1.755, 3.0, 790), "H200": Product("sm_90", 
 
 
 def occupancy(arch: str, registers: int, threads: int, shared: int) -> float:
-    """Resident warps per multiprocessor / 64, bound by registers, shared memory and block slots."""
-    warps = -(-threads // 32)
+    """Resident warps per multiprocessor / those it can hold, bound by registers, shared memory and block slots."""
+    limits, warps = ARCHS[arch], -(-threads // 32)
     per_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256 a warp
-    by_registers = (65536 // per_warp) // warps if per_warp else 32
+    by_registers = (65536 // per_warp) // warps if per_warp else limits["blocks"]
     # Each block also holds 1 KB that the system reserves; allocation is by 128 bytes.
-    by_shared = ARCHS[arch]["shared"] // (1024 + -(-shared // 128) * 128)
-    return min(by_registers, by_shared, 32, 64 // warps) * warps / 64
+    by_shared = limits["shared"] // (1024 + -(-shared // 128) * 128)
+    return min(by_registers, by_shared, limits["blocks"], limits["warps"] // warps) * warps / limits["warps"]
