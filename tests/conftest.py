@@ -22,7 +22,10 @@ if not torch.cuda.is_available() and CAN_INTERPRET:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Set once in a process by pytest, PyTorch or a library at its first use, and harmless to later tests.
-SET_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR"}
+SET_BY_LIBRARIES = {
+    *("PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR"),
+    *("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"),  # by Inductor, on a GPU
+}
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -39,6 +39,29 @@ def test_a_part_of_make_gpu_is_told_by_how_it_ended(
     assert (tmp_path / "logs" / "part.log").exists()
 
 
+def test_the_build_needs_neither_a_new_setuptools_nor_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "LOGS", tmp_path)
+    monkeypatch.setattr(parts, "LOGS", tmp_path)
+    monkeypatch.setattr(parts, "GPU", True)
+    monkeypatch.setattr(parts, "tool", lambda name: None)
+    found = []
+
+    def run(command: list[str], log: Path, limit: float, environment: dict[str, str], folder: Path) -> int:
+        assert (folder / "csrc" / "registration.cpp").is_file()
+        assert not (folder / "pyproject.toml").exists()
+        found.append((environment["D2IT_BUILD"], "--force" in command))
+        log.touch()
+        return 0
+
+    monkeypatch.setattr(parts.children, "run", run)
+    for why_not in ([], ["d2it was built without CPU operators"]):
+        monkeypatch.setattr(parts._native, "why_not", lambda op, device, why_not=why_not: why_not)
+        assert parts.build(60.0).state == "passed"
+    assert found == [("cpu", False), ("cpu", True)]
+    monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
+    assert parts.build(60.0).state == "skipped: no C++ compiler here"
+
+
 def test_make_gpu_runs_every_test_of_the_suite_and_every_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

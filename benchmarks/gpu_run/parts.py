@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from results import plot
 from resume_plugin import read_log
 from rows import columns, load
 
+from d2it.ops import _native
 from gpu_run.bundle import LOGS, Bundle
 from gpu_run.plan import MODELS, benchmarks, share
 
@@ -75,15 +77,17 @@ class Outcome:
         return self.state == "failed" or (self.state == "stopped at its limit" and not self.optional)
 
 
-def run(part: str, words: list[str], limit: float, *, optional: bool = False, **environment: str) -> Outcome:
-    """Runs a command with its output in runs/gpu/<part>.log; ends it, and what it started, at its limit."""
+def run(
+    part: str, words: list[str], limit: float, *, optional: bool = False, folder: Path = ROOT, **environment: str
+) -> Outcome:
+    """Runs a command in `folder` with its output in runs/gpu/<part>.log; ends it, and what it started, at its limit."""
     if limit < 1:
         return Outcome(part, "stopped at its limit", optional=optional)
     start, log = time.monotonic(), LOGS / f"{part}.log"
     log.unlink(missing_ok=True)
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
     whole = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
-    code = children.run(words, log, limit, whole, ROOT)
+    code = children.run(words, log, limit, whole, folder)
     tail = log.read_text(errors="replace")
     # pytest's 5: this shard had nothing to run; its 2: the file could not be imported.
     suite = "pytest" in words
@@ -101,13 +105,24 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def build(limit: float) -> Outcome:
-    """Builds the extension in place."""
-    environment = {"D2IT_BUILD": "cpu"}
-    if GPU:
+    """Builds the extension in place: for this GPU where nvcc is here, too."""
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        return Outcome("build", "skipped: no C++ compiler here")
+    environment, device = {"D2IT_BUILD": "cpu", "MAX_JOBS": str(os.cpu_count())}, "cpu"
+    if GPU and tool("nvcc"):
         major, minor = torch.cuda.get_device_capability()
-        environment = {"D2IT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    environment["MAX_JOBS"] = str(os.cpu_count())
-    return run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], limit, **environment)
+        environment |= {"D2IT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+        device = "cuda"
+    elif GPU:
+        print("no nvcc here: the operators in CUDA C++ are left out", flush=True)
+    words = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    # A library that is newer than its sources is kept, but not one without the operators of this device.
+    words += ["--force"] if _native.why_not("neighbor_copy", device) else []
+    with tempfile.TemporaryDirectory() as folder:
+        # Beside no pyproject.toml: a setuptools older than the licence there would refuse it.
+        for name in ("setup.py", "csrc", "d2it", "kernels", "configs"):
+            (Path(folder) / name).symlink_to(ROOT / name)
+        return run("build", words, limit, folder=Path(folder), **environment)
 
 
 def suites() -> list[tuple[str, str]]:
@@ -206,7 +221,18 @@ def profile(limit: float) -> list[Outcome]:
         return [Outcome("profile", f"skipped: {'no GPU' if ncu else 'no ncu here'}")]
     end, outcomes = time.monotonic() + limit, []
     for i, (benchmark, case, kernels) in enumerate(PROFILED):
-        words = [ncu, "--csv", "--metrics", METRICS, "--kernel-name", f"regex:{kernels}", "--launch-count", "1"]
+        words = [
+            ncu,
+            "--csv",
+            "--clock-control",
+            "none",
+            "--metrics",
+            METRICS,
+            "--kernel-name",
+            f"regex:{kernels}",
+            "--launch-count",
+            "1",
+        ]
         words += [sys.executable, f"benchmarks/{benchmark}.py", "--only", case, "--warm"]
         each = (end - time.monotonic()) / (len(PROFILED) - i)
         outcomes.append(run(f"profile.{i}.{benchmark}", words, each, optional=True))
