@@ -110,8 +110,8 @@ results:
 	$(PYTHON) benchmarks/results.py
 
 report: build
-	$(BIN)/python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 sm_120
-	$(BIN)/python benchmarks/kernel_report.py --budget
+	$(BIN)/python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 sm_120 --anew
+	$(BIN)/python benchmarks/kernel_report.py --budget --anew
 
 clean:
 	rm -rf $(VENV) $(BUILDING) build dist site *.egg-info d2it/_C.*.so .mypy_cache .pytest_cache .ruff_cache

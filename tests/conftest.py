@@ -34,6 +34,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"Triton kernels were NOT tested: {reason}", yellow=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the long tests, so that no process of the suite ends with one while the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def _registries() -> dict[str, Any]:
     """The registries that d2it fills on import, by name; those of modules that are not imported yet are left out."""
     found: dict[str, Any] = {}

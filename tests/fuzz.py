@@ -47,7 +47,7 @@ from d2it.models.convert import load_dit
 from d2it.models.lpips import LPIPS
 from d2it.sampling.grain_maps import read_grain_maps
 from d2it.training.checkpoint import Checkpoints
-from d2it.training.config import Config, _settings, load
+from d2it.training.config import load, setting_names
 from d2it.training.meters import read_log
 from tests.test_ops_errors import CALLS, NO_BACKEND
 
@@ -211,7 +211,7 @@ class Fuzz:
 
     def settings(self) -> bool:
         """Random values for one to three settings."""
-        keys = [key for key, _, _ in _settings(Config)]
+        keys = setting_names()
         overrides = [f"{self.rng.choice(keys)}={self.rng.choice(NONSENSE)}" for _ in range(self.rng.randint(1, 3))]
         config = load(ROOT / "configs" / "demo.yaml", overrides)
         last = {item.partition("=")[0]: item.partition("=")[2] for item in overrides}

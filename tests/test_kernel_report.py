@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from bench import Cost
+from kernel_report import record
 from kernel_report.budget import Case, Count, excuse, measured, over_tokens, unrolled, verdicts
 from kernel_report.compile import nvcc
 from kernel_report.flow import executions, natural_loops, outermost
@@ -72,24 +73,41 @@ def read_rows(file: Path, *words: str) -> list[dict]:
 
 # Window attention chooses its kernels by the architecture, so every case is compiled for each. Of the others, which
 # take minutes more, on sm_80 and sm_100 the case of each kernel that is nearest to spilling.
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("files", "arch", "heaviest"),
-    [
-        ("window_*", "sm_80", []),
-        ("window_*", "sm_90", []),
-        ("window_*", "sm_100", []),
-        ("[!w]*", "sm_90", ["sm_80", "sm_100"]),
-    ],
+    ("files", "archs", "heaviest"),
+    [("window_*", ["sm_80", "sm_90", "sm_100"], []), ("[!w]*", ["sm_90"], ["sm_80", "sm_100"])],
 )
-def test_every_shipped_kernel_is_lean(files: str, arch: str, heaviest: list[str], tmp_path: Path) -> None:
-    words = ["--only", files, "--arch", arch]
+def test_every_shipped_kernel_is_lean(files: str, archs: list[str], heaviest: list[str], tmp_path: Path) -> None:
+    words = ["--only", files, "--arch", *archs]
     words += ["--heaviest", *heaviest] if heaviest else []
     words += [] if _native.why_not("neighbor_copy", "cuda") else ["--library", str(LIBRARY)]
     rows = read_rows(tmp_path / "report.json", *words)
     of_triton = [row for row in rows if row["source"].startswith("kernels/")]
-    kernels = {name: {row["kernel"] for row in of_triton if row["arch"] == name} for name in (arch, *heaviest)}
-    assert kernels[arch]
-    assert all(kernels[name] == kernels[arch] for name in heaviest)
+    kernels = {name: {row["kernel"] for row in of_triton if row["arch"] == name} for name in (*archs, *heaviest)}
+    assert kernels["sm_90"]
+    assert all(kernels[name] == kernels["sm_90"] for name in heaviest)
+
+
+def test_the_record_has_what_the_compiler_makes(tmp_path: Path) -> None:
+    """Of kernels that stand in it unchanged."""
+    rows = read_rows(tmp_path / "report.json", "--only", "plan_tokens", "--arch", "sm_90", "--anew")
+    assert len({row["key"] for row in rows}) > 4
+    known = record.recorded()
+    for row in rows:
+        figures = known.get(row["key"], {})
+        assert {name: row[name] for name in figures} == figures
+
+
+def test_a_line_of_the_record_is_of_one_code() -> None:
+    class Options:
+        def hash(self) -> str:
+            return "four warps"
+
+    code = '#loc = loc("k.py":7:0)\n  tt.func @k(%x: !tt.ptr<f32> loc("x"(#loc))) {\n    %c = 3 : i32 loc(#loc)\n  }\n'
+    one = record.digest(code, Options(), 90)
+    assert record.digest(code.replace("7:0", "8:0").replace("(#loc)", "(#loc1)"), Options(), 90) == one
+    assert len({one, record.digest(code.replace("= 3", "= 4"), Options(), 90), record.digest(code, Options(), 80)}) == 3
 
 
 def test_every_cuda_kernel_is_lean_on_every_architecture(tmp_path: Path) -> None:
@@ -482,6 +500,7 @@ def test_a_budget_finds_what_was_measured() -> None:
     assert measured(case, {}) is None
 
 
+@pytest.mark.long
 def test_every_kernel_meets_its_budget_or_is_listed(tmp_path: Path) -> None:
     file = tmp_path / "budget.json"
     code, output = run("--budget", "--json", str(file))

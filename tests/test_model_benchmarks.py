@@ -36,6 +36,7 @@ def options(script, *words):
     return made.parse_args(["--batch-size", "1", *words])
 
 
+@pytest.mark.long
 def test_a_training_step(tmp_path, monkeypatch):
     monkeypatch.setitem(models.SIZES, "S", ("tiny", "DiT-S/2"))
     chosen = options(train_bench, "--image-size", "64", "--budgets", "--out", str(tmp_path))
@@ -73,6 +74,7 @@ def test_a_training_step_of_three_grains():
     assert "ms" in rows["part: RefineNet"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["S", "S-3"])
 def test_sampling(size):
     chosen = options(sample_bench, "--image-size", "128", "--model", size)

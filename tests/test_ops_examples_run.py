@@ -40,6 +40,7 @@ def test_a_swin_transformer_of_timm_computes_the_same_after_the_swap() -> None:
     assert "d2it" in shown
 
 
+@pytest.mark.long
 def test_exported_programs_are_equal() -> None:
     assert run("export.py").count("equal True") == 2
 

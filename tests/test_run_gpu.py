@@ -104,6 +104,7 @@ def test_absent(): import no_such_package_anywhere.part
 """
 
 
+@pytest.mark.long
 def test_a_shard_goes_on_after_a_test_that_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "LOGS", tmp_path / "logs")
     (tmp_path / "test_deadly.py").write_text(DEADLY)

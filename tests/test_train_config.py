@@ -231,7 +231,7 @@ def test_the_command_of_a_configuration_that_shares_latents_loads(name: str) -> 
 
 def test_every_setting_is_listed_with_its_default_and_a_line() -> None:
     lines = describe().splitlines()[1:]
-    keys = [key for key, _, _ in configuration._settings(Config)]
+    keys = configuration.setting_names()
     assert [line.split("=")[0].strip() for line in lines] == keys
     assert len(keys) > 70
     assert all(len(line.split(maxsplit=1)[1]) > 3 for line in lines)

@@ -140,6 +140,7 @@ def torchrun(folder: Path, **settings: object) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, str(WORKER), *arguments], env=ENVIRONMENT, **pipes)
 
 
+@pytest.mark.long
 def test_a_dead_rank_is_restarted_from_the_last_checkpoint(server: Server, tmp_path: Path) -> None:
     """torchrun's agent restarts the ranks when one dies; the result is that of a run in which none died."""
     code, expected, log = server.run(tmp_path / "a", ranks=2, steps=12, save_every=4)

@@ -349,6 +349,7 @@ def test_shipped_configurations_load_and_fit(name: str) -> None:
             load(ROOT / "configs" / name)
 
 
+@pytest.mark.long
 def test_torchrun_with_two_ranks(tmp_path: Path) -> None:
     """The command of the README, on CPU: both ranks train every stage, sharded in the last, and one model comes out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
@@ -390,6 +391,7 @@ def test_three_grains_by_the_override_that_the_demo_names(tmp_path: Path) -> Non
     assert all(np.isfinite(row["content/loss"]) for row in rows_of(folder, "content"))
 
 
+@pytest.mark.long
 def test_the_page_of_a_run_and_the_loss_of_images_that_nothing_is_trained_on(tmp_path: Path) -> None:
     (tmp_path / "held").mkdir()
     rng = np.random.default_rng(0)

@@ -35,6 +35,7 @@ def test_the_python_of_the_operators_tutorial(capsys: pytest.CaptureFixture[str]
     assert "reference" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_train_fine_tune_evaluate(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("photos", "more"):  # smooth, with noise in a corner

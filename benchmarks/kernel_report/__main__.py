@@ -3,6 +3,9 @@
     python benchmarks/kernel_report.py --arch sm_80 sm_90 sm_100 sm_120 [--json FILE]
     python benchmarks/kernel_report.py --budget [--gpu H200] [--only 'window_attention n256*'] [--json FILE]
     python benchmarks/kernel_report.py --arch sm_90 --heaviest sm_80 sm_100 --library d2it/_C.abi3.so
+    python benchmarks/kernel_report.py --arch sm_90 --heaviest sm_80 sm_100 --only 'pack*' --record
+
+What stands unchanged in `record.jsonl` is not compiled again; `--record` after a change of a kernel renews its lines.
 
 Exit status 1: a kernel spills, loads narrowly in its main loop, does not fit, or is compiled by no case, and is not
 listed in `exceptions.py` with the reason why that is right.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import fnmatch
 import itertools
 import json
@@ -27,6 +31,7 @@ from kernel_report.budget import table as table_of_budget
 from kernel_report.compile import ROOT, compile_cuda, compile_triton, nvcc, read_library
 from kernel_report.exceptions import BUDGET_EXCEPTIONS, EXCEPTIONS, TOKEN_EXCEPTIONS
 from kernel_report.gpus import ARCHS, PRODUCTS, occupancy
+from kernel_report.record import renew
 
 # Bytes in a main loop that may come through loads of 32 bits and less (row indices, per-row scalars).
 NARROW_SHARE = 0.25
@@ -55,7 +60,14 @@ def excused(row: dict, kind: str) -> bool:
 
 
 def report(
-    archs: list[str], heaviest: list[str], folder: Path, only: str, jobs: int, cuda: bool, library: Path | None
+    archs: list[str],
+    heaviest: list[str],
+    folder: Path,
+    only: str,
+    jobs: int,
+    cuda: bool,
+    library: Path | None,
+    recall: bool,
 ) -> tuple[list[dict], list[str]]:
     """All rows, and the kernels that no case compiles.
 
@@ -79,7 +91,7 @@ def report(
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         cuda_tasks = [pool.submit(compile_cuda, str(path), arch) for path in sources for arch in archs + heaviest]
         triton_tasks = [
-            pool.submit(compile_triton, str(folder), stem, arch, slot, slots)
+            pool.submit(compile_triton, str(folder), stem, arch, slot, slots, recall)
             for stem in stems
             for arch in archs
             for slot in range(slots)
@@ -97,7 +109,7 @@ def report(
         for stem in stems:
             cases = frozenset(row["case"] for row in most.values() if row["source"] == f"kernels/{stem}.py")
             triton_tasks += [
-                pool.submit(compile_triton, str(folder), stem, arch, 0, 1, cases) for arch in heaviest if cases
+                pool.submit(compile_triton, str(folder), stem, arch, 0, 1, recall, cases) for arch in heaviest if cases
             ]
         for task in triton_tasks:
             of_triton += task.result()[0]
@@ -152,13 +164,18 @@ def table(rows: list[dict]) -> str:
     return columns([head, *body])
 
 
-def report_budget(product: str, only: str, jobs: int, json_file: str | None) -> int:
+def report_budget(product: str, only: str, jobs: int, json_file: str | None, recall: bool, record: bool) -> int:
     """Counts every case of a goal, prints the table; 1 where one misses its budget and no exception excuses it."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         names = pool.submit(budget_names).result()
         chosen = [i for i, name in enumerate(names) if fnmatch.fnmatch(name, only)]
-        rows = [row for found in pool.map(budget_rows, chosen, itertools.repeat(product)) for row in found]
+        rows, of_cuda = [], []
+        for found, counted in pool.map(budget_rows, chosen, itertools.repeat(product), itertools.repeat(recall)):
+            rows += found
+            of_cuda += counted
+    if record:
+        renew(of_cuda)
     print(columns(list(table_of_budget(rows))))
     if json_file:
         Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
@@ -198,17 +215,24 @@ def budget_names() -> list[str]:
     return [case.name for case in cases()]
 
 
-def budget_rows(number: int, product: str) -> list[dict]:
-    """The rows of one case of the budget."""
-    from kernel_report.budget import count_case, measured, verdicts
+def budget_rows(number: int, product: str, recall: bool) -> tuple[list[dict], list[dict]]:
+    """The rows of one case of the budget, and what the record keeps of it."""
+    from kernel_report.budget import count_case, cuda_digest, measured, verdicts
     from kernel_report.budget_cases import cases
 
-    case = list(cases())[number]
-    rows = verdicts(case, count_case(case, PRODUCTS[product].arch), PRODUCTS[product])
+    case, arch = list(cases())[number], PRODUCTS[product].arch
+    counts = count_case(case, arch, recall)
+    rows = verdicts(case, counts, PRODUCTS[product])
     for folder in devices():
         if product.lower() in folder.name and (ms := measured(case, load(folder))) is not None:
             rows[-1]["measured_ms"] = ms
-    return rows
+    lines = [
+        dataclasses.asdict(counted)
+        | {"source": launch.source, "kernel": launch.kernel, "config": case.name, "arch": arch}
+        | {"key": cuda_digest(launch, arch)}
+        for launch, counted in zip(case.cuda, counts)
+    ]
+    return rows, lines
 
 
 def main() -> int:
@@ -224,6 +248,8 @@ def main() -> int:
         "--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*', or cases of --budget"
     )
     parser.add_argument("--kernels", type=Path, default=ROOT / "kernels", metavar="DIR", help="another folder")
+    parser.add_argument("--anew", action="store_true", help="compile also what the record has")
+    parser.add_argument("--record", action="store_true", help="renew the record's lines of these Triton kernels")
     parser.add_argument("--budget", action="store_true", help="count bytes and instructions at the goals' shapes")
     parser.add_argument("--gpu", choices=sorted(PRODUCTS), default="H200", help="whose budget (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
@@ -233,12 +259,16 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster, the same code
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    if args.anew or args.record:
+        os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     if args.budget:
-        return report_budget(args.gpu, args.only, args.jobs, args.json)
+        return report_budget(args.gpu, args.only, args.jobs, args.json, not (args.anew or args.record), args.record)
     home = args.kernels == ROOT / "kernels"
     rows, missing = report(
-        args.arch, args.heaviest, args.kernels.resolve(), args.only, args.jobs, cuda=home, library=args.library
+        args.arch, args.heaviest, args.kernels.resolve(), args.only, args.jobs, home, args.library, not args.anew
     )
+    if args.record:
+        renew(rows)
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")

@@ -27,6 +27,7 @@ from kernel_report.compile import (
     AheadOfTimeDriver,
     Launch,
     compile_instead_of_launching,
+    cuda_key,
     disassemble,
     find_cuda,
     read_launch,
@@ -34,6 +35,7 @@ from kernel_report.compile import (
 from kernel_report.exceptions import BUDGET_EXCEPTIONS
 from kernel_report.gpus import ARCHS, Product, occupancy
 from kernel_report.ptx import Pointer, loop_accesses, split_functions, traffic_by_line, traffic_by_pointer
+from kernel_report.record import modules, recorded, shorten
 from kernel_report.sass import Code, read_lines, read_sass
 from kernel_report.source import Runs, read_source
 
@@ -153,6 +155,12 @@ def count(launch: Launch, trips: Trips | None, arch: str, unused: tuple[str, ...
     return Count(launch.name, moved, everything, issued * all_warps, shared * all_warps, warps)
 
 
+def cuda_digest(launch: CudaLaunch, arch: str) -> str:
+    """The key in the record of what `count_cuda` counts."""
+    readers = modules("budget", "compile", "flow", "gpus", "ptx", "sass", "source")
+    return shorten(cuda_key(str(ROOT / "csrc" / launch.source), arch), repr(launch), readers)
+
+
 def count_cuda(launch: CudaLaunch, arch: str) -> Count:
     """Counts one launch of a CUDA kernel.
 
@@ -199,14 +207,20 @@ def unrolled(kernel: str, trips: list[float], sizes: list[int], code: Code) -> l
     return found
 
 
-def count_case(case: Case, arch: str) -> list[Count]:
-    """Counts every launch of a case."""
+def count_case(case: Case, arch: str, recall: bool = True) -> list[Count]:
+    """Counts every launch of a case; recall: of CUDA kernels, what has a line in `record` is not compiled."""
     from triton.runtime import driver
 
     from d2it.kernels.common import compile_target
 
     if case.call is None:
-        return [count_cuda(launch, arch) for launch in case.cuda]
+        keys = [cuda_digest(launch, arch) for launch in case.cuda]
+        return [
+            Count(launch.kernel.partition("<")[0], **recorded()[key])
+            if recall and key in recorded()
+            else count_cuda(launch, arch)
+            for key, launch in zip(keys, case.cuda)
+        ]
     launches = compile_instead_of_launching()
     launches.clear()
     driver.set_active(AheadOfTimeDriver(ARCHS[arch]["capability"]))

@@ -26,6 +26,7 @@ from typing import Any
 
 from kernel_report.gpus import ARCHS
 from kernel_report.ptx import read_function, split_functions
+from kernel_report.record import Recalled, recorded, watch_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "kernel_report"
@@ -167,8 +168,12 @@ def disassemble(cubin: bytes) -> str:
 
 def read_launch(launch: Launch) -> dict:
     """What the report has of a compiled kernel."""
+    if isinstance(launch.kernel, Recalled):
+        return recorded()[launch.kernel.key]
     ((_, found),) = read(launch.kernel.asm["cubin"], launch.kernel.asm["ptx"]).items()
-    return {**found, "shared_bytes": max(launch.kernel.metadata.shared, found["shared_bytes"])}
+    metadata = launch.kernel.metadata
+    shared = max(metadata.shared, found["shared_bytes"])
+    return {**found, "shared_bytes": shared, "threads": launch.threads, "num_stages": metadata.num_stages}
 
 
 def _import_kernels(folder: str, stem: str):
@@ -179,12 +184,16 @@ def _import_kernels(folder: str, stem: str):
 
 
 def compile_triton(
-    folder: str, stem: str, arch: str, slot: int, slots: int, chosen: frozenset[int] | None = None
+    folder: str, stem: str, arch: str, slot: int, slots: int, recall: bool, chosen: frozenset[int] | None = None
 ) -> tuple[list[dict], list[str]]:
-    """Rows for every slots-th compile case of one kernel file (of those chosen), and the kernels it declares."""
+    """Rows for every slots-th compile case of one kernel file (of those chosen), and the kernels it declares.
+
+    recall: what has a line in `record` is not compiled.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    watch_compiler(recall)
     compiled = compile_instead_of_launching()
     module = _import_kernels(folder, stem)
     from d2it.kernels.common import COMPILE_CASES, compile_target
@@ -202,16 +211,14 @@ def compile_triton(
             if not compiled:
                 raise SystemExit(f"{stem}: compile case {config} launched nothing")
             for launch in compiled:
-                metadata, found = launch.kernel.metadata, read_launch(launch)
                 row = {
                     "kernel": launch.name,
                     "config": config,
                     "arch": arch,
                     "source": f"kernels/{stem}.py",
                     "case": i,
-                    **found,
-                    "threads": launch.threads,
-                    "num_stages": metadata.num_stages,
+                    "key": launch.kernel.key,
+                    **read_launch(launch),
                 }
                 rows.append(row)
     declared = [
@@ -261,6 +268,21 @@ def find_cuda(source: str, arch: str, kernel: str) -> tuple[dict, str, str]:
 _ENTRIES = re.compile(r"(?=\.entry\s)")
 
 
+FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-lineinfo"]  # as in setup.py, and lines
+
+
+@functools.cache
+def cuda_key(source: str, arch: str) -> str:
+    """A digest of all that nvcc makes a .cu file's machine code of."""
+    import torch
+
+    key = hashlib.sha256(" ".join([arch, *FLAGS, torch.__version__, _output(nvcc(), "--version")]).encode())
+    headers = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc").glob("*.cuh"))
+    for path in [Path(source), *headers]:
+        key.update(path.read_bytes())
+    return key.hexdigest()[:16]
+
+
 @functools.cache
 def build_cuda(source: str, arch: str) -> Path:
     """The folder with what nvcc makes of a .cu file: "cubin", "ptx" and, of every kernel, its machine code with the
@@ -268,13 +290,8 @@ def build_cuda(source: str, arch: str) -> Path:
     import torch
 
     include = Path(torch.__file__).parent / "include"
-    flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-lineinfo"]  # as in setup.py, and lines
-    flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
-    headers = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc").glob("*.cuh"))
-    key = hashlib.sha256(" ".join([arch, *flags, torch.__version__, _output(nvcc(), "--version")]).encode())
-    for path in [Path(source), *headers]:
-        key.update(path.read_bytes())
-    kept = CACHE / f"{Path(source).stem}-{arch}-{key.hexdigest()[:16]}"
+    flags = [*FLAGS, f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
+    kept = CACHE / f"{Path(source).stem}-{arch}-{cuda_key(source, arch)}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(f"{kept}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other processes want the same
