@@ -49,6 +49,7 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "Tensor? segment_ids, Tensor out, Tensor lse, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) "
       "dv, "
       "Tensor(d!)? sums, Tensor(e!)? dbias, Tensor(f!)? unnamed, int splits) -> ()");
+  m.def("matmul(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> bool");
   m.def("square_sum(Tensor[] tensors, Tensor(a!) total) -> ()");
   m.def(
       "adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "

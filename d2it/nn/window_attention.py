@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2it import ops
+from d2it.nn.linear import Linear
 
 #: What a `WindowAttention` can add to its scores.
 RELATIVE_BIASES = ("matrix", "table", "none")
@@ -58,8 +59,8 @@ class WindowAttention(nn.Module):
         self.heads = heads
         self.window = window
         self.relative_bias = relative_bias
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         shape = {"matrix": (1, heads, window**2, window**2), "table": ((2 * window - 1) ** 2, heads)}
         self.bias = None if relative_bias == "none" else nn.Parameter(torch.zeros(shape[relative_bias]))
 

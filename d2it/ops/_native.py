@@ -24,6 +24,7 @@ ARGUMENTS = {
     "window_attention_backward": 12,
     "window_attention_saved": 10,
     "window_attention_saved_backward": 17,
+    "matmul": 4,
     "square_sum": 2,
     "adamw": 14,
 }

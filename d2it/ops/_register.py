@@ -73,17 +73,21 @@ def implement(op: str, backend: str, target: str | Callable[..., Any], *, checks
         _SELF_CHECKING.add((op, backend))
 
 
-def _eager() -> bool:
-    """Whether a call now is only to be computed: nothing traces, transforms, records or profiles it."""
+def computed_only() -> bool:
+    """Whether a call now is only to be computed: nothing traces, transforms or records it."""
     return not (
         torch.compiler.is_compiling()
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
-        or _C._autograd._profiler_enabled()
         or _C._is_tracing()
     )
+
+
+def _eager() -> bool:
+    """Whether a call now is only to be computed, and no profiler wants to know its name."""
+    return computed_only() and not _C._autograd._profiler_enabled()
 
 
 def _kinds(op: str, backend: str | None, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -1,0 +1,97 @@
+"""A linear layer whose products of float32 matrices are taken by the tiles of AMX where a CPU has them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2it.ops import _native
+from d2it.ops._register import computed_only
+
+LEAST = 1 << 22
+"""Multiply-accumulates from which on tiles are faster than PyTorch's product (MKL), measured on two cores."""
+
+
+class Linear(nn.Linear):
+    """nn.Linear, of the same parameters, precision and gradients; faster in float32 on a CPU with AMX.
+
+    A tile of AMX multiplies bfloat16. Each float32 is split into three of them, and the six largest of the nine
+    products are added in float32 (csrc/tiles.h): the error is no larger than that of float32 products one after
+    another. Elsewhere, under autocast, in compiled code and under the transforms of `torch.func` it is nn.Linear.
+
+    Args:
+        in_features: channels of the input.
+        out_features: channels of the output.
+        bias: whether one is added.
+
+    Example:
+        >>> import torch
+        >>> from d2it import nn
+        >>> layer = nn.Linear(384, 1536)
+        >>> layer(torch.randn(2, 256, 384)).shape
+        torch.Size([2, 256, 1536])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (..., in_features) times the weight's transpose, plus the bias: (..., out_features)."""
+        weight, bias = self.weight, self.bias
+        if suits(x, weight) and (bias is None or _plain(bias)) and x.is_contiguous() and weight.is_contiguous():
+            return _Linear.apply(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Returns whether this machine multiplies by tiles: it has AMX, the system allows it, and d2it's C++ is built."""
+    if _native.why_not("matmul", "cpu"):
+        return False
+    one = torch.ones(1, 1)
+    return torch.ops.d2it_C.matmul(one, one, None, torch.empty(1, 1))
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether x times the weight's transpose is a product for tiles: large, float32, on a CPU, eager."""
+    return (
+        _plain(x)
+        and _plain(weight)
+        and x.numel() * weight.shape[0] >= LEAST
+        and not torch.is_autocast_enabled("cpu")
+        and computed_only()
+        and has_tiles()
+    )
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns a (M, K) times b (K, N), plus bias (N,): by tiles, or where a gradient of it is asked for, by PyTorch.
+
+    Rows or columns of both are contiguous.
+    """
+    if torch.is_grad_enabled():
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    out = a.new_empty(a.shape[0], b.shape[1])
+    torch.ops.d2it_C.matmul(a, b, bias, out)
+    return out
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        dx = product(rows, weight).view(x.shape) if of_x else None
+        dweight = product(rows.t(), x.flatten(0, -2)) if of_weight else None
+        return dx, dweight, rows.sum(0) if of_bias else None

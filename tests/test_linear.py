@@ -1,0 +1,124 @@
+"""`nn.Linear` by tiles of AMX: as exact as PyTorch in float32, in every layout, and PyTorch where it does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2it import nn
+from d2it.nn import linear
+
+tiles = pytest.mark.skipif(not linear.has_tiles(), reason="this CPU has no AMX")
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def layouts(m: int, k: int, n: int) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns contiguous, in both factors; of magnitudes over many powers of two."""
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    a *= torch.exp2(torch.randint(-20, 20, (m, 1)))
+    b *= torch.exp2(torch.randint(-20, 20, (1, n)))
+    return [(x, y) for x in (a, a.t().contiguous().t()) for y in (b, b.t().contiguous().t())]
+
+
+@tiles
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 65, 17), (64, 32, 64), (130, 1100, 70), (700, 513, 33)])
+def test_a_product_is_as_exact_as_in_float32(shape: tuple[int, int, int]) -> None:
+    """Blocks that are not whole, sums and rows in several pieces; a split of one bit less would be seen."""
+    torch.manual_seed(0)
+    for a, b in layouts(*shape):
+        for bias in (None, torch.randn(shape[2])):
+            out = torch.full((shape[0], shape[2]), float("nan"))
+            assert torch.ops.d2it_C.matmul(a, b, bias, out)
+            exact = a.double() @ b.double() + (0 if bias is None else bias.double())
+            scale = exact.abs().amax(1, keepdim=True)  # rows differ by 2^40
+            plain = a @ b + (0 if bias is None else bias)
+            assert error(out / scale, exact / scale) <= 2 * error(plain / scale, exact / scale) + 3e-8
+
+
+@tiles
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    a, b = torch.randn(70, 64), torch.randn(64, 40)
+    a[3, 5], a[40, 63] = float("nan"), float("inf")
+    out = linear_product(a, b)
+    assert not out[[3, 40]].isfinite().any()
+    rest = [i for i in range(70) if i not in (3, 40)]
+    assert error(out[rest], a[rest].double() @ b.double()) < 1e-6
+
+
+def linear_product(a: Tensor, b: Tensor) -> Tensor:
+    with torch.no_grad():
+        return linear.product(a, b)
+
+
+@tiles
+def test_a_product_does_not_depend_on_the_number_of_threads() -> None:
+    a, b = torch.randn(150, 700), torch.randn(700, 90)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(linear_product(a, b))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def layers() -> tuple[nn.Linear, torch.nn.Linear, torch.nn.Linear, Tensor, Tensor]:
+    """Ours, PyTorch's with its weights, the same in float64; an input that is large enough, and a cotangent."""
+    torch.manual_seed(0)
+    ours, plain = nn.Linear(256, 160), torch.nn.Linear(256, 160)
+    plain.load_state_dict(ours.state_dict())
+    exact = torch.nn.Linear(256, 160).double()
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 65, 256)
+    assert x.numel() * 160 > linear.LEAST
+    return ours, plain, exact, x, torch.randn(2, 65, 160)
+
+
+def results(layer: torch.nn.Linear, x: Tensor, grad: Tensor) -> list[Tensor]:
+    x = x.to(layer.weight.dtype, copy=True).requires_grad_()
+    out = layer(x)
+    return [out.detach(), *torch.autograd.grad(out, [x, *layer.parameters()], grad.to(x.dtype))]
+
+
+def test_the_layer_and_its_gradients() -> None:
+    ours, plain, exact, x, grad = layers()
+    for grads in (grad, grad.transpose(0, 1).contiguous().transpose(0, 1)):
+        found = [results(layer, x, grads) for layer in (ours, plain, exact)]
+        for mine, other, true in zip(*found):
+            assert error(mine, true) <= 3 * error(other, true) + 3e-8
+    if linear.has_tiles():  # by tiles, indeed
+        assert type(ours(x.requires_grad_()).grad_fn).__name__ == "_LinearBackward"
+
+
+def test_where_tiles_do_not_fit_it_is_pytorchs() -> None:
+    """Small, strided, 16 bits, autocast, compiled, forward mode, batched: the same bits."""
+    ours, plain, _, x, grad = layers()
+    with torch.no_grad():
+        for given in (x[:, :2], x.transpose(0, 1)):
+            assert torch.equal(ours(given), plain(given))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours(x), plain(x))
+        assert torch.equal(torch.func.vmap(ours)(x), torch.func.vmap(plain)(x))
+        tangents = torch.func.jvp(ours, (x,), (x + 1,)), torch.func.jvp(plain, (x,), (x + 1,))
+        torch.testing.assert_close(*tangents, rtol=0, atol=0)
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), plain(x))
+        torch.compiler.reset()
+
+
+def test_second_derivatives() -> None:
+    ours, _, exact, x, grad = layers()
+
+    def curvature(layer: torch.nn.Linear) -> list[Tensor]:
+        given = x.to(layer.weight.dtype, copy=True).requires_grad_()
+        (dx,) = torch.autograd.grad(layer(given).square(), given, grad.to(given.dtype), create_graph=True)
+        return list(torch.autograd.grad(dx, [given, layer.weight], dx.detach().roll(1)))
+
+    for mine, true in zip(curvature(ours), curvature(exact)):
+        assert error(mine, true) < 1e-6
