@@ -71,6 +71,12 @@ __device__ inline unsigned opaque(unsigned x) {
   return x;
 }
 
+template <typename T>
+__device__ inline T* opaque(T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // Stores. The wide ones are in assembly: the compiler splits a vector whose parts it has chosen one by one.
 __device__ inline void put(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)

@@ -43,13 +43,22 @@ __device__ inline void load_matrices_transposed(uint32_t (&x)[2], const void* ro
                : "r"(shared_address(row)));
 }
 
-// c += a b, of depth 16 and of depth 8.
+// c = a b, of depth 16, and c += a b, of depth 16 and of depth 8.
+template <typename T>
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <typename T>
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <typename T>
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b);
 
 #define D2IT_MMA(T, name)                                                                                   \
+  template <>                                                                                               \
+  __device__ inline void multiply<T>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {     \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                     \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"                 \
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));                \
+  }                                                                                                         \
   template <>                                                                                               \
   __device__ inline void multiply_add<T>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                     \
@@ -110,11 +119,13 @@ __device__ inline float2 unpack<__nv_bfloat16>(uint32_t x) {
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
 }
 
-// 16 bytes into shared memory, or zeros where there is nothing to copy; 4 bytes.
-__device__ inline void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(there ? 16 : 0)
-               : "memory");
+// 16 bytes into shared memory, or zeros where there is nothing to copy, by the threads that are to; 4 bytes.
+__device__ inline void copy_async(void* to, const void* from, bool there, bool wanted = true) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(shared_address(to)),
+      "l"(from), "r"(there ? 16 : 0), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 template <typename T>
 __device__ inline void copy_async(T* to, const T* from) {

@@ -435,8 +435,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_backward(const __grid_c
     const Work<T, kWidth> work{b, at, first, near, window, head, count, rows, run};
     T* k = reinterpret_cast<T*>(first);
     const int tiles = round_up(count, kTile), thread = d2it::opaque(threadIdx.x);
-    copy_rows<T, kWidth, false>(k, b.k, p, at, window, head, 0, count, tiles, thread, kThreads);
-    copy_rows<T, kWidth, false>(k + rows * kRow, b.v, p, at, window, head, 0, count, tiles, thread, kThreads);
+    copy_rows<T, kWidth, 2>({k, k + rows * kRow}, {&b.k, &b.v}, p, at, window, head, 0, count, tiles, thread,
+                            kThreads);
     work.fetch(0);
     const Bias<T> bias(p, window % p.bias_windows, head, run);
     if constexpr (kWidth <= 72) {

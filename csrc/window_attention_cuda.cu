@@ -92,6 +92,8 @@ Problem problem_of(const Tensor& q, const std::optional<Tensor>& bias, const std
     while (reinterpret_cast<uintptr_t>(p.bias) % (p.run * bias->element_size()) != 0) p.run /= 2;
   }
   p.scale = static_cast<float>(scale);
+  p.per_scale = 1.0f / p.scale;
+  p.unit = p.scale * kLog2e;
   return p;
 }
 

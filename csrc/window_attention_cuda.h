@@ -56,12 +56,13 @@ struct Problem {
   int64_t slots_window, slots_position, tokens;
   const int64_t* segments; // (segment_windows, n), or null
   int segment_windows;
+  float unit;       // scale * log2(e)
   const void* bias; // (bias_windows, bias_heads, n, n), or null; of the backward: keys before queries
   int bias_windows;
   bool bias_per_head, bias_single; // bias_single: float32, not the dtype of q
   int run;                         // entries that rows of the bias are aligned to: 1, 2 or 4
   int windows, n, heads, width, splits;
-  float scale;
+  float scale, per_scale; // and 1 / scale
 
   // The window that rows are counted from: packed windows have theirs in one.
   __device__ int64_t base(int window) const { return slots ? 0 : window; }
@@ -116,19 +117,19 @@ __device__ inline int close_up(const Problem& p, const Window& at, int window, i
     if (at.segments)
       at.segments[place] = p.segments[static_cast<int64_t>(window % p.segment_windows) * p.n + position];
   }
-  if (position >= count && position < round_up(p.n, kBlock)) at.positions[position] = 0;
+  if (position >= count && position < round_up(p.n, kKeys)) at.positions[position] = 0;
   __syncthreads();
   return count;
 }
 
 // The first bytes of shared memory: what close_up fills.
 C10_HOST_DEVICE constexpr int window_bytes(int n, bool segments) {
-  const int rows = round_up(n, kBlock);
+  const int rows = round_up(n, kKeys);
   return kWarps * 4 + kThreads * 4 + rows * 4 + rows * 4 + (segments ? rows * 8 : 0);
 }
 
 __device__ inline Window window_in(char* shared, int n, bool segments) {
-  const int rows = round_up(n, kBlock);
+  const int rows = round_up(n, kKeys);
   auto* ids = reinterpret_cast<int64_t*>(shared);
   auto* rest = reinterpret_cast<int32_t*>(segments ? ids + rows : ids);
   auto* named = reinterpret_cast<unsigned*>(rest + 2 * rows);
@@ -152,10 +153,9 @@ __device__ inline void copy_row(T* to, const Heads<const T>& from, const T* row,
   constexpr int kVectors = kWidth / kPerVector;
   if (from.vectors) {
 #pragma unroll
-    for (int i = 0; i < kVectors; i += kPerRow) {
-      if (i + kPerRow <= kVectors || part < kVectors - i)
-        d2it::copy_async(to + i * kPerVector, row + i * kPerVector, (i + part) * kPerVector < there);
-    }
+    for (int i = 0; i < kVectors; i += kPerRow)
+      d2it::copy_async(to + i * kPerVector, row + i * kPerVector, (i + part) * kPerVector < there,
+                       i + kPerRow <= kVectors || part < kVectors - i);
   } else {
 #pragma unroll 1
     for (int i = 0; i < kVectors - part; i += kPerRow) {
@@ -166,19 +166,24 @@ __device__ inline void copy_row(T* to, const Heads<const T>& from, const T* row,
   }
 }
 
-// Rows first .. first + rows of the current window, zeros behind the `count` that it has, copied by `threads`
-// of which this is `thread`. kColumns: they become columns of pairs.
-template <typename T, int kWidth, bool kColumns>
-__device__ inline void copy_rows(T* to, const Heads<const T>& from, const Problem& p, const Window& at,
-                                 int window, int head, int first, int count, int rows, int thread,
-                                 int threads) {
+// Rows first .. first + rows of the current window, of each tensor, zeros behind the `count` that it has,
+// copied by `threads` of which this is `thread`.
+template <typename T, int kWidth, int kCount>
+__device__ inline void copy_rows(T* const (&to)[kCount], const Heads<const T>* const (&from)[kCount],
+                                 const Problem& p, const Window& at, int window, int head, int first,
+                                 int count, int rows, int thread, int threads) {
   const int part = thread % kPerRow;
-  const T* base = from.at(p.base(window), 0, head) + part * kPerVector * from.column;
+  const T* base[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    base[i] = from[i]->at(p.base(window), 0, head) + part * kPerVector * from[i]->column;
 #pragma unroll 1
   for (int place = thread / kPerRow; place < rows; place += threads / kPerRow) {
-    const int row = first + (kColumns ? row_in_place(place) : place);
-    copy_row<T, kWidth>(to + place * kPitch<kWidth> + part * kPerVector, from,
-                        base + at.rows[min(row, count - 1)] * from.row, part, row < count ? p.width : 0);
+    const int row = first + place, number = at.rows[min(row, count - 1)];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      copy_row<T, kWidth>(to[i] + place * kPitch<kWidth> + part * kPerVector, *from[i],
+                          base[i] + number * from[i]->row, part, row < count ? p.width : 0);
   }
 }
 
@@ -247,9 +252,9 @@ __device__ inline Lane lane_in(unsigned lane) {
   return {down_first(kPitch<kWidth>, lane), across_first(kPitch<kWidth>, lane)};
 }
 
-// c (kTiles times 16 rows, kSpans times 16 columns) += a b^T for rows of heads a and b. Tiles of a lie a_step
-// elements apart.
-template <typename T, int kWidth, int kTiles, int kSpans>
+// c (kTiles times 16 rows, kSpans times 16 columns) = a b^T, or += a b^T, for rows of heads a and b. Tiles of
+// a lie a_step elements apart.
+template <typename T, int kWidth, int kTiles, int kSpans, bool kAdd = false>
 __device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T* a, int a_step, const T* b,
                                      const Lane& lane) {
   constexpr int kRow = kPitch<kWidth>;
@@ -265,8 +270,14 @@ __device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T*
       d2it::load_matrices(y, own_b + j * (16 * kRow) + k);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        d2it::multiply_add<T>(c[i][2 * j], x[i], y[0], y[1]);
-        d2it::multiply_add<T>(c[i][2 * j + 1], x[i], y[2], y[3]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (k == 0 && !kAdd) {
+            d2it::multiply<T>(c[i][2 * j + h], x[i], y[2 * h], y[2 * h + 1]);
+          } else {
+            d2it::multiply_add<T>(c[i][2 * j + h], x[i], y[2 * h], y[2 * h + 1]);
+          }
+        }
       }
     }
   }
@@ -340,6 +351,24 @@ struct Bias {
   template <typename E>
   __device__ E at(unsigned offset) const {
     return __ldg(reinterpret_cast<const E*>(static_cast<const char*>(matrix) + offset));
+  }
+
+  // Where a row begins.
+  __device__ const char* row(int position) const {
+    const unsigned first = position * n;
+    return static_cast<const char*>(matrix) + first * (single ? sizeof(float) : sizeof(T));
+  }
+
+  // Two entries side by side of a row that begins there, at an even column.
+  __device__ float2 pair(const char* row, unsigned column) const {
+    if (single) return __ldg(reinterpret_cast<const float2*>(row + uint64_t{column} * sizeof(float)));
+    return d2it::unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(row + uint64_t{column} * sizeof(T))));
+  }
+
+  __device__ float one(unsigned row, unsigned column) const {
+    const unsigned i = row * n + column;
+    if (single) return at<float>(i * 4u);
+    return d2it::unpack<T>(at<uint16_t>(i * 2u)).x;
   }
 
   // Four entries of a row.

@@ -1,6 +1,8 @@
 // window_attention on CUDA, forward.
 //
-// K and v of the window lie in shared memory, a warp has 16 queries and walks over keys, 64 at a time.
+// K and v of the window lie in shared memory, a warp has 16 queries and walks over keys, 64 at a time. What
+// is issued for them decides its speed: products begin with the bias, a query's total is a product with ones,
+// and 64 keys that are all there pass no branch.
 #pragma once
 
 #include "window_attention_cuda.h"
@@ -21,58 +23,58 @@ constexpr int forward_bytes(int n, bool segments) {
   return window_bytes(n, segments) + rows * kPitch<kWidth> * 2;
 }
 
+// How a lane finds the bias of its keys: there is none, positions lie two in a row at least, or as they come.
+enum class Entries { kNone, kPairs, kAny };
+
+// Below this scores are scaled before the bias is added, since the bias over the scale might be infinite.
+constexpr float kLeastScale = 1e-6f;
+
 // 16 queries of a warp, from `first` on, against all keys.
-template <typename T, int kWidth>
+template <typename T, int kWidth, Entries kEntries>
 __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<T>& bias, int window,
                               int head, int first, int count, const T* q, const T* k, const T* v) {
+  constexpr bool kAny = kEntries == Entries::kAny, kPairs = kEntries == Entries::kPairs;
   const Problem& p = f.p;
-  const int64_t base_window = p.base(window);
   const int lane = threadIdx.x % kWarp, quad = lane % 4;
-  const int query[2] = {first + lane / 4, first + lane / 4 + 8};
-  const Lane own = lane_in<kWidth>(lane);
-  int position[2];
+  const char* entries[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) position[r] = at.positions[query[r]];
-  float sums[1][kWidth / 8][4] = {}, most[2] = {-kInfinity, -kInfinity}, total[2] = {};
-#pragma unroll 1
-  for (int start = 0; start < count; start += kKeys) {
-    float s[1][kKeys / 8][4] = {};
+  for (int r = 0; r < 2; ++r) entries[r] = d2it::opaque(bias.row(at.positions[first + lane / 4 + 8 * r]));
+  // Products add to the bias in place, so scores are as yet to be scaled; kAny: they are scaled, then added.
+  const float unit = kAny ? kLog2e : p.unit;
+  const uint32_t ones = d2it::pack<T>(1.0f, 1.0f); // a column of v: a query's total
+  float sums[1][kWidth / 8][4] = {}, most[2] = {-kInfinity, -kInfinity}, total[4] = {};
+  // 64 keys from `start` on. whole: all of them are there, and alike.
+  const auto step = [&](auto whole, int start, float (&s)[1][kKeys / 8][4]) {
+    constexpr bool kWhole = whole.value;
+    const int lane = d2it::opaque(threadIdx.x) % kWarp; // not kept: registers are full
+    const Lane own = lane_in<kWidth>(lane);
+    if constexpr (kWhole) {
+      multiply_rows<T, kWidth, 1, kKeys / 16, kPairs>(s, q, 0, k + start * kPitch<kWidth>, own);
+    } else {
 #pragma unroll
-    for (int j = 0; j < kKeys / 16; ++j) {
-      if (start + j * 16 >= count) break;
-      auto& part = reinterpret_cast<float (&)[1][2][4]>(s[0][2 * j]);
-      multiply_rows<T, kWidth, 1, 1>(part, q, 0, k + (start + j * 16) * kPitch<kWidth>, own);
+      for (int j = 0; j < kKeys / 16; ++j) {
+        if (start + j * 16 >= count) break;
+        auto& part = reinterpret_cast<float (&)[1][2][4]>(s[0][2 * j]);
+        multiply_rows<T, kWidth, 1, 1, kPairs>(part, q, 0, k + (start + j * 16) * kPitch<kWidth>, own);
+      }
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+        if (!kAny && !at.segments && start + j * 8 + 8 <= count) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = start + j * 8 + lane % 4 * 2 + i % 2, query = first + lane / 4 + i / 2 * 8;
+          float& x = s[0][j][i];
+          if (kAny && key < count)
+            x = fmaf(x, p.scale, p.bias ? bias.one(at.positions[query], at.positions[key]) : 0.0f);
+          if (key >= count || (at.segments && at.segments[query] != at.segments[key])) x = -kInfinity;
+        }
+      }
     }
     float largest[2] = {most[0], most[1]};
 #pragma unroll
-    for (int j = 0; j < kKeys / 16; ++j) {
-      const int key = start + j * 16 + quad * 4;
-      if (start + j * 16 < count) {
-        const int4 where = *reinterpret_cast<const int4*>(at.positions + key);
+    for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float4 b = p.bias ? bias.four(position[r], where) : make_float4(0, 0, 0, 0);
-          const float added[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& x = s[0][2 * j + e / 2][2 * r + e % 2];
-            x = fmaf(x, p.scale, added[e]);
-          }
-        }
-      }
-      if (start + j * 16 + 16 > count || at.segments) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int other = key + e;
-            const bool alike = !at.segments || at.segments[query[r]] == at.segments[other];
-            if (other >= count || !alike) s[0][2 * j + e / 2][2 * r + e % 2] = -kInfinity;
-          }
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < 8; ++e) largest[e / 2 % 2] = fmaxf(largest[e / 2 % 2], s[0][2 * j + e / 4][e % 4]);
+      for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[0][j][i]);
     }
     float factor[2];
 #pragma unroll
@@ -81,50 +83,80 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
       for (int mask = 1; mask < 4; mask *= 2)
         largest[r] = fmaxf(largest[r], __shfl_xor_sync(kAll, largest[r], mask));
       const float base = largest[r] == -kInfinity ? 0.0f : largest[r];
-      factor[r] = d2it::exp2_fast((most[r] - base) * kLog2e);
+      factor[r] = d2it::exp2_fast((most[r] - base) * unit);
       most[r] = largest[r];
-      largest[r] = base * -kLog2e;
-      total[r] *= factor[r];
+      largest[r] = base * -unit;
     }
     uint32_t weights[1][kKeys / 16][4];
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[0][j][i] = d2it::exp2_fast(fmaf(s[0][j][i], kLog2e, largest[i / 2]));
-        total[i / 2] += s[0][j][i];
-      }
+      for (int i = 0; i < 4; ++i) s[0][j][i] = d2it::exp2_fast(fmaf(s[0][j][i], unit, largest[i / 2]));
       weights[0][j / 2][j % 2 * 2] = d2it::pack<T>(s[0][j][0], s[0][j][1]);
       weights[0][j / 2][j % 2 * 2 + 1] = d2it::pack<T>(s[0][j][2], s[0][j][3]);
     }
 #pragma unroll
-    for (int j = 0; j < kWidth / 8; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      total[i] *= factor[i / 2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[0][j][i] *= factor[i / 2];
+      for (int j = 0; j < kWidth / 8; ++j) sums[0][j][i] *= factor[i / 2];
     }
 #pragma unroll
     for (int j = 0; j < kKeys / 16; ++j) {
-      if (start + j * 16 >= count) break;
+      if (!kWhole && start + j * 16 >= count) break;
       const auto& part = reinterpret_cast<const uint32_t (&)[1][1][4]>(weights[0][j]);
+      d2it::multiply_add<T>(total, weights[0][j], ones, ones);
       add_weighted<T, kWidth>(sums, part, v + (start + j * 16) * kPitch<kWidth>, own);
     }
+  };
+#pragma unroll 1
+  for (int start = 0; start < count; start += kKeys) {
+    float s[1][kKeys / 8][4];
+    if constexpr (kPairs) {
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+        const int column = at.positions[start + j * 8 + quad * 2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float2 b = bias.pair(entries[r], column);
+          s[0][j][2 * r] = b.x * p.per_scale;
+          s[0][j][2 * r + 1] = b.y * p.per_scale;
+        }
+      }
+    }
+    if (!kAny && !at.segments && start + kKeys <= count) {
+      step(std::bool_constant<!kAny>(), start, s);
+    } else {
+      step(std::false_type(), start, s);
+    }
   }
+  const int again = d2it::opaque(threadIdx.x) % kWarp; // not kept: registers are full
   T* row[2];
+  float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) total[r] += __shfl_xor_sync(kAll, total[r], mask);
-    row[r] = query[r] < count ? f.out.at(base_window, at.rows[query[r]], head) : nullptr;
-    if (row[r] && quad == 0)
-      f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + position[r]] =
-          total[r] == 0.0f ? kInfinity : fmaf(most[r], kLog2e, __log2f(total[r]));
-    total[r] = total[r] == 0.0f ? 0.0f : __fdividef(1.0f, total[r]);
+    const float sum = total[2 * r];
+    const int query = first + again / 4 + 8 * r;
+    row[r] = query < count ? f.out.at(p.base(window), at.rows[query], head) : nullptr;
+    if (row[r] && again % 4 == 0)
+      f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + at.positions[query]] =
+          sum == 0.0f ? kInfinity : fmaf(most[r], unit, __log2f(sum));
+    inverse[r] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
   }
-  store_columns(sums[0], total, row, 0, p.width, f.out.vectors);
+  store_columns(sums[0], inverse, row, 0, p.width, f.out.vectors);
 }
 
+// The widest heads of which a multiprocessor has two blocks: of wider ones registers do not suffice.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr int kTwiceTo = 72;
+#elif __CUDA_ARCH__ < 900
+constexpr int kTwiceTo = 64;
+#else
+constexpr int kTwiceTo = 0;
+#endif
+
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kWidth <= kTwiceTo ? 2 : 1)
     attention_forward(const __grid_constant__ Forward<T> f) {
   constexpr int kRow = kPitch<kWidth>;
   extern __shared__ float4 shared[];
@@ -147,14 +179,12 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
     int run;
     const int count = close_up(p, at, window, slot, run);
     const auto copy_queries = [&](int first) {
-      copy_rows<T, kWidth, false>(q, f.q, p, at, window, head, first, count, kTile,
-                                  d2it::opaque(threadIdx.x) % kWarp, kWarp);
+      copy_rows<T, kWidth, 1>({q}, {&f.q}, p, at, window, head, first, count, kTile,
+                              d2it::opaque(threadIdx.x) % kWarp, kWarp);
     };
     fetch_slot(p, at, window + p.splits);
-    copy_rows<T, kWidth, true>(k, f.k, p, at, window, head, 0, count, round_up(count, kTile), threadIdx.x,
-                               kThreads);
-    copy_rows<T, kWidth, true>(v, f.v, p, at, window, head, 0, count, round_up(count, kTile), threadIdx.x,
-                               kThreads);
+    copy_rows<T, kWidth, 2>({k, v}, {&f.k, &f.v}, p, at, window, head, 0, count, round_up(count, kTile),
+                            threadIdx.x, kThreads);
     if (warp * kTile < count) copy_queries(warp * kTile);
     d2it::commit_copies();
     if (p.slots && threadIdx.x < p.n && (slot < 0 || slot >= p.tokens))
@@ -164,7 +194,13 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 72 ? 2 : 1)
     __syncthreads();
     const Bias<T> bias(p, window % p.bias_windows, head, run);
     for (int first = warp * kTile; first < count; first += kWarps * kTile) {
-      attend<T, kWidth>(f, at, bias, window, head, first, count, q, k, v);
+      if (p.scale >= kLeastScale && !p.bias) {
+        attend<T, kWidth, Entries::kNone>(f, at, bias, window, head, first, count, q, k, v);
+      } else if (p.scale >= kLeastScale && run > 1) {
+        attend<T, kWidth, Entries::kPairs>(f, at, bias, window, head, first, count, q, k, v);
+      } else {
+        attend<T, kWidth, Entries::kAny>(f, at, bias, window, head, first, count, q, k, v);
+      }
       if (first + kWarps * kTile >= count) break;
       __syncwarp();
       copy_queries(first + kWarps * kTile);

@@ -34,8 +34,6 @@ __device__ inline bool attend_group(const Forward<T>& f, const Chunk& at, const 
   float s[1][2 * kParts][4], most[2] = {-kInfinity, -kInfinity}, total[2] = {};
 #pragma unroll
   for (int j = 0; j < kParts; ++j) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) s[0][2 * j + e / 4][e % 4] = 0.0f;
     if (j >= range.x && j <= range.y) {
       auto& part = reinterpret_cast<float (&)[1][2][4]>(s[0][2 * j]);
       multiply_rows<T, kWidth, 1, 1>(part, q + tile * kRow, 0, k + j * 16 * kRow, own);

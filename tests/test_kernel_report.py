@@ -381,6 +381,8 @@ def test_instructions_run_as_often_as_their_lines(tmp_path: Path) -> None:
     stated = {"for (int i = 0; i < n;": 8.0, "if (i % 2) {": 0.25}
     # Line 7 runs 8 times, lines 3 and 10 twice, line 12 8 times; behind the loop line 3 comes from another call.
     assert code.issued_by_line(Runs(files, stated)) == (3 * 8 + 2 * 2 + 8 + 2, 2 * 256 + 8 * 128)
+    # What comes from line 3 by line 15 half as often.
+    assert code.issued_by_line(Runs(files, stated | {"c[0] = => int twice(": 0.5}))[0] == 3 * 8 + 2 * 2 + 8 + 1
     with pytest.raises(ValueError, match="has no trips"):
         code.issued_by_line(Runs(files, {"if (i % 2) {": 0.25}))
 

@@ -15,9 +15,9 @@ from kernel_report.gpus import ARCHS
 
 SMS = ARCHS["sm_90"]["sms"]
 NEVER, ONCE = 0.0, 1.0
-VECTORS = "if (i + kPerRow <= kVectors || part < kVectors - i)"
-COPIED = f"{VECTORS} d2it::copy_async(to + i"
+COPIED = "d2it::copy_async(to + i * kPerVector, row + i * kPerVector, (i"
 FILE = "window_attention_cuda.cu"
+LAST = "step(std::false_type(), start, s);"
 
 
 def mean(n: int, fill: float, of: Callable[[int], float]) -> float:
@@ -63,6 +63,7 @@ def shared_by_windows(fill: float) -> dict[str, float]:
         "bits = {at<uint32_t>(x), at<uint32_t>(z)};": NEVER,
         "bits = {at<uint16_t>(x) |": NEVER,
         "const float2 a = d2it::unpack<T>(bits.x)": NEVER,
+        "return d2it::unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(row": NEVER,
     }
 
 
@@ -71,14 +72,15 @@ def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -
     splits = min(16 * SMS // heads, windows)
     rows = round(fill * cells) * heads * width * 2
     everything = mean(n, fill, tiles)
-    blocks_of_keys = mean(n, fill, lambda count: tiles(count) * math.ceil(count / 64)) / everything
+    whole = mean(n, fill, lambda count: tiles(count) * (count // 64)) / everything
+    broken = mean(n, fill, lambda count: tiles(count) * (count % 64 > 0)) / everything
     passes = mean(n, fill, lambda count: math.ceil(tiles(count) / 4))
-    part = mean(n, fill, lambda count: tiles(count) ** 2) / mean(
-        n, fill, lambda count: tiles(count) * math.ceil(count / 64) * 4
-    )
-    edge = mean(n, fill, lambda count: float(count % 16 > 0) * tiles(count)) / mean(
-        n, fill, lambda count: tiles(count) ** 2
-    )
+    # Of the last 64 keys, where they are not all there: the tiles of 16, and those of them that are not whole.
+    part = edge = 0.0
+    if broken:
+        ends = 4 * broken * everything
+        part = mean(n, fill, lambda count: tiles(count) * tiles(count % 64)) / ends
+        edge = mean(n, fill, lambda count: tiles(count) * (8 - count % 64 // 8) * float(count % 64 > 0)) / 2 / ends
     second = mean(n, fill, lambda count: max(tiles(count) - 8, 0))
     runs = {
         "for (; window < p.windows; window += p.splits) {": windows / splits,
@@ -86,11 +88,14 @@ def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -
         "const auto copy_queries = [&](int first) {": 2 / passes,
         "for (int first = warp * kTile; first < count; first += kWarps * kTile) {": everything / 8,
         "copy_queries(first + kWarps * kTile);": second / everything,
-        "for (int start = 0; start < count; start += kKeys) {": blocks_of_keys,
+        "attend<T, kWidth, Entries::kNone>(f, at": NEVER,
+        "attend<T, kWidth, Entries::kAny>(f, at": NEVER,
+        "for (int start = 0; start < count; start += kKeys) {": whole + broken,
+        "step(std::bool_constant<!kAny>(), start, s);": whole / (whole + broken),
+        LAST: broken / (whole + broken),
         "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; auto& part": part,
-        "if (start + j * 16 < count) { const int4 where": part,
-        "if (start + j * 16 + 16 > count || at.segments) { #pragma unroll": edge * part,
-        "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; const auto& part": part,
+        f"{LAST} => for (int i = 0; i < 4; ++i) {{ const int key = start": edge,
+        f"{LAST} => for (int j = 0; j < kKeys / 16; ++j) {{ if (!kWhole": part,
         **shared_by_windows(fill),
     }
     lanes = {COPIED: width / 8 / (math.ceil(width / 32) * 4)}
@@ -298,7 +303,8 @@ def shared_by_groups(groups: Groups, width: int, fill: float) -> tuple[dict[str,
     }
     rows = groups.rows / (16 * groups.tiles)
     vectors = width / 8 / (math.ceil(width / 32) * 4)
-    return runs, {f"{VECTORS} d2it::copy_async(copy + i": rows * vectors}
+    vectors_of_rows = "if (i + kPerRow <= kVectors || part < kVectors - i) d2it::copy_async(copy + i"
+    return runs, {vectors_of_rows: rows * vectors}
 
 
 def groups_forward(n: int, heads: int, width: int, fill: float, cells: int) -> CudaLaunch:

@@ -91,20 +91,23 @@ class Runs:
 
     Args:
         files: from `read_source`.
-        stated: the beginning of a statement -> how often it runs each time the code around it does.
+        stated: the beginning of a statement -> how often it runs each time the code around it does. "outer => inner":
+            so often the inner statement runs where it comes from inlining into the outer one.
     """
 
     def __init__(self, files: Mapping[str, str], stated: Mapping[str, float]) -> None:
-        self._stated = {find_statement(files, text): times for text, times in stated.items()}
+        self._stated = {
+            tuple(find_statement(files, part) for part in text.split(" => ")): times for text, times in stated.items()
+        }
 
     def of(self, frames: Frames) -> float:
         """How often an instruction of these lines runs."""
         product = 1.0
-        for statement, times in self._stated.items():
-            if statement.holds(frames):
+        for statements, times in self._stated.items():
+            if all(statement.holds(frames) for statement in statements):
                 product *= times
         return product
 
     def names_loop(self, frames: Frames) -> bool:
         """Whether one of the lines begins a loop of which the trips are stated."""
-        return any(statement.loop and statement.begins(frames) for statement in self._stated)
+        return any(part.loop and part.begins(frames) for parts in self._stated for part in parts)

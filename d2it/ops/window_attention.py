@@ -366,7 +366,7 @@ _EVERY_GPU = 99 * 1024  # bytes of shared memory that a block can have, from com
 def _cuda_shared(n: int, width: int, segmented: bool) -> int:
     """Bytes of shared memory that the backward needs, as csrc/window_attention_backward.h lays it out."""
     rows, pitch = cdiv(n, 16) * 16, (next(w for w in CUDA_WIDTHS if w >= width) // 8 | 1) * 8
-    return 1056 + cdiv(n, 32) * 32 * (16 if segmented else 8) + 4 * rows * pitch + 64 * (6 * pitch + 8) + 80 * rows
+    return 1056 + cdiv(n, 64) * 64 * (16 if segmented else 8) + 4 * rows * pitch + 64 * (6 * pitch + 8) + 80 * rows
 
 
 def _cuda_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:

@@ -319,6 +319,10 @@ inline float exp2_fast(float x) {
 }
 
 inline unsigned opaque(unsigned x) { return x; }
+template <typename T>
+T* opaque(T* x) {
+  return x;
+}
 
 template <typename Chunk>
 void put(void* to, Chunk x) {

@@ -63,6 +63,11 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   multiply_fragments<T>(c, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, 16);
 }
 template <typename T>
+void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  c[0] = c[1] = c[2] = c[3] = 0;
+  multiply_add<T>(c, a, b0, b1);
+}
+template <typename T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
   multiply_fragments<T>(c, {{a[0], a[1]}, {b}}, 8);
 }
@@ -81,7 +86,8 @@ float2 unpack(uint32_t x) {
   return {float_of<T>(x, 0), float_of<T>(x, 1)};
 }
 
-inline void copy_async(void* to, const void* from, bool there) {
+inline void copy_async(void* to, const void* from, bool there, bool wanted = true) {
+  if (!wanted) return;
   block.copy_later({aligned(static_cast<uint4*>(to)), there ? aligned(static_cast<const uint4*>(from)) : nullptr, 16});
 }
 template <typename T>

@@ -17,21 +17,22 @@ MUTATIONS = {
     "positions of rows": ("at.positions[place] = «position»;", "place"),
     "fours that are none": ("run = min(p.run, «(apart & 0x77777777u) == 0» ? 4", "true"),
     "pairs that are none": ("? 4 : «(apart & 0x55555555u) == 0» ? 2 : 1", "true"),
-    "order of columns": ("first + (kColumns ? «row_in_place(place)» : place);", "place"),
     "order of queries": ("delta[own * 16 + «row_in_place(row)»] =", "row"),
-    "columns behind a head": ("row + i * kPerVector, «(i + part) * kPerVector < there»);", "true"),
+    "columns behind a head": ("row + i * kPerVector, «(i + part) * kPerVector < there»,", "true"),
     "sums not scaled down": ("sums[0][j][i] *= «factor[i / 2]»;", "1.0f"),
-    "keys that are not there": ("if («other >= count» || !alike)", "false"),
-    "segments ignored": ("alike = !at.segments || «at.segments[query[r]] == at.segments[other]»;", "true"),
+    "keys that are not there": ("if («key >= count» || (at", "false"),
+    "segments ignored": ("|| (at.segments && «at.segments[query] != at.segments[key]»))", "false"),
     "segments ignored in the backward": ("(at.segments && «at.segments[key] != at.segments[query + e]»))", "false"),
     "another window's bias": ("(«static_cast<int64_t>(residue)» * (p.bias_per_head", "int64_t{0}"),
     "second entry": ("static_cast<uint32_t>(at<uint16_t>(«y»)) << 16", "x"),
     "third entry": ("bits = {at<uint32_t>(x), at<uint32_t>(«z»)};", "x"),
-    "row of the bias": ("position[r] = at.positions[«query[r]»];", "query[0]"),
-    "weights not normalised": (
-        "«__fdividef(1.0f, total[r])»;\n  }\n  store_columns",
-        "1.0f",
-    ),
+    "row of the bias": ("bias.row(at.positions[«first + lane / 4 + 8 * r»])", "first + lane / 4"),
+    "weights not normalised": (": «__fdividef(1.0f, sum)»;", "1.0f"),
+    "total not scaled down": ("total[i] *= «factor[i / 2]»;", "1.0f"),
+    "keys taken for whole": ("&& «start + kKeys <= count») {", "true"),
+    "pairs of the bias": ("bias.pair(entries[r], «column»)", "0"),
+    "bias not over the scale": ("b.y * «p.per_scale»", "1.0f"),
+    "bias over a scale of zero": ("} else if («p.scale >= kLeastScale» && run > 1)", "true"),
     "queries of a warp before they are copied": (
         "      d2it::commit_copies();\n      «d2it::wait_for_copies<0>()»;\n      __syncwarp();",
         "void()",
@@ -183,6 +184,21 @@ class TestWindowAttentionCuda(CudaSource):
         for got, want in zip(*results):
             torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
+    @pytest.mark.parametrize("scale", [0.0, -0.3])
+    def test_scales_that_are_not_above_zero(self, scale):
+        q, k, v, grad = torch.randn(4, 1, 66, 1, 16, dtype=torch.float16).unbind()
+        bias = torch.randn(1, 1, 66, 66)
+        results = []
+        for op, given, dtype in (
+            (d2it.ops.window_attention, {"backend": "cuda"}, torch.float16),
+            (reference.window_attention, {}, torch.float64),
+        ):
+            leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)] + [bias.to(dtype).requires_grad_()]
+            out = op(*leaves, scale=scale, **given)
+            results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype))])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got.double(), want.double(), rtol=0.02, atol=0.02)
+
     def test_queries_without_a_key_and_numbers_that_are_none(self):
         qkv = torch.randn(3, 5, 3, 1, 16, dtype=torch.float16).requires_grad_()
         bias = torch.zeros(3, 1, 5, 5)
@@ -215,6 +231,7 @@ class TestWindowAttentionCuda(CudaSource):
             self.check(shape, "cuda", torch.float16, "plain", repeats=1)
         self.test_low_scores(17)
         self.test_low_scores(81)
+        self.test_scales_that_are_not_above_zero(0.0)
         self.test_numbers_that_are_not_finite_stay_in_their_window()
 
     @pytest.mark.parametrize("name", MUTATIONS)
