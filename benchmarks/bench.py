@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from time import monotonic
 from typing import Any
 
 import machine
@@ -186,8 +187,11 @@ def fresh_compiler() -> None:
     torch._functorch.config.donated_buffer = False
 
 
-def run_bench(bench: Bench, seconds: float | None = None) -> list[Row]:
-    """Rows of the result file: one for each contender and direction, or one with the reason why it was skipped."""
+def run_bench(bench: Bench, seconds: float | None = None, until: float = math.inf) -> list[Row]:
+    """Rows of the result file: one for each contender and direction, or one with the reason why it was skipped.
+
+    `until`: no rival is begun after that time of `time.monotonic()`; compiling one may take a minute.
+    """
     rates = timing.machine_rates()
     fresh_compiler()
     sets = input_sets(bench)
@@ -198,6 +202,9 @@ def run_bench(bench: Bench, seconds: float | None = None) -> list[Row]:
     timed: list[_Timed] = []
     for name, setup in bench.contenders.items():
         base = {"case": bench.case, "contender": name, "dtype": str(bench.dtype)[6:], "shape": bench.shape}
+        if monotonic() > until and not ours(base):
+            rows.append({**base, **OUT_OF_TIME})
+            continue
         try:
             run = setup()
             warm = run(sets[0])
@@ -254,6 +261,7 @@ class _Timed:
 
 
 OUT_OF_MEMORY = {"skipped": "out of memory"}
+OUT_OF_TIME = {"skipped": "out of time"}
 
 
 def _time_all(timed: list[_Timed], seconds: float | None) -> Iterator[tuple[_Timed, Timing | None, dict[str, float]]]:

@@ -21,7 +21,7 @@ from typing import Any
 import machine
 import timing
 import torch
-from bench import Bench, run_bench, warm
+from bench import OUT_OF_TIME, Bench, run_bench, warm
 from rows import RESULTS, Row, columns, note, ours
 
 
@@ -86,7 +86,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go, not benchmarks/results/<device>")
     parser.add_argument("--no-save", action="store_true", help="print the table, write nothing")
     parser.add_argument("--seconds", type=float, help="how long to measure each line")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no case after that")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no case and no rival after that")
     parser.add_argument(
         "--warm",
         nargs="?",
@@ -138,12 +138,13 @@ def main(
     rows: dict[str, list[Row]] = {}
     for i, bench in enumerate(chosen):
         name = bench.operator or operator
-        rows.setdefault(name, []).extend(run_bench(bench, args.seconds))
+        rows.setdefault(name, []).extend(run_bench(bench, args.seconds, end))
         print(f"[{i + 1}/{len(chosen)}] {name} {bench.case}", file=sys.stderr, flush=True)
         if machine.device() == "cuda":
             torch.cuda.empty_cache()
         if not args.no_save:
             finished = all((later.operator or operator) != name for later in chosen[i + 1 :])
+            finished &= all(row.get("skipped") != OUT_OF_TIME["skipped"] for row in rows[name])
             write_results(name, rows[name], args.out, complete=args.only == "*" and finished)
         if time.monotonic() > end and i + 1 < len(chosen):
             print(f"out of time: {len(chosen) - i - 1} of {len(chosen)} cases left out")

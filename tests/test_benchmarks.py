@@ -140,6 +140,15 @@ def test_a_benchmark_keeps_each_case_and_stops_in_time(
     assert not written["complete"]
     assert cases(written["rows"]) == ["n1000"]
 
+    rival = {"eager": lambda: lambda given: given["x"] * given["x"], **right}
+    assert run_main([square_bench(rival)], "--out", str(tmp_path), "--minutes", "0") == 0
+    (written,) = load(tmp_path).values()
+    assert not written["complete"]
+    assert {row["contender"]: row.get("skipped") for row in written["rows"]} == {
+        "eager": "out of time",
+        "d2it square": None,
+    }
+
 
 def test_a_wrong_result_of_ours_fails_the_benchmark(quick: None) -> None:
     wrong = {"d2it square": lambda: lambda given: given["x"].square() + 1}
