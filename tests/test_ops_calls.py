@@ -174,6 +174,37 @@ def test_a_call_of_other_kinds_is_judged() -> None:
         ops.adaln_modulate(x[0], row, row, sample=sample + 2)
 
 
+@pytest.mark.parametrize("based", [False, True])
+def test_packing_by_a_known_plan(based: bool) -> None:
+    grains = (torch.rand(3, 4, 2) < 0.5).long()
+    plan = ops.plan_tokens(grains, cells_per_region=2, window=2, capacity=96)
+    x, packed, base = torch.randn(3, 32, 5), torch.randn(96, 5), torch.randn(3, 32, 5)
+    given = [t.requires_grad_() for t in (x, packed, *([base] if based else []))]
+    cotangents = torch.randn(96, 5), torch.randn(3, 32, 5)
+
+    def run() -> list[Tensor]:
+        outs = ops.pack_tokens(x, plan), ops.unpack_tokens(packed, plan, base if based else None)
+        return [*outs, *torch.autograd.grad(outs, given, cotangents)]
+
+    first, second = run(), run()
+    with Seen() as seen:
+        dispatched = run()
+    assert sorted(seen.names) == ["pack_tokens"] * 2 + ["unpack_tokens"] * (3 if based else 2)
+    for a, b, c in zip(first, second, dispatched, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert frames(lambda: ops.pack_tokens(x, plan)) <= 30
+    assert frames(lambda: ops.unpack_tokens(packed, plan)) <= 30
+    assert torch.autograd.gradgradcheck(lambda t: ops.pack_tokens(t, plan) ** 2, x.detach().double().requires_grad_())
+    with pytest.raises(ValueError, match="x must have the plan's 3 images of 32 cells"):
+        ops.pack_tokens(x.reshape(1, 96, 5), plan)
+    with pytest.raises(ValueError, match="base must have shape"):
+        ops.unpack_tokens(packed, plan, base.reshape(1, 96, 5))
+    plan.index[0] = 96
+    with pytest.raises(ValueError, match=r"plan\.index must contain values below 96"):
+        ops.pack_tokens(x, plan)
+
+
 def test_a_lazy_negation_is_resolved() -> None:
     x = torch.randn(2, 3, 4, dtype=torch.complex64).conj().imag
     assert x.is_neg()

@@ -102,6 +102,8 @@ def _kinds(op: str, backend: str | None, args: tuple[Any, ...]) -> tuple[Any, ..
                 kinds += arg.shape, arg.dtype, arg.device, arg.layout
             elif arg is None or kind is float:
                 kinds.append(arg)
+            elif kind is int:
+                kinds += int, arg  # 1 is 1.0
             else:
                 return None
     except RuntimeError:  # a nested tensor has no shape
@@ -132,6 +134,12 @@ def remember(op: str, backend: str | None, args: tuple[Any, ...], chosen: str) -
         if len(_KNOWN) >= MOST_KNOWN:  # packed rows come in any number
             _KNOWN.clear()
         _KNOWN[kinds] = _DIRECT[op, chosen]
+
+
+def direct(op: str, backend: str, tensor: Tensor) -> Callable[..., Any] | None:
+    """Returns what runs a call whose arguments an earlier one has judged, `tensor` the only new one among them: that of
+    a backward, on a gradient. None where the call is to go through the dispatcher."""
+    return _DIRECT.get((op, backend)) if type(tensor) is Tensor and _eager() else None
 
 
 def _implementation(op: str, backend: str) -> Callable[..., Any]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import implement, operator
-from d2it.ops.plan import TokenPlan, check_plan, check_range
+from d2it.ops._register import direct, implement, known, operator, remember
+from d2it.ops.plan import TokenPlan, check_plan, check_range, is_trusted
 
 
 def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Tensor:
@@ -33,6 +33,8 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
         >>> ops.pack_tokens(torch.arange(8.0).reshape(1, 8, 1), plan).flatten()
         tensor([2., 3., 6., 7.])
     """
+    if is_trusted(plan) and (run := known("pack_tokens", backend, (x, *_of(plan)))) is not None:
+        return run(x, plan.index, plan.inverse)
     _check.tensor("x", x, ndim=3, dtypes=_check.FLOATS)
     check_plan(plan)
     _check.same("device", "plan", plan.index, "x", x)
@@ -43,6 +45,7 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
         tuple(x.shape),
     )
     name = choose("pack_tokens", backend, x, plan)
+    remember("pack_tokens", backend, (x, *_of(plan)), name)
     if name == "reference":
         return reference.pack_tokens(x, plan)
     return _call_pack_tokens(x, plan.index, plan.inverse, name)
@@ -68,6 +71,8 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
         >>> ops.unpack_tokens(torch.arange(1.0, 5.0).reshape(4, 1), plan).flatten()
         tensor([0., 0., 1., 2., 0., 0., 3., 4.])
     """
+    if is_trusted(plan) and (run := known("unpack_tokens", backend, (packed, base, *_of(plan)))) is not None:
+        return run(packed, base, *_of(plan))
     _check.tensor("packed", packed, ndim=2, dtypes=_check.FLOATS)
     check_plan(plan)
     _check.same("device", "plan", plan.index, "packed", packed)
@@ -84,9 +89,15 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
         _check.same("device", "packed", packed, "base", base)
         _check.require(tuple(base.shape) == shape, "base", lambda: f"have shape {shape}", tuple(base.shape))
     name = choose("unpack_tokens", backend, packed, plan, base)
+    remember("unpack_tokens", backend, (packed, base, *_of(plan)), name)
     if name == "reference":
         return reference.unpack_tokens(packed, plan, base)
-    return _call_unpack_tokens(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image, name)
+    return _call_unpack_tokens(packed, base, *_of(plan), name)
+
+
+def _of(plan: TokenPlan) -> tuple[Tensor, Tensor, int, int]:
+    """What the operators take of a plan, and all that their arguments are judged by."""
+    return plan.index, plan.inverse, plan.batch, plan.cells_per_image
 
 
 def _pack_fake(x: Tensor, index: Tensor, inverse: Tensor, backend: str) -> Tensor:
@@ -100,9 +111,7 @@ def _pack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 
 def _pack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    index, inverse = ctx.saved_tensors
-    grad_x = _call_unpack_tokens(grad, None, index, inverse, ctx.batch, ctx.cells, ctx.backend)
-    return grad_x, None, None, None
+    return _unpack(grad, grad, None, ctx), None, None, None
 
 
 def _unpack_fake(
@@ -118,10 +127,19 @@ def _unpack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    plan = ctx.saved_tensors
-    grad_packed = _call_pack_tokens(grad, *plan, ctx.backend) if ctx.needs[0] else None
-    grad_base = _call_unpack_tokens(None, grad, *plan, ctx.batch, ctx.cells, ctx.backend) if ctx.needs[1] else None
+    grad_packed = grad_base = None
+    if ctx.needs[0]:
+        run = direct("pack_tokens", ctx.backend, grad)
+        grad_packed = run(grad, *ctx.saved_tensors) if run else _call_pack_tokens(grad, *ctx.saved_tensors, ctx.backend)
+    if ctx.needs[1]:
+        grad_base = _unpack(grad, None, grad, ctx)
     return grad_packed, grad_base, None, None, None, None, None
+
+
+def _unpack(grad: Tensor, packed: Tensor | None, base: Tensor | None, ctx: Any) -> Tensor:
+    args = (packed, base, *ctx.saved_tensors, ctx.batch, ctx.cells)
+    run = direct("unpack_tokens", ctx.backend, grad)
+    return run(*args) if run else _call_unpack_tokens(*args, ctx.backend)
 
 
 _call_pack_tokens = operator(
