@@ -147,11 +147,12 @@ def _repeated(results: Results) -> list[str]:
     if not repeated:
         return ["No training was repeated from another seed: the spreads are those of sampling alone.", ""]
     lines = ["Trainings repeated from another seed, and the standard deviation between them:", ""]
+    alike: dict[str, list[str]] = {}  # pooled where they predict the same
     for first, again in repeated.items():
-        shown = ", ".join(f"{NAMES[m]} {training_spread(results, first, m):.3g}" for m in NAMES)
-        lines.append(
-            f"- predicting {VARIANTS[first].diffusion.get('prediction', 'epsilon')} (`{first}`, `{again}`): {shown}"
-        )
+        alike.setdefault(VARIANTS[first].diffusion.get("prediction", "epsilon"), []).extend((first, again))
+    for prediction, names in alike.items():
+        shown = ", ".join(f"{NAMES[m]} {training_spread(results, names[0], m):.3g}" for m in NAMES)
+        lines.append(f"- predicting {prediction} ({', '.join(f'`{name}`' for name in names)}): {shown}")
     return [*lines, ""]
 
 
