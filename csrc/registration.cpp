@@ -50,6 +50,8 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "dv, "
       "Tensor(d!)? sums, Tensor(e!)? dbias, Tensor(f!)? unnamed, int splits) -> ()");
   m.def("matmul(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> bool");
+  m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu_backward(Tensor(a!) grad, Tensor x, Tensor(b!) out) -> ()");
   m.def("square_sum(Tensor[] tensors, Tensor(a!) total) -> ()");
   m.def(
       "adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "

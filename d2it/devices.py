@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 import resource
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,17 @@ def memory_limit(device: torch.device) -> int:
         with contextlib.suppress(OSError, ValueError):  # "max", or no such group
             limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
     return min(limits)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the memory that is freed in this process for what is allocated next.
+
+    By default it gives the end of its heap back whenever a few large tensors are freed there, and a training step on a
+    CPU then takes thousands of page faults to get it again. Blocks above 32 MiB, glibc's limit, are given back still.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 32 << 20)
+    libc.mallopt(trim_threshold, 1 << 30)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import platform
+import resource
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from d2it import nn
+from d2it.devices import keep_freed_memory
+from d2it.models.layers import Mlp
 from d2it.nn import linear
 
 tiles = pytest.mark.skipif(not linear.has_tiles(), reason="this CPU has no AMX")
@@ -122,3 +129,77 @@ def test_second_derivatives() -> None:
 
     for mine, true in zip(curvature(ours), curvature(exact)):
         assert error(mine, true) < 1e-6
+
+
+def mlps() -> tuple[list[Any], Tensor, Tensor]:
+    """The MLP of a block, the same of PyTorch's layers, and that in float64."""
+    torch.manual_seed(0)
+    ours = Mlp(96)
+    plain = torch.nn.Sequential(torch.nn.Linear(96, 384), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(384, 96))
+    for mine, other in ((ours.fc1, plain[0]), (ours.fc2, plain[2])):
+        other.load_state_dict(mine.state_dict())
+    return [ours, plain, copy.deepcopy(plain).double()], 3 * torch.randn(2, 131, 96), torch.randn(2, 131, 96)
+
+
+def test_the_mlp_and_its_gradients() -> None:
+    made, x, grad = mlps()
+    found = []
+    for mlp in made:
+        given = x.to(next(mlp.parameters()).dtype, copy=True).requires_grad_()
+        out = mlp(given)
+        found.append([out.detach(), *torch.autograd.grad(out, [given, *mlp.parameters()], grad.to(given.dtype))])
+    for mine, other, true in zip(*found):
+        assert error(mine, true) <= 3 * error(other, true) + 3e-8
+
+
+def test_gelu_at_its_ends() -> None:
+    """Far out it is 0 or x; the numbers of a last vector that is not whole; what is not a number stays there."""
+    x = torch.cat([torch.linspace(-40, 40, 1001), torch.tensor([float("nan"), 1e30, -1e30, 0.0])])
+    out, again, grad = (torch.full_like(x, float("nan")) for _ in range(3))
+    torch.ops.d2it_C.gelu(x, out)
+    grad.fill_(2.0)
+    torch.ops.d2it_C.gelu_backward(grad, x, again)
+    assert torch.equal(out.nan_to_num(7.0), again.nan_to_num(7.0))
+    exact = x[:1001].double().requires_grad_()
+    true = torch.nn.functional.gelu(exact, approximate="tanh")
+    torch.testing.assert_close(out[:1001].double(), true, rtol=1e-6, atol=1e-7)
+    (slope,) = torch.autograd.grad(true, exact, torch.full_like(true, 2.0))
+    torch.testing.assert_close(grad[:1001].double(), slope, rtol=1e-5, atol=1e-6)
+    assert out[1001:].nan_to_num(7.0).tolist()[::3] == [7.0, 0.0]
+    assert out[1002] == x[1002]
+    assert grad[1001].isnan()
+
+
+def test_the_mlp_keeps_gelus_input_alone() -> None:
+    """Bytes kept for the backward: the input and the hidden layer, which PyTorch's keeps before and after GELU."""
+    made, x, _ = mlps()
+    kept = []
+    for mlp in made[:2]:
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = mlp(x.clone().requires_grad_())
+        weights = {p.untyped_storage().data_ptr() for p in mlp.parameters()}
+        kept.append(sum(size for at, size in found.items() if at not in weights) / (4 * x.numel()))
+        del out
+    assert kept == [1 + 4, 1 + 8]  # in rows of the model's width
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_freed_memory_is_kept() -> None:
+    """Tensors that are freed and made again take no page faults."""
+    keep_freed_memory()
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(8):
+            held = [torch.ones(2 << 20) for _ in range(6)]  # 8 MiB each
+            del held
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 2000  # one round of the six has 12,288 pages

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2it import ops
 from d2it.nn import Linear, WindowAttention
+from d2it.nn.linear import gelu_linear
 
 ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
 
@@ -113,7 +114,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return gelu_linear(self.fc1(x), self.fc2)
 
 
 class Modulation(nn.Module):

@@ -65,12 +65,28 @@ def suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns a (M, K) times b (K, N), plus bias (N,): by tiles, or where a gradient of it is asked for, by PyTorch.
+def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Returns layer(gelu(x)), GELU by tanh; of float32 on a CPU with x alone kept for the backward.
 
-    Rows or columns of both are contiguous.
+    GELU is computed again there, in the pass that multiplies by its derivative.
+
+    Args:
+        x: (..., in_features).
+        layer: what follows.
     """
-    if torch.is_grad_enabled():
+    weight, bias = layer.weight, layer.bias
+    fits = type(layer) is Linear and _plain(x) and _plain(weight) and _plain(bias) and x.is_contiguous()
+    if fits and computed_only() and not torch.is_autocast_enabled("cpu") and not _native.why_not("gelu", "cpu"):
+        return _GeluLinear.apply(x, weight, bias)
+    return layer(F.gelu(x, approximate="tanh"))
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns a (M, K) times b (K, N), plus bias (N,): by tiles, or by PyTorch where they would not be faster.
+
+    Rows or columns of both are contiguous. A gradient can be asked for of what PyTorch computes, and then it does.
+    """
+    if torch.is_grad_enabled() or a.numel() * b.shape[1] < LEAST or not has_tiles():
         return a @ b if bias is None else torch.addmm(bias, a, b)
     out = a.new_empty(a.shape[0], b.shape[1])
     torch.ops.d2it_C.matmul(a, b, bias, out)
@@ -95,3 +111,25 @@ class _Linear(torch.autograd.Function):
         dx = product(rows, weight).view(x.shape) if of_x else None
         dweight = product(rows.t(), x.flatten(0, -2)) if of_weight else None
         return dx, dweight, rows.sum(0) if of_bias else None
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = torch.empty_like(x)
+        torch.ops.d2it_C.gelu(x, out)
+        return product(out.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        dx = product(rows, weight).view(x.shape)
+        if torch.is_grad_enabled():  # a derivative of this is asked for
+            out = F.gelu(x, approximate="tanh")
+            dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
+        else:
+            out = torch.empty_like(x)
+            torch.ops.d2it_C.gelu_backward(dx, x, out)
+        return dx, product(rows.t(), out.flatten(0, -2)), rows.sum(0)

@@ -25,6 +25,8 @@ ARGUMENTS = {
     "window_attention_saved": 10,
     "window_attention_saved_backward": 17,
     "matmul": 4,
+    "gelu": 2,
+    "gelu_backward": 3,
     "square_sum": 2,
     "adamw": 14,
 }

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from d2it.devices import keep_freed_memory
 from d2it.distributed import World
 from d2it.training.adamw import AdamW
 from d2it.training.config import LatentStageConfig, StageConfig
@@ -78,6 +79,8 @@ class Learner:
         peak: float | None = None,
     ) -> None:
         self.name, self.settings, self.world, self.peak = name, settings, world, peak
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.losses = losses.to(world.device)
         self.network: nn.Module = losses if network is None else network
         self.kind = type(self.network)  # FSDP2 changes the class
