@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from kernel_report.gpus import PRODUCTS
 from rows import columns
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2it.devices import PEAK_FLOPS
 from d2it.models.content import ContentTransformerConfig
@@ -291,3 +294,69 @@ def config_of(preset: str, image_size: int) -> TransformerConfig:
     config = kind.preset_config(preset, image_size=image_size)
     assert isinstance(config, (ContentTransformerConfig, DiTConfig))
     return config
+
+
+# ---- what the host does: a launch for every operator that computes
+
+HOST_US = (5.0, 9.0)
+"""Host time of an operator of PyTorch, least and most."""
+OUR_HOST_US = (3.2, 4.9)
+"""Of a launch of ours (`launch_host_time.py`)."""
+MOST_LAUNCHES = 4
+"""Of one operator of ours."""
+
+
+_ALLOCATES = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "detach")
+
+
+class _Computing(TorchDispatchMode):
+    """Counts the operators that compute: no views, nothing that only allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pytorch = self.ours = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0]
+        if func.namespace == "d2it":
+            self.ours += 1
+        elif func.namespace == "aten" and not (func.is_view or name in _ALLOCATES):
+            self.pytorch += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """What the host launches for forward and backward of an eager step, whatever the batch.
+
+    Attributes:
+        pytorch: operators of PyTorch that compute.
+        ours: operators of ours.
+    """
+
+    pytorch: int
+    ours: int
+
+    @property
+    def host_ms(self) -> tuple[float, float]:
+        """Milliseconds of the host, least and most."""
+        low = self.pytorch * HOST_US[0] + self.ours * OUR_HOST_US[0]
+        high = self.pytorch * HOST_US[1] + self.ours * OUR_HOST_US[1] * MOST_LAUNCHES
+        return low / 1e3, high / 1e3
+
+
+def launches(config: ContentTransformerConfig, batch: int = 2) -> Launches:
+    """Counts them on fake tensors, under bf16 autocast; computes nothing."""
+    from d2it.models import DynamicContentTransformer
+
+    counted = _Computing()
+    with FakeTensorMode():
+        network = DynamicContentTransformer(config)
+        x = torch.randn(batch, config.in_channels, *config.grid)
+        whole = torch.zeros(batch, dtype=torch.int64)
+        grain_map = torch.zeros(batch, *config.region_grid, dtype=torch.int64)
+        with counted, torch.autocast("cpu", torch.bfloat16):
+            out = network(x, whole, whole if config.num_classes else None, grain_map)
+        with counted:
+            out.backward(torch.empty_like(out))
+    return Launches(counted.pytorch, counted.ours)

@@ -370,12 +370,20 @@ def count(options: argparse.Namespace) -> None:
         config: TransformerConfig = step_count.config_of(preset, options.image_size)
         with torch.device("meta"):
             parameters = step_count.Parameters.of(DynamicContentTransformer(config))
+        assert isinstance(config, step_count.ContentTransformerConfig)
+        host = step_count.launches(config)
         for some in each_batch(options):
             fine = fine_tokens(grain_maps(some, config.region_grid, config.num_grains), config)
             found = step_count.parts(config, some.batch_size, parameters, fine, kernels or None)
             size = f"{some.image_size} pixels, batch {some.batch_size}, fill {some.fill:g}"
             print(f"\n{preset} at {size}, on an {options.gpu}")
             print(step_count.table(found, rates, step_count.step_flops(config, some.batch_size, fine)))
+            low, high = host.host_ms
+            device = step_count.predicted_ms(found, rates)
+            print(
+                f"eagerly the host launches {host.pytorch} operators of PyTorch and {host.ours} of ours: {low:.1f} to "
+                f"{high:.1f} ms, {low / device:.0%} to {high / device:.0%} of the device's time"
+            )
 
 
 def arguments() -> argparse.ArgumentParser:

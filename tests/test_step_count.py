@@ -106,3 +106,16 @@ def test_the_table_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "D2iT-XL at 256 pixels, batch 128, fill 0.5, on an H200" in text
     assert "window attention" in text
     assert text.rstrip().endswith("MFU")
+
+
+def test_launches_grow_by_a_block_not_by_the_batch() -> None:
+    """Every dense block adds the same operators; of ours two forward and two backward."""
+    found = {}
+    for depth in (1, 2, 3):
+        config = DynamicContentTransformer.preset_config("tiny", image_size=64, num_classes=5, depth=depth)
+        found[depth] = step_count.launches(config)
+        assert step_count.launches(config, batch=3) == found[depth]
+    blocks = [(found[d + 1].pytorch - found[d].pytorch, found[d + 1].ours - found[d].ours) for d in (1, 2)]
+    assert blocks[0] == blocks[1]
+    assert blocks[0][1] == 4
+    assert 4 + 8 + 4 <= blocks[0][0] <= 60  # products of four layers, their gradients, attention and GELU
