@@ -146,17 +146,18 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
   store_columns(sums[0], inverse, row, 0, p.width, f.out.vectors);
 }
 
-// The widest heads of which a multiprocessor has two blocks: of wider ones registers do not suffice.
+// Whether registers suffice for two blocks on a multiprocessor; where they do not, the compiler was seen to
+// spill.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
-constexpr int kTwiceTo = 72;
-#elif __CUDA_ARCH__ < 900
-constexpr int kTwiceTo = 64;
+template <typename T, int kWidth>
+constexpr bool kTwo = std::is_same_v<T, __half> ? kWidth == 72 : kWidth <= 72;
 #else
-constexpr int kTwiceTo = 0;
+template <typename T, int kWidth>
+constexpr bool kTwo = __CUDA_ARCH__ < 900 && kWidth <= 64;
 #endif
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kWidth <= kTwiceTo ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kTwo<T, kWidth> ? 2 : 1)
     attention_forward(const __grid_constant__ Forward<T> f) {
   constexpr int kRow = kPitch<kWidth>;
   extern __shared__ float4 shared[];
