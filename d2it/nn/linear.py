@@ -56,7 +56,8 @@ def has_tiles() -> bool:
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Returns whether x times the weight's transpose is a product for tiles: large, float32, on a CPU, eager."""
     return (
-        _plain(x)
+        not torch.compiler.is_compiling()  # first: a compiled graph would be bound to what is asked of shapes
+        and _plain(x)
         and _plain(weight)
         and x.numel() * weight.shape[0] >= LEAST
         and not torch.is_autocast_enabled("cpu")
@@ -75,6 +76,8 @@ def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
         layer: what follows.
     """
     weight, bias = layer.weight, layer.bias
+    if torch.compiler.is_compiling():
+        return layer(F.gelu(x, approximate="tanh"))
     fits = type(layer) is Linear and _plain(x) and _plain(weight) and _plain(bias) and x.is_contiguous()
     if fits and computed_only() and not torch.is_autocast_enabled("cpu") and not _native.why_not("gelu", "cpu"):
         return _GeluLinear.apply(x, weight, bias)
