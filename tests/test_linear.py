@@ -152,6 +152,16 @@ def test_the_mlp_and_its_gradients() -> None:
         assert error(mine, true) <= 3 * error(other, true) + 3e-8
 
 
+def test_no_rows() -> None:
+    """A batch without a fine token: empty results, gradients of zero."""
+    made, _, _ = mlps()
+    x = torch.empty(0, 96, requires_grad=True)
+    out = made[0](x)
+    assert out.shape == (0, 96)
+    found = torch.autograd.grad(out, [x, *made[0].parameters()], torch.empty(0, 96))
+    assert not any(gradient.any() for gradient in found)
+
+
 def test_gelu_at_its_ends() -> None:
     """Far out it is 0 or x; the numbers of a last vector that is not whole; what is not a number stays there."""
     x = torch.cat([torch.linspace(-40, 40, 1001), torch.tensor([float("nan"), 1e30, -1e30, 0.0])])

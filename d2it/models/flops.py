@@ -91,7 +91,12 @@ def count_macs(config: TransformerConfig, batch: int = 1, fine: FineTokens | Non
 
 
 def kept_values(
-    config: TransformerConfig, batch: int = 1, fine: FineTokens | None = None, *, recompute: bool = False
+    config: TransformerConfig,
+    batch: int = 1,
+    fine: FineTokens | None = None,
+    *,
+    recompute: bool = False,
+    hidden: int = 2,
 ) -> int:
     """Numbers that the blocks keep from the forward to the backward pass, in the dtype of the residual stream.
 
@@ -103,12 +108,14 @@ def kept_values(
         batch: as for `count_macs`.
         fine: as for `count_macs`.
         recompute: activation checkpointing: every block's input, and once all of the largest block.
+        hidden: how often the MLP's hidden layer is kept: before and after its GELU, or 1: before it alone, as in
+            float32 on a CPU.
     """
     layers = [(config.depth, batch * config.num_tokens)]
     if isinstance(config, ContentTransformerConfig):
         rows = all_fine(config, batch).rows if fine is None or config.masked else fine.rows
         layers.append((config.refine_depth, rows))
-    of_a_token = int(config.dim * (10 + 2 * config.mlp_ratio))
+    of_a_token = int(config.dim * (10 + hidden * config.mlp_ratio))
     if recompute:
         return config.dim * sum(depth * rows for depth, rows in layers) + of_a_token * max(rows for _, rows in layers)
     return of_a_token * sum(depth * rows for depth, rows in layers)

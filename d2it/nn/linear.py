@@ -104,7 +104,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
+        return product(x.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,7 +122,7 @@ class _GeluLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         out = torch.empty_like(x)
         torch.ops.d2it_C.gelu(x, out)
-        return product(out.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], -1)
+        return product(out.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -439,7 +439,9 @@ class LatentStage(ABC):
 
     def activations(self, batch: Batch) -> int:
         images, fine = len(batch["grain_map"]), batch.get("fine")
-        values = kept_values(self.network.config, images, fine, recompute=self.settings.activation_checkpointing)
+        hidden = 2 if self.bf16 or self.settings.compile or self.world.device.type != "cpu" else 1
+        recompute = self.settings.activation_checkpointing
+        values = kept_values(self.network.config, images, fine, recompute=recompute, hidden=hidden)
         return values * (2 if self.bf16 else 4)
 
     @property
