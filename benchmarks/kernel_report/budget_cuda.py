@@ -18,6 +18,8 @@ NEVER, ONCE = 0.0, 1.0
 COPIED = "d2it::copy_async(to + i * kPerVector, row + i * kPerVector, (i"
 FILE = "window_attention_cuda.cu"
 LAST = "step(std::false_type(), start, s);"
+# The compiler's lines name this call for nearly all stores of the three.
+ANY = "attend<T, kWidth, Entries::kAny>(f, at"
 
 
 def mean(n: int, fill: float, of: Callable[[int], float]) -> float:
@@ -89,7 +91,11 @@ def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -
         "for (int first = warp * kTile; first < count; first += kWarps * kTile) {": everything / 8,
         "copy_queries(first + kWarps * kTile);": second / everything,
         "attend<T, kWidth, Entries::kNone>(f, at": NEVER,
-        "attend<T, kWidth, Entries::kAny>(f, at": NEVER,
+        f"{ANY} => for (int r = 0; r < 2; ++r) entries[r] =": NEVER,
+        f"{ANY} => float sums[1][kWidth / 8][4] = {{}}, most": NEVER,
+        f"{ANY} => for (int start = 0; start < count; start += kKeys) {{": NEVER,
+        f"{ANY} => for (int r = 0; r < 2; ++r) {{ const float sum": NEVER,
+        f"{ANY} => store_columns(sums[0], inverse": 1 / 3,
         "for (int start = 0; start < count; start += kKeys) {": whole + broken,
         "step(std::bool_constant<!kAny>(), start, s);": whole / (whole + broken),
         LAST: broken / (whole + broken),

@@ -173,6 +173,11 @@ EXCEPTIONS: list[tuple[str, str, str, str]] = [
 # Patterns of "operator case direction" -> why it misses its budget, and what would lift the exception.
 BUDGET_EXCEPTIONS: list[tuple[str, str, str]] = [
     (
+        "window_attention n256-*-fill1-* forward CUDA",
+        "a step of 16 queries and 64 keys rescales its sums and takes its largest score beside the products",
+        "one largest score for two steps, or wgmma",
+    ),
+    (
         "window_attention n256-* backward CUDA",
         "8 warps a multiprocessor, with 255 registers each, pass over 16 x 16 pairs and add each to the bias's sum",
         "wgmma, whose sums of 64 x 256 pairs leave registers for 12 warps and more",
