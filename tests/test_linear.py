@@ -199,6 +199,17 @@ def test_the_mlp_keeps_gelus_input_alone() -> None:
     assert kept == [1 + 4, 1 + 8]  # in rows of the model's width
 
 
+def test_hooks_on_the_layer_after_gelu_are_called() -> None:
+    made, x, _ = mlps()
+    mlp = made[0]
+    with torch.no_grad():
+        plain = mlp(x)
+        with mlp.fc2.register_forward_hook(lambda layer, given, out: out + 1):
+            torch.testing.assert_close(mlp(x), plain + 1)
+        mlp.fc2.forward = lambda given: given
+        assert mlp(x).shape[-1] == mlp.fc2.in_features
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 def test_freed_memory_is_kept() -> None:
     """Tensors that are freed and made again take no page faults."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from d2it.ops import _native
 from d2it.ops._register import computed_only
@@ -78,7 +79,8 @@ def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     weight, bias = layer.weight, layer.bias
     if torch.compiler.is_compiling():
         return layer(F.gelu(x, approximate="tanh"))
-    fits = type(layer) is Linear and _plain(x) and _plain(weight) and _plain(bias) and x.is_contiguous()
+    fits = type(layer) is Linear and not _hooked(layer)
+    fits = fits and _plain(x) and _plain(weight) and _plain(bias) and x.is_contiguous()
     if fits and computed_only() and not torch.is_autocast_enabled("cpu") and not _native.why_not("gelu", "cpu"):
         return _GeluLinear.apply(x, weight, bias)
     return layer(F.gelu(x, approximate="tanh"))
@@ -94,6 +96,12 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     out = a.new_empty(a.shape[0], b.shape[1])
     torch.ops.d2it_C.matmul(a, b, bias, out)
     return out
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether something waits for a call of the layer, or stands in for it."""
+    own = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(own) or "forward" in vars(layer) or _has_any_global_hook()
 
 
 def _plain(x: Tensor) -> bool:
