@@ -111,7 +111,7 @@ def _pack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 
 def _pack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    return _unpack(grad, grad, None, ctx), None, None, None
+    return _unpack(grad, grad, None, ctx.saved_tensors, ctx), None, None, None
 
 
 def _unpack_fake(
@@ -128,16 +128,17 @@ def _unpack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def _unpack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     grad_packed = grad_base = None
+    plan = ctx.saved_tensors  # once: recomputation gives them out no second time
     if ctx.needs[0]:
         run = direct("pack_tokens", ctx.backend, grad)
-        grad_packed = run(grad, *ctx.saved_tensors) if run else _call_pack_tokens(grad, *ctx.saved_tensors, ctx.backend)
+        grad_packed = run(grad, *plan) if run else _call_pack_tokens(grad, *plan, ctx.backend)
     if ctx.needs[1]:
-        grad_base = _unpack(grad, None, grad, ctx)
+        grad_base = _unpack(grad, None, grad, plan, ctx)
     return grad_packed, grad_base, None, None, None, None, None
 
 
-def _unpack(grad: Tensor, packed: Tensor | None, base: Tensor | None, ctx: Any) -> Tensor:
-    args = (packed, base, *ctx.saved_tensors, ctx.batch, ctx.cells)
+def _unpack(grad: Tensor, packed: Tensor | None, base: Tensor | None, plan: Sequence[Tensor], ctx: Any) -> Tensor:
+    args = (packed, base, *plan, ctx.batch, ctx.cells)
     run = direct("unpack_tokens", ctx.backend, grad)
     return run(*args) if run else _call_unpack_tokens(*args, ctx.backend)
 
