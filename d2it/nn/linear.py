@@ -21,8 +21,8 @@ class Linear(nn.Linear):
     """nn.Linear, of the same parameters, precision and gradients; faster in float32 on a CPU with AMX.
 
     A tile of AMX multiplies bfloat16. Each float32 is split into three of them, and the six largest of the nine
-    products are added in float32 (csrc/tiles.h): the error is no larger than that of float32 products one after
-    another. Elsewhere, under autocast, in compiled code and under the transforms of `torch.func` it is nn.Linear.
+    products are added in float32 (csrc/tiles.h): the error is at most twice that of PyTorch's float32 product.
+    Elsewhere, under autocast, in compiled code and under the transforms of `torch.func` it is nn.Linear.
 
     Args:
         in_features: channels of the input.
