@@ -73,7 +73,7 @@ def extension(target: str) -> dict:
             "-Wno-unused-parameter",
             TORCH_MINIMUM,
         ],
-        "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", TORCH_MINIMUM],
+        "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "--threads=0", TORCH_MINIMUM],
     }
     sources = sorted(glob("csrc/*.cpp"))
     options: dict = {"include_dirs": [], "library_dirs": [], "libraries": []}
