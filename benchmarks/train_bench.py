@@ -60,9 +60,10 @@ from d2it.models.dit import TransformerConfig
 from d2it.models.flops import fine_tokens
 from d2it.models.layers import Mlp
 from d2it.training.config import Config
+from d2it.training.content import ContentStage
+from d2it.training.latents import LatentData
 from d2it.training.learner import Batch
 from d2it.training.stage import loader, to_device
-from d2it.training.transformers import ContentStage, LatentData
 
 CLASSES = 1000
 CHECKED = 8

@@ -28,7 +28,8 @@ from d2it.diffusion import (
 )
 from d2it.diffusion.process import LEAST
 from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer
-from d2it.training.transformers import ContentLosses, GrainLosses
+from d2it.training.content import ContentLosses
+from d2it.training.grain import GrainLosses
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),

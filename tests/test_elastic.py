@@ -23,9 +23,11 @@ from d2it.models.flops import count_macs
 from d2it.sampling import D2iT, cli
 from d2it.seeds import derived_seed
 from d2it.training.config import Config, load
+from d2it.training.content import ContentStage
 from d2it.training.dvae import DvaeStage, budget_range
+from d2it.training.grain import GrainStage
+from d2it.training.latents import LatentData
 from d2it.training.run import main
-from d2it.training.transformers import ContentStage, GrainStage, LatentData
 from tests.test_sampling_cli import sample, small
 from tests.test_train_run import ROOT, SMALL
 

@@ -16,7 +16,8 @@ from d2it.distributed import World
 from d2it.models import DynamicVAEConfig
 from d2it.ops import _dispatch
 from d2it.training import adamw, config
-from d2it.training.transformers import ContentStage, LatentData
+from d2it.training.content import ContentStage
+from d2it.training.latents import LatentData
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, SIDE, WINDOW, HEADS, WIDTH, CHANNELS = 4, 4, 4, 2, 64, 8

@@ -16,8 +16,10 @@ from d2it.distributed import World
 from d2it.models import DynamicVAEConfig
 from d2it.models.layers import FinalLayer, Modulation
 from d2it.training.config import load
+from d2it.training.content import ContentStage
 from d2it.training.dvae import DvaeStage
-from d2it.training.transformers import ContentStage, GrainStage, LatentData
+from d2it.training.grain import GrainStage
+from d2it.training.latents import LatentData
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World(0, 1, 1, torch.device("cpu"))

@@ -37,8 +37,9 @@ from d2it.models import DiT, DynamicContentTransformer, DynamicVAE
 from d2it.models.layers import Block
 from d2it.models.repa import check_block
 from d2it.npz import save_arrays
+from d2it.training.content import ContentStage
+from d2it.training.latents import LatentData
 from d2it.training.learner import Learner
-from d2it.training.transformers import ContentStage, LatentData
 
 MICRO = dataclasses.replace(
     CPU,

@@ -18,9 +18,10 @@ from d2it.models import DiT, DynamicContentTransformer, DynamicVAE
 from d2it.models.efficientnet import efficientnet_lite
 from d2it.models.repa import Alignment, RepaConfig, open_teacher, token_grid
 from d2it.training.config import load
+from d2it.training.content import ContentStage
+from d2it.training.latents import LatentData
 from d2it.training.run import main
 from d2it.training.summary import Summary
-from d2it.training.transformers import ContentStage, LatentData
 from tests.test_train_run import SMALL
 
 lite = pytest.mark.skipif(

@@ -28,11 +28,13 @@ from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss, VAELossConfig, la
 from d2it.models.layers import FinalLayer, Modulation
 from d2it.ops._dispatch import PREFERENCE
 from d2it.training.config import Config, RunConfig, StageConfig
+from d2it.training.content import ContentStage
 from d2it.training.ema import Ema, snapshot_folder
+from d2it.training.grain import GrainStage
+from d2it.training.latents import LatentData, LatentStage
 from d2it.training.learner import Batch
 from d2it.training.meters import Meters
 from d2it.training.stage import to_device
-from d2it.training.transformers import ContentStage, GrainStage, LatentData, LatentStage
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORLD = World(0, 1, 1, DEVICE)

@@ -37,10 +37,10 @@ from d2it.seeds import seed_of
 from d2it.training import loop
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import RunConfig, StageConfig
+from d2it.training.content import ContentLosses, count_tokens
 from d2it.training.learner import Batch, Learner
 from d2it.training.loop import restore, train
 from d2it.training.meters import Work
-from d2it.training.transformers import ContentLosses, count_tokens
 
 
 class Losses(nn.Module):

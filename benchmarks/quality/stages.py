@@ -33,9 +33,10 @@ from d2it.models.flops import count_macs, fine_tokens
 from d2it.models.repa import TEACHER, Alignment
 from d2it.npz import save_arrays
 from d2it.training.config import Config, load
+from d2it.training.content import ContentStage
+from d2it.training.latents import LatentData
 from d2it.training.meters import read_log
 from d2it.training.run import run
-from d2it.training.transformers import ContentStage, LatentData
 from quality.tiers import Tier, Variant
 
 SIGMA = 0.10  # width of the average of the weights that is scored, at every point of a curve

@@ -34,13 +34,15 @@ from d2it.models.repa import TEACHER, open_teacher
 from d2it.sampling.pipeline import D2iT, has_parts
 from d2it.sampling.sheets import denoising_sheet, sample_sheets
 from d2it.training.config import CONFIGS, MISSING, STAGES, Config, describe, load, to_yaml
+from d2it.training.content import ContentStage, teacher_facts
 from d2it.training.dvae import DvaeStage, budget_range, build_vae, channels_last, reconstructions
+from d2it.training.grain import GrainStage
+from d2it.training.latents import LatentData
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
 from d2it.training.report import REPORT, write_report
 from d2it.training.stage import check_batch, extreme_share, held_out_images, initialize, model_errors, workers
 from d2it.training.summary import Summary, rehearse
-from d2it.training.transformers import ContentStage, GrainStage, LatentData, teacher_facts
 
 
 def parser(default: Path | None = None) -> argparse.ArgumentParser:
