@@ -22,6 +22,7 @@ from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, DynamicVAE, DynamicVAEConfig
 from d2it.models.flops import FineTokens, count_macs, kept_values
+from d2it.models.repa import token_grid
 from d2it.seeds import seed_of
 from d2it.training.config import Config, LatentStageConfig
 from d2it.training.learner import Batch, Learner, bf16
@@ -268,8 +269,7 @@ class LatentStage(ABC):
     @property
     def dense_tokens(self) -> int:
         """Number of tokens of an image that pass through the dense blocks."""
-        trunk = self.network.multi_grained if hasattr(self.network, "multi_grained") else self.network.trunk
-        return math.prod(side // trunk.patch for side in trunk.grid)
+        return math.prod(token_grid(self.network))
 
     def publish(self, meters: Meters, step: int) -> None:
         learner = self.learners[0]
