@@ -181,8 +181,11 @@ def parts(
             found.append(Part(where, "window attention", *ours[:2], flops, "products", ours[2], why))
         else:
             moved = (4 + 8) * a_pass
-            why = "the gradients of q, k and v are copied into one: none with attention=flash_attn"
-            found.append(Part(where, "attention", moved + 6 * a_pass, moved, flops, "attention", None, why))
+            why = "the gradients of q, k and v are copied into one: none with attention=d2it or flash_attn"
+            # In float32 "auto" is "d2it": the step is a CPU's.
+            in_place = config.attention in ("d2it", "flash_attn") or (config.attention == "auto" and itemsize == 4)
+            copies = 0 if in_place else 6 * a_pass
+            found.append(Part(where, "attention", moved + copies, moved, flops, "attention", None, why))
         passes = 2 * 10 * a_pass  # forward 2 + 2, backward 4 + 2, twice a block
         ours = _kernel_pair(kernels, f"gated_residual_modulate {kind}", 2 * depth * rows, passes)
         found.append(Part(where, "gate, residual, norm, modulate", *ours[:2], ms=ours[2]))

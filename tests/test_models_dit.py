@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2it import ops
 from d2it.diffusion import random_grain_map
 from d2it.models import DiT, DynamicContentTransformer, DynamicGrainTransformer, convert
 from d2it.models.flops import FineTokens, all_fine, count_macs, fine_tokens
+from d2it.models.layers import Attention, attention
 
 DIM, DEPTH, HEADS, SIDE, PATCH, CLASSES = 16, 2, 2, 4, 2, 3
 
@@ -167,6 +170,47 @@ def test_a_file_that_is_no_dit_is_one_line(tmp_path, kind):
         convert.load_dit(path)
     assert len(str(raised.value).splitlines()) == 1
     assert "torch.load" not in str(raised.value)
+
+
+# ---- attention over all tokens ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "d2it"])
+@pytest.mark.parametrize("shape", [(2, 70, 3, 2, 24), (1, 300, 3, 1, 16), (3, 1, 3, 2, 8)])
+def test_attention_against_float64(name: str, shape: tuple[int, ...]) -> None:
+    """Value and gradient: the error is at most four times that of PyTorch's plain formulas in float32."""
+    rng = torch.Generator().manual_seed(0)
+    exact = torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_()
+    cotangent = torch.randn(*shape[:2], *shape[3:], generator=rng, dtype=torch.float64)
+
+    def plain(qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT * shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+
+    def of(call, qkv: torch.Tensor) -> list[torch.Tensor]:
+        out = call(qkv)
+        return [out.detach(), *torch.autograd.grad(out, qkv, cotangent.to(out.dtype))]
+
+    rough = exact.detach().float().requires_grad_()
+    wanted, allowed = of(plain, exact), of(plain, rough)
+    for found, want, near in zip(of(lambda qkv: attention(qkv, name), rough), wanted, allowed):
+        error = (found.double() - want).abs().max()
+        assert error <= 4 * (near.double() - want).abs().max() + 1e-7 * want.abs().max()
+
+
+@pytest.mark.skipif("cpu" not in ops.available_backends("window_attention"), reason="needs the C++ operators")
+def test_the_gradient_of_q_k_and_v_is_written_in_place() -> None:
+    """On a CPU nothing is joined or filled in the backward of dense attention; PyTorch's joins three tensors."""
+    joined = {"aten::cat", "aten::stack", "aten::zero_", "aten::copy_", "aten::clone"}
+    counted = {}
+    for name in ("auto", "sdpa"):
+        layer, x = Attention(32, 2, name), torch.randn(2, 20, 32, requires_grad=True)
+        out = layer(x)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            out.backward(torch.ones_like(out))
+        counted[name] = sum(event.count for event in found.key_averages() if event.key in joined)
+    assert counted["auto"] == 0
+    assert counted["sdpa"] > 0
 
 
 # ---- multiply-accumulates -------------------------------------------------------------------------------------------

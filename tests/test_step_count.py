@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -59,9 +60,10 @@ def test_operations_are_those_of_the_model(preset: str) -> None:
     )
 
 
-def test_bytes_are_those_that_the_operators_of_a_block_move() -> None:
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_bytes_are_those_that_the_operators_of_a_block_move(attention: str) -> None:
     """Of the dense blocks, in float32: GELU, sums of bias gradients, adaLN, copies of the gradients of q, k and v."""
-    config = step_count.config_of("D2iT-S", 128)
+    config = dataclasses.replace(step_count.config_of("D2iT-S", 128), attention=attention)
     network = DynamicContentTransformer(config)
     open_gates(network)
     trunk, batch = network.multi_grained, 2
@@ -82,7 +84,9 @@ def test_bytes_are_those_that_the_operators_of_a_block_move() -> None:
     )  # and parameters, few rows here
     assert moved.of["aten.sum"] == pytest.approx(found["gradients of biases"].bytes, rel=0.1)
     copies = found["attention"].bytes - found["attention"].floor
-    assert moved.of["aten.stack"] == pytest.approx(copies, rel=0.05)  # and the gradients of a modulation's pieces
+    of_modulations = 2 * 4 * batch * config.dim * (6 * config.depth + 2)  # the gradients of a modulation's pieces
+    assert moved.of["aten.stack"] == copies + of_modulations
+    assert (copies > 0) == (attention == "sdpa")
 
 
 def test_what_misses_its_floor_is_named() -> None:

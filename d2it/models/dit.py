@@ -27,7 +27,7 @@ class TransformerConfig(abc.ABC):
         mlp_ratio: width of an MLP's hidden layer over `dim`.
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
-        attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`).
+        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`layers.attention`).
         diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
     """
 
@@ -38,7 +38,7 @@ class TransformerConfig(abc.ABC):
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     class_dropout_prob: float = 0.1
-    attention: str = "sdpa"
+    attention: str = "auto"
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ class DiTConfig(TransformerConfig):
         mlp_ratio: width of an MLP's hidden layer over `dim`.
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
-        attention: "sdpa" | "flash_attn" | "xformers" (`layers.attention`).
+        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`layers.attention`).
         diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
         image_size: pixels, (height, width) or one side; the latent grid is image_size / downsampling.
         downsampling: the autoencoder's factor.

@@ -24,7 +24,9 @@ from d2it import ops
 from d2it.nn import Linear, WindowAttention
 from d2it.nn.linear import gelu_linear
 
-ATTENTION_BACKENDS = ("sdpa", "flash_attn", "xformers")
+ATTENTION_BACKENDS = ("auto", "sdpa", "d2it", "flash_attn", "xformers")
+
+_OURS_ON_CPU = not ops.why_not("window_attention_qkvpacked", "cpu")
 
 
 def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Tensor | None]) -> None:
@@ -42,12 +44,17 @@ def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Ten
             raise ValueError(f"{name} must be {weight.dtype} as the weights are (or autocast be on), got {x.dtype}")
 
 
-def attention(qkv: Tensor, backend: str = "sdpa") -> Tensor:
+def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     """Global attention: (B, L, 3, H, D) -> (B, L, H, D).
 
     "sdpa" is PyTorch's own choice (flash, cuDNN, memory-efficient, or mathematics on CPU); "flash_attn" and "xformers"
-    call those packages.
+    call those packages. "d2it" is `d2it.ops.window_attention_qkvpacked` with an image as its window, whose backward
+    writes the gradient of `qkv` where the projection reads it; the others' is joined from three but for "flash_attn".
+    "auto" is "d2it" for float32 on a CPU, where that is the faster, and "sdpa" elsewhere.
     """
+    ours = _OURS_ON_CPU and qkv.device.type == "cpu" and qkv.dtype == torch.float32
+    if backend == "d2it" or (backend == "auto" and ours):
+        return ops.window_attention_qkvpacked(qkv)
     if backend == "flash_attn":
         from flash_attn import flash_attn_qkvpacked_func
 
@@ -65,7 +72,7 @@ def check_attention_backend(name: str) -> None:
     """Raises ValueError where the backend is unknown or its package is not installed."""
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {name!r}")
-    if name != "sdpa" and importlib.util.find_spec(name) is None:
+    if name in ("flash_attn", "xformers") and importlib.util.find_spec(name) is None:
         raise ValueError(f"attention={name!r} needs the package {name}, which is not installed")
 
 

@@ -141,7 +141,7 @@ class LatentStage(ABC):
         self.networks: dict[str, nn.Module] = {self.name: self.network}
         if self.network.config.attention == "flash_attn" and not self.bf16:
             raise UserError(
-                f"{self.name}.overrides.attention=flash_attn takes no float32: leave it at sdpa, or train in bf16 "
+                f"{self.name}.overrides.attention=flash_attn takes no float32: leave it at auto, or train in bf16 "
                 f"({self.name}.precision)"
             )
 
