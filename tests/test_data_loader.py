@@ -16,8 +16,11 @@ from PIL import Image
 
 from d2it.data import ImageSource, Loader, SinglePass, open_source
 from d2it.data.decode import Unreadable
+from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.seeds import Draws, permutation
+from d2it.training.config import Config
+from d2it.training.stage import loader as loader_of_training
 
 
 class Gray(ImageSource):
@@ -134,6 +137,27 @@ def test_no_global_generator_moves(workers):
         take(loader, 3)
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(None, True), (0, False)])
+def test_the_next_batch_is_asked_for_before_a_step_begins(workers, ahead, monkeypatch):
+    """By the trainer's loader with the workers of its default; without workers nobody could read it meanwhile."""
+    asked = []
+    requests = Loader._requests
+
+    def recorded(loader, position):
+        for request in requests(loader, position):
+            asked.append(request)
+            yield request
+
+    monkeypatch.setattr(Loader, "_requests", recorded)
+    config = Config()
+    config.content.batch_size, config.data.workers = 2, workers
+    world = World(0, 1, 1, torch.device("cpu"))
+    with loader_of_training(config, config.content, Gray(), world, 0) as stream:
+        for given in range(1, 7):
+            next(stream)  # and its step begins
+            assert (len(asked) > given) == ahead
 
 
 def test_a_single_pass_is_in_order_and_whole():

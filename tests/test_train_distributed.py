@@ -99,6 +99,28 @@ def test_accumulated_micro_batches_are_one_batch(server: Server, tmp_path: Path)
         assert two["toy/loss"] == pytest.approx(one["toy/loss"], rel=1e-5)
 
 
+def test_gradients_are_sent_while_the_backward_runs(server: Server, tmp_path: Path) -> None:
+    """On two ranks, in buckets: the first is on its way before the last gradient is there, and in the last of a step's
+    micro-batches alone."""
+    steps, micro = 3, 2
+    # Each weight is larger than DDP's first bucket, 1 MiB.
+    code, _, log = server.run(tmp_path, ranks=2, width=40_000, steps=steps, accumulate=micro, recorded=1)
+    assert code == 0, log
+    for rank in range(2):
+        text = (tmp_path / f"events-{rank}").read_text()
+        passes = [part.split() for part in text.split("forward")[1:]]
+        assert len(passes) == steps * micro
+        for number, events in enumerate(passes):
+            assert events.count("gradient") == 4
+            if number % micro < micro - 1:
+                assert "reduce" not in events
+            elif number < micro:  # DDP sees in the first step in which order gradients come, and then makes buckets
+                assert events.count("reduce") == 1
+            else:
+                assert events.count("reduce") == 2
+                assert events.index("reduce") < len(events) - 1 - events[::-1].index("gradient")
+
+
 def test_checkpoints_move_between_numbers_of_ranks_and_forms(server: Server, tmp_path: Path) -> None:
     """One rank, two, FSDP2 on two, two, one again: every resume takes up the last one's tensors."""
     losses = {}

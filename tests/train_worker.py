@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import TCPStore
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from d2it import distributed
 from d2it.diffusion import GaussianDiffusion
@@ -163,6 +166,23 @@ def spoil(learner: Learner, what: str) -> None:
     of[what].data.view(-1)[0] = float("inf")
 
 
+def record(learner: Learner) -> list[str]:
+    """The events of DDP's steps in their order, as they will come: "forward", "gradient" for each one that is added
+    up, "reduce" for each bucket of them that is sent."""
+    events: list[str] = []
+    module = learner.module
+    assert isinstance(module, DistributedDataParallel)
+
+    # A lambda: DDP compares a hook's annotations with classes, and here they are text.
+    module.register_comm_hook(
+        dist.group.WORLD, lambda group, bucket: events.append("reduce") or allreduce_hook(group, bucket)
+    )
+    module.register_forward_pre_hook(lambda *_: events.append("forward"))
+    for p in learner.parameters:
+        p.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
+    return events
+
+
 def digest(learner: Learner) -> str:
     """SHA-256 of everything that a resume must bring back."""
     state = learner.state()
@@ -207,7 +227,10 @@ def main(arguments: list[str]) -> int:
         if extra.get("unchecked"):
             loop.check_finite = lambda *given: None
         stage = (Dynamic if extra.get("dynamic") else Toy)(settings, run, world, extra)
+        events = record(stage.learners[0]) if extra.get("recorded") else []
         train(stage, settings, run, world)
+        if events:
+            (Path(run.dir) / f"events-{world.rank}").write_text("\n".join(events))
         checkpoints = Checkpoints(Path(run.dir) / "checkpoints" / stage.name, world, stage.identity())
         restore(stage, checkpoints, settings.steps)
         result = digest(stage.learners[0])
