@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from d2it.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -35,23 +35,36 @@ def test_the_python_of_the_operators_tutorial(capsys: pytest.CaptureFixture[str]
     assert "reference" in capsys.readouterr().out
 
 
+def words_of(block: str) -> list[list[str]]:
+    """Runs a block of shell commands and returns the arguments of its calls of `d2it`, as bash gives them."""
+    script = "set -euo pipefail; d2it() { printf '%s\\0' \"$@\" $'\\n'; }\n" + block
+    made = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert made.returncode == 0, f"{block}{made.stderr}"
+    return [call.split("\0") for call in made.stdout.split("\0\n\0")[:-1]]
+
+
 @pytest.mark.long
-def test_train_fine_tune_evaluate(tmp_path: Path) -> None:
+def test_train_fine_tune_evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: a command of its own for each would import PyTorch nine times."""
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for name in ("photos", "more"):  # smooth, with noise in a corner
-        (tmp_path / name).mkdir()
+        Path(name).mkdir()
         for i in range(8):
             ramp = np.linspace(0, 255, 70)[:, None, None] * rng.random(3) + np.zeros((70, 80, 3))
             ramp[:35, :40] = rng.integers(0, 255, (35, 40, 3))
-            Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / name / f"{i}.png")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    function = f"set -euo pipefail; d2it() {{ '{sys.executable}' -m d2it \"$@\"; }}\n"
+            Image.fromarray(ramp.astype(np.uint8)).save(f"{name}/{i}.png")
     for name in IN_ORDER:
         for language, block in blocks(name, "sh", "python"):
-            if not block.startswith("pip"):
-                command = ["bash", "-c", function + block] if language == "sh" else [sys.executable, "-c", block]
-                made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-                assert made.returncode == 0, f"{name}: {block}{made.stderr}"
+            if language == "python":
+                exec(compile(block, f"{name}.md", "exec"), {})
+            elif not block.startswith("pip"):
+                calls = words_of(block)
+                assert len(calls) == len(re.findall(r"^d2it ", block, re.MULTILINE)) > 0, block
+                for words in calls:
+                    assert main(words) == 0, f"{name}: {words}: {capsys.readouterr().err}"
     for file in (
         "photos.json",
         "runs/photos/report.html",
@@ -61,7 +74,7 @@ def test_train_fine_tune_evaluate(tmp_path: Path) -> None:
         "reconstruction.json",
         "runs/photos/evaluation.json",
     ):
-        assert (tmp_path / file).stat().st_size > 0, file
+        assert Path(file).stat().st_size > 0, file
 
 
 def test_the_pages_of_the_site_are_there() -> None:
