@@ -6,6 +6,10 @@
 The package `kernel_report` beside this file does the work.
 """
 
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: interpreted kernels have no machine code
+
 from kernel_report.__main__ import main
 
 if __name__ == "__main__":

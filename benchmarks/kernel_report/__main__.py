@@ -36,6 +36,16 @@ from kernel_report.record import renew
 # Bytes in a main loop that may come through loads of 32 bits and less (row indices, per-row scalars).
 NARROW_SHARE = 0.25
 
+# Cases of the budget that one process counts in turn: many share a kernel, and each process disassembles its own.
+TOGETHER = 12
+
+
+def processes(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes to compile in, forked after the imports that all of them need."""
+    import triton  # noqa: F401
+
+    return concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"))
+
 
 def problems(row: dict) -> list[str]:
     """What is wrong with a kernel, exceptions taken out."""
@@ -87,8 +97,7 @@ def report(
         sources = []
     slots = 1 if jobs == 1 else 4
     declared: set[str] = set()
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with processes(jobs) as pool:
         cuda_tasks = [pool.submit(compile_cuda, str(path), arch) for path in sources for arch in archs + heaviest]
         triton_tasks = [
             pool.submit(compile_triton, str(folder), stem, arch, slot, slots, recall)
@@ -166,12 +175,13 @@ def table(rows: list[dict]) -> str:
 
 def report_budget(product: str, only: str, jobs: int, json_file: str | None, recall: bool, record: bool) -> int:
     """Counts every case of a goal, prints the table; 1 where one misses its budget and no exception excuses it."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        names = pool.submit(budget_names).result()
-        chosen = [i for i, name in enumerate(names) if fnmatch.fnmatch(name, only)]
+    from kernel_report.budget_cases import cases
+
+    chosen = [i for i, case in enumerate(cases()) if fnmatch.fnmatch(case.name, only)]
+    with processes(jobs) as pool:
         rows, of_cuda = [], []
-        for found, counted in pool.map(budget_rows, chosen, itertools.repeat(product), itertools.repeat(recall)):
+        each = pool.map(budget_rows, chosen, itertools.repeat(product), itertools.repeat(recall), chunksize=TOGETHER)
+        for found, counted in each:
             rows += found
             of_cuda += counted
     if record:
@@ -208,19 +218,12 @@ def report_budget(product: str, only: str, jobs: int, json_file: str | None, rec
     return 1 if missed else 0
 
 
-def budget_names() -> list[str]:
-    """The name of every case of the budget."""
-    from kernel_report.budget_cases import cases
-
-    return [case.name for case in cases()]
-
-
 def budget_rows(number: int, product: str, recall: bool) -> tuple[list[dict], list[dict]]:
     """The rows of one case of the budget, and what the record keeps of it."""
     from kernel_report.budget import count_case, cuda_digest, measured, verdicts
     from kernel_report.budget_cases import cases
 
-    case, arch = list(cases())[number], PRODUCTS[product].arch
+    case, arch = cases()[number], PRODUCTS[product].arch
     counts = count_case(case, arch, recall)
     rows = verdicts(case, counts, PRODUCTS[product])
     for folder in devices():
@@ -255,8 +258,6 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
     args = parser.parse_args()
 
-    # Interpreted kernels have no machine code; the workers import Triton after this.
-    os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster, the same code
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     if args.anew or args.record:

@@ -6,6 +6,7 @@ regions are drawn at random, as the benchmarks draw them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -226,11 +227,7 @@ def optimizer() -> Iterator[Case]:
     yield Case("optimizer", "D2iT-XL-float32", "forward", floor, call, {}, share=MOVER_SHARE)
 
 
-def cases() -> Iterator[Case]:
-    """Every case that has a goal."""
-    yield from attention()
-    yield from modulation()
-    yield from movers()
-    yield from entropy()
-    yield from neighbor_copy()
-    yield from optimizer()
+@functools.cache
+def cases() -> list[Case]:
+    """Every case that has a goal; those that share a kernel stand together."""
+    return [*attention(), *modulation(), *movers(), *entropy(), *neighbor_copy(), *optimizer()]
