@@ -17,12 +17,15 @@ from typing import Any
 
 import command
 import machine
+import step_parts
 import timing
 import torch
 from bench import Skip
 from rows import Row, columns, note, ours
 from timing import Timing
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.profiler import ProfilerActivity, profile
 
 from d2it.devices import peak_flops
@@ -52,6 +55,7 @@ class Job:
         tolerance: the largest error of a right result.
         counted: figures of the row that follow from counts.
         profiled: whether the row names the kernels that take longest.
+        part_of: where the row adds up operators by part, what tells the part (`step_parts.parts_of`).
         host: whether nothing of it runs on a GPU.
         close: frees what the contender holds.
     """
@@ -63,6 +67,7 @@ class Job:
     tolerance: float = 0.0
     counted: dict[str, float] = dataclasses.field(default_factory=dict)
     profiled: bool = False
+    part_of: step_parts.PartOf | None = None
     host: bool = False
     close: Callable[[], object] = lambda: None
 
@@ -143,8 +148,14 @@ def dtype() -> torch.dtype:
 
 
 def compilable(options: argparse.Namespace) -> None:
-    if machine.device() == "cpu" and not options.compiled:
+    if machine.device() != "cpu":
+        return
+    if not options.compiled:
         raise Skip("compiling takes minutes on a CPU: --compiled")
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise Skip("Inductor finds no C++ compiler") from None
 
 
 def open_gates(network: nn.Module) -> None:
@@ -202,7 +213,7 @@ def run_case(case: Case, seconds: float | None) -> Iterator[Row]:
                     time = timing.time_in_turns([[job.call]], seconds)[0]
                 else:
                     time = timing.time_calls([job.call], graph=False, seconds=seconds)
-            kernels = {"kernels": longest_kernels(job.call)} if job.profiled else {}
+            kernels = profiled(job.call, job.part_of) if job.profiled else {}
         except Skip as reason:
             yield {**base, "skipped": str(reason)}
             continue
@@ -220,20 +231,30 @@ KERNELS = 25
 """How many kernels a row names."""
 
 
-def longest_kernels(call: Callable[[], object]) -> list[dict[str, Any]]:
-    """The kernels of one call on a GPU, the operators on a CPU, that take longest: name, milliseconds, calls."""
+def profiled(call: Callable[[], object], part_of: step_parts.PartOf | None = None) -> dict[str, Any]:
+    """Entries of a row from one call: "kernels", the kernels on a GPU, the operators on a CPU, that take longest (name,
+    milliseconds, calls); and "parts" by `part_of`, if given."""
     gpu = machine.device() == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, record_shapes=part_of is not None) as profiler:
         call()
         machine.synchronize()
-    found = []
-    for event in profiler.key_averages():
-        if gpu and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        us = event.self_device_time_total if gpu else event.self_cpu_time_total
-        found.append({"name": event.key[:120], "ms": us / 1e3, "calls": event.count})
-    return sorted(found, key=lambda kernel: -kernel["ms"])[:KERNELS]
+
+    def ms(event: Any) -> float:
+        return (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
+
+    on_device, on_host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    found = [
+        {"name": event.key[:120], "ms": ms(event), "calls": event.count}
+        for event in profiler.key_averages()
+        if event.device_type == (on_device if gpu else on_host)
+    ]
+    row: dict[str, Any] = {"kernels": sorted(found, key=lambda kernel: -kernel["ms"])[:KERNELS]}
+    if part_of is not None:
+        # The operators, to which the profiler adds the time of the kernels that they launch.
+        events = [e for e in profiler.key_averages(group_by_input_shape=True) if e.device_type == on_host and ms(e)]
+        row["parts"] = step_parts.by_part(((e.key, e.input_shapes, ms(e), e.count) for e in events), part_of)
+    return row
 
 
 def _figures(job: Job, time: Timing, dtype: torch.dtype) -> dict[str, Any]:
@@ -303,4 +324,6 @@ def main(operator: str, options: argparse.Namespace, cases: Callable[[argparse.N
     if len(rows) < lines:
         print(f"out of time: {lines - len(rows)} of {lines} lines left out")
     print(f"\n{table(rows)}")
+    if parts := step_parts.table(rows):
+        print(f"\n{parts}")
     return 1 if any(row.get("correct") is False and ours(row) for row in rows) else 0

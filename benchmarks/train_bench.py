@@ -13,8 +13,9 @@ in the forms that PyTorch has for GELU and biases. The budget lines are steps at
 map (--budgets).
 
 Predicted is what bytes and operations (`step_count`) take at the rates of this machine, with our kernels at their
-floors. Rows of ours name the kernels that take longest. --count prints the bytes and operations of a step, part by
-part, and what they come to on a GPU that need not be there.
+floors. Rows name the kernels that take longest, and a second table adds up the operators of every profiled step by the
+part of the network that they belong to: attention, MLP, modulation, optimiser, data (`step_parts`). --count prints
+the bytes and operations of a step, part by part, and what they come to on a GPU that need not be there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import machine
 import numpy as np
 import step_count
+import step_parts
 import timing
 import torch
 import torch.nn.functional as F
@@ -206,9 +208,8 @@ def step(
 
     flops, tolerance = 6 * made.work(batch).macs, 2 * TOLERANCE[dtype()]
     figures = {} if masked or options.warm else counted(options, made, batch)
-    return Job(
-        call, options.batch_size, flops, error, tolerance, figures, profiled=not masked and reference is not None
-    )
+    part_of = None if masked else step_parts.parts_of(made.network.config)
+    return Job(call, options.batch_size, flops, error, tolerance, figures, profiled=not masked, part_of=part_of)
 
 
 def mlp(options: argparse.Namespace, preset: str, how: str) -> Job:

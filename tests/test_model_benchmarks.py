@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import goals
 import models
 import pytest
 import results
 import sample_bench
+import step_parts
 import timing
 import torch
 import train_bench
+from bench import Skip
 from rows import load
+from torch._inductor import cpp_builder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmarks run themselves")
 
@@ -59,9 +63,54 @@ def test_a_training_step(tmp_path, monkeypatch):
         assert len(row["kernels"]) == models.KERNELS
         assert row["kernels"][0]["ms"] >= row["kernels"][-1]["ms"] > 0
     assert any("window_attention" in kernel["name"] for kernel in whole["kernels"] + parts[1]["kernels"])
+    for row in (whole, rows["dit eager"]):
+        assert {"attention", "MLP", "modulation", "optimiser", "other"} == row["parts"].keys()
+        assert all(part["ms"] > 0 for part in row["parts"].values())
+    assert "parts" not in rows["masked eager"]
     assert rows["d2it packed plain compiled"]["skipped"].startswith("compiling takes minutes")
     packed = list(goals.packed_against_masked({"train": {"rows": list(rows.values())}}))
     assert packed == [(1.0, rows["masked eager"]["case"])]
+
+
+def test_parts_of_a_profile():
+    """Of a network of width 8, by name or by size; the longest operators come first, and nothing is lost."""
+    operators = [
+        ("d2it_C::window_attention_backward", [], 4.0, 2),
+        ("aten::addmm", [[24], [5, 8], [8, 24]], 3.0, 1),
+        ("aten::mm", [[8, 5], [5, 8]], 2.5, 1),
+        ("aten::addmm", [[8], [5, 8], [8, 8]], 1.0, 1),
+        ("aten::mm", [[5, 32], [32, 8]], 7.0, 1),
+        ("aten::mm", [[48, 2], [2, 8]], 0.5, 1),
+        ("d2it_C::adamw", [], 2.0, 1),
+        ("Torch-Compiled Region: 0/0", [], 0.25, 1),
+        ("aten::sum", [[5, 8], [], []], 0.125, 1),
+    ]
+    found = step_parts.by_part(operators, functools.partial(step_parts.part_of, dim=8, hidden=32))
+    assert {part: each["ms"] for part, each in found.items()} == {
+        "attention": 10.5,
+        "MLP": 7.0,
+        "modulation": 0.5,
+        "optimiser": 2.0,
+        "fused by the compiler": 0.25,
+        "other": 0.125,
+    }
+    longest = found["attention"]["operators"]
+    assert [(each["name"], each["ms"], each["calls"]) for each in longest] == [
+        ("d2it_C::window_attention_backward", 4.0, 2),
+        ("aten::addmm", 4.0, 2),
+        ("aten::mm", 2.5, 1),
+    ]
+    text = step_parts.table([{"case": "c", "contender": "d2it", "parts": found}])
+    assert "34.4%" in text
+    assert "aten::mm 7.00, 1" in text
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(Skip, match=r"finds no C\+\+ compiler"):
+        models.compilable(options(train_bench, "--compiled"))
+    cpp_builder.cpp_compiler_search.cache_clear()
 
 
 def test_a_training_step_of_three_grains():
