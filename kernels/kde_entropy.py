@@ -103,14 +103,16 @@ def _channel(gray, weight, p_pixel, m_pixel):
 
 @triton.jit
 def _gray(images, gray, p_pixel, m_pixel):
-    """Values of pixels, and whether all channels are in range."""
+    """Values of pixels, whose channels must be in range."""
     b_gray, b_ok = _channel(gray, gray.weight_r, p_pixel, m_pixel)
     if images.CHANNELS == 3:
         b_green, b_green_ok = _channel(gray, gray.weight_g, p_pixel + images.stride_channel, m_pixel)
         b_blue, b_blue_ok = _channel(gray, gray.weight_b, p_pixel + 2 * images.stride_channel, m_pixel)
         b_ok = b_ok & b_green_ok & b_blue_ok
         b_gray += b_green + b_blue
-    return (b_gray + gray.offset) * gray.scale, b_ok | ~m_pixel
+    if gray.CHECKED:
+        tl.device_assert(b_ok | ~m_pixel, "kde_entropy: images must be finite and inside value_range")
+    return (b_gray + gray.offset) * gray.scale
 
 
 @triton.jit
@@ -189,9 +191,7 @@ def kde_entropy_kernel(
         o_y = o_pixel // REGION
         o_x = o_pixel % REGION
         p_pixel = p_region + o_y.to(tl.int64) * images.stride_row + o_x.to(tl.int64) * images.stride_column
-        b_value, b_ok = _gray(images, gray, p_pixel, m_pixel)
-        if gray.CHECKED:
-            tl.device_assert(b_ok, "kde_entropy: images must be finite and inside value_range")
+        b_value = _gray(images, gray, p_pixel, m_pixel)
         # The first row of the window, and where the pixel lies from its first bin, in units of 1 / per_sigma.
         b_first = tl.floor((b_value * bins.per_unit + bins.middle - bins.REACH) * 0.0625)
         b_first = tl.minimum(tl.maximum(b_first, 0.0), USED_ROWS - bins.WINDOW)
