@@ -1,9 +1,10 @@
 // AdamW on CPU (Loshchilov and Hutter 2019, Algorithm 2): the norm of all gradients in one pass over them,
 // then weights, moments and averages of the weights in one pass over all of these.
 //
-// Tensors are cut into chunks whose parts of all tensors fit into the L1 cache together. A chunk's weights
-// are still there when the averages take them. Sums are taken chunk by chunk and added up in order, so they
-// are the same for any number of threads.
+// Tensors are cut into chunks, which threads share out. Sums are taken chunk by chunk and added up in order,
+// so they are the same for any number of threads. The update takes pieces of a chunk that are in the L1 cache
+// for all of its loops also where every tensor begins at the same place of a page, as large ones do: then
+// they share a few sets of the cache. Within a piece a core looks ahead from loop to loop.
 #include "cpu.h"
 
 #include <algorithm>
@@ -17,6 +18,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 2048;         // elements
+constexpr int64_t kPiece = 64;           // of a chunk
 constexpr int64_t kChunksPerThread = 16; // fewer are not worth waking a thread for
 
 float* floats_of(const Tensor& tensor) {
@@ -72,12 +74,12 @@ D2IT_CLONES float square_sum(const float* in, int64_t n) {
   return total;
 }
 
-D2IT_CLONES void scale(const float* __restrict in, float factor, float* __restrict out, int64_t n) {
+D2IT_INLINE void scale(const float* __restrict in, float factor, float* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
 }
 
 // to + weight * (from - to), from the nearer end as torch.lerp takes it.
-D2IT_CLONES void average(float* __restrict to, const float* __restrict from, float weight, int64_t n) {
+D2IT_INLINE void average(float* __restrict to, const float* __restrict from, float weight, int64_t n) {
   if (weight < 0.5f) {
     for (int64_t i = 0; i < n; ++i) to[i] = to[i] + weight * (from[i] - to[i]);
   } else {
@@ -98,19 +100,53 @@ struct Step {
 // What follows rounds as torch.optim.AdamW(fused=True) does: with AVX2 the second moment takes the squares in
 // a fused multiply-add, whose addend is rounded before; weights take none. So these are loops of their own,
 // over what lies in the L1 cache.
-D2IT_CLONES void decay(float* __restrict x, float factor, int64_t n) {
+D2IT_INLINE void decay(float* __restrict x, float factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
-D2IT_CLONES void add_squares(float* __restrict v, const float* __restrict g, float weight, int64_t n) {
+D2IT_INLINE void add_squares(float* __restrict v, const float* __restrict g, float weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] = v[i] + weight * g[i] * g[i];
 }
 
 // Of the decayed weights: were the decay a part of this loop, a fused multiply-add would take its product.
-D2IT_CLONES void move(const Step& s, float* __restrict p, const float* __restrict m,
+D2IT_INLINE void move(const Step& s, float* __restrict p, const float* __restrict m,
                       const float* __restrict v, int64_t n) {
   const float size = s.size, root = s.root, eps = s.eps;
   for (int64_t i = 0; i < n; ++i) p[i] += size * m[i] / (std::sqrt(v[i]) / root + eps);
+}
+
+// Where a chunk of a parameter, and of all that belongs to it, begins.
+struct Place {
+  float* weights = nullptr;
+  const float* gradients = nullptr;
+  float *means = nullptr, *squares = nullptr;
+  std::vector<float*> averages;
+};
+
+// A chunk's step, piece by piece; `numbers` is null where the averages alone change.
+D2IT_CLONES void update(const Step* numbers, float of_gradients, const Place& place,
+                        const std::vector<double>& shares, int64_t size) {
+  for (int64_t at = 0; at < size; at += kPiece) {
+    const int64_t n = std::min(kPiece, size - at);
+    float* const p = place.weights + at;
+    if (numbers) {
+      float room[kPiece];
+      const float* g = place.gradients + at;
+      if (of_gradients != 1.0f) {
+        scale(g, of_gradients, room, n);
+        g = room;
+      }
+      float *const m = place.means + at, *const v = place.squares + at;
+      average(m, g, numbers->mean_weight, n);
+      decay(v, numbers->beta2, n);
+      add_squares(v, g, numbers->square_weight, n);
+      decay(p, numbers->kept, n);
+      move(*numbers, p, m, v, n);
+    }
+    for (size_t a = 0; a < shares.size(); ++a) {
+      average(place.averages[a] + at, p, static_cast<float>(shares[a]), n);
+    }
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -151,25 +187,17 @@ void adamw(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::v
                   .eps = static_cast<float>(eps)};
   }
   Chunks(parameters).for_each([&](int64_t, int64_t t, int64_t at, int64_t n) {
-    float* const p = floats_of(parameters[t]) + at;
+    Place place;
+    place.weights = floats_of(parameters[t]) + at;
     if (!skip) {
-      float room[kChunk];
-      const float* g = floats_of(gradients[t]) + at;
-      if (of_gradients != 1.0f) {
-        scale(g, of_gradients, room, n);
-        g = room;
-      }
-      float* const m = floats_of(means[t]) + at;
-      float* const v = floats_of(squares[t]) + at;
-      average(m, g, numbers[t].mean_weight, n);
-      decay(v, numbers[t].beta2, n);
-      add_squares(v, g, numbers[t].square_weight, n);
-      decay(p, numbers[t].kept, n);
-      move(numbers[t], p, m, v, n);
+      place.gradients = floats_of(gradients[t]) + at;
+      place.means = floats_of(means[t]) + at;
+      place.squares = floats_of(squares[t]) + at;
     }
     for (size_t a = 0; a < shares.size(); ++a) {
-      average(floats_of(averages[a * count + t]) + at, p, static_cast<float>(shares[a]), n);
+      place.averages.push_back(floats_of(averages[a * count + t]) + at);
     }
+    update(skip ? nullptr : &numbers[t], of_gradients, place, shares, n);
   });
 }
 
