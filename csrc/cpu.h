@@ -67,6 +67,16 @@ D2IT_INLINE const V& as(const float* p) {
   return *reinterpret_cast<const V*>(p);
 }
 
+// The entries kFrom of the vector that has b after a.
+template <int... kFrom, typename V>
+D2IT_INLINE V shuffle(const V& a, const V& b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, typename VectorOf<int32_t, sizeof...(kFrom)>::type{kFrom...});
+#endif
+}
+
 // exp(y) for y <= 0, of Floats; 1.6e-38 from about -87 on. Relative error 2e-7.
 template <typename V>
 D2IT_INLINE V exp_negative(V y) {

@@ -8,14 +8,10 @@
 // added to the density in place.
 //
 // Bins closer together: the moments of the pixels in every cell, a group of bins, then their expansion (a
-// fast Gauss transform). With e the distance of a pixel from its cell's middle and u that of a bin, in sigma,
-// exp(-(u - e)^2 / 2) = g(u) sum_k He_k(u) e^k / k!: a pixel adds 1, e .. e^7 to its cell, one vector, and a
-// cell adds to the bins around it eight rows of a table, each times a moment. Cells are at most kWidestCell
-// sigma wide: the first term left out is below 2e-6 of the largest tap, and most of it is orthogonal to ln p,
-// which leaves less than 1e-6 nats.
+// fast Gauss transform): see kde_entropy_moments.h.
 //
-// Consecutive pixels add to different copies of the moments or the density, because in a smooth region they
-// would otherwise wait for each other's stores.
+// Consecutive pixels add to different copies of the density, because in a smooth region they would otherwise
+// wait for each other's stores.
 //
 // A gray image of bytes whose bins are the 256 levels needs no taps per pixel: its histogram is exact, and
 // the density is the histogram convolved with the kernel at whole steps.
@@ -23,6 +19,7 @@
 // With p the density before normalisation and Z its sum, H = ln Z - (sum p ln p) / Z.
 #include "kde_entropy.h"
 #include "cpu.h"
+#include "kde_entropy_moments.h"
 
 #include <algorithm>
 #include <atomic>
@@ -38,23 +35,23 @@ using d2it::as;
 using d2it::exp_negative;
 using d2it::Floats;
 using d2it::Gray;
+using d2it::kLanes;
+using d2it::kMoments;
+using d2it::kMostSums;
 using d2it::Regions;
 using d2it::Results;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kLargestStep = 0.016; // sigma; the largest e: its third-order term stays below 1e-6
-constexpr double kClosestTaps = 0.75;  // sigma; with bins closer, a pixel has more than 16 taps
-constexpr double kWidestCell = 0.8;    // sigma
-constexpr double kCellReach = 5.85;    // sigma; from either end of a cell
+constexpr double kClosestTaps = 0.8;   // sigma; with bins closer, a pixel has 16 taps or more
 constexpr int kCopies = 8;             // of the density, at most
-constexpr int kSums = 4;               // copies of the moments
-constexpr int kMoments = 8;            // of order 0 to 7
-constexpr int kLanes = 8;              // what AVX2 holds; wider vectors are put together on the stack there
 constexpr int kLevels = 256;
 constexpr int kStrip = 256; // columns at a time: long loops, and what they leave stays in the L1 cache
 constexpr int64_t kPixelsPerThread = 4096; // fewer are not worth waking a thread for
 
+template <int n>
+using Is = std::integral_constant<int, n>;
 using Ints = typename d2it::VectorOf<int32_t, kLanes>::type;
 
 // ----------------------------------------------------------------------------------------------------
@@ -62,14 +59,14 @@ using Ints = typename d2it::VectorOf<int32_t, kLanes>::type;
 
 struct Bins {
   int count;
-  // Nodes: `phases` of them per bin, or the middles of the cells. node = round(value * nodes_per_unit +
-  // middle); e, in sigma, is what is left. Gray of three channels may leave the range, as their weights add
-  // up to 0.9999: the nodes begin before the first bin and end after the last, where a pixel's taps meet no
-  // bin.
-  float nodes_per_unit, middle, step_high, step_low, per_sigma;
+  // Nodes: `phases` of them per bin, or the middles of the cells, `pitch` sigma apart. node = round(value *
+  // nodes_per_unit + middle); e, in sigma, is what is left. Gray of three channels may leave the range, as
+  // their weights add up to 0.9999: the nodes begin before the first bin and end after the last, where a
+  // pixel's taps meet no bin.
+  double nodes_per_unit, middle;
+  float pitch;
   int phase_bits = 0, last_node;
-  // Bins of a cell, a power of 2, or 0 where there are none.
-  int cell = 0;
+  int cell = 0; // bins of a cell, a power of 2, or 0 where there are none
   // Bins that a pixel touches. In the interval j they are j - reach + 1 .. j + reach, padded to whole
   // vectors.
   int reach, taps;
@@ -79,24 +76,27 @@ struct Bins {
   float spacing;     // sigma
   std::vector<float> table;
 
+  bool in_pairs() const { return d2it::in_pairs(cell, taps); }
+
   Bins(int64_t num_bins, double low, double high, double sigma) : count(static_cast<int>(num_bins)) {
     const double step = (high - low) / (count - 1), delta = step / sigma;
     spacing = static_cast<float>(delta);
     const double outside = std::max(0.0, d2it::kGrayLoss * std::max(low, -high) / step); // in bins, of gray
     const double farthest = count + std::ceil(outside);
-    per_sigma = static_cast<float>(1 / sigma);
     if (delta < kClosestTaps) {
-      for (cell = 1; 2 * cell * delta <= kWidestCell && cell < count;) cell *= 2;
-      reach = static_cast<int>(std::min(farthest, std::floor(kCellReach / delta)));
-      taps = (cell + 2 * reach + kLanes) / kLanes * kLanes; // cell + 2 reach + 1, in whole vectors
-      copies = std::max(1, kLanes / cell);
+      cell = d2it::bins_of_cell(delta, count);
+      reach = static_cast<int>(std::min(farthest, std::ceil(d2it::kCellReach / delta - 0.5)));
+      taps = (cell + 2 * reach + kLanes - 1) / kLanes * kLanes;
+      copies = in_pairs() ? 1 : std::max(1, kLanes / cell);
       shift = cell;
       const int margin = static_cast<int>(std::ceil(outside / cell)), before = (taps - cell) / 2;
       first = margin * cell + before;
       last_node = 2 * margin + (count - 1) / cell;
       density = last_node * cell + taps + 2 * kLanes;
-      place_nodes(cell * step, margin + (count - 1) / (2.0 * cell) - 0.5);
-      fill_moments(delta, before);
+      nodes_per_unit = 1 / (cell * step);
+      middle = margin + count / (2.0 * cell) - 0.5;
+      pitch = static_cast<float>(cell * delta);
+      table = d2it::moments_table(cell, taps, before, delta);
       return;
     }
     reach = static_cast<int>(std::min(farthest, std::ceil(d2it::kReach / delta)));
@@ -109,34 +109,13 @@ struct Bins {
     first = margin + reach - 1;
     density = (margin + count + reach + taps + 2 * kLanes - 1) / kLanes * kLanes;
     last_node = (margin + count - 1 + reach) * phases;
-    place_nodes(step / phases, (margin + (count - 1) / 2.0) * phases);
+    nodes_per_unit = phases / step;
+    middle = (margin + (count - 1) / 2.0) * phases;
+    pitch = static_cast<float>(delta / phases);
     if (reach > 1) fill_taps(delta, phases);
   }
 
  private:
-  void place_nodes(double pitch, double center) {
-    nodes_per_unit = static_cast<float>(1 / pitch);
-    middle = static_cast<float>(center);
-    step_high = static_cast<float>(pitch);
-    step_low = static_cast<float>(pitch - step_high);
-  }
-
-  // By vectors of bins, then moments: He_k(u) / k! g(u) at the bins of a cell's window, which begins `before`
-  // bins before the cell.
-  void fill_moments(double delta, int before) {
-    table.resize(kMoments * taps);
-    for (int i = 0; i < taps; ++i) {
-      const double u = (i - before - cell / 2.0) * delta;
-      double last = 0, now = std::exp(-0.5 * u * u); // of order k - 1 and k, over k!
-      for (int k = 0; k < kMoments; ++k) {
-        table[(i / kLanes * kMoments + k) * kLanes + i % kLanes] = static_cast<float>(now);
-        const double next = (u * now - last) / (k + 1);
-        last = now;
-        now = next;
-      }
-    }
-  }
-
   void fill_taps(double delta, int phases) {
     table.resize(3 * taps * phases);
     for (int phase = 0; phase < phases; ++phase) {
@@ -152,10 +131,41 @@ struct Bins {
   }
 };
 
+// Where a pixel lies among the nodes: `add` and the sum of weight * channel, in float32 but as exact as in
+// double. Weights and channels are split in two. Their upper parts have 12 bits, so that each product and
+// the sum of all are exact; the rest is small, and so is what its rounding takes.
+struct Position {
+  float high[3], low[3], add_high, add_low;
+  float round; // what is added to a channel and taken away again leaves its upper part
+
+  Position(const Gray& gray, const Bins& bins, bool bytes) {
+    double weights[3], largest = 0;
+    for (int c = 0; c < 3; ++c) {
+      weights[c] = gray.exact[c] * bins.nodes_per_unit;
+      largest = std::max(largest, weights[c]);
+    }
+    const double most = bytes ? kLevels - 1 : std::max(-gray.least, gray.most);
+    const double step = unit(most), weight_step = unit(largest);
+    round = static_cast<float>(step * 0x1.8p23);
+    for (int c = 0; c < 3; ++c) split(weights[c], weight_step, high[c], low[c]);
+    split(gray.exact[3] * bins.nodes_per_unit + bins.middle, step * weight_step, add_high, add_low);
+  }
+
+ private:
+  // Of which 2^11 are no less than x.
+  static double unit(double x) { return std::exp2(std::ceil(std::log2(x)) - 11); }
+
+  static void split(double x, double unit, float& high, float& low) {
+    high = static_cast<float>(std::round(x / unit) * unit);
+    low = static_cast<float>(x - high);
+  }
+};
+
 struct Job {
   Regions in;
   Gray gray;
   Bins bins;
+  Position position;
   Results out;
 
   int pixels() const { return in.size * in.size; }
@@ -184,20 +194,19 @@ struct Strip {
 
 // What a thread works in.
 struct Scratch {
-  std::vector<float> density;                           // copies of it, zero between regions
-  std::vector<float> moments;                           // kSums copies of every cell's, zero between regions
-  std::vector<float> values, offsets, squares, fourths; // of the pixels of a strip, row by row
+  std::vector<float> density; // copies of it, zero between regions
+  std::vector<float>
+      moments; // kSums copies of every cell's, after one cell without pixels; zero between regions
+  std::vector<float> offsets, values; // of the pixels of a strip, row by row
   std::vector<int32_t> nodes;
   std::vector<int32_t> lowest, highest; // node of a column
 
   explicit Scratch(const Job& job)
       : density(job.bins.copies * job.bins.density),
-        moments(job.bins.cell ? kSums * kMoments * (job.bins.last_node + 1) : 0) {
+        moments(job.bins.cell ? kMostSums * kMoments * (job.bins.last_node + 2) : 0) {
     const int width = job.regions_per_strip() * job.in.size, pixels = width * job.in.size;
-    values.resize(pixels + kLanes); // read and written by whole vectors
-    offsets.resize(pixels + kLanes);
-    squares.resize(pixels);
-    fourths.resize(pixels);
+    offsets.resize(pixels + kLanes); // read and written by whole vectors
+    if (job.bins.reach == 1) values.resize(pixels + kLanes);
     nodes.resize(pixels);
     lowest.resize(width);
     highest.resize(width);
@@ -212,95 +221,81 @@ using d2it::Half;
 using d2it::to_float;
 D2IT_INLINE float to_float(uint8_t v) { return v; }
 
-// A row of pixels as values from the middle of the range, and what rounding took from them: in double, since
-// a float near the end of the range errs by 3e-8, and with it the entropy of a region of one color there by
-// 2e-6 nats. Returns whether all pixels may be there. kColumn: 1 where neighbours are adjacent, 3 where
-// pixels of three adjacent channels are, else 0.
+// A row of a strip: the node of every pixel, its distance from it in sigma, and what that makes of the
+// columns' lowest and highest nodes. Returns whether all pixels may be there. A float near the end of
+// the range errs by 3e-8, and with it the entropy of a region of one color there by 2e-6 nats: see Position.
+// kColumn: 1 where neighbours are adjacent, 3 where pixels of three adjacent channels are, else 0.
 template <typename T, int kChannels, int kColumn>
-D2IT_INLINE bool read_row(const Regions& regions, const Gray& gray, const T* __restrict in,
-                          float* __restrict values, float* __restrict lost, int width) {
-  const int64_t step = kColumn ? kColumn : regions.column, next = regions.channel;
-  const float least = gray.least, most = gray.most;
-  const double w0 = gray.exact[0], w1 = gray.exact[1], w2 = gray.exact[2], offset = gray.exact[3];
+D2IT_INLINE bool locate_row(const Job& job, const T* __restrict in, int width, float* __restrict offsets,
+                            int32_t* __restrict nodes, int32_t* __restrict lowest,
+                            int32_t* __restrict highest) {
+  const Bins& bins = job.bins;
+  const int64_t step = kColumn ? kColumn : job.in.column, next = job.in.channel;
+  const float least = job.gray.least, most = job.gray.most, pitch = bins.pitch;
+  const Position& to = job.position;
+  const float high0 = to.high[0], high1 = to.high[1], high2 = to.high[2], add_high = to.add_high;
+  const float low0 = to.low[0], low1 = to.low[1], low2 = to.low[2], add_low = to.add_low, round = to.round;
+  const float rounding = bins.reach == 1 ? 0.0f : 0.5f; // two neighbours: the node is the bin below
+  const int last_node = bins.last_node;
   constexpr bool kBytes = std::is_same_v<T, uint8_t>;
   int bad = 0;
   for (int x = 0; x < width; ++x) {
     const T* pixel = in + x * step;
-    double value;
+    float at, rest;
     if constexpr (kChannels == 1) {
       const float v = to_float(pixel[0]);
       if (!kBytes) bad |= !((v >= least) & (v <= most));
-      value = w0 * v + offset;
+      const float upper = (v + round) - round;
+      at = high0 * upper + add_high;
+      rest = high0 * (v - upper) + (low0 * v + add_low);
     } else {
       const float r = to_float(pixel[0]);
       const float g = to_float(pixel[kColumn == 3 ? 1 : next]);
       const float b = to_float(pixel[kColumn == 3 ? 2 : 2 * next]);
       if (!kBytes)
         bad |= !((r >= least) & (r <= most) & (g >= least) & (g <= most) & (b >= least) & (b <= most));
-      value = w0 * r + (w1 * g + (w2 * b + offset));
+      const float r0 = (r + round) - round, g0 = (g + round) - round, b0 = (b + round) - round;
+      at = high0 * r0 + (high1 * g0 + (high2 * b0 + add_high));
+      rest = high0 * (r - r0) + (high1 * (g - g0) + (high2 * (b - b0) + add_low));
+      rest += low0 * r + (low1 * g + low2 * b);
     }
-    values[x] = static_cast<float>(value);
-    lost[x] = static_cast<float>(value - values[x]);
+    int node = static_cast<int>(at + rest + rounding);
+    node = node < 0 ? 0 : node;
+    node = node > last_node ? last_node : node;
+    offsets[x] = ((at - static_cast<float>(node)) + rest) * pitch;
+    nodes[x] = node;
+    lowest[x] = node < lowest[x] ? node : lowest[x];
+    highest[x] = node > highest[x] ? node : highest[x];
   }
   return !bad;
 }
 
 template <typename T>
-D2IT_INLINE bool read_strip(const Job& job, const Strip& strip, Scratch& s) {
+D2IT_INLINE bool locate(const Job& job, const Strip& strip, Scratch& s) {
   const Regions& in = job.in;
+  const int width = strip.width;
+  int32_t *lowest = s.lowest.data(), *highest = s.highest.data();
+  std::fill_n(lowest, width, job.bins.last_node);
+  std::fill_n(highest, width, 0);
   bool good = true;
-  float *values = s.values.data(), *lost = s.offsets.data(); // `locate` puts the offsets there
-  for (int y = 0; y < in.size; ++y, values += strip.width, lost += strip.width) {
+  for (int y = 0; y < in.size; ++y) {
     const T* row = static_cast<const T*>(in.images) + strip.first_pixel + y * in.row;
+    float* offsets = s.offsets.data() + y * width;
+    int32_t* nodes = s.nodes.data() + y * width;
+    const auto read = [&](auto channels, auto column) __attribute__((always_inline)) {
+      good &= locate_row<T, channels, column>(job, row, width, offsets, nodes, lowest, highest);
+    };
     if (in.channels == 1) {
-      good &= in.column == 1 ? read_row<T, 1, 1>(in, job.gray, row, values, lost, strip.width)
-                             : read_row<T, 1, 0>(in, job.gray, row, values, lost, strip.width);
+      in.column == 1 ? read(Is<1>{}, Is<1>{}) : read(Is<1>{}, Is<0>{});
     } else if (in.column == 1) {
-      good &= read_row<T, 3, 1>(in, job.gray, row, values, lost, strip.width);
+      read(Is<3>{}, Is<1>{});
     } else if (in.column == 3 && in.channel == 1) {
-      good &= read_row<T, 3, 3>(in, job.gray, row, values, lost, strip.width);
+      read(Is<3>{}, Is<3>{});
     } else {
-      good &= read_row<T, 3, 0>(in, job.gray, row, values, lost, strip.width);
+      read(Is<3>{}, Is<0>{});
     }
   }
   return good;
-}
-
-// The node of every pixel, its distance from it in sigma, and the columns' lowest and highest nodes.
-D2IT_INLINE void locate(const Job& job, const Strip& strip, Scratch& s) {
-  const Bins& bins = job.bins;
-  const float nodes_per_unit = bins.nodes_per_unit, middle = bins.middle, per_sigma = bins.per_sigma;
-  const float step_high = bins.step_high, step_low = bins.step_low;
-  const float rounding =
-      middle + (bins.reach == 1 ? 0.0f : 0.5f); // two neighbours: the node is the bin below
-  const int last_node = bins.last_node, width = strip.width;
-  int32_t* __restrict lowest = s.lowest.data();
-  int32_t* __restrict highest = s.highest.data();
-  for (int x = 0; x < width; ++x) {
-    lowest[x] = last_node;
-    highest[x] = 0;
-  }
-  for (int y = 0; y < job.in.size; ++y) {
-    const float* __restrict values = s.values.data() + y * width;
-    float* __restrict offsets = s.offsets.data() + y * width;
-    float* __restrict squares = s.squares.data() + y * width;
-    float* __restrict fourths = s.fourths.data() + y * width;
-    int32_t* __restrict nodes = s.nodes.data() + y * width;
-#pragma GCC ivdep
-    for (int x = 0; x < width; ++x) {
-      int node = static_cast<int>(values[x] * nodes_per_unit + rounding);
-      node = node < 0 ? 0 : node;
-      node = node > last_node ? last_node : node;
-      const float at = static_cast<float>(node) - middle;
-      const float e = (((values[x] - at * step_high) - at * step_low) + offsets[x]) * per_sigma;
-      offsets[x] = e;
-      squares[x] = e * e;
-      fourths[x] = e * e * (e * e);
-      nodes[x] = node;
-      lowest[x] = node < lowest[x] ? node : lowest[x];
-      highest[x] = node > highest[x] ? node : highest[x];
-    }
-  }
 }
 
 // ----------------------------------------------------------------------------------------------------
@@ -325,69 +320,6 @@ D2IT_INLINE void add_taps(const Job& job, Scratch& s, int start, int width) {
       for (int k = 0; k < kTaps; k += kWidth)
         as<V>(out + k) += as<V>(row + k) + e * (as<V>(row + kTaps + k) + e * as<V>(row + 2 * kTaps + k));
     }
-  }
-}
-
-// x where the bits of `where` are set, else 1.
-D2IT_INLINE void choose(float x, const Ints& where, Floats<kMoments>& result) {
-  result = (Floats<kMoments>)(((Ints)(x - Floats<kMoments>{}) & where) | (0x3f800000 & ~where));
-}
-
-// Adds the powers of every pixel's distance to the moments of its cell.
-D2IT_INLINE void add_moments(const Job& job, Scratch& s, int start, int width) {
-  using V = Floats<kMoments>;
-  constexpr Ints kOdd = {0, -1, 0, -1, 0, -1, 0, -1}, kTwos = {0, 0, -1, -1, 0, 0, -1, -1},
-                 kFours = {0, 0, 0, 0, -1, -1, -1, -1};
-  const unsigned region = job.in.size;
-  float* moments = s.moments.data();
-  for (unsigned y = 0; y < region; ++y) {
-    const float *offsets = s.offsets.data() + start + y * width,
-                *squares = s.squares.data() + start + y * width,
-                *fourths = s.fourths.data() + start + y * width;
-    const int32_t* nodes = s.nodes.data() + start + y * width;
-    for (unsigned x = 0; x < region; ++x) {
-      V e, e2, e4;
-      choose(offsets[x], kOdd, e);
-      choose(squares[x], kTwos, e2);
-      choose(fourths[x], kFours, e4);
-      as<V>(moments + (static_cast<unsigned>(nodes[x]) * kSums + x % kSums) * kMoments) += e * e2 * e4;
-    }
-  }
-}
-
-// Adds to the density what the cells lowest .. highest have, and clears their moments. A cell adds to the
-// copy in which its window begins at a whole vector: what one cell stores, the next loads whole.
-D2IT_INLINE void spread_moments(const Job& job, Scratch& s, int lowest, int highest) {
-  using V = Floats<kLanes>;
-  const Bins& bins = job.bins;
-  const int taps = bins.taps;
-  const unsigned copies = bins.copies, size = bins.density, step = bins.cell;
-  const float* table = bins.table.data();
-  float* moments = s.moments.data();
-  float* density = s.density.data() + kLanes;
-  for (int cell = lowest; cell <= highest; ++cell) {
-    auto& sum = as<Floats<kMoments>>(moments + cell * kSums * kMoments);
-    for (int copy = 1; copy < kSums; ++copy) {
-      auto& other = as<Floats<kMoments>>(moments + (cell * kSums + copy) * kMoments);
-      sum += other;
-      other = Floats<kMoments>{};
-    }
-  }
-  for (unsigned cell = lowest; cell <= static_cast<unsigned>(highest); ++cell) {
-    float* own = moments + cell * kSums * kMoments;
-    if (own[0] == 0) continue;
-    float* out = density + (cell & (copies - 1)) * size + cell * step / kLanes * kLanes;
-    for (int i = 0; i < taps; i += kLanes) {
-      const float* row = table + i * kMoments;
-      V even = as<V>(out + i) + own[0] * as<V>(row), odd = own[1] * as<V>(row + kLanes);
-#pragma GCC unroll 3
-      for (int k = 2; k < kMoments; k += 2) {
-        even += own[k] * as<V>(row + k * kLanes);
-        odd += own[k + 1] * as<V>(row + (k + 1) * kLanes);
-      }
-      as<V>(out + i) = even + odd;
-    }
-    as<Floats<kMoments>>(own) = Floats<kMoments>{};
   }
 }
 
@@ -493,8 +425,7 @@ D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
   bool good = true;
   for (int64_t i = begin; i < end; ++i) {
     const Strip strip(job, i);
-    good &= read_strip<T>(job, strip, s);
-    locate(job, strip, s);
+    good &= locate<T>(job, strip, s);
     if (bins.reach == 1) weigh_neighbours(job, strip, s);
     for (int r = 0; r < strip.regions; ++r) {
       const int start = r * job.in.size;
@@ -502,8 +433,15 @@ D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
       const int highest = *std::max_element(&s.highest[start], &s.highest[start] + job.in.size);
       int first = lowest >> bins.phase_bits, last = highest >> bins.phase_bits;
       if (bins.cell) {
-        add_moments(job, s, start, strip.width);
-        spread_moments(job, s, lowest, highest);
+        const d2it::Cells cells = {bins.cell,   bins.taps,        bins.table.data(),
+                                   bins.copies, bins.density,     lowest,
+                                   highest,     s.moments.data(), s.density.data() + kLanes};
+        const float* offsets = s.offsets.data() + start;
+        const int32_t* nodes = s.nodes.data() + start;
+        if (highest - lowest < job.pixels() / kMostSums)
+          cells.add<kMostSums>(offsets, nodes, job.in.size, strip.width);
+        else
+          cells.add<d2it::kFewSums>(offsets, nodes, job.in.size, strip.width);
         first = lowest * bins.cell;
         last = highest * bins.cell;
       } else if (bins.reach == 1) {
@@ -567,8 +505,11 @@ bool kde_entropy(Tensor images, std::optional<Tensor> thresholds, int64_t region
                  std::optional<Tensor> grains) {
   if (entropy.numel() == 0) return true;
   const ScalarType dtype = images.scalar_type();
-  const Job job{Regions(images, entropy, region_size), Gray(dtype, images.size(1), low, high, slack),
-                Bins(num_bins, low, high, sigma), Results(entropy, grains, thresholds, normalize)};
+  const Gray gray(dtype, images.size(1), low, high, slack);
+  const Bins bins(num_bins, low, high, sigma);
+  const Job job{Regions(images, entropy, region_size), gray, bins,
+                Position(gray, bins, dtype == ScalarType::Byte),
+                Results(entropy, grains, thresholds, normalize)};
   const int64_t grain_size = kPixelsPerThread / job.pixels() + 1;
   if (dtype == ScalarType::Byte && job.in.channels == 1 && num_bins == kLevels) {
     float taps[kLevels];

@@ -17,11 +17,18 @@ CPP_MUTATIONS = {
     "one copy of the density": ("copy < «job.bins.copies»; ++copy, entry += next)", "1"),
     "copies of one alignment": ("next = job.bins.density - «job.bins.shift»", "0"),
     "missing column of taps": ("for (int x = «0»; x < region; ++x) {\n      const float* row = table", "1"),
-    "one copy of the moments": ("copy < «kSums»; ++copy) {\n      auto& other", "1"),
-    "moments that stay": ("other = «Floats<kMoments>{}»;", "sum"),
+    "one copy of the moments": ("copy < «kSums»; ++copy) {\n    sum +=", "1"),
+    "moments that stay": ("as<V>(cell + copy * kMoments) = «V{}»;", "sum"),
     "odd moments": ("odd += «own[k + 1]»", "own[k]"),
-    "squares": ("choose(«squares[x]», kTwos, e2)", "offsets[x]"),
-    "middle of a cell": ("(i - before - «cell / 2.0») * delta", "cell / 2"),
+    "odd moments of a pair": ("odd += «moments[k + 1]» * table", "moments[k]"),
+    "sides alike": ("below = «even - odd»;", "even + odd"),
+    "upper cell of two": ("= above0 + «shuffle<9, 8, 0, 1, 2, 3, 4, 5>(above, below)»;", "V{}"),
+    "bins below the lowest cell": ("= «shuffle<7, 6, 5, 4, 3, 2, 1, 0>(below, zero)»;", "below"),
+    "last columns": ("for (int i = 0; i < «region - x»; ++i) add(i);", "kLanes / 2"),
+    "squares": ("e2 = «e * e», e3", "e"),
+    "weights of 12 bits": ("rest += «low0 * r + (low1 * g + low2 * b)»;", "0.0f"),
+    "gray of 12 bits": ("high0 * «(v - upper)»", "0.0f"),
+    "middle of a cell": ("(i - before - «(cell - 1) / 2.0») * delta", "cell / 2.0"),
     "no cells before the first bin": ("margin = «static_cast<int>(std::ceil(outside / cell))»", "0"),
     "no correction": ("const float e = «offsets[x]»;", "0.0f"),
     "first phase alone": ("const float* row = table + «(nodes[x] & mask)»", "0"),
@@ -302,11 +309,12 @@ def test_within_a_ten_thousandth_of_a_nat(backend, size, bins, value_range, sigm
         assert torch.equal(grains.cpu()[apart], reference.grain_map(want, limits)[apart])
 
 
-# The paper's settings and DQ-VAE's; then bins on either side of where the C++ code goes over from taps to moments (0.75
-# sigma apart), from cells of one bin to cells of two (0.4 sigma), and regions of 32 and 64 pixels.
+# The paper's settings and DQ-VAE's; then bins on either side of where the C++ code goes over from taps to moments (0.8
+# sigma apart), from windows of 16 bins to wider ones (0.78), from cells of two bins to cells of four (0.2 sigma), and
+# regions of 32 and 64 pixels.
 DEFAULTS = [(16, 256, CENTRED, 0.01), (16, 256, UNIT, 0.01), (16, 32, UNIT, 0.01), (16, 32, CENTRED, 0.01)]
 DENSE = [
-    *((16, 256, CENTRED, 2 / 255 / apart) for apart in (0.751, 0.749, 0.401, 0.399)),
+    *((16, 256, CENTRED, 2 / 255 / apart) for apart in (0.801, 0.799, 0.781, 0.779, 0.401, 0.201, 0.199)),
     (32, 1024, CENTRED, 0.01),
     (32, 1024, UNIT, 0.01),
     (64, 4096, CENTRED, 0.01),
