@@ -6,11 +6,12 @@ python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu 
 The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU.
 Its operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells.
 "plain" has adaLN of the dense blocks in plain PyTorch, for the compiler to fuse; "autotuned" (--autotune) lets
-Inductor choose among its own matrix products too, into whose ends GELU and biases go. "part" lines time pieces of the
-packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the host, which a step does
-not wait for unless it is longer than the step. The MLP's lines are one MLP of the dense blocks, forward and backward,
-in the forms that PyTorch has for GELU and biases. The budget lines are steps at shares of the tokens of the finest
-map (--budgets).
+Inductor choose among its own matrix products too, into whose ends GELU and biases go; "sdpa-attention" (on a GPU
+"d2it-attention") has in the dense blocks the attention that "auto" does not choose there. "part" lines time pieces of
+the packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the host, which a step
+does not wait for unless it is longer than the step. The MLP's lines are one MLP of the dense blocks, forward and
+backward, in the forms that PyTorch has for GELU and biases. The budget lines are steps at shares of the tokens of the
+finest map (--budgets).
 
 Predicted is what bytes and operations (`step_count`) take at the rates of this machine, with our kernels at their
 floors. Rows name the kernels that take longest, and a second table adds up the operators of every profiled step by the
@@ -68,16 +69,20 @@ from d2it.training.learner import Batch
 from d2it.training.stage import loader, to_device
 
 CLASSES = 1000
+MOST_POSITIONS = 256
 CHECKED = 8
 """Images of the batch whose gradients are compared, in float32 with masks over all cells."""
 
 
-def stage(options: argparse.Namespace, preset: str, *, masked: bool = False, compiled: bool = False) -> ContentStage:
+def stage(
+    options: argparse.Namespace, preset: str, *, masked: bool = False, compiled: bool = False, attention: str = "auto"
+) -> ContentStage:
     """The trainer's stage with open gates; presets of one size start from the same weights."""
     config = Config()
     config.data.num_classes = CLASSES
     settings = config.content
     settings.preset, settings.batch_size, settings.compile = preset, options.batch_size, compiled
+    settings.overrides["attention"] = attention
     if masked:
         settings.overrides["masked"] = True
     if options.warm:  # all blocks of a half are compiled alike, and one of each fits beside other processes
@@ -187,13 +192,16 @@ def step(
     compiled: bool = False,
     plain: bool = False,
     autotuned: bool = False,
+    attention: str = "auto",
 ) -> Job:
     """The whole step."""
     if compiled:
         compilable(options)
     if autotuned and not options.autotune:
         raise Skip("choosing among kernels takes minutes: --autotune")
-    made = stage(options, preset, masked=masked, compiled=compiled)
+    made = stage(options, preset, masked=masked, compiled=compiled, attention=attention)
+    if attention == "d2it" and made.network.config.num_tokens > MOST_POSITIONS:
+        raise Skip(f"window attention on a GPU takes at most {MOST_POSITIONS} tokens")
     if plain:
         for block in made.network.multi_grained.blocks:
             block.backend = "reference"
@@ -341,6 +349,12 @@ def cases_of(options: argparse.Namespace, preset: str, baseline: str, *, budgets
             for form in ("plain", "autotuned"):
                 given = {form: True, **flag}
                 contenders[f"d2it packed {form} {how}"] = preset, partial(step, options, preset, reference, **given)
+            other = "sdpa" if machine.device() == "cpu" else "d2it"  # where "auto" takes the other one
+            given = {"attention": other, **flag}
+            contenders[f"d2it packed {other}-attention {how}"] = (
+                preset,
+                partial(step, options, preset, reference, **given),
+            )
         contenders[f"masked {how}"] = preset, partial(step, options, preset, reference, masked=True, **flag)
         contenders[f"dit {how}"] = baseline, partial(step, options, baseline, None, **flag)
     for name in ("dense blocks", "RefineNet", "optimiser"):

@@ -67,7 +67,9 @@ def test_a_training_step(tmp_path, monkeypatch):
         assert {"attention", "MLP", "modulation", "optimiser", "other"} == row["parts"].keys()
         assert all(part["ms"] > 0 for part in row["parts"].values())
     assert "parts" not in rows["masked eager"]
-    assert rows["d2it packed plain compiled"]["skipped"].startswith("compiling takes minutes")
+    for form in ("plain", "sdpa-attention"):
+        assert rows[f"d2it packed {form} compiled"]["skipped"].startswith("compiling takes minutes")
+    assert train_bench.stage(chosen, "tiny", attention="sdpa").network.config.attention == "sdpa"
     packed = list(goals.packed_against_masked({"train": {"rows": list(rows.values())}}))
     assert packed == [(1.0, rows["masked eager"]["case"])]
 
