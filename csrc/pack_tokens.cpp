@@ -5,6 +5,7 @@
 // twice.
 #include "cpu.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -14,6 +15,8 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr int kBlock = 8;                    // rows
+constexpr int64_t kShort = 16;               // bytes of a row
 constexpr int64_t kBytesPerThread = 1 << 17; // fewer are not worth waking a thread for
 
 // Rows of (B, L, C) or (T, C), flat over (B, L); or the one row, again and again.
@@ -30,18 +33,42 @@ struct Rows {
 };
 
 // Rows whose channels are adjacent, all of them one stride apart. Whether a row comes from the source or the
-// base is a coin toss to the branch predictor, so it is no branch. kBytes is the size of a row, 0 where it is
-// not known.
+// base is a coin toss to the branch predictor, so it is no branch. Short rows take less time than the choice:
+// a block of them without tokens, as there are many where tokens are few, makes none. kBytes is the size of a
+// row, 0 where it is not known.
 template <int64_t kBytes>
 void gather_bytes(const int32_t* rows_of, const char* source, int64_t source_row, const char* base,
-                  int64_t base_row, char* to, int64_t bytes, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r, to += bytes) {
-    const int64_t row = rows_of[r], from_base = row >> 63;
-    const auto from_source = reinterpret_cast<int64_t>(source) + row * source_row;
-    const auto otherwise = reinterpret_cast<int64_t>(base) + r * base_row;
-    const auto* from = reinterpret_cast<const char*>((from_source & ~from_base) | (otherwise & from_base));
-    std::memcpy(to, from, kBytes ? kBytes : bytes);
+                  int64_t base_row, char* to, int64_t row_bytes, int64_t begin, int64_t end) {
+  const int64_t bytes = kBytes ? kBytes : row_bytes;
+  const auto copy_rows = [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r, to += bytes) {
+      const int64_t row = rows_of[r], from_base = row >> 63;
+      const auto from_source = reinterpret_cast<int64_t>(source) + row * source_row;
+      const auto otherwise = reinterpret_cast<int64_t>(base) + r * base_row;
+      const auto* from = reinterpret_cast<const char*>((from_source & ~from_base) | (otherwise & from_base));
+      std::memcpy(to, from, bytes);
+    }
+  };
+  int64_t r = begin;
+  if (kBytes && kBytes <= kShort && (base_row == 0 || base_row == bytes)) {
+    for (; r + kBlock <= end; r += kBlock) {
+      int32_t all = -1;
+      for (int i = 0; i < kBlock; ++i) all &= rows_of[r + i];
+      if (all >= 0) {
+        copy_rows(r, r + kBlock);
+        continue;
+      }
+      // Row by row: a block at once would be a call, or a string instruction, which start slowly.
+      for (int i = 0; i < kBlock; ++i) {
+        if (base_row)
+          std::memcpy(to + i * bytes, base + (r + i) * bytes, bytes);
+        else
+          std::memset(to + i * bytes, 0, bytes);
+      }
+      to += kBlock * bytes;
+    }
   }
+  copy_rows(r, end);
 }
 
 using GatherBytes = decltype(&gather_bytes<0>);
@@ -98,17 +125,21 @@ void gather(const Tensor& rows_of, const std::optional<Tensor>& source, const st
             static_cast<T*>(const_cast<void*>(out.const_data_ptr())), rows_of.size(0), channels);
 }
 
-// Whether every row that is named exists in a source of `rows` rows.
-bool exist(const Tensor& rows_of, int64_t rows) {
-  const auto* named = static_cast<const int32_t*>(rows_of.const_data_ptr());
-  const int64_t count = rows_of.size(0), stride = rows_of.stride(0);
+// The largest of `count` rows, `stride` apart; at least -1.
+D2IT_CLONES int32_t largest(const int32_t* named, int64_t count, int64_t stride) {
   int32_t most = -1;
   if (stride == 1) { // a loop of its own, which is vectorised
     for (int64_t r = 0; r < count; ++r) most = std::max(most, named[r]);
   } else {
     for (int64_t r = 0; r < count; ++r) most = std::max(most, named[r * stride]);
   }
-  return most < rows;
+  return most;
+}
+
+// Whether every row that is named exists in a source of `rows` rows.
+bool exist(const Tensor& rows_of, int64_t rows) {
+  const auto* named = static_cast<const int32_t*>(rows_of.const_data_ptr());
+  return largest(named, rows_of.size(0), rows_of.stride(0)) < rows;
 }
 
 // out[r] = source[rows_of[r]] where rows_of[r] >= 0, else base[r]; zero where the one that is wanted is

@@ -15,13 +15,17 @@ FILE = "kernels/pack_tokens.py"
 ROWS = {
     "row of the source": ("reinterpret_cast<int64_t>(source) + «row * source_row»", "0"),
     "row of the base": ("reinterpret_cast<int64_t>(base) + «r * base_row»", "0"),
-    "last byte": ("std::memcpy(to, from, «kBytes ? kBytes : bytes»)", "(kBytes ? kBytes : bytes) - 1"),
+    "last byte": ("std::memcpy(to, from, «bytes»)", "bytes - 1"),
+    "row of a block": ("base + «(r + i)» * bytes, bytes)", "r"),
+    "block of zeros": ("std::memset(to + i * bytes, «0», bytes)", "64"),
+    "first of a block": ("all &= «rows_of[r + i]»", "rows_of[r]"),
     "row of a strided image": ("r / length * batch + «r % length * row»", "0"),
     "channel of a strided row": ("*to++ = first[«c * from.offsets.channel»]", "0"),
 }
 SOURCES = cuda_on_cpu.Sources({"pack_tokens.cpp": ROWS})
 # C: 1 and 5 are narrower than a vector, 12 is what the model's latents have, 72 a tile of 64 and 8, 300 two chunks and
-# part of a third. L = h * w regions of 2 x 2 cells: 31 rows and 32 of tail are a tile and one.
+# part of a third; 4 with few tokens has blocks of short rows without any. L = h * w regions of 2 x 2 cells: 31 rows and
+# 32 of tail are a tile and one.
 CORNERS = [
     {"B": 0, "h": 2, "w": 2, "C": 4, "fine": 0.5, "spare": 3},
     {"B": 2, "h": 2, "w": 2, "C": 0, "fine": 0.5, "spare": 0},
@@ -30,6 +34,9 @@ CORNERS = [
     {"B": 3, "h": 2, "w": 4, "C": 12, "fine": 0.0, "spare": 9},
     {"B": 3, "h": 4, "w": 2, "C": 72, "fine": 1.0, "spare": 0},
     {"B": 2, "h": 6, "w": 4, "C": 300, "fine": 0.5, "spare": 33},
+    {"B": 3, "h": 6, "w": 6, "C": 4, "fine": 0.2, "spare": 11},
+    {"B": 1, "h": 6, "w": 6, "C": 2, "fine": 0.9, "spare": 0},
+    {"B": 3, "h": 6, "w": 6, "C": 4, "fine": 0.2, "spare": 0},
 ]
 GPU_CORNERS = [
     {"B": 32, "h": 16, "w": 16, "C": channels, "fine": 0.5, "spare": 500} for channels in (4, 12, 384, 768, 1152)
