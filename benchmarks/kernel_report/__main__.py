@@ -246,6 +246,7 @@ def main() -> int:
         help="also these, but of each Triton kernel only the case that takes most registers on the first --arch",
     )  # fmt: skip
     parser.add_argument("--library", type=Path, metavar="FILE", help="read csrc/'s kernels off this built library")
+    parser.add_argument("--no-cuda", action="store_true", help="leave csrc/'s kernels out")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as a list of objects")
     parser.add_argument(
         "--only", default="*", metavar="GLOB", help="kernel files by name, such as 'window_*', or cases of --budget"
@@ -266,7 +267,14 @@ def main() -> int:
         return report_budget(args.gpu, args.only, args.jobs, args.json, not (args.anew or args.record), args.record)
     home = args.kernels == ROOT / "kernels"
     rows, missing = report(
-        args.arch, args.heaviest, args.kernels.resolve(), args.only, args.jobs, home, args.library, not args.anew
+        args.arch,
+        args.heaviest,
+        args.kernels.resolve(),
+        args.only,
+        args.jobs,
+        home and not args.no_cuda,
+        args.library,
+        not args.anew,
     )
     if args.record:
         renew(rows)
