@@ -207,11 +207,6 @@ BUDGET_EXCEPTIONS: list[tuple[str, str, str]] = [
         "a tile holds as many windows however few of their rows exist",
         "tiles of several windows closed up, as the CUDA kernels have them",
     ),
-    (
-        "neighbor_copy *-bfloat16 forward CUDA",
-        "a sector of 32 bytes spans 8 fine or 16 coarse regions of a row, and nearly all sectors hold both grains",
-        "channels-last features, whose sectors have one grain each",
-    ),
 ]
 
 # Patterns of "operator case direction" -> why its time does not follow its tokens, and what would lift the exception.
