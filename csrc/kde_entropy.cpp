@@ -44,7 +44,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kLargestStep = 0.016; // sigma; the largest e: its third-order term stays below 1e-6
-constexpr double kClosestTaps = 0.8;   // sigma; with bins closer, a pixel has 16 taps or more
 constexpr int kCopies = 8;             // of the density, at most
 constexpr int kLevels = 256;
 constexpr int kStrip = 256; // columns at a time: long loops, and what they leave stays in the L1 cache
@@ -67,6 +66,7 @@ struct Bins {
   float pitch;
   int phase_bits = 0, last_node;
   int cell = 0; // bins of a cell, a power of 2, or 0 where there are none
+  bool in_pairs = false;
   // Bins that a pixel touches. In the interval j they are j - reach + 1 .. j + reach, padded to whole
   // vectors.
   int reach, taps;
@@ -76,18 +76,18 @@ struct Bins {
   float spacing;     // sigma
   std::vector<float> table;
 
-  bool in_pairs() const { return d2it::in_pairs(cell, taps); }
-
   Bins(int64_t num_bins, double low, double high, double sigma) : count(static_cast<int>(num_bins)) {
     const double step = (high - low) / (count - 1), delta = step / sigma;
     spacing = static_cast<float>(delta);
     const double outside = std::max(0.0, d2it::kGrayLoss * std::max(low, -high) / step); // in bins, of gray
     const double farthest = count + std::ceil(outside);
-    if (delta < kClosestTaps) {
-      cell = d2it::bins_of_cell(delta, count);
-      reach = static_cast<int>(std::min(farthest, std::ceil(d2it::kCellReach / delta - 0.5)));
-      taps = (cell + 2 * reach + kLanes - 1) / kLanes * kLanes;
-      copies = in_pairs() ? 1 : std::max(1, kLanes / cell);
+    const d2it::CellShape cells(delta, count, farthest);
+    if (cells.bins) {
+      cell = cells.bins;
+      reach = cells.reach;
+      taps = cells.taps;
+      in_pairs = cells.in_pairs();
+      copies = in_pairs ? 1 : std::max(1, kLanes / cell);
       shift = cell;
       const int margin = static_cast<int>(std::ceil(outside / cell)), before = (taps - cell) / 2;
       first = margin * cell + before;
@@ -433,9 +433,9 @@ D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
       const int highest = *std::max_element(&s.highest[start], &s.highest[start] + job.in.size);
       int first = lowest >> bins.phase_bits, last = highest >> bins.phase_bits;
       if (bins.cell) {
-        const d2it::Cells cells = {bins.cell,   bins.taps,        bins.table.data(),
-                                   bins.copies, bins.density,     lowest,
-                                   highest,     s.moments.data(), s.density.data() + kLanes};
+        const d2it::Cells cells = {
+            bins.cell,    bins.taps, bins.in_pairs, bins.table.data(), bins.copies,
+            bins.density, lowest,    highest,       s.moments.data(),  s.density.data() + kLanes};
         const float* offsets = s.offsets.data() + start;
         const int32_t* nodes = s.nodes.data() + start;
         if (highest - lowest < job.pixels() / kMostSums)

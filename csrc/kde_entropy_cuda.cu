@@ -7,12 +7,16 @@
 // kWidth is below 32 the warp takes several pixels at a time, each group of lanes into a density of its own;
 // kCopies independent densities besides keep the additions from waiting for each other.
 //
+// At the default settings the density comes from moments, at less than half the instructions: see
+// kde_entropy_moments_cuda.h, `PairCells::fit` decides.
+//
 // A gray image of bytes whose bins are the 256 levels needs no kernel value per pixel: its histogram is
 // exact, and the density is the histogram convolved with the kernel at whole steps (`entropy_of_levels`).
 //
 // With p the density before normalisation and Z its sum, H = ln Z - (sum p ln p) / Z.
 #include "cuda.h"
 #include "kde_entropy.h"
+#include "kde_entropy_moments_cuda.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -24,16 +28,19 @@
 namespace {
 
 using d2it::Gray;
+using d2it::kAll;
+using d2it::kSums;
+using d2it::kWarp;
+using d2it::Moments;
+using d2it::PairCells;
 using d2it::Regions;
 using d2it::Results;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 4; // per block
 constexpr int kCopies = 2;
 constexpr int kVector = 16; // bytes
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kLevels = 256;
 constexpr int kMaxShared = 48 * 1024;
 
@@ -88,11 +95,11 @@ __device__ inline void check(bool good) {
   CUDA_KERNEL_ASSERT(good && "images must be finite and inside value_range");
 }
 
+// The channels of adjacent pixels, those of one pixel side by side.
 template <int kChannels, bool kInterleaved, typename T>
-__device__ void read_vectors(const Regions& in, const Gray& gray, const T* first, int pixel,
-                             float (&values)[kPerLane<T>], bool& good) {
+__device__ void load_vectors(const Regions& in, const T* first, int y, int x,
+                             T (&values)[kPerLane<T>][kChannels]) {
   constexpr int kCount = kPerLane<T>;
-  const int y = pixel / in.size, x = pixel % in.size;
   const T* from = first + y * in.row + x * (kInterleaved ? kChannels : 1);
   T raw[kChannels * kCount];
 #pragma unroll
@@ -103,10 +110,23 @@ __device__ void read_vectors(const Regions& in, const Gray& gray, const T* first
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) values[i][c] = raw[kInterleaved ? i * kChannels + c : c * kCount + i];
+  }
+}
+
+template <int kChannels, bool kInterleaved, typename T>
+__device__ void read_vectors(const Regions& in, const Gray& gray, const T* first, int pixel,
+                             float (&values)[kPerLane<T>], bool& good) {
+  constexpr int kCount = kPerLane<T>;
+  T raw[kCount][kChannels];
+  load_vectors<kChannels, kInterleaved>(in, first, pixel / in.size, pixel % in.size, raw);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
     float sum = 0.0f;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      const float x = to_float(raw[kInterleaved ? i * kChannels + c : c * kCount + i]);
+      const float x = to_float(raw[i][c]);
       good &= in_range<T>(gray, x);
       sum += weigh<T>(gray, c, x);
     }
@@ -196,7 +216,9 @@ __device__ inline float warp_sum(float x) {
 __device__ void store_results(const Results& out, int region, float total, float weighted) {
   constexpr float kLn2 = 0.693147181f;
   const float z = warp_sum(total), sum = warp_sum(weighted);
-  const float entropy = kLn2 * (!out.normalize ? -sum : z > 0 ? fmaxf(log2f(z) - sum / z, 0.0f) : 0.0f);
+  float entropy = -kLn2 * sum;
+  // Fused, because sum / z is the larger part: rounded once, with the result.
+  if (out.normalize) entropy = z > 0 ? fmaxf(fmaf(-kLn2 / z, sum, kLn2 * log2f(z)), 0.0f) : 0.0f;
   const int lane = threadIdx.x % kWarp;
   if (lane == 0) out.entropy[region] = entropy;
   if (out.grains) {
@@ -317,6 +339,54 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   check(good);
 }
 
+// ------------------------------------------------------------------------------------------------ moments
+
+// Rows as in entropy_of_vectors, of regions of d2it::kSize. Lanes whose pixels share a cell wait for each
+// other: at most half of the warp, where all pixels have one color, since odd lanes have a copy of their own.
+template <typename T, int kChannels, bool kInterleaved>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    entropy_of_moments(const __grid_constant__ Regions in, const __grid_constant__ PairCells cells,
+                       const __grid_constant__ Results out) {
+  constexpr int kCount = kPerLane<T>;
+  __shared__ Moments shared[kWarps][kSums];
+  const int lane = threadIdx.x % kWarp;
+  const int region = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (region >= in.count) return;
+  Moments* sums = shared[threadIdx.x / kWarp];
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i].clear(lane);
+  __syncwarp();
+  const T* first = first_pixel<T>(in, region);
+  bool good = true;
+#pragma unroll
+  for (int start = 0; start < d2it::kPixels; start += kCount * kWarp) {
+    const int pixel = start + lane * kCount;
+    if (pixel >= d2it::kPixels) continue;
+    T values[kCount][kChannels];
+    load_vectors<kChannels, kInterleaved>(in, first, pixel / d2it::kSize, pixel % d2it::kSize, values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float x[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        x[c] = to_float(values[i][c]) - cells.middle;
+        good &= std::is_same_v<T, uint8_t> || fabsf(x[c]) <= cells.most;
+      }
+      sums[lane % kSums].add(cells, x);
+    }
+  }
+  __syncwarp();
+  float p[d2it::kOwnBins], total = 0.0f, weighted = 0.0f;
+  d2it::spread(cells, sums, p);
+#pragma unroll
+  for (const float each : p) {
+    total += each;
+    weighted += p_log2_p(each);
+  }
+  store_results(out, region, total, weighted);
+  check(good);
+}
+
 struct Taps {
   int reach;
   float value[kLevels]; // at whole steps of a level
@@ -410,6 +480,15 @@ void launch(const Regions& in, const Gray& gray, const Bins& bins, const Results
 }
 
 template <typename T>
+void launch(const Regions& in, const PairCells& cells, const Results& out, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((in.count + kWarps - 1) / kWarps);
+  const auto kernel = in.channels == 1 ? entropy_of_moments<T, 1, false>
+                      : in.column == 1 ? entropy_of_moments<T, 3, false>
+                                       : entropy_of_moments<T, 3, true>;
+  kernel<<<blocks, kWarps * kWarp, 0, stream>>>(in, cells, out);
+}
+
+template <typename T>
 void launch(const Regions& in, const Gray& gray, const Bins& bins, const Results& out, cudaStream_t stream) {
   switch (bins.width) {
     case 4:
@@ -448,19 +527,26 @@ bool kde_entropy(Tensor images, std::optional<Tensor> thresholds, int64_t region
     launch_levels(in, (high - low) / (kLevels - 1) / sigma, out, device.stream);
   } else {
     const Gray gray(dtype, in.channels, low, high, slack);
-    const Bins bins(num_bins, low, high, sigma);
+    const bool moments = PairCells::fit(in.size, num_bins, low, high, sigma);
+    const auto run = [&]<typename T>(T) {
+      if (moments && vectors_fit<T>(in))
+        launch<T>(in, PairCells(gray, dtype == ScalarType::Byte, low, high, sigma, slack), out,
+                  device.stream);
+      else
+        launch<T>(in, gray, Bins(num_bins, low, high, sigma), out, device.stream);
+    };
     switch (dtype) {
       case ScalarType::Float:
-        launch<float>(in, gray, bins, out, device.stream);
+        run(float());
         break;
       case ScalarType::Half:
-        launch<__half>(in, gray, bins, out, device.stream);
+        run(__half());
         break;
       case ScalarType::BFloat16:
-        launch<__nv_bfloat16>(in, gray, bins, out, device.stream);
+        run(__nv_bfloat16());
         break;
       default:
-        launch<uint8_t>(in, gray, bins, out, device.stream);
+        run(uint8_t());
     }
   }
   d2it::check_launch("kde_entropy");

@@ -10,53 +10,14 @@
 #pragma once
 
 #include "cpu.h"
+#include "kde_entropy_cells.h"
 
-#include <cmath>
 #include <cstdint>
-#include <vector>
 
 namespace d2it {
 
-constexpr double kWidestCell = 0.8; // sigma; but a cell has two bins at least
-constexpr double kCellReach = 5.85; // sigma; from either end of a cell
-constexpr int kMoments = 8;         // of order 0 to 7
-constexpr int kMostSums = 8;        // copies of the moments
-constexpr int kFewSums = 2;         // where pixels lie in many cells, each with few
-constexpr int kLanes = 8;           // what AVX2 holds; wider vectors are put together on the stack there
-
-// A power of 2. delta: the distance of two bins, in sigma.
-inline int bins_of_cell(double delta, int count) {
-  int bins = 2;
-  while (2 * bins * delta <= kWidestCell && bins < count) bins *= 2;
-  return bins;
-}
-
-// Whether cells have two bins each and reach eight on either side: see Cells::spread_pairs.
-inline bool in_pairs(int cell, int taps) { return cell == 2 && taps == 2 * kLanes; }
-
-// By vectors of bins, then moments: what multiplies a moment at the bins of a cell's window, which begins
-// `before` bins before the cell.
-inline std::vector<float> moments_table(int cell, int taps, int before, double delta) {
-  std::vector<float> table(kMoments * taps);
-  const double half = cell * delta / 2;
-  double angles[kMoments], terms[kMoments][kMoments] = {{1}, {0, 1}}; // Chebyshev polynomials by powers
-  for (int r = 0; r < kMoments; ++r) angles[r] = (r + 0.5) * M_PI / kMoments;
-  for (int n = 2; n < kMoments; ++n)
-    for (int k = 0; k <= n; ++k) terms[n][k] = (k ? 2 * terms[n - 1][k - 1] : 0) - terms[n - 2][k];
-  for (int i = 0; i < taps; ++i) {
-    const double u = (i - before - (cell - 1) / 2.0) * delta;
-    double by_power[kMoments] = {};
-    for (int n = 0; n < kMoments; ++n) {
-      double share = 0; // of the polynomial of order n
-      for (double angle : angles)
-        share += std::exp(-0.5 * std::pow(u - half * std::cos(angle), 2)) * std::cos(n * angle);
-      for (int k = 0; k <= n; ++k) by_power[k] += terms[n][k] * share * (n ? 2.0 : 1.0) / kMoments;
-    }
-    float* row = table.data() + i / kLanes * kMoments * kLanes + i % kLanes;
-    for (int k = 0; k < kMoments; ++k) row[k * kLanes] = static_cast<float>(by_power[k] / std::pow(half, k));
-  }
-  return table;
-}
+constexpr int kMostSums = 8; // copies of the moments
+constexpr int kFewSums = 2;  // where pixels lie in many cells, each with few
 
 // Row i: the powers 0 .. 7 of e[i].
 D2IT_INLINE void powers(const Floats<kLanes>& e, Floats<kMoments> (&rows)[kLanes]) {
@@ -108,6 +69,7 @@ D2IT_INLINE void expand(const float* moments, const Floats<kLanes> (&table)[kMom
 // The cells of a region.
 struct Cells {
   int bins, taps; // of a cell, and of its window
+  bool in_pairs;
   const float* table;
   int copies, size; // of the density, and floats of each
   int lowest, highest;
@@ -123,7 +85,7 @@ struct Cells {
     add_moments<kSums>(offsets, nodes, region, width);
     for (int cell = lowest; cell <= highest; ++cell)
       sum_moments<kSums>(moments + kMostSums * kMoments + cell * kSums * kMoments);
-    if (in_pairs(bins, taps))
+    if (in_pairs)
       spread_pairs<kSums>();
     else
       spread<kSums>();

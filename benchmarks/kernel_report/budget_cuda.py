@@ -503,18 +503,8 @@ def neighbor_copy_pixels(batch: int, channels: int, side: int) -> tuple[CudaLaun
 
 def entropy(batch: int) -> CudaLaunch:
     """Images of 256 x 256 in float32, three channels, 256 bins."""
-    regions, warps, step = batch * 16 * 16, 4, 128
-    # A window of 16 bins: 16 rows of them and one on either side, 32 floats each, in two copies; then a step's pixels.
-    density = 2 * (16 + 2) * 32
-    runs = {
-        "for (int i = threadIdx.x % kWarp; i < count / 4; i += kWarp)": density / 4 / 32,
-        "for (int start = 0; start < pixels; start += kCount * kWarp) {": 2.0,
-        "for (int first = 0; first < steps; first += kAtOnce) {": step / 4 / 4,
-        "for (int slot = 0; slot < (kWidth": ONCE,
-        "for (int bin = threadIdx.x % kWarp; bin < bins.count; bin += kWarp) {": 256 / 32,
-        "if (out.grains) {": NEVER,
-    }
-    tensors = {(0, 0): batch * 3 * 256 * 256 * 4, (3, 0): regions * 4, (3, 8): 0, (3, 16): 0}
-    kernel = "entropy_of_vectors<float, 16, 3, false>"
-    shared = warps * 4 * (density + 2 * step)
-    return CudaLaunch("kde_entropy_cuda.cu", kernel, regions // warps, 32 * warps, shared, runs, tensors)
+    regions, warps = batch * 16 * 16, 4
+    runs = {"if (out.grains) {": NEVER}
+    tensors = {(0, 0): batch * 3 * 256 * 256 * 4, (2, 0): regions * 4, (2, 8): 0, (2, 16): 0}
+    kernel = "entropy_of_moments<float, 3, false>"
+    return CudaLaunch("kde_entropy_cuda.cu", kernel, regions // warps, 32 * warps, 0, runs, tensors)

@@ -95,6 +95,7 @@ using std::min;
 inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 // Bytes of shared memory that a block can have: an H100's, unless a test sets another GPU's. Kept also where no kernel
 // uses any: the tests look it up by name.
@@ -275,6 +276,11 @@ T __shfl_up_sync(unsigned, T value, int distance) {
   const int lane = threadIdx.x % 32;
   return d2it::block.share(value).template at<T>(lane >= distance ? lane - distance : lane);
 }
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % 32;
+  return d2it::block.share(value).template at<T>(lane + distance < 32 ? lane + distance : lane);
+}
 inline int __reduce_add_sync(unsigned, int value) {
   const auto warp = d2it::block.share(value);
   int sum = 0;
@@ -289,8 +295,9 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline int __popc(unsigned x) { return std::popcount(x); }
-inline int atomicAdd(int* to, int value) {
-  const int before = *to;
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T before = *aligned(to);
   *to += value;
   return before;
 }

@@ -61,10 +61,31 @@ CUDA_MUTATIONS = {
     ),
     "filler counts": ("float2 pixel = {0.0f, «1e18f»};", "0.0f"),
     "second slot": ("slot * kWarp + «lane % kGroup»", "lane % kGroup / 2"),
-    "channel of a vector": ("«c * kCount + i»]);", "i"),
+    "channel of a vector": ("«c * kCount + i»];", "i"),
     "levels of one side": ("(at[t] + at[«-t»])", "t"),
     "levels before the histogram": ("  «__syncwarp()»;\n  constexpr int kOwn", "void()"),
     "thresholds of one lane": ("for (int i = «lane»; i < out.num_thresholds; i += kWarp)", "lane + 1"),
+    "pixels before the moments are clear": ("sums[i].clear(lane);\n  «__syncwarp()»;", "void()"),
+    "density before the moments": ("  «__syncwarp()»;\n  float p[d2it::kOwnBins]", "void()"),
+    "moments that stay": ("k < «kMoments»; ++k) of_lane", "kMoments - 1"),
+    "copies of the moments": ("copy < «kSums»; ++copy) {\n      const uint4 part", "1"),
+    "half of a region": ("start < «d2it::kPixels»;", "d2it::kPixels / 2"),
+    "rows of a region": ("pixel / d2it::kSize, «pixel % d2it::kSize», values", "0"),
+    "middle of a region's cells": ("offset / (2 * step) - «0.5»", "0.0"),
+    "gray past the last cell": ("kBins && «low <= 0 && high >= 0»", "true"),
+    "cells beyond their window": ("&& «shape.in_pairs()»;", "true"),
+    "what rounding takes from the weights": ("fmaf(«cells.lower[c]», x[c], e)", "0.0f"),
+    "distance without blue": ("    e += «rest»;", "cells.add"),
+    "sixth power": ("e3 * e2, «e3 * e3», e4 * e3", "e4"),
+    "unit of an order": ("kUnit * («1 << k»)", "2"),
+    "rounding that stays": ("own[i] - «counts[i]» * kRoundBits", "0u"),
+    "bins below for those above": ("table[(«kMoments + k») * kSide + j]", "k"),
+    "odd moments": ("odd = fmaf(«moments[i][k + 1]», cells", "moments[i][k]"),
+    "sides alike": ("bins[kPast + 2 * i - j] += «even - odd»;", "even + odd"),
+    "bins of the next lane": ("__shfl_down_sync(kAll, bins[j], «1»)", "2"),
+    "bins of the lane before": ("__shfl_up_sync(kAll, bins[kPast + kOwnBins + j], «1»)", "2"),
+    "bins past the last lane": ("if («lane < kWarp - 1») p", "true"),
+    "bins before the first lane": ("if («lane > 0») p", "true"),
 }
 
 
@@ -91,6 +112,9 @@ CORNERS = [
     {"B": 1, "C": 3, "h": 1, "w": 2, "S": 5, "bins": 17, "range": ODD, "sigma": 0.05, "layout": "channels_last"},
     {"B": 1, "C": 3, "h": 1, "w": 1, "S": 32, "bins": 100, "sigma": 0.2, "normalize": False},
     {"B": 1, "C": 3, "h": 1, "w": 2, "S": 16, "layout": "channels_last", "normalize": False},
+    {"B": 1, "C": 1, "h": 2, "w": 4, "S": 16},
+    {"B": 1, "C": 3, "h": 1, "w": 2, "S": 16, "range": BELOW},
+    {"B": 1, "C": 3, "h": 1, "w": 2, "S": 16, "sigma": 0.0075},
     {"B": 2, "C": 3, "h": 1, "w": 4, "S": 8, "bins": 400, "range": ABOVE, "sigma": 0.0018},
     {"B": 2, "C": 3, "h": 1, "w": 4, "S": 8, "bins": 400, "range": ABOVE, "sigma": 0.0045},
     {"B": 1, "C": 3, "h": 1, "w": 4, "S": 8, "bins": 100, "range": BELOW, "pixels": "uint8"},
@@ -237,11 +261,23 @@ class TestKdeEntropyCudaSource(TestEncodeGrains):
     def test_cuda_mutation_is_noticed(self, name, run):
         run("kde_entropy_cuda.cu", name)
         with pytest.raises((AssertionError, RuntimeError)):
-            self.everything("cpu", torch.float32, torch.float16)
+            self.everything_and_by_moments()
 
+    def everything_and_by_moments(self) -> None:
+        self.everything("cpu", torch.float32, torch.float16)
+        for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+            check_millionth(16, 256, CENTRED, 0.01, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+    @pytest.mark.parametrize("value_range", [CENTRED, UNIT])
+    def test_within_a_millionth_of_a_nat_by_moments(self, value_range, dtype):
+        low, high = value_range
+        check_millionth(16, 256, value_range, 0.005 * (high - low), dtype)
+
+    @pytest.mark.parametrize("size", [8, 16])
     @pytest.mark.parametrize("value", [1.01, float("nan"), float("-inf")])
-    def test_a_value_outside_the_range_is_asserted(self, value):
-        call = self.build(self.small, torch.float32, torch.Generator().manual_seed(0))
+    def test_a_value_outside_the_range_is_asserted(self, size, value):
+        call = self.build({**self.small, "S": size}, torch.float32, torch.Generator().manual_seed(0))
         call["images"][1, 1, 3, 9] = value
         with pytest.raises(RuntimeError, match="images must be finite and inside value_range"):
             d2it.ops.encode_grains(**call, backend="cpu")
@@ -325,6 +361,10 @@ DENSE = [
 @pytest.mark.parametrize(("size", "bins", "value_range", "sigma"), DEFAULTS + DENSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_within_a_millionth_of_a_nat_on_cpu(size, bins, value_range, sigma, dtype):
+    check_millionth(size, bins, value_range, sigma, dtype)
+
+
+def check_millionth(size: int, bins: int, value_range: tuple[float, float], sigma: float, dtype: torch.dtype) -> None:
     low, high = value_range
     count = {16: 64, 32: 8, 64: 2}[size]  # the reference forms pixels x bins numbers of each
     artificial = regions((count, 3, size, size), size, torch.Generator().manual_seed(size + bins))
@@ -333,7 +373,7 @@ def test_within_a_millionth_of_a_nat_on_cpu(size, bins, value_range, sigma, dtyp
             images = (unit * 255).round().to(dtype)
             exact = images.double() / 255 * (high - low) + low
         else:
-            images = (low + unit * (high - low)).float().clamp(low, high)
+            images = (low + unit * (high - low)).float().clamp(low, high).to(dtype)
             exact = images.double()
         call = {"num_bins": None if bins == size * size else bins, "value_range": value_range, "sigma": sigma}
         want = reference.kde_entropy(exact, size, **call)
