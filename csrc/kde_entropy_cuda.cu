@@ -342,7 +342,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 // ------------------------------------------------------------------------------------------------ moments
 
 // Rows as in entropy_of_vectors, of regions of d2it::kSize. Lanes whose pixels share a cell wait for each
-// other: at most half of the warp, where all pixels have one color, since odd lanes have a copy of their own.
+// other: at most half of the warp, where all pixels have one color, since odd lanes add to a copy of their
+// own in other banks.
 template <typename T, int kChannels, bool kInterleaved>
 __global__ void __launch_bounds__(kWarps* kWarp)
     entropy_of_moments(const __grid_constant__ Regions in, const __grid_constant__ PairCells cells,

@@ -68,6 +68,7 @@ struct PairCells {
 // Of all cells, by order. The first is a count.
 struct alignas(16) Moments {
   unsigned sums[kMoments][kCells];
+  unsigned apart[kWarp / kSums]; // puts a cell of the next copy into other banks
 
   __device__ uint4& of_lane(int k, int lane) { return *reinterpret_cast<uint4*>(&sums[k][lane * kOwnCells]); }
 
