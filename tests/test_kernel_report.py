@@ -340,6 +340,12 @@ __global__ void k(int n) {
     }
   }
   c[0] = twice(n);
+  if (!n) {
+    c[1] = 1;
+  } else if (n) {
+    c[1] = 2;
+    c[2] = 2;
+  }
 }
 """
 
@@ -372,16 +378,18 @@ def test_instructions_run_as_often_as_their_lines(tmp_path: Path) -> None:
     assert find_statement(files, "for (int i = 0; i < n; ++i) {") == Statement("k.cu", 7, 13, loop=True)
     assert find_statement(files, "if (i % 2) {") == Statement("k.cu", 9, 10, loop=False)
     assert find_statement(files, "} else {") == Statement("k.cu", 11, 12, loop=False)
+    assert find_statement(files, "} else if (n) {") == Statement("k.cu", 18, 20, loop=False)
     assert find_statement(files, "c[0] =") == Statement("k.cu", 15, 15, loop=False)
     for text in ("for (comment", "= twice("):
         with pytest.raises(ValueError, match="times in k"):
             find_statement(files, text)
     code = read_lines(LINES)
     stated = {"for (int i = 0; i < n;": 8.0, "if (i % 2) {": 0.25}
-    # Line 7 runs 8 times, lines 3 and 10 twice, line 12 8 times; behind the loop line 3 comes from another call.
-    assert code.issued_by_line(Runs(files, stated)) == (3 * 8 + 2 * 2 + 8 + 2, 2 * 256 + 8 * 128)
+    # Line 7 runs 8 times and twice before the loop, lines 3 and 10 twice, line 12 8 times; behind the loop line 3 comes
+    # from another call.
+    assert code.issued_by_line(Runs(files, stated)) == (8 + 2 + 2 * 2 + 8 + 2, 2 * 256 + 8 * 128)
     # What comes from line 3 by line 15 half as often.
-    assert code.issued_by_line(Runs(files, stated | {"c[0] = => int twice(": 0.5}))[0] == 3 * 8 + 2 * 2 + 8 + 1
+    assert code.issued_by_line(Runs(files, stated | {"c[0] = => int twice(": 0.5}))[0] == 8 + 2 + 2 * 2 + 8 + 1
     with pytest.raises(ValueError, match="has no trips"):
         code.issued_by_line(Runs(files, {"if (i % 2) {": 0.25}))
 

@@ -138,7 +138,6 @@ def read_function(statements: list[str]) -> dict:
 
 _REGISTER = re.compile(r"%(?!p)[a-z]+\d+")
 _PARAMETER = re.compile(r"\w+_param_(\d+)(?:\s*\+\s*(\d+))?")
-_SHARED = "shared memory"
 _WRITES_NO_REGISTER = ("st", "red", "bra", "bar", "ret", "exit", "trap", "membar", "fence", "prefetch", "barrier")
 
 
@@ -283,19 +282,33 @@ _MAKES_ADDRESS = (
 )
 
 
+def _shared_places(address: str, number: int, count: int) -> list[str]:
+    """Names for the 8 bytes that come `number`-th of `count` at an address of shared memory: the place where they lie,
+    and those that may be the same. That is an offset from the beginning; or, where each lane has its own, the first or
+    the second of every two, of which an address without an offset may be either."""
+    symbol, _, offset = address.replace(" ", "").partition("+")
+    if not _REGISTER.match(symbol):
+        return [f"[{int(offset or 0) + 8 * number}]"]
+    if not int(offset or 0):
+        return ["[lanes]", "[lanes 0]", "[lanes 8]"]
+    return [f"[lanes {(int(offset) + 8 * number) % 16}]", "[lanes]"]
+
+
 def _origins(instructions: list[Instruction], pointers: Collection[Pointer] | None) -> dict[str, set[Pointer]]:
     """Register -> the pointers that its value is made from. What is loaded from memory is made from none, but for
-    addresses that lanes hand to each other through shared memory: each may be any that is stored there."""
+    addresses that threads hand to each other through shared memory: each may be any that is stored there."""
     origins: dict[str, set[Pointer]] = {}
     structures, indexed = _parameter_addresses(instructions)
     flows: list[tuple[list[str], list[str]]] = []
     for opcode, operands in instructions:
         name = opcode.partition(".")[0]
-        if ".shared" in opcode and opcode.endswith("b64"):
-            inner, outer = operands.split("]")[0].partition("[")[0], operands.partition("]")[2]
-            flows.append(
-                ([_SHARED], _REGISTER.findall(outer)) if name == "st" else (_REGISTER.findall(inner), [_SHARED])
-            )
+        if ".shared" in opcode and opcode.endswith(("b64", "u64")) and name in ("ld", "st"):
+            before, _, rest = operands.partition("[")
+            address, _, behind = rest.partition("]")
+            registers = _REGISTER.findall(behind if name == "st" else before)
+            for i, register in enumerate(registers):
+                places = _shared_places(address, i, len(registers))
+                flows.append((places[:1], [register]) if name == "st" else ([register], places))
         elif name == "ld":
             pointer = _parameter(operands.partition("[")[2].rstrip("]"), structures)
             named = pointer is not None and (pointers is None or pointer in pointers)

@@ -10,7 +10,7 @@ import dataclasses
 import re
 
 from kernel_report.flow import Graph, Loop, executions, natural_loops, reachable
-from kernel_report.source import Frames, Runs
+from kernel_report.source import Frames, Runs, Statement
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)\n", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
@@ -61,7 +61,8 @@ class Code:
         return instructions, shared
 
     def issued_by_line(self, runs: Runs) -> tuple[float, float]:
-        """The same, each instruction as often as its line runs.
+        """The same, each instruction as often as its line runs; what the compiler does before a loop, such as to clear
+        its sums, has the line at which the loop begins and runs once.
 
         Raises:
             ValueError: A loop of the machine code begins at no line whose trips are stated.
@@ -73,13 +74,27 @@ class Code:
                 raise ValueError(f"the loop of {own[0].frames} has no trips")
         instructions = shared = 0.0
         live = reachable(self.graph)
+        inside = {loop: self._inside(loop) for loop in runs.loops()}
         for i, block in enumerate(self.blocks):
             if i in live and not any(each.opcode.startswith("CALL") for each in block):
+                outside = [loop for loop, blocks in inside.items() if blocks and i not in blocks]
                 for each in block:
-                    times = runs.of(each.frames)
+                    times = runs.of(each.frames, [loop for loop in outside if loop.begins(each.frames)])
                     instructions += times
                     shared += times * shared_bytes(each.opcode)
         return instructions, shared
+
+    def _inside(self, statement: Statement) -> frozenset[int]:
+        """The blocks of the loops that a statement became: those which its lines jump back in. None where it was
+        unrolled."""
+        return frozenset().union(
+            *(
+                loop.blocks
+                for loop in self.loops
+                for block in loop.blocks
+                if loop.header in self.graph[block] and statement.holds(self.blocks[block][-1].frames)
+            )
+        )
 
 
 def shared_bytes(opcode: str) -> int:

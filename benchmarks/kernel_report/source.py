@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 Frame = tuple[str, int]
@@ -67,7 +67,8 @@ def find_statement(files: Mapping[str, str], text: str) -> Statement:
         raise ValueError(f"{text!r} stands {len(places)} times in {', '.join(files)}")
     ((name, match),) = places
     whole = files[name]
-    first, end = whole.count("\n", 0, match.start()) + 1, _end(whole, match.start())
+    start = match.start() + (match[0][0] == "}")  # of an else, which follows the end of another block
+    first, end = whole.count("\n", 0, match.start()) + 1, _end(whole, start)
     last = whole.count("\n", 0, end) + 1
     # What follows a closing brace on its line, an `else`, is another statement.
     return Statement(name, first, max(first, last - 1) if whole[end] == "}" else last, "for (" in match[0])
@@ -100,13 +101,21 @@ class Runs:
             tuple(find_statement(files, part) for part in text.split(" => ")): times for text, times in stated.items()
         }
 
-    def of(self, frames: Frames) -> float:
-        """How often an instruction of these lines runs."""
+    def of(self, frames: Frames, before: Collection[Statement] = ()) -> float:
+        """How often an instruction of these lines runs.
+
+        Args:
+            before: loops that it does not lie in, though their lines say so.
+        """
         product = 1.0
         for statements, times in self._stated.items():
-            if all(statement.holds(frames) for statement in statements):
+            if all(statement.holds(frames) and statement not in before for statement in statements):
                 product *= times
         return product
+
+    def loops(self) -> set[Statement]:
+        """The loops of which the trips are stated."""
+        return {part for parts in self._stated for part in parts if part.loop}
 
     def names_loop(self, frames: Frames) -> bool:
         """Whether one of the lines begins a loop of which the trips are stated."""
