@@ -29,15 +29,18 @@ struct Cleared {
   int count;
 };
 
-// A warp has one row of every tensor.
+// A lane looks at one row, and a warp clears those that it finds.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     clear_unnamed(const __grid_constant__ Cleared<T> to, const uint8_t* unnamed, int64_t tokens, int width) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (row >= tokens || !unnamed[row]) return;
-  for (int i = 0; i < to.count; ++i) {
-    for (int column = threadIdx.x % kWarp; column < width; column += kWarp)
-      to.tensors[i].at(0, row, 0)[column] = T{};
+  const int64_t own = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int lane = threadIdx.x % kWarp;
+  unsigned found = __ballot_sync(kAll, own < tokens && unnamed[own]);
+  for (; found; found &= found - 1) {
+    const int64_t row = own - lane + __ffs(found) - 1;
+    for (int i = 0; i < to.count; ++i) {
+      for (int column = lane; column < width; column += kWarp) to.tensors[i].at(0, row, 0)[column] = T{};
+    }
   }
 }
 
@@ -153,7 +156,7 @@ void clear(const Problem& p, const std::vector<Tensor>& tensors, const std::opti
   }
   Cleared<T> to = {};
   for (const Tensor& tensor : tensors) to.tensors[to.count++] = heads_of<T>(tensor, true);
-  const unsigned blocks = blocks_of((p.tokens + kWarps - 1) / kWarps, "window attention");
+  const unsigned blocks = blocks_of((p.tokens + kThreads - 1) / kThreads, "window attention");
   clear_unnamed<T><<<blocks, kThreads, 0, stream>>>(to, flags, p.tokens, p.heads * p.width);
 }
 
@@ -182,7 +185,7 @@ void window_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, 
         const int64_t residues = grouped ? p.bias_windows : 1, parts = grouped ? chunks_of(p) : p.windows;
         f.p.splits =
             static_cast<int>(std::clamp<int64_t>(16 * device.processors() / (p.heads * residues), 1, parts));
-        const int bytes = grouped ? shared : forward_bytes<kWidth>(p.n, p.segments);
+        const int bytes = grouped ? shared : forward_bytes<kWidth>(p.n);
         const int threads = grouped ? kGroupThreads : kThreads;
         const auto kernel = grouped ? groups_forward<T, kWidth> : attention_forward<T, kWidth>;
         d2it::allow_shared(kernel, bytes);
@@ -224,11 +227,15 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
                       nullptr,
                       0,
                       0,
+                      p.n * (p.bias_single ? 4u : 2u),
+                      static_cast<unsigned>(backward_bytes<kWidth>(p.n)),
+                      false,
                       0};
+        b.vectors = b.q.vectors && b.k.vectors && b.v.vectors && b.grad.vectors && b.out.vectors;
         const int shared = group_backward_bytes<kWidth>(p.n, p.segments, sums.has_value());
         const bool grouped =
             in_groups(p, shared, device.most_shared(), b.q, b.k, b.v, b.grad, b.out, b.dq, b.dk, b.dv);
-        int bytes = grouped ? shared : backward_bytes<kWidth>(p.n, p.segments);
+        int bytes = grouped ? shared : backward_bytes<kWidth>(p.n);
         if (sums) {
           const int row = sums_pitch(p.n) * static_cast<int>(sizeof(float));
           b.row = row, b.block = p.n * row;
@@ -238,7 +245,7 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
             bytes += b.resident * row;
           }
         }
-        const int threads = grouped ? kGroupThreads : kThreads;
+        const int threads = grouped ? kGroupThreads : kBackwardThreads;
         const auto kernel = grouped ? groups_backward<T, kWidth> : attention_backward<T, kWidth>;
         d2it::allow_shared(kernel, bytes);
         const unsigned blocks = blocks_of(splits * p.bias_windows * p.heads, "window attention");

@@ -84,19 +84,21 @@ __device__ inline int slot_of(const Problem& p, int window, int position) {
   return __ldg(p.slots + window * p.slots_window + position * p.slots_position);
 }
 
-// The same for the position threadIdx.x, to be read from at.next once the thread's copies have arrived.
-__device__ inline void fetch_slot(const Problem& p, const Window& at, int window) {
-  const int position = threadIdx.x;
+// The same for the position `thread`, the number of the thread, to be read from at.next once the thread's
+// copies have arrived.
+__device__ inline void fetch_slot(const Problem& p, const Window& at, int window, unsigned thread) {
+  const int position = thread;
   if (p.slots && position < p.n && window < p.windows)
     d2it::copy_async(at.next + position, p.slots + window * p.slots_window + position * p.slots_position);
   else
     at.next[position] = window < p.windows && position < p.n ? position : -1;
 }
 
-// Closes up a window, of which the thread has `slot`, that of the position threadIdx.x. Returns its rows;
+// Closes up a window, of which `thread`, the thread, has `slot`, that of this position. Returns its rows;
 // `run`: so many of them at a time, 1, 2 or 4, are as many positions in a row, aligned to their number.
-__device__ inline int close_up(const Problem& p, const Window& at, int window, int slot, int& run) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, position = threadIdx.x;
+__device__ inline int close_up(const Problem& p, const Window& at, int window, int slot, unsigned thread,
+                               int& run) {
+  const int lane = thread % kWarp, warp = thread / kWarp, position = thread;
   const bool named = slot >= 0 && slot < p.tokens;
   const unsigned own = __ballot_sync(kAll, named);
   if (lane == 0) at.named[warp] = own;
@@ -123,22 +125,21 @@ __device__ inline int close_up(const Problem& p, const Window& at, int window, i
 }
 
 // The first bytes of shared memory: what close_up fills.
-C10_HOST_DEVICE constexpr int window_bytes(int n, bool segments) {
-  const int rows = round_up(n, kKeys);
-  return kWarps * 4 + kThreads * 4 + rows * 4 + rows * 4 + (segments ? rows * 8 : 0);
+C10_HOST_DEVICE constexpr int window_bytes(int n) {
+  return kWarps * 4 + kThreads * 4 + round_up(n, kKeys) * (8 + 4 + 4);
 }
 
 __device__ inline Window window_in(char* shared, int n, bool segments) {
   const int rows = round_up(n, kKeys);
   auto* ids = reinterpret_cast<int64_t*>(shared);
-  auto* rest = reinterpret_cast<int32_t*>(segments ? ids + rows : ids);
+  auto* rest = reinterpret_cast<int32_t*>(ids + rows);
   auto* named = reinterpret_cast<unsigned*>(rest + 2 * rows);
   return {rest, rest + rows, segments ? ids : nullptr, named, rest + 2 * rows + kWarps};
 }
 
 // A warp's products leave a lane with columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16. Rows of heads that become
 // columns of pairs lie in shared memory in such an order that these are four in a row, 4t .. 4t + 3.
-__device__ inline int row_in_place(int place) {
+__device__ inline unsigned row_in_place(unsigned place) {
   return place / 16 * 16 + place % 8 / 2 * 4 + place % 16 / 8 * 2 + place % 2;
 }
 
@@ -147,11 +148,11 @@ __device__ inline int row_in_place(int place) {
 constexpr int kPerRow = 4; // threads that copy a row: a warp's vectors of one row lie side by side
 
 // A thread's vectors of a row into shared memory, zeros from column `there` on. `to` and `row` begin with its
-// first one.
+// first one; vectors: whether rows are whole vectors, aligned to their size.
 template <typename T, int kWidth>
-__device__ inline void copy_row(T* to, const Heads<const T>& from, const T* row, int part, int there) {
+__device__ inline void copy_row(T* to, const T* row, int64_t column, bool vectors, int part, int there) {
   constexpr int kVectors = kWidth / kPerVector;
-  if (from.vectors) {
+  if (vectors) {
 #pragma unroll
     for (int i = 0; i < kVectors; i += kPerRow)
       d2it::copy_async(to + i * kPerVector, row + i * kPerVector, (i + part) * kPerVector < there,
@@ -161,7 +162,7 @@ __device__ inline void copy_row(T* to, const Heads<const T>& from, const T* row,
     for (int i = 0; i < kVectors - part; i += kPerRow) {
 #pragma unroll 1
       for (int e = i * kPerVector; e < (i + 1) * kPerVector; ++e)
-        to[e] = e + part * kPerVector < there ? row[e * from.column] : T{};
+        to[e] = e + part * kPerVector < there ? row[e * column] : T{};
     }
   }
 }
@@ -182,8 +183,8 @@ __device__ inline void copy_rows(T* const (&to)[kCount], const Heads<const T>* c
     const int row = first + place, number = at.rows[min(row, count - 1)];
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      copy_row<T, kWidth>(to[i] + place * kPitch<kWidth> + part * kPerVector, *from[i],
-                          base[i] + number * from[i]->row, part, row < count ? p.width : 0);
+      copy_row<T, kWidth>(to[i] + place * kPitch<kWidth> + part * kPerVector, base[i] + number * from[i]->row,
+                          from[i]->column, from[i]->vectors, part, row < count ? p.width : 0);
   }
 }
 
@@ -200,35 +201,34 @@ __device__ inline void store_elements(T* row, int column, int width, uint32_t x)
 template <typename T, int kCount>
 __device__ inline void store_columns(const float (&c)[kCount][4], const float (&factor)[2],
                                      T* const (&row)[2], int column, int width, bool vectors) {
-  const int quad = d2it::opaque(threadIdx.x) % 4, odd = quad % 2; // not kept: registers are full
+  const unsigned quad = d2it::opaque(threadIdx.x) % 4, odd = quad % 2; // not kept: registers are full
   const int first = column + 8 * odd + 4 * (quad / 2);
+  const auto store = [&](const auto& put_two, const auto& put_one) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int there = row[r] ? width : 0;
-    const auto pair = [&](int j) {
-      return d2it::pack<T>(c[j][2 * r] * factor[r], c[j][2 * r + 1] * factor[r]);
+    for (int r = 0; r < 2; ++r) {
+      const int there = row[r] ? width : 0;
+      const auto pair = [&](int j) {
+        return d2it::pack<T>(c[j][2 * r] * factor[r], c[j][2 * r + 1] * factor[r]);
+      };
+#pragma unroll
+      for (int j = 0; j + 1 < kCount; j += 2) {
+        // Of two neighbouring 8 columns a lane has two of each; it trades for four of one.
+        const uint32_t x = pair(j), y = pair(j + 1), other = __shfl_xor_sync(kAll, odd ? x : y, 1);
+        put_two(row[r], first + 8 * j, there, uint2{odd ? other : x, odd ? y : other});
+      }
+      if constexpr (kCount % 2 != 0)
+        put_one(row[r], column + 8 * (kCount - 1) + 2 * static_cast<int>(quad), there, pair(kCount - 1));
+    }
+  };
+  if (vectors) {
+    const auto put = [](T* row, int at, int there, auto x) {
+      if (at < there) d2it::put(row + at, x);
     };
-#pragma unroll
-    for (int j = 0; j + 1 < kCount; j += 2) {
-      // Of two neighbouring 8 columns a lane has two of each; it trades for four of one.
-      const uint32_t x = pair(j), y = pair(j + 1), other = __shfl_xor_sync(kAll, odd ? x : y, 1);
-      const uint2 four = odd ? uint2{other, y} : uint2{x, other};
-      const int at = first + 8 * j;
-      if (vectors) {
-        if (at < there) d2it::put(row[r] + at, four);
-      } else {
-        store_elements(row[r], at, there, four.x);
-        store_elements(row[r], at + 2, there, four.y);
-      }
-    }
-    if constexpr (kCount % 2 != 0) {
-      const int at = column + 8 * (kCount - 1) + 2 * quad;
-      if (vectors) {
-        if (at < there) d2it::put(row[r] + at, pair(kCount - 1));
-      } else {
-        store_elements(row[r], at, there, pair(kCount - 1));
-      }
-    }
+    store(put, put);
+  } else {
+    const auto put = [](T* row, int at, int there, uint32_t x) { store_elements(row, at, there, x); };
+    store([&](T* row, int at, int there, uint2 x) { put(row, at, there, x.x), put(row, at + 2, there, x.y); },
+          put);
   }
 }
 
@@ -236,15 +236,17 @@ __device__ inline void store_columns(const float (&c)[kCount][4], const float (&
 
 // Lanes' addresses of 16 x 16 elements of a row-major matrix for load_matrices: as an a, or transposed as two
 // b whose depth runs down the rows...
-__device__ inline int down_first(int pitch, unsigned lane) { return lane % 16 * pitch + lane / 16 * 8; }
+__device__ inline unsigned down_first(unsigned pitch, unsigned lane) {
+  return lane % 16 * pitch + lane / 16 * 8;
+}
 // ... and as two b whose depth runs along the rows, or transposed as an a.
-__device__ inline int across_first(int pitch, unsigned lane) {
+__device__ inline unsigned across_first(unsigned pitch, unsigned lane) {
   return (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
 }
 
 // A lane's own elements of 16 x 16 in rows of heads, by the two ways to give them.
 struct Lane {
-  int down, across;
+  unsigned down, across;
 };
 
 template <int kWidth>
@@ -331,6 +333,10 @@ __device__ inline void add_weighted(float (&c)[kSums][kWidth / 8][4],
 
 // ------------------------------------------------------------------------------------------------ bias
 
+__device__ inline int64_t bias_matrix(const Problem& p, int residue, int head) {
+  return static_cast<int64_t>(residue) * (p.bias_per_head ? p.heads : 1) + (p.bias_per_head ? head : 0);
+}
+
 // One head's bias of the current window, where positions lie `run` in a row.
 template <typename T>
 struct Bias {
@@ -341,9 +347,7 @@ struct Bias {
   __device__ Bias(const Problem& p, int residue, int head, int run)
       : matrix(nullptr), n(p.n), run(run), single(p.bias_single) {
     if (!p.bias) return;
-    const int64_t at =
-        (static_cast<int64_t>(residue) * (p.bias_per_head ? p.heads : 1) + (p.bias_per_head ? head : 0)) * n *
-        n;
+    const int64_t at = bias_matrix(p, residue, head) * n * n;
     matrix = static_cast<const char*>(p.bias) + at * (single ? sizeof(float) : sizeof(T));
   }
 
@@ -371,6 +375,47 @@ struct Bias {
     return d2it::unpack<T>(at<uint16_t>(i * 2u)).x;
   }
 
+  static __device__ float4 unpacked(uint2 bits) {
+    const float2 a = d2it::unpack<T>(bits.x), b = d2it::unpack<T>(bits.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+
+  // Four entries of each of two rows that begin there, where positions lie `run` in a row.
+  static __device__ void fours(float4 (&to)[2], const Problem& p, const char* const (&row)[2], int4 column,
+                               int run) {
+    const auto get = [&](auto like, int r, int i, unsigned bytes) { // of an entry
+      return __ldg(
+          reinterpret_cast<const decltype(like)*>(row[r] + static_cast<unsigned>(i) * uint64_t{bytes}));
+    };
+    const auto both = [&](const auto& four) { to[0] = four(0), to[1] = four(1); };
+    if (p.bias_single && run == 4) {
+      both([&](int r) { return get(float4{}, r, column.x, 4); });
+    } else if (p.bias_single && run == 2) {
+      both([&](int r) {
+        const float2 a = get(float2{}, r, column.x, 4), b = get(float2{}, r, column.z, 4);
+        return make_float4(a.x, a.y, b.x, b.y);
+      });
+    } else if (p.bias_single) {
+      both([&](int r) {
+        return make_float4(get(0.0f, r, column.x, 4), get(0.0f, r, column.y, 4), get(0.0f, r, column.z, 4),
+                           get(0.0f, r, column.w, 4));
+      });
+    } else if (!p.bias) {
+      to[0] = to[1] = make_float4(0, 0, 0, 0);
+    } else if (run == 4) {
+      both([&](int r) { return unpacked(get(uint2{}, r, column.x, 2)); });
+    } else if (run == 2) {
+      both([&](int r) { return unpacked({get(0u, r, column.x, 2), get(0u, r, column.z, 2)}); });
+    } else {
+      both([&](int r) {
+        const auto two = [&](int x, int y) {
+          return get(uint16_t{}, r, x, 2) | static_cast<uint32_t>(get(uint16_t{}, r, y, 2)) << 16;
+        };
+        return unpacked({two(column.x, column.y), two(column.z, column.w)});
+      });
+    }
+  }
+
   // Four entries of a row.
   __device__ float4 four(int row, int4 column) const {
     const unsigned first = row * n;
@@ -395,8 +440,7 @@ struct Bias {
       bits = {at<uint16_t>(x) | static_cast<uint32_t>(at<uint16_t>(y)) << 16,
               at<uint16_t>(z) | static_cast<uint32_t>(at<uint16_t>(w)) << 16};
     }
-    const float2 a = d2it::unpack<T>(bits.x), b = d2it::unpack<T>(bits.y);
-    return make_float4(a.x, a.y, b.x, b.y);
+    return unpacked(bits);
   }
 };
 

@@ -18,9 +18,9 @@ struct Forward {
 };
 
 template <int kWidth>
-constexpr int forward_bytes(int n, bool segments) {
+constexpr int forward_bytes(int n) {
   const int rows = 2 * round_up(n, kTile) + kWarps * kTile;
-  return window_bytes(n, segments) + rows * kPitch<kWidth> * 2;
+  return window_bytes(n) + rows * kPitch<kWidth> * 2;
 }
 
 // How a lane finds the bias of its keys: there is none, positions lie two in a row at least, or as they come.
@@ -171,19 +171,19 @@ __global__ void __launch_bounds__(kThreads, kTwo<T, kWidth> ? 2 : 1)
   const Window at = window_in(rest, p.n, p.segments);
 
   int window = blockIdx.x / p.heads;
-  fetch_slot(p, at, window);
+  fetch_slot(p, at, window, threadIdx.x);
   d2it::commit_copies();
   for (; window < p.windows; window += p.splits) {
     d2it::wait_for_copies<0>();
     const int slot = at.next[threadIdx.x];
 
     int run;
-    const int count = close_up(p, at, window, slot, run);
+    const int count = close_up(p, at, window, slot, threadIdx.x, run);
     const auto copy_queries = [&](int first) {
       copy_rows<T, kWidth, 1>({q}, {&f.q}, p, at, window, head, first, count, kTile,
                               d2it::opaque(threadIdx.x) % kWarp, kWarp);
     };
-    fetch_slot(p, at, window + p.splits);
+    fetch_slot(p, at, window + p.splits, threadIdx.x);
     copy_rows<T, kWidth, 2>({k, v}, {&f.k, &f.v}, p, at, window, head, 0, count, round_up(count, kTile),
                             threadIdx.x, kThreads);
     if (warp * kTile < count) copy_queries(warp * kTile);

@@ -51,9 +51,7 @@ def shared_by_windows(fill: float) -> dict[str, float]:
     return {
         "for (int i = 0; i < kVectors - part; i += kPerRow) { #pragma": NEVER,
         "if (at.segments) at.segments[place] =": NEVER,
-        "store_elements(row[r], at, there, four.x);": NEVER,
-        "store_elements(row[r], at + 2, there, four.y);": NEVER,
-        "store_elements(row[r], at, there, pair(kCount - 1));": NEVER,
+        "store([&](T* row, int at, int there, uint2 x)": NEVER,
         "T pair[2];": NEVER,
         "if (column < width) row[column] = pair[0];": NEVER,
         "if (column + 1 < width) row[column + 1] = pair[1];": NEVER,
@@ -107,7 +105,7 @@ def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -
     }
     lanes = {COPIED: width / 8 / (math.ceil(width / 32) * 4)}
     pitch = (width // 8 | 1) * 8
-    shared = 8 * 4 + 256 * 4 + 8 * n + (2 * n + 128) * pitch * 2
+    shared = 8 * 4 + 256 * 4 + 16 * n + (2 * n + 128) * pitch * 2
     tensors = {Layout.heads(i): rows for i in range(4)}
     tensors |= {
         (0, Layout.SLOTS): cells * 4,
@@ -125,78 +123,79 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
     splits = max(1, min(windows, SMS // heads))
     size, row = round(fill * cells) * heads * width * 2, (math.ceil(n / 32) * 32 + 8) * 4
     pitch = (width // 8 | 1) * 8
-    shared = 1056 + 8 * n + 4 * n * pitch + 64 * (6 * pitch + 8) + 80 * n
+    shared = 1728 + 16 * n + 4 * n * pitch + 64 * (6 * pitch + 8) + 96 * n
     resident = min((ARCHS["sm_90"]["block_shared"] - shared) // row, n)
 
     def blocks(count: int) -> int:
         return math.ceil(count / 32)
 
-    def second(count: int) -> int:
-        """Warps that have a second tile of keys."""
-        return max(tiles(count) - 8, 0)
-
-    def alone(count: int) -> int:
-        """Warps that have one."""
-        return min(tiles(count), 8) - second(count)
-
     each = mean(n, fill, blocks)
     more = mean(n, fill, lambda count: max(blocks(count) - 1, 0))
     still_more = mean(n, fill, lambda count: max(blocks(count) - 2, 0))
-    with_one = mean(n, fill, lambda count: blocks(count) * alone(count))
-    with_two = mean(n, fill, lambda count: blocks(count) * second(count))
-    halves = mean(n, fill, lambda count: tiles(count) * second(count))
-    depth = mean(n, fill, lambda count: blocks(count) * tiles(count))
-    walks = mean(n, fill, lambda count: blocks(count) * math.ceil(count / 64))
-    # Pairs of 32 queries and the keys of a warp of which some are not there: those of the last rows.
-    edges = mean(n, fill, lambda count: float(count % 16 > 0) * 2 * tiles(count)) / depth
+    own = mean(n, fill, tiles) / 16
+    with_keys = mean(n, fill, lambda count: blocks(count) * tiles(count))
+    steps = mean(n, fill, lambda count: tiles(count) ** 2)
+    fours = mean(n, fill, lambda count: tiles(count) * (tiles(count) // 4))
+    halves = mean(n, fill, tiles)
+    # Pairs of tiles of which some are not there: those of the last rows.
+    edges = mean(n, fill, lambda count: float(count % 16 > 0) * (2 * tiles(count) - 1)) / steps
     whole = float(fill == 1)
-    copies = 4  # that the compiler makes of the loops over the sum
     runs = {
-        "for (int i = threadIdx.x; i < static_cast<int>(b.block / 16); i += kThreads)": n * row / 16 / 256 / copies,
-        "for (int i = threadIdx.x; i < static_cast<int>(b.resident * b.row / 16); i += kThreads)": resident
+        "for (int i = threadIdx.x; i < static_cast<int>(b.block / 16); i += kBackwardThreads)": n * row / 16 / 512,
+        "for (int i = threadIdx.x; i < static_cast<int>(b.resident * b.row / 16); i += kBackwardThreads)": resident
         * row
         / 16
-        / 256
-        / copies,
+        / 512,
         "for (; window < p.windows; window += step) {": windows / splits,
-        "for (int place = thread / kPerRow; place < rows;": mean(n, fill, lambda count: math.ceil(tiles(count) / 4)),
-        "if constexpr (kWidth <= 72) { work.template": ONCE,
-        "work.template walk<false, true>(bias);": NEVER,
-        "if (threadIdx.x < kHalf) {": 0.5,
-        "copy(to.grad, b.grad);": 0.5,
-        "copy(to.out, b.out);": 0.5,
-        "if (blocks > 1) fetch(1);": mean(n, fill, lambda count: float(blocks(count) > 1)),
+        "work.template walk<false, true>();": NEVER,
+        "for (unsigned place = d2it::opaque(threadIdx.x) / kPerRow; place < there;": mean(
+            n, fill, lambda count: math.ceil(tiles(count) / 8)
+        ),
+        "if (threadIdx.x < kThreads) {": 0.5,
+        "if (d2it::opaque(threadIdx.x) == kThreads) fixed.find(": 1 / 16,
+        "if (key < there) {": 0.5,
+        "if (work.copies()) work.fetch(0); if constexpr": 0.5,
+        "if (!second) {": 0.5,
+        "copy(to.out, place, fixed.out": 0.5,
+        "if (part == 0 && there) {": 0.5,
+        "to.lse[mine] = kInfinity;": NEVER,
+        "copy_row<T, kWidth>(to, first + part * kPerVector * column": NEVER,
+        "if (blocks > 1 && copies()) fetch(1);": mean(n, fill, lambda count: float(blocks(count) > 1)) / 2,
         "for (int block = 0; block < blocks; ++block) {": each,
-        "if (block + 2 < blocks) fetch(block + 2);": still_more / each,
-        "if (block + 1 < blocks) sum_delta(block + 1);": more / each,
-        "multiply_rows<T, kWidth, 1, 1>(c, from.grad + first": 0.25,
-        "step<1, 2, kDk, kDv>(": with_one / each / 8,
-        "} else if (tiles == 2) { #pragma": with_two / each / 8,
-        "for (int from = 0; from < kBlock && block * kBlock + from < count; from += 16)": halves / with_two
-        if with_two
-        else NEVER,
-        "if (run == 4) return *reinterpret_cast<const float4*>(at(column.x));": whole,
-        "const auto x = *reinterpret_cast<const float2*>(at(column.x)),": 1 - whole,
-        "return make_float4(*at(column.x), *at(column.y), *at(column.z), *at(column.w));": NEVER,
-        "*reinterpret_cast<float4*>(at(column.x)) = x;": whole,
-        "*reinterpret_cast<float2*>(at(column.x)) = {x.x, x.y};": 1 - whole,
-        "if (there > 2) *reinterpret_cast<float2*>(at(column.z)) = {x.z, x.w};": 1 - whole,
-        "*at(column.x) = x.x;": NEVER,
-        "if (there > 1) *at(column.y) = x.y;": NEVER,
-        "if (there > 2) *at(column.z) = x.z;": NEVER,
-        "if (there > 3) *at(column.w) = x.w;": NEVER,
-        "if (edge || at.segments) {": edges,
-        "for (int start = 0; start < count; start += kKeys, ds +=": walks / each,
-        "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; uint32_t x[4];": depth / walks / 4,
+        "if (block + 2 < blocks) fetch(block + 2);": still_more / each / 2,
+        "if (kDk && block + 1 < blocks) sum_delta(block + 1);": more / each,
+        "if (threadIdx.x >= kFirst * kWarp) {": 1 / 8,
+        "if (first_key < count) {": with_keys / each / 16,
+        "if (block * kBlock + from < count) step<kDk, kDv>(": steps / with_keys / 2,
+        "if (block * kBlock + from + 16 > count || first_key + 16 > count || at.segments) {": edges,
+        "both([&](int r) { return get(float4{}": whole,
+        "else if (p.bias_single && run == 2) {": 1 - whole,
+        "else if (p.bias_single) { both(": NEVER,
+        "else if (!p.bias) {": NEVER,
+        "else if (run == 4) { both(": NEVER,
+        "else if (run == 2) { both(": NEVER,
+        "both([&](int r) { const auto two": NEVER,
+        "float4 x[2];": whole,
+        "for (int r = 0; r < 2; ++r) { x[r] = *in(float4{}": whole,
+        "for (int r = 0; r < 2; ++r) { if (keys[r] && there > 0)": whole,
+        "else if (run == 2) { float2 x[2][2];": 1 - whole,
+        "const int columns[4] = {": NEVER,
+        "for (int i = 0; i < 8; ++i) x[i] =": NEVER,
+        "for (int i = 0; i < 8; ++i) { if (keys[i / 4]": NEVER,
+        "else if (kDk) { store_queries(block);": halves / (4 * each),
+        "for (; tiles >= kAtOnce; tiles -= kAtOnce) {": fours / halves,
+        "for (; tiles > 0; --tiles) {": (steps - 4 * fours) / halves,
         "sum(std::integral_constant<bool, kTail>());": 0.25,
         "sum(std::false_type());": 0.75,
-        "if (tailed) store_columns(tail, factor, row,": 0.25,
-        "for (int i = 0; i < 2; ++i) { if (i >= tiles) break; const int lane": mean(n, fill, tiles) / 16,
+        "if (tailed) store_columns(tail": 0.25,
+        "for (int r = 0; r < 2; ++r) { const int key = first_key + lane / 4": own,
+        "if constexpr (kDk) store_columns(dk_sums[0],": own,
+        "if constexpr (kDv) store_columns(dv_sums[0],": own,
         **shared_by_windows(fill),
     }
     lanes = {
         COPIED: width / 8 / (math.ceil(width / 32) * 4),
-        "if (threadIdx.x % kPerRow == 0) {": 0.25,
+        "if (part == 0 && there) {": 0.25,
     }
     total = splits * heads * n * row
     tensors = {Layout.heads(i): size for i in range(5)}
@@ -209,8 +208,8 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
         (0, 488): total,
     }
     kernel = f"attention_backward<__nv_bfloat16, {width}>"
-    own = CudaLaunch(FILE, kernel, splits * heads, 256, shared + resident * row, runs, tensors, lanes)
-    return own, sum_of_blocks(n, heads, splits)
+    one_pass = CudaLaunch(FILE, kernel, splits * heads, 512, shared + resident * row, runs, tensors, lanes)
+    return one_pass, sum_of_blocks(n, heads, splits)
 
 
 def sum_of_blocks(n: int, heads: int, splits: int) -> CudaLaunch:
@@ -404,9 +403,9 @@ def unnamed_rows(rows: int, row_bytes: int, cells: int) -> tuple[CudaLaunch, Cud
     mark = CudaLaunch(
         FILE, "mark_named", math.ceil(cells / 256), 256, 0, {}, {(0, Layout.SLOTS): cells * 4, (1, 0): rows}
     )
-    runs = {"for (int i = 0; i < to.count; ++i) { for (int column": NEVER}
+    runs = {"for (; found; found &= found - 1) {": NEVER}
     tensors = {(0, 48 * i): rows * row_bytes for i in range(3)} | {(1, 0): rows}
-    return mark, CudaLaunch(FILE, "clear_unnamed<__nv_bfloat16>", math.ceil(rows / 8), 256, 0, runs, tensors)
+    return mark, CudaLaunch(FILE, "clear_unnamed<__nv_bfloat16>", math.ceil(rows / 256), 256, 0, runs, tensors)
 
 
 OVER_CHANNELS = "for (int u = 0; u < kChannelsPerThread; ++u) {"

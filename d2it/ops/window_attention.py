@@ -363,10 +363,11 @@ CUDA_WIDTHS = (32, 64, 72, 96, 128)
 _EVERY_GPU = 99 * 1024  # bytes of shared memory that a block can have, from compute capability 8.0 on
 
 
-def _cuda_shared(n: int, width: int, segmented: bool) -> int:
+def _cuda_shared(n: int, width: int) -> int:
     """Bytes of shared memory that the backward needs, as csrc/window_attention_backward.h lays it out."""
-    rows, pitch = cdiv(n, 16) * 16, (next(w for w in CUDA_WIDTHS if w >= width) // 8 | 1) * 8
-    return 1056 + cdiv(n, 64) * 64 * (16 if segmented else 8) + 4 * rows * pitch + 64 * (6 * pitch + 8) + 80 * rows
+    width = next(w for w in CUDA_WIDTHS if w >= width)
+    rows, pitch = cdiv(n, 16) * 16, (width // 8 | 1) * 8
+    return 1728 + cdiv(n, 64) * 64 * 16 + 4 * rows * pitch + 64 * (6 * pitch + 8) + 96 * rows
 
 
 def _cuda_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:
@@ -374,7 +375,7 @@ def _cuda_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:
     reasons = [] if halves else [f"{name} must be float16 or bfloat16, not {x.dtype}"]
     reasons += _size_reasons(x, windows)
     if not reasons and x.is_cuda:
-        needed = _cuda_shared(windows.shape(x)[1], x.shape[-1], windows.segment_ids is not None)
+        needed = _cuda_shared(windows.shape(x)[1], x.shape[-1])
         if needed > _EVERY_GPU:
             there = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
             if needed > there:

@@ -326,8 +326,10 @@ inline float exp2_fast(float x) {
 }
 
 inline unsigned opaque(unsigned x) { return x; }
+// The lanes of a warp take turns here as well, so that what was loaded before is stale where another lane stores.
 template <typename T>
 T* opaque(T* x) {
+  block.synchronise();
   return x;
 }
 

@@ -22,8 +22,8 @@ MUTATIONS = {
     "sums not scaled down": ("sums[0][j][i] *= «factor[i / 2]»;", "1.0f"),
     "keys that are not there": ("if («key >= count» || (at", "false"),
     "segments ignored": ("|| (at.segments && «at.segments[query] != at.segments[key]»))", "false"),
-    "segments ignored in the backward": ("(at.segments && «at.segments[key] != at.segments[query + e]»))", "false"),
-    "another window's bias": ("(«static_cast<int64_t>(residue)» * (p.bias_per_head", "int64_t{0}"),
+    "segments ignored in the backward": ("(at.segments && «at.segments[key[r]] != at.segments[query + e]»))", "false"),
+    "another window's bias": ("return «static_cast<int64_t>(residue)» * (p.bias_per_head", "int64_t{0}"),
     "second entry": ("static_cast<uint32_t>(at<uint16_t>(«y»)) << 16", "x"),
     "third entry": ("bits = {at<uint32_t>(x), at<uint32_t>(«z»)};", "x"),
     "row of the bias": ("bias.row(at.positions[«first + lane / 4 + 8 * r»])", "first + lane / 4"),
@@ -37,31 +37,37 @@ MUTATIONS = {
         "      d2it::commit_copies();\n      «d2it::wait_for_copies<0>()»;\n      __syncwarp();",
         "void()",
     ),
-    "no delta": ("(dp[0][0][2 * r + 1] - «delta.y»)", "0.0f"),
-    "delta off the diagonal": ("if («lane % 4 != row / 2») return;\n    from", "lane % 4 != 0"),
-    "delta before it is there": ("sum_delta(block + 1);\n        «__syncthreads()»;", "void()"),
-    "weights of a key that is not there": ("const bool there = «key < count && query + e < count»;", "true"),
-    "sum of a second query": ("if (there > «1») *at(column.y) = x.y;", "1 << 20"),
-    "sum of a third query": ("if (there > «2») *reinterpret_cast<float2*>", "1 << 20"),
-    "sum in the other memory": ("(«position < b.resident» ? reinterpret_cast<char*>(near)", "false"),
+    "no delta": ("*= dp[0][i][e] - «delta[2 * i + e % 2]»;", "0.0f"),
+    "delta off the diagonal": ("if («lane % 4 != row / 2») return;\n      from", "lane % 4 != 0"),
+    "delta before it is there": ("if (kDk) «__syncthreads()»;", "void()"),
+    "weights of a key that is not there": ("const bool there = «key[r] < count && query + e < count»;", "true"),
+    "sum of a query that is not there": ("if (keys[i / 4] && «there > i % 4»)", "true"),
+    "sum of a third query": ("if (keys[i / 2] && «there > i % 2 * 2»)", "true"),
+    "sum of four queries that are not there": ("if (keys[r] && «there > 0»)", "true"),
+    "sum of a key that is not there": ("{key[0] < count, «key[1] < count»};", "true"),
+    "sum in the other memory": ("(«static_cast<int>(position) < b.resident» ? near", "false"),
     "sums in shared memory lost": (
-        "i < «static_cast<int>(b.resident * b.row / 16)»; i += kThreads)\n      far[i]",
+        "i < «static_cast<int>(b.resident * b.row / 16)»; i += kBackwardThreads)\n      far[i]",
         "0",
     ),
     "sums of one block": ("parts[s] = first + s < «splits» ?", "1"),
     "sums of one head": ("last_head = «per_head ? first_head + 1 : heads»;", "first_head + 1"),
     "sums not transposed back": ("d2it::to<T>(«tile[lane][i]»)", "tile[i][lane]"),
     "dS of other warps before it is there": (
-        "wait_for_copies<0>();\n      «__syncthreads()»;\n      if (block + 2",
+        "wait_for_copies<0>();\n      «__syncthreads()»;\n      if (copies()) {",
         "void()",
     ),
     "queries before they are copied": (
-        "dv_sums);\n      }\n      «d2it::wait_for_copies<0>()»;",
+        "dk_sums, dv_sums);\n        }\n      }\n      «d2it::wait_for_copies<0>()»;",
         "void()",
     ),
-    "dq of a tile of keys": ("for (int start = 0; start < «count»; start += kKeys, ds", "16"),
-    "second tile of keys": ("(s, k() + first_key * kRow, «kApart * kRow»,", "0"),
-    "dk not scaled": ("store_columns(dk_sums[i], {«p.scale», p.scale}", "1.0f"),
+    "dq of four tiles of keys": ("for (; tiles >= kAtOnce; «tiles -= kAtOnce») {", "tiles = 0"),
+    "dq of a tile of keys": ("for (; tiles > 0; «--tiles») {", "tiles = 0"),
+    "keys that are not copied": ("copy(v, place, fixed.v, row, «real», b.v.column);", "place < 16"),
+    "bias of the next row": ("decltype(like)*>(row[r] + static_cast<unsigned>(«i»)", "i + 1"),
+    "a block of queries too far": ("if («block * kBlock + from < count»)", "from == 0"),
+    "head of another block": ("head = «blockIdx.x % p.heads»;\n    const auto strip", "0"),
+    "dk not scaled": ("store_columns(dk_sums[0], {«p.scale», p.scale}", "1.0f"),
     "groups: positions of rows": ("window << 8 | «position»);", "position / 2"),
     "groups: fours that are none": ("min(p.run, «fours» ? 4", "true"),
     "groups: pairs that are none": ("«pairs» ? 2 : 1);", "true"),
@@ -97,7 +103,7 @@ MUTATIONS = {
     "groups: sum of a fourth query": ("if (there > «3») to[column.w]", "1 << 20"),
     "groups: sum of one key": ("for (; keys; «keys &= keys - 1») {", "keys = 0"),
     "groups: sum lost": ("[i % pitch] = «near[i]»;", "make_float4(0, 0, 0, 0)"),
-    "unnamed rows not cleared": ("if (row >= tokens || «!unnamed[row]») return;", "true"),
+    "unnamed rows not cleared": ("own < tokens && «unnamed[own]»", "false"),
 }
 SOURCES = cuda_on_cpu.Sources({FILE: MUTATIONS})
 EMULATED = cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in fast_backends("window_attention")
@@ -164,7 +170,7 @@ class TestWindowAttentionCuda(CudaSource):
     def test_sums_in_shared_memory(self, rows, monkeypatch):
         """As many rows of the gradient of the bias as the GPU has room for; the others in global memory."""
         shape = self.corners[-1]
-        needed = _cuda_shared(shape["N"], shape["D"], False)
+        needed = _cuda_shared(shape["N"], shape["D"])
         monkeypatch.setattr(SOURCES[FILE].most_shared, "value", needed + rows * 104 * 4)
         self.check(shape, "cuda", torch.float16, "plain")
         monkeypatch.setattr(SOURCES[FILE].most_shared, "value", needed - 1)
@@ -199,6 +205,24 @@ class TestWindowAttentionCuda(CudaSource):
         for got, want in zip(*results):
             torch.testing.assert_close(got.double(), want.double(), rtol=0.02, atol=0.02)
 
+    @pytest.mark.parametrize("count", [6, 12])
+    def test_few_tokens_side_by_side(self, count):
+        """Of 16 queries some are not there, which share a place of the bias's sum with one that is."""
+        slots = torch.full((1, 80), -1, dtype=torch.int32)
+        slots[0, :count] = torch.arange(count)
+        qkv, grad = torch.randn(count, 3, 1, 16), torch.randn(count, 1, 16)
+        bias = torch.randn(1, 1, 80, 80)
+        results = []
+        for op, given, dtype in (
+            (d2it.ops.window_attention, {"backend": "cuda"}, torch.float16),
+            (reference.window_attention, {}, torch.float64),
+        ):
+            leaves = [x.to(torch.float16).to(dtype).requires_grad_() for x in (qkv, bias)]
+            out = op(*leaves[0].unbind(1), leaves[1], slots=slots, **given)
+            results.append([out, *torch.autograd.grad(out, leaves, grad.to(torch.float16).to(dtype))])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got.double(), want.double(), rtol=0.02, atol=0.02)
+
     def test_queries_without_a_key_and_numbers_that_are_none(self):
         qkv = torch.randn(3, 5, 3, 1, 16, dtype=torch.float16).requires_grad_()
         bias = torch.zeros(3, 1, 5, 5)
@@ -229,6 +253,8 @@ class TestWindowAttentionCuda(CudaSource):
     def check_everything(self):
         for shape in (*self.corners, LARGE[0]):
             self.check(shape, "cuda", torch.float16, "plain", repeats=1)
+        self.test_few_tokens_side_by_side(6)
+        self.test_few_tokens_side_by_side(12)
         self.test_low_scores(17)
         self.test_low_scores(81)
         self.test_scales_that_are_not_above_zero(0.0)
