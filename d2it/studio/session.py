@@ -123,13 +123,16 @@ class Session:
         seconds = time.perf_counter() - started
         used = samples.grain_maps[0]
         count = min(STATES, len(states))
-        chosen = [states[round((i + 1) * len(states) / count) - 1] for i in range(count)]
-        latents = torch.cat(chosen) / self.model.vae.scaling_factor
-        with torch.no_grad():
-            decoded = self.model.vae.decode(latents, used.to(self.model.device).expand(count, -1, -1))
+        before = [states[round((i + 1) * len(states) / count) - 1] for i in range(count - 1)]
+        shown = samples.uint8()  # the last state; the others decoded together may round differently from it alone
+        if before:
+            with torch.no_grad():
+                maps = used.to(self.model.device).expand(len(before), -1, -1)
+                decoded = self.model.vae.decode(torch.cat(before) / self.model.vae.scaling_factor, maps)
+            shown = np.concatenate([pictures.to_pictures(decoded), shown])
         tokens, most = self.tokens(used), self.tokens(self.new_map(self.model.num_grains - 1))
         cost = f"{tokens:,} tokens of at most {most:,} a step, {len(states)} steps, {1000 * seconds:,.0f} ms"
-        return Result(samples.uint8()[0], used, pictures.to_pictures(decoded), cost)
+        return Result(shown[-1], used, shown, cost)
 
     def tokens(self, grain_map: Tensor) -> int:
         """Tokens of one step: those of the regions and, where the map is finer, RefineNet's."""
