@@ -8,7 +8,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <new>
+#include <vector>
 
 // Compiles a function for plain x86-64, AVX2 and AVX-512; the loader picks one for the machine it runs on, so
 // a wheel built here is fast elsewhere. What such a function calls has to be inlined into it: D2IT_INLINE.
@@ -67,6 +70,25 @@ D2IT_INLINE const V& as(const float* p) {
   return *reinterpret_cast<const V*>(p);
 }
 
+// A std::vector that begins at a cache line, so that no vector at a multiple of its size crosses one.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(std::size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{kLine}));
+  }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, std::align_val_t{kLine}); }
+  bool operator==(const LineAllocator&) const = default;
+
+ private:
+  static constexpr std::size_t kLine = 64;
+};
+template <typename T>
+using Lines = std::vector<T, LineAllocator<T>>;
+
 // The entries kFrom of the vector that has b after a.
 template <int... kFrom, typename V>
 D2IT_INLINE V shuffle(const V& a, const V& b) {
@@ -74,6 +96,16 @@ D2IT_INLINE V shuffle(const V& a, const V& b) {
   return __builtin_shufflevector(a, b, kFrom...);
 #else
   return __builtin_shuffle(a, b, typename VectorOf<int32_t, sizeof...(kFrom)>::type{kFrom...});
+#endif
+}
+
+// table[index[i]], the index as far as its lowest bits name an entry.
+template <typename V, typename I>
+D2IT_INLINE V lookup(const V& table, const I& index) {
+#ifdef __clang__
+  return __builtin_shufflevector(table, index);
+#else
+  return __builtin_shuffle(table, index);
 #endif
 }
 

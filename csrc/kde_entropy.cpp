@@ -38,6 +38,7 @@ using d2it::Gray;
 using d2it::kLanes;
 using d2it::kMoments;
 using d2it::kMostSums;
+using d2it::Lines;
 using d2it::Regions;
 using d2it::Results;
 using torch::headeronly::ScalarType;
@@ -74,9 +75,11 @@ struct Bins {
   int first;         // entry of bin 0
   int copies, shift; // of the density: a bin lies `shift` entries lower in each than in the one before
   float spacing;     // sigma
-  std::vector<float> table;
+  Lines<float> table;
+  Lines<float> shares; // of an entry in the mean density: 1 / pixels where it is a bin
 
-  Bins(int64_t num_bins, double low, double high, double sigma) : count(static_cast<int>(num_bins)) {
+  Bins(int64_t num_bins, double low, double high, double sigma, int pixels)
+      : count(static_cast<int>(num_bins)) {
     const double step = (high - low) / (count - 1), delta = step / sigma;
     spacing = static_cast<float>(delta);
     const double outside = std::max(0.0, d2it::kGrayLoss * std::max(low, -high) / step); // in bins, of gray
@@ -96,7 +99,9 @@ struct Bins {
       nodes_per_unit = 1 / (cell * step);
       middle = margin + count / (2.0 * cell) - 0.5;
       pitch = static_cast<float>(cell * delta);
-      table = d2it::moments_table(cell, taps, before, delta);
+      const auto rows = d2it::moments_table(cell, taps, before, delta);
+      table.assign(rows.begin(), rows.end());
+      fill_shares(pixels);
       return;
     }
     reach = static_cast<int>(std::min(farthest, std::ceil(d2it::kReach / delta)));
@@ -113,9 +118,15 @@ struct Bins {
     middle = (margin + (count - 1) / 2.0) * phases;
     pitch = static_cast<float>(delta / phases);
     if (reach > 1) fill_taps(delta, phases);
+    fill_shares(pixels);
   }
 
  private:
+  void fill_shares(int pixels) {
+    shares.resize(density);
+    std::fill_n(shares.begin() + first, count, 1.0f / static_cast<float>(pixels));
+  }
+
   void fill_taps(double delta, int phases) {
     table.resize(3 * taps * phases);
     for (int phase = 0; phase < phases; ++phase) {
@@ -194,12 +205,11 @@ struct Strip {
 
 // What a thread works in.
 struct Scratch {
-  std::vector<float> density; // copies of it, zero between regions
-  std::vector<float>
-      moments; // kSums copies of every cell's, after one cell without pixels; zero between regions
-  std::vector<float> offsets, values; // of the pixels of a strip, row by row
-  std::vector<int32_t> nodes;
-  std::vector<int32_t> lowest, highest; // node of a column
+  Lines<float> density; // copies of it, zero between regions
+  Lines<float> moments; // kSums copies of every cell's, after one cell without pixels; zero between regions
+  Lines<float> offsets, values; // of the pixels of a strip, row by row
+  Lines<int32_t> nodes;
+  Lines<int32_t> lowest, highest; // node of a column
 
   explicit Scratch(const Job& job)
       : density(job.bins.copies * job.bins.density),
@@ -350,42 +360,45 @@ D2IT_INLINE void add_neighbours(const Job& job, Scratch& s, int start, int width
 // ----------------------------------------------------------------------------------------------------
 // Entropy
 
-// p ln p, 0 where p is 0; p is normal or 0.
-D2IT_INLINE void p_log_p(const Floats<kLanes>& p, Floats<kLanes>& result) {
-  // p = 2^n (1 + f), 1 + f in sqrt(1/2) .. sqrt(2)
-  const Ints bits = (Ints)p;
-  const Ints n = (bits - 0x3f3504f3) >> 23;
-  const Floats<kLanes> f = (Floats<kLanes>)(bits - (n << 23)) - 1.0f;
-  const Floats<kLanes> power = __builtin_convertvector(n, Floats<kLanes>);
-  const Floats<kLanes> z = f * f;
-  Floats<kLanes> poly = 7.0376836292e-2f * f - 1.1514610310e-1f;
-  poly = poly * f + 1.1676998740e-1f;
-  poly = poly * f - 1.2420140846e-1f;
-  poly = poly * f + 1.4249322787e-1f;
-  poly = poly * f - 1.6668057665e-1f;
-  poly = poly * f + 2.0000714765e-1f;
-  poly = poly * f - 2.4999993993e-1f;
-  poly = poly * f + 3.3333331174e-1f;
-  const Floats<kLanes> log = (f * z * poly - 0.5f * z + power * -2.12194440e-4f) + f + power * 0.693359375f;
-  result = (Floats<kLanes>)((Ints)(p * log) & (p > 0.0f));
-}
+// ln x = exponent ln 2 + mantissa, of x > 0; finite where x is 0.
+struct Log {
+  Floats<kLanes> exponent, mantissa;
+
+  // x = 2^exponent m, m within 1/16 of one of 1, 9/8 .. 15/8, whose inverse and logarithm are tabled.
+  D2IT_INLINE explicit Log(const Floats<kLanes>& x) {
+    constexpr Floats<kLanes> inverses = {1.0f,        8.0f / 9.0f,  0.8f,        8.0f / 11.0f,
+                                         2.0f / 3.0f, 8.0f / 13.0f, 4.0f / 7.0f, 8.0f / 15.0f};
+    constexpr Floats<kLanes> logs = {0.0f,         0.117783025f, 0.223143533f, 0.318453699f,
+                                     0.405465066f, 0.485507786f, 0.559615731f, 0.628608584f};
+    const Ints bits = (Ints)x, from = bits - (0x3f800000 - 0x80000), n = from >> 23, nearest = from >> 20;
+    exponent = __builtin_convertvector(n, Floats<kLanes>);
+    const Floats<kLanes> m = (Floats<kLanes>)(bits - (n << 23));
+    const Floats<kLanes> r = m * d2it::lookup(inverses, nearest) - 1.0f;
+    const Floats<kLanes> poly = (-0.25099412f * r + 0.33401403f) * r - 0.49999866f;
+    mantissa = r * r * poly + (d2it::lookup(logs, nearest) + r);
+  }
+};
 
 struct Sums {
-  Floats<kLanes> total = {}, weighted = {};
+  Floats<kLanes> total = {}, exponents = {}, mantissas = {}; // of p, and of p ln p
 
+  // Where bins get nothing, moments may leave a little less than that.
   D2IT_INLINE void add(const Floats<kLanes>& p) {
-    Floats<kLanes> term;
-    p_log_p(p, term);
+    const Floats<kLanes> some = p > 0.0f ? p : Floats<kLanes>{};
+    const Log log(some);
     total += p;
-    weighted += term;
+    exponents += some * log.exponent;
+    mantissas += some * log.mantissa;
   }
 
   D2IT_INLINE void store(const Results& out, int64_t region) const {
-    double z = 0, sum = 0;
+    double z = 0, whole = 0, part = 0;
     for (int k = 0; k < kLanes; ++k) {
       z += total[k];
-      sum += weighted[k];
+      whole += exponents[k];
+      part += mantissas[k];
     }
+    const double sum = whole * M_LN2 + part;
     const double entropy = !out.normalize ? -sum : z > 0 ? std::max(std::log(z) - sum / z, 0.0) : 0.0;
     out.entropy[region] = static_cast<float>(entropy);
     if (!out.grains) return;
@@ -397,11 +410,7 @@ struct Sums {
 
 // Sums up the copies of the density between two entries and clears them.
 D2IT_INLINE void finish(const Job& job, Scratch& s, int first, int last, int64_t region) {
-  const int begin = job.bins.first, end = begin + job.bins.count; // entries that are bins
   const int next = job.bins.density - job.bins.shift;
-  const float mean = 1.0f / static_cast<float>(job.pixels());
-  Ints index;
-  for (int k = 0; k < kLanes; ++k) index[k] = k;
   Sums sums;
   for (int i = first / kLanes * kLanes; i < last; i += kLanes) {
     float* entry = s.density.data() + kLanes + i;
@@ -410,9 +419,7 @@ D2IT_INLINE void finish(const Job& job, Scratch& s, int first, int last, int64_t
       p += as<Floats<kLanes>>(entry);
       as<Floats<kLanes>>(entry) = Floats<kLanes>{};
     }
-    const Ints at = index + i;
-    p = (Floats<kLanes>)((Ints)(p * mean) & (at >= begin) & (at < end));
-    sums.add(p);
+    sums.add(p * as<Floats<kLanes>>(&job.bins.shares[i]));
   }
   sums.store(job.out, region);
 }
@@ -429,8 +436,11 @@ D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
     if (bins.reach == 1) weigh_neighbours(job, strip, s);
     for (int r = 0; r < strip.regions; ++r) {
       const int start = r * job.in.size;
-      const int lowest = *std::min_element(&s.lowest[start], &s.lowest[start] + job.in.size);
-      const int highest = *std::max_element(&s.highest[start], &s.highest[start] + job.in.size);
+      int lowest = bins.last_node, highest = 0;
+      for (int x = 0; x < job.in.size; ++x) {
+        lowest = std::min(lowest, s.lowest[start + x]);
+        highest = std::max(highest, s.highest[start + x]);
+      }
       int first = lowest >> bins.phase_bits, last = highest >> bins.phase_bits;
       if (bins.cell) {
         const d2it::Cells cells = {
@@ -506,7 +516,7 @@ bool kde_entropy(Tensor images, std::optional<Tensor> thresholds, int64_t region
   if (entropy.numel() == 0) return true;
   const ScalarType dtype = images.scalar_type();
   const Gray gray(dtype, images.size(1), low, high, slack);
-  const Bins bins(num_bins, low, high, sigma);
+  const Bins bins(num_bins, low, high, sigma, static_cast<int>(region_size * region_size));
   const Job job{Regions(images, entropy, region_size), gray, bins,
                 Position(gray, bins, dtype == ScalarType::Byte),
                 Results(entropy, grains, thresholds, normalize)};

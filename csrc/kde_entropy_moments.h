@@ -101,9 +101,10 @@ struct Cells {
       for (int x = 0; x < region; x += kLanes) {
         V rows[kLanes];
         powers(as<Floats<kLanes>>(offsets + x), rows);
+        const int32_t* of = nodes + x;
         const auto add = [&](int i) __attribute__((always_inline)) {
-          as<V>(own + static_cast<int64_t>(nodes[x + i]) * (kSums * kMoments) + i % kSums * kMoments) +=
-              rows[i];
+          const uint64_t cell = static_cast<uint32_t>(of[i]);
+          as<V>(own + cell * (kSums * kMoments) + i % kSums * kMoments) += rows[i];
         };
         if (region - x < kLanes) {
           for (int i = 0; i < region - x; ++i) add(i);
