@@ -22,9 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2it.devices import PEAK_FLOPS
+from d2it.distributed import World
+from d2it.models.base import Model
 from d2it.models.content import ContentTransformerConfig
 from d2it.models.dit import DiTConfig, TransformerConfig
 from d2it.models.flops import FineTokens, all_fine, count_macs
+from d2it.training.masters import Masters, linears
 
 MOST_OVER_FLOOR = 1.25
 """The goal: how much more than its floor a part may move."""
@@ -119,15 +122,17 @@ class Parameters:
     Attributes:
         total: of them all.
         matrices: weights of the Linears that autocast runs in 16 bits.
+        rounded: those of them that the setting `weights` holds in bfloat16, in the blocks.
         conditioning: weights of the modulations and embeddings that stay in float32.
     """
 
     total: int
     matrices: int
+    rounded: int
     conditioning: int
 
     @classmethod
-    def of(cls, network: torch.nn.Module) -> Parameters:
+    def of(cls, network: Model) -> Parameters:
         """Counts those of a network, on any device."""
         total = matrices = conditioning = 0
         for name, p in network.named_parameters():
@@ -137,7 +142,8 @@ class Parameters:
                     conditioning += p.numel()
                 else:
                     matrices += p.numel()
-        return cls(total, matrices, conditioning)
+        rounded = sum(part.weight.numel() for part in linears(network.transformer_blocks()))
+        return cls(total, matrices, rounded, conditioning)
 
 
 def parts(
@@ -148,6 +154,7 @@ def parts(
     kernels: Mapping[str, Kernel] | None = None,
     *,
     itemsize: int = 2,
+    weights: str = "float32",
 ) -> list[Part]:
     """The parts of a step of a content transformer, whose blocks are compiled.
 
@@ -158,6 +165,7 @@ def parts(
         fine: RefineNet's tokens in the batch; None, or a masked model: all cells.
         kernels: what `counted_kernels` returns; None takes our kernels' bytes for their floor.
         itemsize: bytes of a number of the residual stream: 2 under autocast, else 4.
+        weights: of the blocks, as the setting of a stage: "bfloat16" has float32 masters.
     """
     dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
     stacks = [("dense blocks", config.depth, batch * config.num_tokens, batch * config.num_tokens**2, "images")]
@@ -194,9 +202,11 @@ def parts(
         why = "a pass over each gradient of a Linear's output for the sum of its rows"
         found.append(Part(where, "gradients of biases", 5 * a_pass + wide, 0.0, why=why))
     matrices, conditioning, total = parameters.matrices, parameters.conditioning, parameters.total
+    rounded = parameters.rounded if weights == "bfloat16" else 0
     if itemsize == 2:
         why = "autocast reads float32 weights and writes 16-bit ones; 16-bit gradients become float32"
-        found.append(Part("rest", "casts of weights and gradients", 12.0 * matrices, 2.0 * matrices, why=why))
+        why += ": none of the blocks' with weights=bfloat16" if not rounded else ", outside the blocks"
+        found.append(Part("rest", "casts of weights and gradients", 12.0 * (matrices - rounded), 0.0, why=why))
     moved = 12.0 * conditioning
     found.append(Part("rest", "conditioning in float32", moved, moved, 6.0 * batch * conditioning, "float32"))
     macs = count_macs(config, batch, fine).total - of_blocks - batch * conditioning
@@ -204,8 +214,10 @@ def parts(
     if fine is not None:
         moved += 8.0 * fine.rows * dim * itemsize  # positions: packed, added, and the gradient back to cells
     found.append(Part("rest", "embeddings, positions, final layers", moved, moved, 6 * max(macs, 0.0)))
-    # Read of the gradients for the norm; weights, gradients, two moments and the average read, all but one written.
-    found.append(Part("optimiser", "norm, clipping, AdamW, average", 40.0 * total, 40.0 * total))
+    # Read of the gradients for the norm; weights, gradients, two moments and the average read, all but one written. A
+    # 16-bit gradient saves two bytes in each pass, its weight costs two.
+    floor = 40.0 * total - 2.0 * (parameters.rounded if itemsize == 2 else 0)
+    found.append(Part("optimiser", "norm, clipping, AdamW, average", 40.0 * total - 2.0 * rounded, floor))
     return found
 
 
@@ -348,13 +360,15 @@ class Launches:
         return low / 1e3, high / 1e3
 
 
-def launches(config: ContentTransformerConfig, batch: int = 2) -> Launches:
-    """Counts them on fake tensors, under bf16 autocast; computes nothing."""
+def launches(config: ContentTransformerConfig, batch: int = 2, weights: str = "float32") -> Launches:
+    """Counts them on fake tensors, under bf16 autocast; computes nothing. `weights` as of `parts`."""
     from d2it.models import DynamicContentTransformer
 
     counted = _Computing()
     with FakeTensorMode():
         network = DynamicContentTransformer(config)
+        if weights == "bfloat16":
+            Masters(linears(network.transformer_blocks()), World(0, 1, 1, torch.device("cpu")), add_up=False)
         x = torch.randn(batch, config.in_channels, *config.grid)
         whole = torch.zeros(batch, dtype=torch.int64)
         grain_map = torch.zeros(batch, *config.region_grid, dtype=torch.int64)

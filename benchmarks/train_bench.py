@@ -1,13 +1,14 @@
 """A training step of D2iT: packed, with masks over all cells, and of the DiT of the same width and depth.
 
 python benchmarks/train_bench.py [--model XL B] [--batch-size 128 256 32] [--fill 0.5] [--only 'D2iT-XL*']
-python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu H200]
+python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu H200] [--weights bfloat16]
 
 The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU.
 Its operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells.
 "plain" has adaLN of the dense blocks in plain PyTorch, for the compiler to fuse; "autotuned" (--autotune) lets
 Inductor choose among its own matrix products too, into whose ends GELU and biases go; "sdpa-attention" (on a GPU
-"d2it-attention") has in the dense blocks the attention that "auto" does not choose there. "part" lines time pieces of
+"d2it-attention") has in the dense blocks the attention that "auto" does not choose there; "bfloat16-weights" has the
+blocks' weights in bfloat16, with float32 masters. "part" lines time pieces of
 the packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the host, which a step
 does not wait for unless it is longer than the step. The MLP's lines are one MLP of the dense blocks, forward and
 backward, in the forms that PyTorch has for GELU and biases. The budget lines are steps at shares of the tokens of the
@@ -75,14 +76,20 @@ CHECKED = 8
 
 
 def stage(
-    options: argparse.Namespace, preset: str, *, masked: bool = False, compiled: bool = False, attention: str = "auto"
+    options: argparse.Namespace,
+    preset: str,
+    *,
+    masked: bool = False,
+    compiled: bool = False,
+    attention: str = "auto",
+    weights: str = "float32",
 ) -> ContentStage:
     """The trainer's stage with open gates; presets of one size start from the same weights."""
     config = Config()
     config.data.num_classes = CLASSES
     settings = config.content
     settings.preset, settings.batch_size, settings.compile = preset, options.batch_size, compiled
-    settings.overrides["attention"] = attention
+    settings.overrides["attention"], settings.weights = attention, weights
     if masked:
         settings.overrides["masked"] = True
     if options.warm:  # all blocks of a half are compiled alike, and one of each fits beside other processes
@@ -115,7 +122,8 @@ def gradients(made: ContentStage, batch: Batch) -> list[Tensor]:
     learner = made.learners[0]
     torch.manual_seed(0)
     learner.backward(batch, last=True)
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters]
+    trained = [learner.masters.weights.get(p, p) for p in learner.parameters]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     learner.optimizer.zero_grad(set_to_none=True)
     return found
 
@@ -173,6 +181,7 @@ def counted(
         step_count.Parameters.of(made.network),
         batch.get("fine"),
         itemsize=dtype().itemsize,
+        weights=made.settings.weights,
     )
     rates = rates_of(made.settings.preset, options.batch_size, options.image_size)
     some = [part for part in found if where in (None, part.where)]
@@ -193,13 +202,16 @@ def step(
     plain: bool = False,
     autotuned: bool = False,
     attention: str = "auto",
+    weights: str = "float32",
 ) -> Job:
     """The whole step."""
     if compiled:
         compilable(options)
     if autotuned and not options.autotune:
         raise Skip("choosing among kernels takes minutes: --autotune")
-    made = stage(options, preset, masked=masked, compiled=compiled, attention=attention)
+    if weights == "bfloat16" and dtype() != torch.bfloat16:
+        raise Skip(f"a step in {str(dtype())[6:]} rounds no weights")
+    made = stage(options, preset, masked=masked, compiled=compiled, attention=attention, weights=weights)
     if attention == "d2it" and made.network.config.num_tokens > MOST_POSITIONS:
         raise Skip(f"window attention on a GPU takes at most {MOST_POSITIONS} tokens")
     if plain:
@@ -355,6 +367,8 @@ def cases_of(options: argparse.Namespace, preset: str, baseline: str, *, budgets
                 preset,
                 partial(step, options, preset, reference, **given),
             )
+        given = {"weights": "bfloat16", **flag}
+        contenders[f"d2it packed bfloat16-weights {how}"] = preset, partial(step, options, preset, reference, **given)
         contenders[f"masked {how}"] = preset, partial(step, options, preset, reference, masked=True, **flag)
         contenders[f"dit {how}"] = baseline, partial(step, options, baseline, None, **flag)
     for name in ("dense blocks", "RefineNet", "optimiser"):
@@ -387,12 +401,14 @@ def count(options: argparse.Namespace) -> None:
         with torch.device("meta"):
             parameters = step_count.Parameters.of(DynamicContentTransformer(config))
         assert isinstance(config, step_count.ContentTransformerConfig)
-        host = step_count.launches(config)
+        host = step_count.launches(config, weights=options.weights)
         for some in each_batch(options):
             fine = fine_tokens(grain_maps(some, config.region_grid, config.num_grains), config)
-            found = step_count.parts(config, some.batch_size, parameters, fine, kernels or None)
+            found = step_count.parts(
+                config, some.batch_size, parameters, fine, kernels or None, weights=options.weights
+            )
             size = f"{some.image_size} pixels, batch {some.batch_size}, fill {some.fill:g}"
-            print(f"\n{preset} at {size}, on an {options.gpu}")
+            print(f"\n{preset} at {size}, weights in {options.weights}, on an {options.gpu}")
             print(step_count.table(found, rates, step_count.step_flops(config, some.batch_size, fine)))
             low, high = host.host_ms
             device = step_count.predicted_ms(found, rates)
@@ -410,6 +426,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", choices=sorted(PRODUCTS), default="H200", help="of --count (%(default)s)")
     parser.add_argument(
         "--tflops", type=float, default=580.0, help="of --count: what cuBLAS reaches at these shapes (%(default)s)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of --count: those of the blocks (%(default)s)",
     )
     parser.add_argument(
         "--at-floor", action="store_true", help="of --count: our kernels at their floors, without compiling them"

@@ -1,5 +1,6 @@
 // AdamW on CPU (Loshchilov and Hutter 2019, Algorithm 2): the norm of all gradients in one pass over them,
-// then weights, moments and averages of the weights in one pass over all of these.
+// then parameters, moments and averages of the parameters in one pass over all of these. A float32 parameter
+// that is the master of a bfloat16 weight is rounded to it there, by the gradient of that weight.
 //
 // Tensors are cut into chunks, which threads share out. Sums are taken chunk by chunk and added up in order,
 // so they are the same for any number of threads. The update takes pieces of a chunk that are in the L1 cache
@@ -21,9 +22,16 @@ constexpr int64_t kChunk = 2048;         // elements
 constexpr int64_t kPiece = 64;           // of a chunk
 constexpr int64_t kChunksPerThread = 16; // fewer are not worth waking a thread for
 
-float* floats_of(const Tensor& tensor) {
-  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+using d2it::BFloat16;
+
+template <typename T>
+T* values_of(const Tensor& tensor) {
+  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
 }
+
+float* floats_of(const Tensor& tensor) { return values_of<float>(tensor); }
+
+bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
 // The chunks of a list of tensors, numbered from the first tensor on.
 class Chunks {
@@ -57,7 +65,8 @@ class Chunks {
 // ----------------------------------------------------------------------------------------------------
 // One chunk
 
-D2IT_CLONES float square_sum(const float* in, int64_t n) {
+// Each of 64 sums takes every 64th element; four are added up in float32, the rest in float64.
+D2IT_CLONES double square_sum(const float* in, int64_t n) {
   using V = d2it::Floats<16>;
   V parts[4] = {};
   int64_t i = 0;
@@ -68,14 +77,22 @@ D2IT_CLONES float square_sum(const float* in, int64_t n) {
     }
   }
   const V all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-  float total = 0;
+  double total = 0;
   for (int j = 0; j < 16; ++j) total += all[j];
-  for (; i < n; ++i) total += in[i] * in[i];
+  for (; i < n; ++i) total += static_cast<double>(in[i]) * in[i];
   return total;
 }
 
-D2IT_INLINE void scale(const float* __restrict in, float factor, float* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
+template <typename T>
+D2IT_INLINE void scale(const T* __restrict in, float factor, float* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = d2it::to_float(in[i]) * factor;
+}
+
+// As of the same numbers in float32.
+D2IT_CLONES double square_sum(const BFloat16* in, int64_t n) {
+  float wide[kChunk];
+  d2it::widen(in, 1, wide, n);
+  return square_sum(wide, n);
 }
 
 // to + weight * (from - to), from the nearer end as torch.lerp takes it.
@@ -115,10 +132,13 @@ D2IT_INLINE void move(const Step& s, float* __restrict p, const float* __restric
   for (int64_t i = 0; i < n; ++i) p[i] += size * m[i] / (std::sqrt(v[i]) / root + eps);
 }
 
-// Where a chunk of a parameter, and of all that belongs to it, begins.
+// Where a chunk of a parameter, and of all that belongs to it, begins. Gradients are of one of the two types;
+// what the parameters are rounded to is null where the network computes with them as they are.
 struct Place {
-  float* weights = nullptr;
+  float* parameters = nullptr;
+  BFloat16* rounded = nullptr;
   const float* gradients = nullptr;
+  const BFloat16* gradients16 = nullptr;
   float *means = nullptr, *squares = nullptr;
   std::vector<float*> averages;
 };
@@ -128,13 +148,16 @@ D2IT_CLONES void update(const Step* numbers, float of_gradients, const Place& pl
                         const std::vector<double>& shares, int64_t size) {
   for (int64_t at = 0; at < size; at += kPiece) {
     const int64_t n = std::min(kPiece, size - at);
-    float* const p = place.weights + at;
+    float* const p = place.parameters + at;
     if (numbers) {
       float room[kPiece];
-      const float* g = place.gradients + at;
-      if (of_gradients != 1.0f) {
-        scale(g, of_gradients, room, n);
-        g = room;
+      const float* g = room;
+      if (place.gradients16) {
+        scale(place.gradients16 + at, of_gradients, room, n);
+      } else if (of_gradients != 1.0f) {
+        scale(place.gradients + at, of_gradients, room, n);
+      } else {
+        g = place.gradients + at;
       }
       float *const m = place.means + at, *const v = place.squares + at;
       average(m, g, numbers->mean_weight, n);
@@ -142,6 +165,7 @@ D2IT_CLONES void update(const Step* numbers, float of_gradients, const Place& pl
       add_squares(v, g, numbers->square_weight, n);
       decay(p, numbers->kept, n);
       move(*numbers, p, m, v, n);
+      if (place.rounded) d2it::narrow(p, place.rounded + at, n);
     }
     for (size_t a = 0; a < shares.size(); ++a) {
       average(place.averages[a] + at, p, static_cast<float>(shares[a]), n);
@@ -155,21 +179,23 @@ D2IT_CLONES void update(const Step* numbers, float of_gradients, const Place& pl
 // total: 0-dim float64.
 void square_sum_of_tensors(std::vector<Tensor> tensors, Tensor total) {
   const Chunks chunks(tensors);
-  std::vector<float> sums(chunks.count());
+  std::vector<double> sums(chunks.count());
   chunks.for_each([&](int64_t chunk, int64_t t, int64_t at, int64_t n) {
-    sums[chunk] = square_sum(floats_of(tensors[t]) + at, n);
+    sums[chunk] = is_bf16(tensors[t]) ? square_sum(values_of<BFloat16>(tensors[t]) + at, n)
+                                      : square_sum(floats_of(tensors[t]) + at, n);
   });
   double all = 0;
-  for (const float sum : sums) all += sum;
+  for (const double sum : sums) all += sum;
   *static_cast<double*>(const_cast<void*>(total.const_data_ptr())) = all;
 }
 
+// weights: the parameters themselves, or what they are rounded to, in bfloat16. gradients: of either type.
 // steps: 0-dim float32, one for each parameter. averages: as many lists of parameters, one after the other,
 // as there are shares. Where found_inf is not zero, the averages alone change.
-void adamw(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> means,
-           std::vector<Tensor> squares, std::vector<Tensor> steps, std::vector<Tensor> averages,
-           std::optional<Tensor> factor, Tensor found_inf, double lr, double beta1, double beta2, double eps,
-           double weight_decay, std::vector<double> shares) {
+void adamw(std::vector<Tensor> parameters, std::vector<Tensor> weights, std::vector<Tensor> gradients,
+           std::vector<Tensor> means, std::vector<Tensor> squares, std::vector<Tensor> steps,
+           std::vector<Tensor> averages, std::optional<Tensor> factor, Tensor found_inf, double lr,
+           double beta1, double beta2, double eps, double weight_decay, std::vector<double> shares) {
   const int64_t count = parameters.size();
   const bool skip = *floats_of(found_inf) != 0.0f;
   const float of_gradients = factor ? *floats_of(*factor) : 1.0f;
@@ -188,9 +214,14 @@ void adamw(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::v
   }
   Chunks(parameters).for_each([&](int64_t, int64_t t, int64_t at, int64_t n) {
     Place place;
-    place.weights = floats_of(parameters[t]) + at;
+    place.parameters = floats_of(parameters[t]) + at;
     if (!skip) {
-      place.gradients = floats_of(gradients[t]) + at;
+      if (is_bf16(weights[t])) place.rounded = values_of<BFloat16>(weights[t]) + at;
+      if (is_bf16(gradients[t])) {
+        place.gradients16 = values_of<BFloat16>(gradients[t]) + at;
+      } else {
+        place.gradients = floats_of(gradients[t]) + at;
+      }
       place.means = floats_of(means[t]) + at;
       place.squares = floats_of(squares[t]) + at;
     }

@@ -54,7 +54,7 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
   m.def("gelu_backward(Tensor(a!) grad, Tensor x, Tensor(b!) out) -> ()");
   m.def("square_sum(Tensor[] tensors, Tensor(a!) total) -> ()");
   m.def(
-      "adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "
-      "Tensor(d!)[] steps, Tensor(e!)[] averages, Tensor? factor, Tensor found_inf, float lr, float beta1, "
-      "float beta2, float eps, float weight_decay, float[] shares) -> ()");
+      "adamw(Tensor(a!)[] parameters, Tensor(b!)[] weights, Tensor[] gradients, Tensor(c!)[] means, "
+      "Tensor(d!)[] squares, Tensor(e!)[] steps, Tensor(f!)[] averages, Tensor? factor, Tensor found_inf, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, float[] shares) -> ()");
 }

@@ -1,9 +1,10 @@
 """AdamW over a list of tensors (Loshchilov and Hutter 2019, Algorithm 2): the norm of the gradients, then one pass.
 
-Bytes: the norm reads the gradients. The update reads weights, gradients, both moments and every average of the weights,
-and writes all of these but the gradients. Nothing is copied into one piece: a table on the device says where each
-tensor lies, as its distance in elements from the first of its list, and a program works on one block of one tensor.
-Sums are taken block by block and added up in order.
+Bytes: the norm reads the gradients. The update reads parameters, gradients, both moments and every average of the
+parameters, and writes all of these but the gradients; a float32 parameter that is the master of a bfloat16 weight is
+rounded to it in the same pass. Nothing is copied into one piece: a table on the device says where each tensor lies, as
+its distance in elements from the first of its group in its list, and a program works on one block of one tensor. Sums
+are taken block by block and added up in order.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _block(table, owners, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place(table, tensors, i_list: tl.constexpr, i_tensor, ALIGNED: tl.constexpr):
-    """Where a tensor begins, in elements from the first one of its list."""
+    """Where a tensor begins, in elements from the first one of its group in that list."""
     b_place = tl.load(table + (i_list + 2) * tensors + i_tensor)
     return tl.multiple_of(b_place, 4) if ALIGNED else b_place
 
@@ -45,7 +46,7 @@ def _place(table, tensors, i_list: tl.constexpr, i_tensor, ALIGNED: tl.constexpr
 def square_sum_kernel(out, x, table, owners, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """out[program] = the sum of the squares of its block."""
     i_tensor, o_x, m_x = _block(table, owners, tensors, ALIGNED, BLOCK)
-    b_x = tl.load(x + _place(table, tensors, 0, i_tensor, ALIGNED) + o_x, mask=m_x, other=0.0)
+    b_x = tl.load(x + _place(table, tensors, 0, i_tensor, ALIGNED) + o_x, mask=m_x, other=0.0).to(tl.float32)
     tl.store(out + tl.program_id(0), tl.sum(b_x * b_x))
 
 
@@ -61,6 +62,7 @@ def _one_minus_power(b_log):
 @triton.jit
 def adamw_kernel(
     parameters,
+    weights,
     gradients,
     means,
     squares,
@@ -86,17 +88,17 @@ def adamw_kernel(
 ):
     """One program: a block of one tensor. kept = 1 - lr * weight_decay. The steps are counted already.
 
-    Where found_inf is not zero only the averages change.
+    Where found_inf is not zero only the averages change. Weights in float32 are the parameters themselves.
     """
     i_tensor, o_x, m_x = _block(table, owners, tensors, ALIGNED, BLOCK)
     m_updated = m_x & (tl.zeros((BLOCK,), tl.float32) == tl.load(found_inf))
     p_parameter = parameters + _place(table, tensors, 0, i_tensor, ALIGNED) + o_x
-    p_gradient = gradients + _place(table, tensors, 1, i_tensor, ALIGNED) + o_x
-    p_mean = means + _place(table, tensors, 2, i_tensor, ALIGNED) + o_x
-    p_square = squares + _place(table, tensors, 3, i_tensor, ALIGNED) + o_x
-    b_step = tl.load(steps + tl.load(table + 6 * tensors + i_tensor))
+    p_gradient = gradients + _place(table, tensors, 2, i_tensor, ALIGNED) + o_x
+    p_mean = means + _place(table, tensors, 3, i_tensor, ALIGNED) + o_x
+    p_square = squares + _place(table, tensors, 4, i_tensor, ALIGNED) + o_x
+    b_step = tl.load(steps + tl.load(table + 7 * tensors + i_tensor))
     b_parameter = tl.load(p_parameter, mask=m_x)
-    b_gradient = tl.load(p_gradient, mask=m_updated, other=0.0)
+    b_gradient = tl.load(p_gradient, mask=m_updated, other=0.0).to(tl.float32)
     b_mean = tl.load(p_mean, mask=m_updated, other=0.0)
     b_square = tl.load(p_square, mask=m_updated, other=0.0)
     if factor is not None:
@@ -110,8 +112,11 @@ def adamw_kernel(
     tl.store(p_mean, b_mean, mask=m_updated)
     tl.store(p_square, b_square, mask=m_updated)
     tl.store(p_parameter, b_parameter, mask=m_updated)
+    if weights.dtype.element_ty != parameters.dtype.element_ty:
+        p_weight = weights + _place(table, tensors, 1, i_tensor, ALIGNED) + o_x
+        tl.store(p_weight, b_parameter.to(weights.dtype.element_ty), mask=m_updated)
     for i in tl.static_range(AVERAGES):
-        p_average = averages[i] + _place(table, tensors, 5 + i, i_tensor, ALIGNED) + o_x
+        p_average = averages[i] + _place(table, tensors, 6 + i, i_tensor, ALIGNED) + o_x
         b_average = tl.load(p_average, mask=m_x)
         tl.store(p_average, b_average + shares[i] * (b_parameter - b_average), mask=m_x)
 
@@ -120,64 +125,72 @@ class Group(NamedTuple):
     """What one launch needs to know of the tensors that it takes.
 
     Attributes:
+        first: of the tensors, its index in every list.
         programs: blocks of all tensors.
         owners: (programs,) int32, the tensor of each block.
         table: (2 + lists, tensors) int64: elements, first block, and place in every list of each tensor.
         aligned: whether all lie at 16 bytes and have a multiple of 4 elements.
     """
 
+    first: int
     programs: int
     owners: Tensor
     table: Tensor
     aligned: bool
 
 
-_KEPT: dict[tuple[int, ...], list[Group]] = {}
+_KEPT: dict[tuple[object, ...], list[Group]] = {}
 _MOST_KEPT = 16
 
 
 def _groups(*lists: Sequence[Tensor]) -> list[Group]:
-    """Sorts tensors by their alignment; kept until one lies elsewhere. All are float32, those of one index equal."""
+    """Sorts tensors by their alignment and the dtypes of their index; kept until one lies elsewhere.
+
+    Those of one index are equal in shape and layout.
+    """
     pointers = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+    kinds = [tuple(tensor.dtype for tensor in tensors) for tensors in zip(*lists)]
     sizes = [tensor.numel() for tensor in lists[0]]
-    key = (lists[0][0].get_device(), *sizes, *(pointer for row in pointers for pointer in row))
+    key = (lists[0][0].get_device(), *sizes, *kinds, *(pointer for row in pointers for pointer in row))
     groups = _KEPT.get(key)
     if groups is None:
         if len(_KEPT) >= _MOST_KEPT:
             _KEPT.clear()
-        aligned = [not size % 4 and not any(row[i] % 16 for row in pointers) for i, size in enumerate(sizes)]
-        groups = []
-        for wanted in (True, False):
-            chosen = [i for i, size in enumerate(sizes) if size and aligned[i] == wanted]
-            if chosen:
-                groups.append(_group(chosen, sizes, pointers, wanted, lists[0][0].device))
-        _KEPT[key] = groups
+        of_kind: dict[tuple[object, ...], list[int]] = {}
+        for i, size in enumerate(sizes):
+            if size:
+                aligned = not size % 4 and not any(row[i] % 16 for row in pointers)
+                of_kind.setdefault((aligned, *kinds[i]), []).append(i)
+        groups = _KEPT[key] = [_group(chosen, lists, bool(kind[0])) for kind, chosen in of_kind.items()]
     return groups
 
 
-def _group(
-    chosen: list[int], sizes: list[int], pointers: list[list[int]], aligned: bool, device: torch.device
-) -> Group:
-    blocks = [cdiv(sizes[i], BLOCK) for i in chosen]
-    first = [0]
+def _group(chosen: list[int], lists: Sequence[Sequence[Tensor]], aligned: bool) -> Group:
+    sizes = [lists[0][i].numel() for i in chosen]
+    blocks = [cdiv(size, BLOCK) for size in sizes]
+    begins = [0]
     for count in blocks:
-        first.append(first[-1] + count)
-    places = [[(row[i] - row[0]) // 4 for i in chosen] for row in pointers]
-    table = torch.tensor([[sizes[i] for i in chosen], first[:-1], *places])
+        begins.append(begins[-1] + count)
+    places = []
+    for tensors in lists:
+        first = tensors[chosen[0]]
+        places.append([(tensors[i].data_ptr() - first.data_ptr()) // first.element_size() for i in chosen])
+    table = torch.tensor([sizes, begins[:-1], *places])
     owners = torch.repeat_interleave(torch.arange(len(chosen), dtype=torch.int32), torch.tensor(blocks))
+    device = lists[0][0].device
     if device.type == "cuda":  # from pinned memory, so that the host does not wait
         table, owners = (each.pin_memory().to(device, non_blocking=True) for each in (table, owners))
-    return Group(first[-1], owners, table, aligned)
+    return Group(chosen[0], begins[-1], owners, table, aligned)
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Dense float32 tensors -> the sum of all their squares, 0-dim float64."""
+    """Dense tensors, float32 or bfloat16 -> the sum of all their squares, 0-dim float64."""
     groups = _groups(tensors)
-    sums = tensors[0].new_empty(sum(group.programs for group in groups))
+    sums = tensors[0].new_empty(sum(group.programs for group in groups), dtype=torch.float32)
     begin = 0
     with torch.cuda.device_of(sums):
         for group in groups:
-            _launch_square_sum(sums[begin : begin + group.programs], tensors[0], group)
+            _launch_square_sum(sums[begin : begin + group.programs], tensors[group.first], group)
             begin += group.programs
     return sums.sum(dtype=torch.float64)
 
@@ -198,10 +211,11 @@ def adamw(
     weight_decay: float,
     shares: Sequence[float],
 ) -> None:
-    """Updates dense float32 tensors in place, those of one index laid out alike; see `d2it.training.adamw`.
+    """Updates dense tensors in place, those of one index laid out alike; see `d2it.training.adamw`.
 
     Args:
-        lists: parameters, gradients, means, squares, steps (0-dim), and a list for every average.
+        lists: parameters, weights (the parameters themselves, or what they are rounded to in bfloat16), gradients
+            (float32 or bfloat16), means, squares, steps (0-dim), and a list for every average.
         factor: 0-dim, of the gradients; None is 1.
         found_inf: 0-dim; where it is not zero, only the averages change.
         lr: learning rate.
@@ -210,11 +224,11 @@ def adamw(
         weight_decay: decoupled.
         shares: what the new parameters weigh in each average.
     """
-    torch._foreach_add_(list(lists[4]), [1.0 - found_inf] * len(lists[4]))
+    torch._foreach_add_(list(lists[5]), [1.0 - found_inf] * len(lists[5]))
     numbers = _numbers(lr, betas, eps, weight_decay)
-    first = tuple(each[0] for each in lists)
     with torch.cuda.device_of(found_inf):
         for group in _groups(*lists):
+            first = tuple(each[group.first] for each in lists)
             _launch_adamw(first, tuple(map(float, shares)), factor, found_inf, numbers, group)
 
 
@@ -235,8 +249,8 @@ def _launch_adamw(
 ) -> None:
     """`first`: of every list, those of the averages last."""
     adamw_kernel[(group.programs,)](
-        *first[:5],
-        first[5:],
+        *first[:6],
+        first[6:],
         shares,
         factor,
         found_inf,
@@ -251,22 +265,32 @@ def _launch_adamw(
     )
 
 
-def launches(size: int, averages: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The launches for one tensor without memory: of the norm, and of the update."""
+def launches(
+    size: int, averages: int, weights: torch.dtype = torch.float32
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The launches for one tensor without memory: of the norm, and of the update.
+
+    Args:
+        size: elements.
+        averages: of the parameters.
+        weights: dtype of the weights and their gradients.
+    """
     x, scalar = torch.empty(size, device="meta"), torch.empty((), device="meta")
-    lists = [x] * 4 + [scalar] + [x] * averages
-    (of_norm,), (of_update,) = _groups([x]), _groups(*([each] for each in lists))
+    weight = x if weights == x.dtype else torch.empty(size, dtype=weights, device="meta")
+    lists = [x, weight, weight, x, x, scalar] + [x] * averages
+    (of_norm,), (of_update,) = _groups([weight]), _groups(*([each] for each in lists))
     sums = torch.empty(of_norm.programs, device="meta")
     numbers = _numbers(1e-4, (0.9, 0.999), 1e-8, 0.0)
     update = partial(_launch_adamw, tuple(lists), (1e-4,) * averages, scalar, scalar, numbers, of_update)
-    return partial(_launch_square_sum, sums, x, of_norm), update
+    return partial(_launch_square_sum, sums, weight, of_norm), update
 
 
 @compile_cases
 def _compile_cases() -> Iterator[CompileCase]:
-    for size in (2**20, 2**20 + 1):
-        for averages in (1, 3):
-            norm, update = launches(size, averages)
-            if averages == 1:
-                yield f"N{size}-float32", norm
-            yield f"N{size}-float32-averages{averages}", update
+    for weights in (torch.float32, torch.bfloat16):
+        for size in (2**20, 2**20 + 1):
+            for averages in (1, 3):
+                norm, update = launches(size, averages, weights)
+                if averages == 1:
+                    yield f"N{size}-{str(weights)[6:]}", norm
+                yield f"N{size}-{str(weights)[6:]}-averages{averages}", update

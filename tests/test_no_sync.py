@@ -167,10 +167,11 @@ def gpu_without_storage(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("meta")
 
 
-def content_stage(device: torch.device) -> ContentStage:
+def content_stage(device: torch.device, weights: str = "float32") -> ContentStage:
     chosen = config.Config()  # not from text, which takes a package that the machine with the GPU may lack
     chosen.data.path, chosen.data.num_classes = "unused", 10
     chosen.content.preset, chosen.content.batch_size, chosen.content.clip = "tiny", 4, 1.0
+    chosen.content.weights = weights
     data = LatentData.of_vae(DynamicVAEConfig(), (64, 64), images=4)
     stage = ContentStage(chosen, chosen.content, World(0, 1, 1, device), data, None)
     assert len(stage.learners) == 1
@@ -204,8 +205,9 @@ def test_a_step_of_the_content_stage_reads_no_value(gpu_without_storage: torch.d
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_of_the_content_stage_does_not_synchronise() -> None:
-    stage = content_stage(torch.device("cuda"))
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_step_of_the_content_stage_does_not_synchronise(weights: str) -> None:
+    stage = content_stage(torch.device("cuda"), weights)
     steps_of(stage, 1)  # compiles
     torch.cuda.synchronize()
     batch = stage.synthetic(4, stage.world.device)

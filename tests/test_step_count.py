@@ -107,10 +107,38 @@ def test_the_table_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--count", "--at-floor", "--model", "XL", "--batch-size", "128", "--image-size", "256", "--gpu", "H200"]
     assert train_bench.run(train_bench.arguments().parse_args(words)) == 0
     text = capsys.readouterr().out
-    assert "D2iT-XL at 256 pixels, batch 128, fill 0.5, on an H200" in text
+    assert "D2iT-XL at 256 pixels, batch 128, fill 0.5, weights in float32, on an H200" in text
     assert "window attention" in text
     assert text.count("% MFU\n") == 1
     assert text.rstrip().endswith("of the device's time")
+
+
+def test_weights_in_bfloat16_are_not_cast() -> None:
+    """Autocast's 12 bytes a weight are gone, and two of the optimiser's; its part is at its floor then."""
+    config = step_count.config_of("D2iT-XL", 256)
+    with torch.device("meta"):
+        network = DynamicContentTransformer(config)
+    parameters = step_count.Parameters.of(network)
+    blocks = config.depth + config.refine_depth
+    assert 4 * blocks == 112
+    assert parameters.rounded == blocks * 12 * config.dim**2
+    assert parameters.rounded <= parameters.matrices <= 1.001 * parameters.rounded
+    plain, halved = (
+        {(part.where, part.name): part for part in step_count.parts(config, 128, parameters, weights=weights)}
+        for weights in ("float32", "bfloat16")
+    )
+    different = {key for key in plain if plain[key].bytes != halved[key].bytes}
+    casts, update = ("rest", "casts of weights and gradients"), ("optimiser", "norm, clipping, AdamW, average")
+    assert different == {casts, update}
+    assert plain[casts].bytes - halved[casts].bytes == 12 * parameters.rounded
+    assert plain[update].bytes - halved[update].bytes == 2 * parameters.rounded
+    assert halved[update].over_floor == 1 < plain[update].over_floor
+    exact = {part.name: part for part in step_count.parts(config, 128, parameters, itemsize=4)}
+    assert casts[1] not in exact
+    assert exact[update[1]].over_floor == 1
+    small = DynamicContentTransformer.preset_config("tiny", image_size=64)
+    counts = [step_count.launches(small, weights=weights).pytorch for weights in ("float32", "bfloat16")]
+    assert counts[0] - counts[1] == 2 * 4 * (small.depth + small.refine_depth)  # of weights, and of their gradients
 
 
 def test_launches_grow_by_a_block_not_by_the_batch() -> None:

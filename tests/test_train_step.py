@@ -498,9 +498,10 @@ def test_a_step_takes_the_timesteps_of_its_batch() -> None:
     assert "timesteps" not in plain.with_timesteps(batch(plain), 3)
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [GrainStage, ContentStage])
 def test_the_host_of_a_step_reads_nothing_and_brings_nothing(
-    kind: type[LatentStage], monkeypatch: pytest.MonkeyPatch
+    kind: type[LatentStage], weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On fake tensors, which have no values to read; a tensor made from Python values would be copied to the device."""
     # The operators check the values of CPU tensors at once, those of a GPU on the GPU.
@@ -512,7 +513,7 @@ def test_the_host_of_a_step_reads_nothing_and_brings_nothing(
 
     with FakeTensorMode() as mode:
         monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)  # fake parameters cannot be moved
-        made = stage(kind)
+        made = stage(kind, weights=weights, precision="bf16")
         learner = made.learners[0]
         fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         for name in ("tensor", "as_tensor", "from_numpy"):

@@ -129,10 +129,13 @@ class Toy:
 
 
 class Dynamic(Toy):
-    """As `Toy`, with a D2iT whose second rank has no fine region; `x` seeds the latents. `repa` adds a teacher's."""
+    """As `Toy`, with a D2iT whose second rank has no fine region; `x` seeds the latents. `repa` adds a teacher's.
+
+    `apart`: every rank draws weights of its own.
+    """
 
     def __init__(self, settings: StageConfig, run: RunConfig, world: distributed.World, extra: dict[str, Any]) -> None:
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.seed + world.rank * int(extra.get("apart", 0)))
         self.settings, self.run, self.world, self.extra = settings, run, world, extra
         network = DynamicContentTransformer.from_preset("tiny", image_size=64, depth=1, refine_depth=1, num_classes=3)
         for part in network.modules():  # zeros would keep the blocks from the loss

@@ -224,8 +224,12 @@ def optimizer() -> Iterator[Case]:
     from d2it.kernels import adamw
 
     size = 687_000_000  # the weights of D2iT-XL
-    call, floor = in_turn(*adamw.launches(size, averages=1)), optimizer_bench.cost([(size,)])
-    yield Case("optimizer", "D2iT-XL-float32", "forward", floor, call, {}, share=MOVER_SHARE)
+    for dtype in (F32, BF16):  # of the weights; those in bfloat16 have float32 masters
+        call, floor = (
+            in_turn(*adamw.launches(size, averages=1, weights=dtype)),
+            optimizer_bench.cost([((size,), dtype)]),
+        )
+        yield Case("optimizer", f"D2iT-XL-{str(dtype)[6:]}", "forward", floor, call, {}, share=MOVER_SHARE)
 
 
 @functools.cache

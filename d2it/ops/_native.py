@@ -28,7 +28,7 @@ ARGUMENTS = {
     "gelu": 2,
     "gelu_backward": 3,
     "square_sum": 2,
-    "adamw": 14,
+    "adamw": 15,
 }
 """The operators of csrc/registration.cpp that are called from Python, and how many arguments each takes."""
 

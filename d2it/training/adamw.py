@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +26,20 @@ class AdamW(torch.optim.AdamW):
     Triton on a GPU, by PyTorch's own kernels one after the other elsewhere. State, `state_dict` and arithmetic are
     those of torch.optim.AdamW(fused=True), so that checkpoints of either load into the other.
 
+    A network may compute with bfloat16 weights whose float32 masters are trained: the gradients are then those of the
+    weights, in bfloat16 or float32, and the pass that updates a master rounds it to its weight.
+
     Args:
         parameters: what is trained; all on one device, or DTensors of one mesh.
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled.
+        weights: the bfloat16 weight of each parameter that is a master, of its shape and strides.
         backend: "cpu", "triton", "torch", or None to choose.
 
     Raises:
-        ValueError: a backend that cannot take these parameters.
+        ValueError: a backend that cannot take these parameters, or a weight that is not its master's in bfloat16.
 
     Example:
         >>> import torch
@@ -56,6 +60,7 @@ class AdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        weights: Mapping[Tensor, Tensor] | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
@@ -66,13 +71,21 @@ class AdamW(torch.optim.AdamW):
         elif reasons := why_not(backend, trained):
             raise ValueError(f"backend={backend!r} cannot run AdamW: {'; '.join(reasons)}")
         self.backend = backend
+        self.weights: dict[Tensor, Tensor] = dict(weights or {})
+        for master, weight in self.weights.items():
+            if weight.dtype != torch.bfloat16 or (weight.shape, weight.stride()) != (master.shape, master.stride()):
+                raise ValueError(
+                    f"weights must be bfloat16 and laid out as their masters, {tuple(master.shape)} at strides "
+                    f"{master.stride()}, got {str(weight.dtype)[6:]} {tuple(weight.shape)} at {weight.stride()}"
+                )
+            master.grad_dtype = None  # it takes that of its weight, as it is
         self.register_load_state_dict_post_hook(_lay_out_moments)
 
     @torch.no_grad()
     def update(
         self, step: int = 0, *, clip: float | None = None, averages: Sequence[Ema] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Updates weights, moments and averages, without a host synchronisation.
+        """Updates parameters, their weights, moments and averages, without a host synchronisation.
 
         Args:
             step: of the averages.
@@ -84,6 +97,10 @@ class AdamW(torch.optim.AdamW):
             unchanged, and the averages take the weights as they are.
         """
         trained = [p for group in self.param_groups for p in group["params"]]
+        for master, weight in self.weights.items():
+            master.grad = weight.grad
+            if weight.grad is not None and self.backend == "torch":
+                master.grad = weight.grad.to(master.dtype)
         if self.backend == "torch":
             gradients = [p.grad for p in trained if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -92,6 +109,8 @@ class AdamW(torch.optim.AdamW):
                 torch.nn.utils.clip_grads_with_norm_(trained, clip, norm, foreach=True)
             self.found_inf = found_inf = 1.0 - norm.isfinite().float()
             self.step()
+            if self.weights:
+                torch._foreach_copy_(list(self.weights.values()), list(self.weights))
             for average in averages:
                 average.update(step)
             return norm, found_inf
@@ -103,10 +122,11 @@ class AdamW(torch.optim.AdamW):
         shadows = [dict(zip(trained, average.shadow.values())) for average in averages]
         shares = [average.share(step) for average in averages]
         for group in self.param_groups:
-            lists: list[list[Tensor]] = [[], [], [], [], []]
-            parameters, gradients, means, squares, steps = lists
-            self._init_group(group, parameters, gradients, means, squares, [], steps)
+            lists: list[list[Tensor]] = [[], [], [], [], [], []]
+            parameters, weights, gradients, means, squares, steps = lists
+            self._init_group(group, parameters, [], means, squares, [], steps)
             if parameters:
+                weights[:] = [self.weights.get(p, p) for p in parameters]
                 gradients[:] = [mine[p] for p in parameters]
                 lists.extend([shadow[p] for p in parameters] for shadow in shadows)
                 numbers = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
@@ -117,6 +137,12 @@ class AdamW(torch.optim.AdamW):
             if still:
                 torch._foreach_lerp_([local(shadow[p]) for p in still], [local(p) for p in still], share)
         return norm, found_inf
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, as torch.optim.AdamW does; those of weights also where it zeroes them."""
+        super().zero_grad(set_to_none)
+        for weight in self.weights.values():
+            weight.grad = None
 
 
 def why_not(backend: str, parameters: Sequence[Tensor]) -> list[str]:
@@ -177,13 +203,13 @@ def _norm(backend: str, gradients: list[Tensor], first: Tensor) -> Tensor:
 
 
 def _run(backend: str, lists: list[list[Tensor]], factor: Tensor | None, found_inf: Tensor, **numbers: Any) -> None:
-    """Updates parameters by gradients, means, squares, steps and averages, which are the lists."""
+    """Updates parameters and weights by gradients, means, squares, steps and averages, which are the lists."""
     if backend == "triton":
         from d2it.kernels import adamw
 
         adamw.adamw(lists, factor, found_inf, **numbers)
     else:
         betas = numbers.pop("betas")
-        flat = [tensor for average in lists[5:] for tensor in average]
+        flat = [tensor for average in lists[6:] for tensor in average]
         values = (numbers["lr"], *betas, numbers["eps"], numbers["weight_decay"], numbers["shares"])
-        torch.ops.d2it_C.adamw(*lists[:5], flat, factor, found_inf, *values)
+        torch.ops.d2it_C.adamw(*lists[:6], flat, factor, found_inf, *values)

@@ -114,6 +114,8 @@ class StageConfig:
         clip: norm that gradients are clipped to; null is no clipping, as in DiT.
         ema: decay of the averaged weights.
         precision: auto, bf16 or fp32; auto is bf16 autocast on a GPU that has it.
+        weights: of the blocks' Linears: float32, which bf16 autocast rounds in every step, or bfloat16, to which the
+            optimiser rounds float32 masters; for bf16, with ddp.
         parallel: ddp, or fsdp (FSDP2: weights, gradients and optimiser state sharded over the ranks).
         compile: torch.compile, block by block.
         float8: products of the blocks through torchao: tensorwise, rowwise, or emulated on any device; null is off.
@@ -134,6 +136,7 @@ class StageConfig:
     clip: float | None = None
     ema: float = 0.9999
     precision: str = "auto"
+    weights: str = "float32"
     parallel: str = "ddp"
     compile: bool = False
     float8: str | None = None

@@ -294,7 +294,7 @@ class DvaeStage:
 
     def publish(self, meters: Meters, step: int) -> None:
         learner = self.learners[0]
-        with learner.ema.applied(), uncompiled(self.settings):
+        with learner.averaged(), uncompiled(self.settings):
             self.vae.set_scaling_factor(1 / latent_deviation(self.vae, self.source, self.world))
             picture = reconstructions(self.vae, self.source, self.config.sample.images, self.world.device)
         learner.share(Path(self.config.run.dir) / "vae")

@@ -274,7 +274,7 @@ class LatentStage(ABC):
     def publish(self, meters: Meters, step: int) -> None:
         learner = self.learners[0]
         learner.share(Path(self.config.run.dir) / self.folder)
-        with learner.ema.applied(), uncompiled(self.settings):
+        with learner.averaged(), uncompiled(self.settings):
             picture = self.picture()
         meters.picture(f"{self.name}/samples", picture, step)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from d2it.training.adamw import AdamW
 from d2it.training.config import LatentStageConfig, StageConfig
 from d2it.training.ema import Ema, PowerEma, local, snapshot_folder
 from d2it.training.float8 import to_float8
+from d2it.training.masters import Masters, linears
 from d2it.training.parallel import gradient_sync, spread
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -
 
 
 def bf16(settings: StageConfig, device: torch.device) -> bool:
-    """Returns whether a stage computes in bfloat16 autocast; weights stay float32."""
+    """Returns whether a stage computes in bfloat16 autocast."""
     if settings.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return settings.precision == "bf16"
@@ -94,16 +96,20 @@ class Learner:
                 torch._dynamo.config.optimize_ddp = False
                 network.compile_blocks()
         self.bf16 = bf16(settings, world.device)
+        rounded = linears(blocks) if settings.weights == "bfloat16" else []
+        self.masters = Masters(rounded, world, add_up=settings.accumulate > 1)
         self.module = spread(self.losses, self.network, blocks, world, settings.parallel, self.bf16)
-        self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        with self.masters.in_place():
+            self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
+            self.ema = Ema(self.losses, settings.ema)
+            self.powers = [PowerEma(self.losses, sigma) for sigma in snapshot_sigmas(settings)]
         self.optimizer = AdamW(
             self.parameters,
             lr=settings.lr,
             betas=(settings.betas[0], settings.betas[1]),
             weight_decay=settings.weight_decay,
+            weights=self.masters.weights,
         )
-        self.ema = Ema(self.losses, settings.ema)
-        self.powers = [PowerEma(self.losses, sigma) for sigma in snapshot_sigmas(settings)]
         # Steps skipped in all; in a row up to now; in a row at worst since the last report.
         self.guard = torch.zeros(3, device=world.device)
 
@@ -120,10 +126,16 @@ class Learner:
         """Returns the figures of a batch under the averaged weights, from random numbers of its own; trains nothing."""
         devices = [self.world.device] if self.world.device.type == "cuda" else []
         eager = torch.compiler.set_stance("force_eager") if self.settings.compile else contextlib.nullcontext()
-        with self.ema.applied(), eager, torch.random.fork_rng(devices):
+        with self.averaged(), eager, torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                 return self.losses(batch)[1]
+
+    @contextlib.contextmanager
+    def averaged(self, average: Ema | None = None) -> Iterator[None]:
+        """Gives the network the averaged weights, in float32, for as long as the context lasts."""
+        with self.masters.in_place(), (average or self.ema).applied():
+            yield
 
     def update(self, step: int) -> Tensor:
         """Updates weights and averages, without a host synchronisation; returns the gradient's norm.
@@ -141,16 +153,20 @@ class Learner:
         return norm
 
     def state(self) -> dict[str, Any]:
-        """Returns the tensors under their names in the model: the same for any number of ranks, DDP or FSDP2."""
-        model, optimizer = get_state_dict(self.losses, self.optimizer)
+        """Returns the tensors under their names in the model, weights in float32: the same for any number of ranks, DDP
+        or FSDP2."""
+        with self.masters.in_place():
+            model, optimizer = get_state_dict(self.losses, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "ema": self.ema.shadow, "guard": self.guard}
         return state | {f"power{i}": average.shadow for i, average in enumerate(self.powers)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned, after a checkpoint was read into it (average and guard: in place)."""
-        set_state_dict(
-            self.losses, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        with self.masters.in_place():
+            set_state_dict(
+                self.losses, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+        self.masters.round()
 
     @torch.no_grad()
     def not_finite(self) -> str | None:
@@ -173,7 +189,7 @@ class Learner:
 
     def share(self, folder: Path, average: Ema | None = None) -> None:
         """Writes the network with its averaged weights as safetensors, from rank 0; called on all ranks."""
-        with (average or self.ema).applied():
+        with self.averaged(average):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(self.network, options=options)
 

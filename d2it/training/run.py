@@ -41,7 +41,15 @@ from d2it.training.latents import LatentData
 from d2it.training.loop import Stage, train
 from d2it.training.meters import read_log
 from d2it.training.report import REPORT, write_report
-from d2it.training.stage import check_batch, extreme_share, held_out_images, initialize, model_errors, workers
+from d2it.training.stage import (
+    check_batch,
+    check_weights,
+    extreme_share,
+    held_out_images,
+    initialize,
+    model_errors,
+    workers,
+)
 from d2it.training.summary import Summary, rehearse
 
 
@@ -132,13 +140,14 @@ def check_models(config: Config, world: World) -> None:
 
     Raises:
         UserError: a preset or setting that does not exist, one that does not fit the others, a batch that cannot be
-            split over the ranks, or weights to start from that do not fit.
+            split over the ranks, weights that they cannot train, or ones to start from that do not fit.
     """
     held_out_images(config)
     stages, folder, sha256 = set(config.run.stages), Path(config.run.dir) / "vae", None
     for name in config.run.stages:
         if name != "cache":
             check_batch(getattr(config, name), name, world)
+            check_weights(getattr(config, name), name, world)
     with torch.device("meta"):
         if "dvae" in stages:
             autoencoder = build_vae(config)

@@ -60,6 +60,7 @@ _STAGE_RULES: dict[str, Rule] = {
     "schedule": _one_of("constant", "cosine"),
     "ema": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "precision": _one_of("auto", "bf16", "fp32"),
+    "weights": _one_of("float32", "bfloat16"),
     "parallel": _one_of("ddp", "fsdp"),
     "float8": _one_of(None, *RECIPES),
 }
@@ -82,6 +83,7 @@ _RULES: dict[str, Rule] = {
     "data.crop": _one_of("center", "random"),
     "dvae.disc_lr": _POSITIVE,
     "dvae.float8": (lambda value: value is None, "null (its convolutions have no float8)"),
+    "dvae.weights": (lambda value: value == "float32", "float32 (most of them are of convolutions)"),
     "dvae.parallel": (lambda value: value == "ddp", "ddp (the discriminator's weight needs whole gradients)"),
     "dvae.fine_ratios": (lambda value: all(0 <= r <= 1 for r in value), "shares in [0, 1]"),
     "dvae.loss.perceptual_weight dvae.loss.features_weight dvae.loss.kl_weight dvae.loss.disc_weight": _NOT_NEGATIVE,
@@ -132,6 +134,15 @@ def check(config: Any) -> None:
     for key, (allowed, expected) in [*rules.items(), *_each(_RULES)]:
         if not allowed(at(config, key.split("."))):
             fail(key, expected)
+    for stage in ("grain", "content"):
+        settings = getattr(config, stage)
+        if settings.weights == "bfloat16":
+            if settings.precision == "fp32":
+                fail(f"{stage}.weights", f"float32 where {stage}.precision is fp32")
+            if settings.parallel == "fsdp":  # a gathered copy is rounded already
+                fail(f"{stage}.weights", f"float32 where {stage}.parallel is fsdp, which rounds what it gathers")
+            if settings.float8 is not None:
+                fail(f"{stage}.weights", f"float32 where {stage}.float8 rounds them itself")
     linear = config.diffusion.path == "linear"
     known = FLOW_SCHEDULERS if linear else SCHEDULERS
     if config.sample.scheduler is None:

@@ -16,7 +16,7 @@ from d2it.models.base import Model
 from d2it.models.finetune import start_from
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import Config, RunConfig, StageConfig
-from d2it.training.learner import Batch
+from d2it.training.learner import Batch, bf16
 
 M = TypeVar("M", bound=Model)
 
@@ -134,6 +134,20 @@ def check_batch(settings: StageConfig, key: str, world: World) -> None:
         raise UserError(
             f"configuration: {key}.batch_size={settings.batch_size} must be a multiple of {world.size} ranks x "
             f"{settings.accumulate} micro-batches"
+        )
+
+
+def check_weights(settings: StageConfig, key: str, world: World) -> None:
+    """Raises UserError where weights are to be bfloat16 and these ranks cannot train them."""
+    if settings.weights != "bfloat16":
+        return
+    asked = f"configuration: {key}.weights=bfloat16"
+    if not bf16(settings, world.device):
+        raise UserError(f"{asked} needs bf16: set {key}.precision=bf16, for auto is fp32 on this {world.device.type}")
+    if world.size > 1 and settings.accumulate > 1:
+        raise UserError(
+            f"{asked} takes one micro-batch a step on several ranks: DDP would add up {settings.accumulate} in "
+            f"bfloat16; set {key}.accumulate=1, or leave the weights in float32"
         )
 
 

@@ -58,6 +58,7 @@ class Summary:
             "bf16" if stage.bf16 else "fp32",
             settings.parallel,
             "compiled" if settings.compile else "eager",
+            *(["bfloat16 weights with float32 masters"] if settings.weights == "bfloat16" else []),
             *([f"float8 ({settings.float8})"] if settings.float8 else []),
             *(["activation checkpointing"] if settings.activation_checkpointing else []),
         ]

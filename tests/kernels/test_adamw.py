@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import d2it.kernels
-from d2it.kernels.common import COMPILE_CASES
+from d2it.kernels.common import COMPILE_CASES, INTERPRET
 from d2it.training.adamw import AdamW, why_not
 from d2it.training.ema import Ema, PowerEma
 from tests.kernels.harness import DEVICE, ROOT
@@ -24,21 +24,29 @@ SHAPES = [*FEW, (3,), (1024,), (2049,), (16, 8, 3, 3), (0, 4)]
 
 
 class Weights(nn.Module):
-    """Parameters in the middle of NaN, some at odd addresses, one channels-last."""
+    """Parameters in the middle of NaN, some at odd addresses, one channels-last; all but every third are `halved`: the
+    masters of bfloat16 weights."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], rng: torch.Generator) -> None:
+    def __init__(self, shapes: list[tuple[int, ...]], rng: torch.Generator, halved: bool = False) -> None:
         super().__init__()
-        self.rooms = []
+        self.rooms: list[tuple[Tensor, int, int]] = []
+        self.rounded: dict[nn.Parameter, nn.Parameter] = {}
         for i, shape in enumerate(shapes):
-            values = torch.randn(shape, generator=rng)
-            begin = 64 + i % 2
-            room = torch.full((values.numel() + 131,), float("nan"), device=DEVICE)
-            inner = room[begin : begin + values.numel()].view(shape)
-            if len(shape) == 4:
-                inner = room[begin : begin + values.numel()].view([shape[k] for k in (0, 2, 3, 1)]).permute(0, 3, 1, 2)
-            inner.copy_(values)
-            self.rooms.append((room, begin, begin + values.numel()))
-            self.register_parameter(f"p{i}", nn.Parameter(inner))
+            master = self.placed(torch.randn(shape, generator=rng), i)
+            self.register_parameter(f"p{i}", master)
+            if halved and i % 3:
+                self.rounded[master] = self.placed(master.detach().bfloat16(), i + i // 3)
+
+    def placed(self, values: Tensor, place: int) -> nn.Parameter:
+        """A parameter of these values, at an odd address where `place` is odd."""
+        begin, end, shape = 64 + place % 2, 64 + place % 2 + values.numel(), values.shape
+        room = torch.full((values.numel() + 131,), float("nan"), device=DEVICE, dtype=values.dtype)
+        inner = room[begin:end].view(shape)
+        if len(shape) == 4:
+            inner = room[begin:end].view([shape[k] for k in (0, 2, 3, 1)]).permute(0, 3, 1, 2)
+        inner.copy_(values)
+        self.rooms.append((room, begin, end))
+        return nn.Parameter(inner)
 
     def untouched(self) -> bool:
         """Whether everything around the parameters is still NaN."""
@@ -63,19 +71,41 @@ def exact_step(module: nn.Module, optimizer: torch.optim.Optimizer, clip: float 
     optimizer.step()
 
 
-def run(backend: str, seed: int, clip: float | None, shapes: list[tuple[int, ...]] = SHAPES, steps: int = 4) -> None:
-    """Steps of ours, of PyTorch's in float64 and in float32: our error is at most twice that of float32."""
+def rounded(x: Tensor) -> Tensor:
+    """To bfloat16, as a kernel rounds; the interpreter cuts off."""
+    return (x.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16() if INTERPRET else x.bfloat16()
+
+
+def run(
+    backend: str,
+    seed: int,
+    clip: float | None,
+    shapes: list[tuple[int, ...]] = SHAPES,
+    steps: int = 4,
+    halved: torch.dtype | None = None,
+) -> None:
+    """Steps of ours, of PyTorch's in float64 and in float32: our error is at most twice that of float32.
+
+    `halved`: some parameters are masters of bfloat16 weights, whose gradients are of this dtype.
+    """
     rng = torch.Generator().manual_seed(seed)
-    ours = Weights([*shapes, (int(torch.randint(1, 1500, (), generator=rng)),)], rng)
+    ours = Weights([*shapes, (int(torch.randint(1, 1500, (), generator=rng)),)], rng, halved is not None)
     exact, plain = (
         nn.ParameterList(p.detach().to(kind, copy=True) for p in ours.parameters())
         for kind in (torch.float64, torch.float32)
     )
-    optimizer = AdamW(ours.parameters(), **SETTINGS, backend=backend)
+    optimizer = AdamW(ours.parameters(), **SETTINGS, weights=ours.rounded, backend=backend)
+    for weight in ours.rounded.values():
+        weight.grad_dtype = halved
     optimizers = [torch.optim.AdamW(module.parameters(), **SETTINGS, foreach=False) for module in (exact, plain)]
     averages = [[Ema(module, 0.9), PowerEma(module, 0.1)] for module in (ours, exact, plain)]
     for step in range(steps):
         given = gradients(ours, step, rng)
+        if halved == torch.bfloat16:
+            given = [
+                g.bfloat16().float() if g is not None and p in ours.rounded else g
+                for g, p in zip(given, ours.parameters())
+            ]
         skipped = step == 2
         for module in (ours, exact, plain):
             for p, grad in zip(module.parameters(), given):
@@ -84,9 +114,11 @@ def run(backend: str, seed: int, clip: float | None, shapes: list[tuple[int, ...
                     backend == "torch" and grad is not None
                 ):  # its fused kernel takes gradients laid out as autograd does
                     p.grad = torch.empty_like(p).copy_(grad)
+        for master, weight in ours.rounded.items():
+            weight.grad, master.grad = None if master.grad is None else master.grad.to(halved), None
         norm = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None]).norm()
         if skipped:
-            ours.p4.grad[7, 5] = float("inf") if seed % 2 else float("nan")
+            ours.rounded.get(ours.p4, ours.p4).grad[7, 5] = float("inf") if seed % 2 else float("nan")
         found, bad = optimizer.update(step, clip=clip, averages=averages[0])
         assert bad == float(skipped)
         assert found.isfinite() == (not skipped)
@@ -97,6 +129,8 @@ def run(backend: str, seed: int, clip: float | None, shapes: list[tuple[int, ...
             for average in several:
                 average.update(step)
     assert ours.untouched()
+    for master, weight in ours.rounded.items():
+        assert torch.equal(weight, rounded(master.detach()) if backend == "triton" else master.bfloat16())
     results = []
     for module, one, several in zip((ours, exact, plain), (optimizer, *optimizers), averages):
         named = list(module.parameters())
@@ -114,6 +148,44 @@ def test_against_float64(backend: str, seed: int, clip: float | None) -> None:
     run(backend, seed, clip)
 
 
+@pytest.mark.parametrize("halved", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("seed", "clip"), [(0, 0.5), (1, None), (2, 1e6)])
+def test_masters_against_float64(backend: str, seed: int, clip: float | None, halved: torch.dtype) -> None:
+    run(backend, seed, clip, halved=halved)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the C++ operators")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_exact_but_for_one_rounding(dtype: torch.dtype) -> None:
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        given = [torch.randn(size, generator=rng).to(dtype) for size in (1023, 2049, 7, 1)]
+        squares = torch.empty((), dtype=torch.float64)
+        torch.ops.d2it_C.square_sum(given, squares)
+        exact = torch.cat([each.double() for each in given]).norm()
+        assert abs(squares.sqrt() / exact - 1) < 2**-25
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the C++ operators")
+def test_a_master_is_updated_as_a_float32_weight_is() -> None:
+    """To the bit, by the same gradients, and the norm too."""
+    ours, plain = (Weights(SHAPES, torch.Generator().manual_seed(6), halved) for halved in (True, False))
+    optimizers = [AdamW(each.parameters(), **SETTINGS, weights=each.rounded) for each in (ours, plain)]
+    averages = [Ema(each, 0.9) for each in (ours, plain)]
+    rng = torch.Generator().manual_seed(7)
+    for step in range(4):
+        given = [None if grad is None else grad.bfloat16() for grad in gradients(ours, step, rng)]
+        for p, q, grad in zip(ours.parameters(), plain.parameters(), given):
+            q.grad = None if grad is None else grad.float()
+            weight = ours.rounded.get(p, p)
+            weight.grad = None if grad is None else grad.to(weight.dtype)
+        found = [one.update(step, clip=0.5, averages=[each]) for one, each in zip(optimizers, averages)]
+        assert torch.equal(found[0][0], found[1][0])
+    assert all(map(torch.equal, ours.parameters(), plain.parameters()))
+    assert all(map(torch.equal, *(each.shadow.values() for each in averages)))
+
+
 MUTATIONS = {
     "decay of the second moment": ("b_square * beta2 +", "b_square +"),
     "decoupled decay": ("b_parameter * kept", "b_parameter"),
@@ -122,6 +194,15 @@ MUTATIONS = {
     "clipping": ("b_gradient *= tl.load(factor)", "b_gradient *= 1.0"),
     "the average takes the old weights": ("b_average + shares[i] * (b_parameter - b_average)", "b_average"),
     "an element is left out": ("o_x, o_x < b_size", "o_x, o_x < b_size - 4"),
+    "a weight is another value": ("tl.store(p_weight, b_parameter.to", "tl.store(p_weight, b_mean.to"),
+    "a weight is its first element": (
+        "tensors, 1, i_tensor, ALIGNED) + o_x",
+        "tensors, 1, i_tensor, ALIGNED) + 0 * o_x",
+    ),
+    "a skipped step writes weights": (
+        "b_parameter.to(weights.dtype.element_ty), mask=m_updated",
+        "(b_parameter + 1).to(weights.dtype.element_ty), mask=m_x",
+    ),
     "every block is the first": ("(tl.program_id(0) - b_first) * BLOCK", "(tl.program_id(0) - b_first) * 0"),
     "the series ends early": ("tl.static_range(6)", "tl.static_range(1)"),
     "squares are not squares": ("tl.sum(b_x * b_x)", "tl.sum(b_x * tl.abs(b_x))"),
@@ -143,7 +224,7 @@ def test_a_mutation_is_noticed(mutation: str, tmp_path: Path, monkeypatch: pytes
     spec.loader.exec_module(module)
     monkeypatch.setattr(d2it.kernels, "adamw", module, raising=False)
     with pytest.raises(AssertionError):
-        run("triton", 0, 0.5, FEW, 3)
+        run("triton", 0, 0.5, FEW, 3, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -219,3 +300,12 @@ def test_a_backend_that_cannot_is_refused() -> None:
             AdamW([weight], backend="cpu")
         with pytest.raises(ValueError, match=r"its tensors are contiguous or channels-last"):
             AdamW([nn.Parameter(torch.zeros(4, 3).t())], backend="cpu")
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 4), torch.zeros(4, 3).bfloat16(), torch.zeros(4, 3).bfloat16().t()])
+def test_a_weight_that_is_not_its_masters_is_refused(weight: Tensor) -> None:
+    master = nn.Parameter(torch.zeros(3, 4, device=DEVICE))
+    with pytest.raises(
+        ValueError, match=r"weights must be bfloat16 and laid out as their masters, \(3, 4\) at strides"
+    ):
+        AdamW([master], weights={master: nn.Parameter(weight.to(DEVICE))})
