@@ -168,6 +168,7 @@ MOVERS = (
     "adaln_modulate",
     "gated_residual",
     "gated_residual_modulate",
+    "gelu",
 )
 
 GOALS = [

@@ -198,9 +198,11 @@ def parts(
         ours = _kernel_pair(kernels, f"gated_residual_modulate {kind}", 2 * depth * rows, passes)
         found.append(Part(where, "gate, residual, norm, modulate", *ours[:2], ms=ours[2]))
         wide = hidden / dim * a_pass
-        found.append(Part(where, "GELU and its gradient", 5 * wide, 5 * wide))
-        why = "a pass over each gradient of a Linear's output for the sum of its rows"
-        found.append(Part(where, "gradients of biases", 5 * a_pass + wide, 0.0, why=why))
+        # In float32, a CPU's step, the backward writes GELU's output again. Either gives fc1's bias its gradient.
+        ours = _kernel_pair(kernels, "gelu", depth * rows, (5 + (itemsize == 4)) * wide)
+        found.append(Part(where, "GELU and its gradient", ours[0], 5 * wide, ms=ours[2]))
+        why = "a pass over each gradient of a Linear's output, but for fc1's, for the sum of its rows"
+        found.append(Part(where, "gradients of biases", 5 * a_pass, 0.0, why=why))
     matrices, conditioning, total = parameters.matrices, parameters.conditioning, parameters.total
     rounded = parameters.rounded if weights == "bfloat16" else 0
     if itemsize == 2:
@@ -248,11 +250,12 @@ def counted_kernels(gpu: str, *, cuda: bool = True) -> dict[str, Kernel]:
     names = {
         "gate-modulate-B256-L256-C1152-images-bfloat16": ("gated_residual_modulate images", 256 * 256),
         "gate-modulate-B256-L512-C1152-packed-bfloat16": ("gated_residual_modulate packed", 256 * 512),
+        "B256-L256-C4608-bfloat16": ("gelu", 256 * 256),
         "n256-H16-D72-fill0.5-bfloat16": ("window_attention", budget_cases.CELLS // 2),
     }
     found: dict[str, Kernel] = {}
     product = PRODUCTS[gpu]
-    for case in [*budget_cases.modulation(), *budget_cases.attention()]:
+    for case in [*budget_cases.modulation(), *budget_cases.gelu(), *budget_cases.attention()]:
         if case.case not in names or (case.cuda and not cuda):
             continue
         name, rows = names[case.case]
@@ -361,7 +364,10 @@ class Launches:
 
 
 def launches(config: ContentTransformerConfig, batch: int = 2, weights: str = "float32") -> Launches:
-    """Counts them on fake tensors, under bf16 autocast; computes nothing. `weights` as of `parts`."""
+    """Counts them on fake tensors of a CPU, where GELU is PyTorch's, under bf16 autocast; computes nothing.
+
+    `weights` as of `parts`.
+    """
     from d2it.models import DynamicContentTransformer
 
     counted = _Computing()

@@ -4,7 +4,7 @@
 // others are converted into a line that stays in the L1 cache. The gradients of the parameters are sums over
 // the rows of an image: taken over each run of rows of one image inside a block, then over the runs in their
 // order, so they are the same for any number of threads.
-#include "cpu.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <cmath>
@@ -15,75 +15,18 @@
 namespace {
 
 using d2it::as;
-using d2it::BFloat16;
-using d2it::Half;
+using d2it::for_blocks;
+using d2it::kBlock;
+using d2it::Rows;
+using d2it::rows_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kLanes = 8;
-constexpr int64_t kBlock = 64;                  // rows
-constexpr int64_t kElementsPerThread = 1 << 15; // fewer are not worth waking a thread for
 using V = d2it::Floats<kLanes>;
 
 // ----------------------------------------------------------------------------------------------------
 // Rows
-
-D2IT_CLONES void widen_row(const float* in, int64_t stride, float* out, int64_t n) {
-  d2it::widen(in, stride, out, n);
-}
-D2IT_CLONES void widen_row(const Half* in, int64_t stride, float* out, int64_t n) {
-  d2it::widen(in, stride, out, n);
-}
-D2IT_CLONES void widen_row(const BFloat16* in, int64_t stride, float* out, int64_t n) {
-  d2it::widen(in, stride, out, n);
-}
-D2IT_CLONES void narrow_row(const float* in, Half* out, int64_t n) { d2it::narrow(in, out, n); }
-D2IT_CLONES void narrow_row(const float* in, BFloat16* out, int64_t n) { d2it::narrow(in, out, n); }
-
-// The rows of (B, L, C), flat over (B, L), or of (T, C).
-class Rows {
- public:
-  explicit Rows(const Tensor& tensor)
-      : data_(const_cast<void*>(tensor.const_data_ptr())),
-        dtype_(tensor.scalar_type()),
-        channels_(tensor.size(tensor.dim() - 1)),
-        offsets_(tensor) {}
-
-  // Row r in float32: where it lies, or converted into `room`.
-  const float* read(int64_t r, float* room) const {
-    const int64_t at = offsets_.of(r);
-    switch (dtype_) {
-      case ScalarType::Float:
-        if (offsets_.channel == 1) return static_cast<const float*>(data_) + at;
-        widen_row(static_cast<const float*>(data_) + at, offsets_.channel, room, channels_);
-        break;
-      case ScalarType::Half:
-        widen_row(static_cast<const Half*>(data_) + at, offsets_.channel, room, channels_);
-        break;
-      default:
-        widen_row(static_cast<const BFloat16*>(data_) + at, offsets_.channel, room, channels_);
-    }
-    return room;
-  }
-
-  // Where row r of a contiguous result is worked out: in place, or in `room`, from where store() takes it.
-  float* begin(int64_t r, float* room) const {
-    return dtype_ == ScalarType::Float ? static_cast<float*>(data_) + r * channels_ : room;
-  }
-  void store(int64_t r, const float* room) const {
-    if (dtype_ == ScalarType::Half) {
-      narrow_row(room, static_cast<Half*>(data_) + r * channels_, channels_);
-    } else if (dtype_ == ScalarType::BFloat16) {
-      narrow_row(room, static_cast<BFloat16*>(data_) + r * channels_, channels_);
-    }
-  }
-
- private:
-  void* data_;
-  ScalarType dtype_;
-  int64_t channels_;
-  d2it::RowOffsets offsets_;
-};
 
 // A parameter's row of the image at hand.
 class Parameter {
@@ -129,15 +72,6 @@ class Images {
   std::vector<int64_t> of_;
   bool good_ = true;
 };
-
-// Calls work(begin, end) for ranges of rows that begin at whole blocks.
-template <typename F>
-void for_blocks(int64_t rows, int64_t channels, const F& work) {
-  const int64_t blocks = (rows + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(
-      0, blocks, kElementsPerThread / (kBlock * channels) + 1,
-      [&](int64_t begin, int64_t end) { work(begin * kBlock, std::min(end * kBlock, rows)); });
-}
 
 // ----------------------------------------------------------------------------------------------------
 // Sums over the rows of an image
@@ -269,12 +203,6 @@ D2IT_CLONES void gate_backward(const float* __restrict grad, const float* __rest
 
 // ----------------------------------------------------------------------------------------------------
 // Operators. Results are contiguous, the gradients of parameters float32. False: a sample names no image.
-
-int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return rows;
-}
 
 // The elements of a contiguous float32 tensor.
 float* floats_of(const Tensor& tensor) {

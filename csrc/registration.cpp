@@ -51,7 +51,7 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "Tensor(d!)? sums, Tensor(e!)? dbias, Tensor(f!)? unnamed, int splits) -> ()");
   m.def("matmul(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> bool");
   m.def("gelu(Tensor x, Tensor(a!) out) -> ()");
-  m.def("gelu_backward(Tensor(a!) grad, Tensor x, Tensor(b!) out) -> ()");
+  m.def("gelu_backward(Tensor grad, Tensor x, Tensor(a!) dx, Tensor(b!)? out, Tensor(c!)? dbias) -> ()");
   m.def("square_sum(Tensor[] tensors, Tensor(a!) total) -> ()");
   m.def(
       "adamw(Tensor(a!)[] parameters, Tensor(b!)[] weights, Tensor[] gradients, Tensor(c!)[] means, "

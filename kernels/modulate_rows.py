@@ -225,6 +225,19 @@ def sum_runs_kernel(
         tl.store(dsecond + o_out, tl.sum(b_second, 0).to(dsecond.dtype.element_ty), mask=m_col)
 
 
+@triton.jit
+def sum_blocks_kernel(out, partials, blocks, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """One program: one chunk of out (C,), the sums over partials (blocks, C), ROWS blocks at a time, in their order."""
+    o_col = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    m_col = o_col < C
+    b_sum = tl.zeros((ROWS, CHUNK), tl.float32)
+    for i_block in tl.range(0, blocks, ROWS):
+        o_block = i_block + tl.arange(0, ROWS)
+        p_block = partials + (o_block.to(tl.int64) * C)[:, None] + o_col[None, :]
+        b_sum += tl.load(p_block, mask=(o_block < blocks)[:, None] & m_col[None, :], other=0.0)
+    tl.store(out + o_col, tl.sum(b_sum, 0).to(out.dtype.element_ty), mask=m_col)
+
+
 class Tile(NamedTuple):
     """How the lanes of a program lie over rows and channels."""
 
@@ -310,6 +323,14 @@ def sum_runs(
         num_warps=4,
         maxnreg=64,  # else ptxas aims at 40 and spills a pointer to get there
     )
+
+
+def sum_blocks(tape: Tape, partials: torch.Tensor, out: torch.Tensor) -> None:
+    """Sums (blocks, C) float32 over the blocks, into out (C,). Many blocks at once: there are few programs."""
+    channels = out.shape[0]
+    if channels:
+        constants = {"C": channels, "ROWS": 256, "CHUNK": 32, "num_warps": 8}
+        tape.launch(sum_blocks_kernel, cdiv(channels, 32), out, partials, partials.shape[0], **constants)
 
 
 def modulation_cases() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:

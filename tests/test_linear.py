@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import platform
 import resource
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from d2it import nn
+from d2it import nn, ops
 from d2it.devices import keep_freed_memory
 from d2it.models.layers import Mlp
 from d2it.nn import linear
@@ -152,6 +154,20 @@ def test_the_mlp_and_its_gradients() -> None:
         assert error(mine, true) <= 3 * error(other, true) + 3e-8
 
 
+def test_second_derivatives_of_the_mlp() -> None:
+    """Also in the bias whose gradient GELU gives."""
+    made, x, grad = mlps()
+    found = []
+    for mlp in made:
+        given = x.to(next(mlp.parameters()).dtype, copy=True).requires_grad_()
+        parts = [given, *mlp.parameters()]
+        firsts = torch.autograd.grad(mlp(given), parts, grad.to(given.dtype), create_graph=True)
+        penalty = sum(first.square().mean() for first in firsts)
+        found.append(torch.autograd.grad(penalty, parts[:-1]))
+    for mine, other, true in zip(*found):
+        assert error(mine, true) <= 3 * error(other, true) + 1e-7
+
+
 def test_no_rows() -> None:
     """A batch without a fine token: empty results, gradients of zero."""
     made, _, _ = mlps()
@@ -166,9 +182,9 @@ def test_gelu_at_its_ends() -> None:
     """Far out it is 0 or x; the numbers of a last vector that is not whole; what is not a number stays there."""
     x = torch.cat([torch.linspace(-40, 40, 1001), torch.tensor([float("nan"), 1e30, -1e30, 0.0])])
     out, again, grad = (torch.full_like(x, float("nan")) for _ in range(3))
-    torch.ops.d2it_C.gelu(x, out)
+    torch.ops.d2it_C.gelu(x[None], out[None])
     grad.fill_(2.0)
-    torch.ops.d2it_C.gelu_backward(grad, x, again)
+    torch.ops.d2it_C.gelu_backward(grad[None], x[None], grad[None], again[None], None)
     assert torch.equal(out.nan_to_num(7.0), again.nan_to_num(7.0))
     exact = x[:1001].double().requires_grad_()
     true = torch.nn.functional.gelu(exact, approximate="tanh")
@@ -208,6 +224,53 @@ def test_hooks_on_the_layer_after_gelu_are_called() -> None:
             torch.testing.assert_close(mlp(x), plain + 1)
         mlp.fc2.forward = lambda given: given
         assert mlp(x).shape[-1] == mlp.fc2.in_features
+
+
+def test_hooks_on_the_layer_before_gelu_are_called() -> None:
+    """Forward and backward ones, and what stands in for the layer; its bias has its gradient all the same."""
+    made, x, grad = mlps()
+    ours, plain, _ = made
+    seen = []
+    for mlp, first in ((ours, ours.fc1), (plain, plain[0])):
+        doubled = first.register_forward_hook(lambda layer, given, out: 2 * out)
+        with doubled, first.register_full_backward_hook(lambda layer, given, out: seen.append(out[0].sum())):
+            mlp(x.clone().requires_grad_()).backward(grad)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.fc1.bias.grad, plain[0].bias.grad, rtol=1e-4, atol=1e-4)
+    ours.fc1.forward = lambda given: torch.zeros(2, 7, ours.fc2.in_features)
+    assert ours(x).shape == (2, 7, 96)
+
+
+@pytest.mark.parametrize("how", ["eager", "checkpointed", "compiled", "autocast"])
+def test_the_way_of_a_gpu(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ops.gelu` gives the bias before it its gradient, whatever a step has around it; here on a CPU's backend."""
+    made, x, grad = mlps()
+    monkeypatch.setattr(linear, "_NATIVE_GELU", False)
+    monkeypatch.setattr(linear, "_sums", lambda x: True)
+    given = []
+
+    def gelu(x: Tensor, bias: Tensor, gelu: Any = ops.gelu) -> Tensor:
+        given.append(bias.shape)
+        return gelu(x, bias)
+
+    monkeypatch.setattr(ops, "gelu", gelu)
+    run: Any = made[0]
+    if how == "checkpointed":
+        run = functools.partial(checkpoint, made[0], use_reentrant=False)
+    elif how == "compiled":
+        run = torch.compile(made[0], backend="aot_eager", fullgraph=True)
+    found = []
+    for function, mlp in ((run, made[0]), (made[1], made[1]), (made[2], made[2])):
+        dtype = next(mlp.parameters()).dtype
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast" and dtype == torch.float32):
+            out = function(leaf)
+        found.append([out.detach(), *torch.autograd.grad(out, [leaf, *mlp.parameters()], grad.to(out.dtype))])
+    torch.compiler.reset()
+    assert given
+    assert set(given) == {made[0].fc1.bias.shape}
+    for mine, other, true in zip(*found):
+        assert error(mine, true) <= 3 * error(other, true) + 3e-8
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")

@@ -75,6 +75,11 @@ CASES: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
         lambda x, branch, gate, **kw: ops.gated_residual(x, branch, gate, sample=SAMPLE, **kw),
         (rand(6, 8), rand(6, 8, seed=1), rand(2, 8)),
     ),
+    "gelu": (
+        "gelu",
+        lambda x, bias, **kw: ops.gelu(x + bias.detach(), bias, **kw),
+        (rand(6, 8), rand(8, seed=1)),
+    ),
     "gated_residual_modulate": (
         "gated_residual_modulate",
         lambda *given, **kw: torch.cat(ops.gated_residual_modulate(*given, sample=SAMPLE, **kw)),

@@ -70,6 +70,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "eps": 1e-6,
     },
 }
+CALLS["gelu"] = {"x": torch.zeros(2, 3, 8), "bias": torch.zeros(8)}
 CALLS["encode_grains"] = CALLS["kde_entropy"] | {"thresholds": [0.5]}
 OPTIONAL = {"num_bins", "capacity", "code_sizes", "base", "bias", "segment_ids", "scale", "sample", "slots"}
 TENSORS = (torch.Tensor, list, ops.TokenPlan)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import attn_bench
+import gelu_bench
 import kde_entropy_bench
 import modulate_bench
 import neighbor_copy_bench
@@ -163,6 +164,27 @@ def modulation() -> Iterator[Case]:
                 yield Case(op, f"{prefix}-{name}", direction, cost, call, trips, share=MOVER_SHARE)
 
 
+def block_sums(launch: Launch) -> list[float]:
+    """The sums over blocks of rows, added up."""
+    return [math.ceil(launch.arguments["blocks"] / launch.arguments["ROWS"])]
+
+
+def gelu() -> Iterator[Case]:
+    from d2it.kernels import gelu
+
+    batch, rows, channels = 256, 256, 4608
+    x, bias = meta(batch, rows, channels), meta(channels, dtype=F32)
+    trips: dict[str, Trips] = {
+        "gelu_bwd_kernel": lambda launch: [launch.arguments["BLOCK_ROWS"] / launch.arguments["ROWS"]],
+        "sum_blocks_kernel": block_sums,
+    }
+    calls = {"forward": partial(gelu.gelu_forward, x, bias), "backward": partial(gelu.gelu_backward, x, x, bias)}
+    costs = gelu_bench.costs(batch, rows, channels, BF16)
+    for (direction, call), cost in zip(calls.items(), costs):
+        name = f"B{batch}-L{rows}-C{channels}-bfloat16"
+        yield Case("gelu", name, direction, cost, call, trips, share=MOVER_SHARE)
+
+
 def in_turn(*calls: Callable[[], object]) -> Callable[[], object]:
     """One call that makes all of these."""
     return lambda: [call() for call in calls]
@@ -235,4 +257,4 @@ def optimizer() -> Iterator[Case]:
 @functools.cache
 def cases() -> list[Case]:
     """Every case that has a goal; those that share a kernel stand together."""
-    return [*attention(), *modulation(), *movers(), *entropy(), *neighbor_copy(), *optimizer()]
+    return [*attention(), *modulation(), *gelu(), *movers(), *entropy(), *neighbor_copy(), *optimizer()]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2it import ops
 from d2it.nn import Linear, WindowAttention
-from d2it.nn.linear import gelu_linear
+from d2it.nn.linear import gelu_between
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "d2it", "flash_attn", "xformers")
 
@@ -121,7 +121,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_linear(self.fc1(x), self.fc2)
+        return gelu_between(x, self.fc1, self.fc2)
 
 
 class Modulation(nn.Module):

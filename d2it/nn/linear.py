@@ -1,4 +1,8 @@
-"""A linear layer whose products of float32 matrices are taken by the tiles of AMX where a CPU has them."""
+"""A linear layer whose products of float32 matrices are taken by the tiles of AMX where a CPU has them.
+
+The gradient of a layer's bias is a sum over the rows of the gradient of its output. `bias_apart` leaves it to the
+operator that takes the output, which has the rows at hand while it writes them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from d2it import ops
 from d2it.ops import _native
 from d2it.ops._register import computed_only
+
+_NATIVE_GELU = not ops.why_not("gelu", "cpu")
+_TRITON_GELU = not ops.why_not("gelu", "triton")
 
 LEAST = 1 << 22
 """Multiply-accumulates from which on tiles are faster than PyTorch's product (MKL), measured on two cores."""
@@ -39,10 +47,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x (..., in_features) times the weight's transpose, plus the bias: (..., out_features)."""
-        weight, bias = self.weight, self.bias
-        if suits(x, weight) and (bias is None or _plain(bias)) and x.is_contiguous() and weight.is_contiguous():
-            return _Linear.apply(x, weight, bias)
-        return F.linear(x, weight, bias)
+        return _linear(x, self.weight, self.bias)
 
 
 @functools.cache
@@ -67,23 +72,45 @@ def suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Returns layer(gelu(x)), GELU by tanh; of float32 on a CPU with x alone kept for the backward.
+def bias_apart(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns layer(x), and the layer's bias where its gradient is left to what takes the output.
 
-    GELU is computed again there, in the pass that multiplies by its derivative.
+    In its place None where the layer gives it, if any, itself: what is no `Linear`, or has hooks.
 
     Args:
+        layer: what is called.
         x: (..., in_features).
-        layer: what follows.
     """
-    weight, bias = layer.weight, layer.bias
-    if torch.compiler.is_compiling():
-        return layer(F.gelu(x, approximate="tanh"))
-    fits = type(layer) is Linear and not _hooked(layer)
-    fits = fits and _plain(x) and _plain(weight) and _plain(bias) and x.is_contiguous()
-    if fits and computed_only() and not torch.is_autocast_enabled("cpu") and not _native.why_not("gelu", "cpu"):
-        return _GeluLinear.apply(x, weight, bias)
-    return layer(F.gelu(x, approximate="tanh"))
+    if type(layer) is not Linear or layer.bias is None or hooked(layer):
+        return layer(x), None
+    return _linear(x, layer.weight, layer.bias.detach()), layer.bias
+
+
+def gelu_between(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+    """Returns second(gelu(first(x))), GELU by tanh, whose backward has the gradient of the first layer's bias.
+
+    On a GPU GELU's output is kept for the backward beside its input: to write it again there would be one more pass
+    over a tensor of the hidden width. In float32 on a CPU its input alone is kept.
+
+    Args:
+        x: (..., in_features of the first).
+        first: what makes the hidden layer.
+        second: what follows.
+    """
+    native = _NATIVE_GELU and not torch.compiler.is_compiling() and _plain(x) and computed_only()
+    native = native and not torch.is_autocast_enabled("cpu")
+    if x.ndim not in (2, 3) or not (native or _sums(x)):
+        return second(F.gelu(first(x), approximate="tanh"))
+    hidden, bias = bias_apart(first, x)
+    fits = native and type(second) is Linear and second.bias is not None and not hooked(second)
+    if fits and all(map(_plain, (hidden, second.weight, second.bias))) and hidden.is_contiguous():
+        return _GeluLinear.apply(hidden, bias, second.weight, second.bias)
+    return second(F.gelu(hidden, approximate="tanh") if bias is None else ops.gelu(hidden, bias))
+
+
+def _sums(x: Tensor) -> bool:
+    """Whether `ops.gelu` has a kernel for x that sums its gradient."""
+    return _TRITON_GELU and x.is_cuda and x.dtype != torch.float64
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,14 +125,20 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def _hooked(layer: nn.Module) -> bool:
-    """Whether something waits for a call of the layer, or stands in for it."""
+def hooked(layer: nn.Module) -> bool:
+    """Returns whether something waits for a call of the layer, or stands in for it."""
     own = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return any(own) or "forward" in vars(layer) or _has_any_global_hook()
 
 
 def _plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if suits(x, weight) and (bias is None or _plain(bias)) and x.is_contiguous() and weight.is_contiguous():
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -125,22 +158,28 @@ class _Linear(torch.autograd.Function):
 
 
 class _GeluLinear(torch.autograd.Function):
+    """What follows GELU, of its input x, which has `inner` in it."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, inner: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, inner, weight)
         out = torch.empty_like(x)
-        torch.ops.d2it_C.gelu(x, out)
+        torch.ops.d2it_C.gelu(x.flatten(0, -2), out.flatten(0, -2))
         return product(out.flatten(0, -2), weight.t(), bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, inner, weight = ctx.saved_tensors
+        _, of_inner, of_weight, of_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1]).contiguous()
         dx = product(rows, weight).view(x.shape)
         if torch.is_grad_enabled():  # a derivative of this is asked for
+            x = x if inner is None else x + (inner - inner.detach())
             out = F.gelu(x, approximate="tanh")
             dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
+            dinner = dx.flatten(0, -2).sum(0) if of_inner else None
         else:
-            out = torch.empty_like(x)
-            torch.ops.d2it_C.gelu_backward(dx, x, out)
-        return dx, product(rows.t(), out.flatten(0, -2)), rows.sum(0)
+            out, dinner = torch.empty_like(x), x.new_empty(x.shape[-1:]) if of_inner else None
+            torch.ops.d2it_C.gelu_backward(*(t.flatten(0, -2) for t in (dx, x, dx, out)), dinner)
+        dweight = product(rows.t(), out.flatten(0, -2)) if of_weight else None
+        return dx, dinner, dweight, rows.sum(0) if of_bias else None

@@ -22,6 +22,7 @@ Modulation (DiT, adaLN-Zero):
     adaln_modulate               LayerNorm(x) * (1 + scale) + shift
     gated_residual               x + gate * branch
     gated_residual_modulate      both, one after the other, in one pass
+    gelu                         GELU by tanh, which sums the gradient of the bias before it
 
 Backends:
     available_backends           the backends of an operator that this machine can run
@@ -34,6 +35,7 @@ PyTorch, one function of the same name and signature for each operator.
 
 from d2it.ops import reference
 from d2it.ops._dispatch import available_backends, why_not
+from d2it.ops.gelu import gelu
 from d2it.ops.kde_entropy import encode_grains, grain_map, kde_entropy
 from d2it.ops.modulate import adaln_modulate, gated_residual, gated_residual_modulate
 from d2it.ops.neighbor_copy import neighbor_copy
@@ -50,6 +52,7 @@ __all__ = [
     "encode_grains",
     "gated_residual",
     "gated_residual_modulate",
+    "gelu",
     "grain_map",
     "kde_entropy",
     "neighbor_copy",

@@ -26,7 +26,7 @@ ARGUMENTS = {
     "window_attention_saved_backward": 17,
     "matmul": 4,
     "gelu": 2,
-    "gelu_backward": 3,
+    "gelu_backward": 5,
     "square_sum": 2,
     "adamw": 15,
 }

@@ -355,3 +355,12 @@ def gated_residual_modulate(
     """(total, adaln_modulate(total, shift, scale)) with total = gated_residual(x, branch, gate)."""
     total = gated_residual(x, branch, gate, sample=sample)
     return total, adaln_modulate(total, shift, scale, sample=sample, eps=eps)
+
+
+def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU by tanh in float32 (float64 for float64), rounded once to the dtype of x. A bias is in x already: it adds
+    nothing but its gradient."""
+    wide = x.to(_accumulate(x.dtype))
+    if bias is not None:
+        wide = wide + (bias - bias.detach()).to(wide.dtype)
+    return torch.nn.functional.gelu(wide, approximate="tanh").to(x.dtype)
