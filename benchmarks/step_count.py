@@ -155,6 +155,7 @@ def parts(
     *,
     itemsize: int = 2,
     weights: str = "float32",
+    auto: str = "sdpa",
 ) -> list[Part]:
     """The parts of a step of a content transformer, whose blocks are compiled.
 
@@ -166,6 +167,7 @@ def parts(
         kernels: what `counted_kernels` returns; None takes our kernels' bytes for their floor.
         itemsize: bytes of a number of the residual stream: 2 under autocast, else 4.
         weights: of the blocks, as the setting of a stage: "bfloat16" has float32 masters.
+        auto: what attention=auto is in 16 bits: "flash_attn" where that is installed.
     """
     dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
     stacks = [("dense blocks", config.depth, batch * config.num_tokens, batch * config.num_tokens**2, "images")]
@@ -189,11 +191,12 @@ def parts(
             found.append(Part(where, "window attention", *ours[:2], flops, "products", ours[2], why))
         else:
             moved = (4 + 8) * a_pass
-            why = "the gradients of q, k and v are copied into one: none with attention=d2it or flash_attn"
+            found.append(Part(where, "attention", moved, moved, flops, "attention"))
             # In float32 "auto" is "d2it": the step is a CPU's.
-            in_place = config.attention in ("d2it", "flash_attn") or (config.attention == "auto" and itemsize == 4)
-            copies = 0 if in_place else 6 * a_pass
-            found.append(Part(where, "attention", moved + copies, moved, flops, "attention", None, why))
+            name = ("d2it" if itemsize == 4 else auto) if config.attention == "auto" else config.attention
+            if name == "sdpa":
+                why = "PyTorch's attention returns three: none with flash_attn, or attention=d2it"
+                found.append(Part(where, "gradients of q, k and v into one", 6 * a_pass, 0.0, why=why))
         passes = 2 * 10 * a_pass  # forward 2 + 2, backward 4 + 2, twice a block
         ours = _kernel_pair(kernels, f"gated_residual_modulate {kind}", 2 * depth * rows, passes)
         found.append(Part(where, "gate, residual, norm, modulate", *ours[:2], ms=ours[2]))

@@ -60,6 +60,7 @@ from d2it.data import ImageSource, LatentCache, build_cache, finish_cache
 from d2it.devices import peak_flops
 from d2it.distributed import World
 from d2it.models import DynamicContentTransformer, DynamicVAE
+from d2it.models.attention import PACKAGES, best_attention
 from d2it.models.dit import TransformerConfig
 from d2it.models.flops import fine_tokens
 from d2it.models.layers import Mlp
@@ -175,13 +176,16 @@ def counted(
     options: argparse.Namespace, made: ContentStage, batch: Batch, where: str | None = None
 ) -> dict[str, float]:
     """Figures of a row: bytes, their floor, and the milliseconds that bytes and operations come to."""
+    config = made.network.config
+    auto = best_attention(machine.device(), dtype(), config.dim // config.heads)
     found = step_count.parts(
-        made.network.config,
+        config,
         options.batch_size,
         step_count.Parameters.of(made.network),
         batch.get("fine"),
         itemsize=dtype().itemsize,
         weights=made.settings.weights,
+        auto=auto,
     )
     rates = rates_of(made.settings.preset, options.batch_size, options.image_size)
     some = [part for part in found if where in (None, part.where)]
@@ -405,7 +409,13 @@ def count(options: argparse.Namespace) -> None:
         for some in each_batch(options):
             fine = fine_tokens(grain_maps(some, config.region_grid, config.num_grains), config)
             found = step_count.parts(
-                config, some.batch_size, parameters, fine, kernels or None, weights=options.weights
+                config,
+                some.batch_size,
+                parameters,
+                fine,
+                kernels or None,
+                weights=options.weights,
+                auto=options.attention,
             )
             size = f"{some.image_size} pixels, batch {some.batch_size}, fill {some.fill:g}"
             print(f"\n{preset} at {size}, weights in {options.weights}, on an {options.gpu}")
@@ -432,6 +442,12 @@ def arguments() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         default="float32",
         help="of --count: those of the blocks (%(default)s)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("sdpa", *PACKAGES),
+        default="sdpa",
+        help="of --count: what attention=auto is there, a package where it is installed (%(default)s)",
     )
     parser.add_argument(
         "--at-floor", action="store_true", help="of --count: our kernels at their floors, without compiling them"

@@ -20,6 +20,7 @@ from d2it.models.flops import fine_tokens
 from d2it.models.layers import run_blocks
 from d2it.nn import linear
 
+COPIES = "gradients of q, k and v into one"
 RATES = step_count.assumed_rates("H200")
 
 
@@ -86,10 +87,21 @@ def test_bytes_are_those_that_the_operators_of_a_block_move(attention: str, monk
         found["gate, residual, norm, modulate"].bytes, rel=0.2
     )  # and parameters, few rows here
     assert moved.of["aten.sum"] == pytest.approx(found["gradients of biases"].bytes, rel=0.1)
-    copies = found["attention"].bytes - found["attention"].floor
+    copies = found[COPIES].bytes if attention == "sdpa" else 0.0
     of_modulations = 2 * 4 * batch * config.dim * (6 * config.depth + 2)  # the gradients of a modulation's pieces
     assert moved.of["aten.stack"] == copies + of_modulations
-    assert (copies > 0) == (attention == "sdpa")
+    assert (COPIES in found) == (attention == "sdpa")
+
+
+def test_a_package_that_writes_one_gradient_saves_its_copy() -> None:
+    config = step_count.config_of("D2iT-XL", 256)
+    parameters = step_count.Parameters(1, 1, 1, 1)
+    names = {
+        auto: [part.name for part in step_count.parts(config, 8, parameters, auto=auto)]
+        for auto in ("sdpa", "flash_attn", "xformers")
+    }
+    assert names["flash_attn"] == names["xformers"] == [name for name in names["sdpa"] if name != COPIES]
+    assert COPIES in names["sdpa"]
 
 
 def test_what_misses_its_floor_is_named() -> None:

@@ -367,6 +367,8 @@ def test_attention_of_other_packages(package: str, monkeypatch: pytest.MonkeyPat
         (tmp_path / "flash_attn.py").write_text(source)
     else:  # (B, L, H, D) each
         source += (
+            "def unbind(x, dim):\n"
+            "    return x.unbind(dim)\n"
             "def memory_efficient_attention(query, key, value):\n"
             "    q, k, v = (x.transpose(1, 2) for x in (query, key, value))\n"
             "    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)\n"

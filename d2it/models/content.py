@@ -39,7 +39,7 @@ class ContentTransformerConfig(TransformerConfig):
         mlp_ratio: width of an MLP's hidden layer over `dim`.
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
-        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`layers.attention`), in the Multi-grained Net.
+        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`models.attention`), in the Multi-grained Net.
         diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
         image_size: pixels, (height, width) or one side; multiples of the coarsest downsampling factor.
         downsampling: the autoencoder's factors, finest first: their number is the number of grains k.

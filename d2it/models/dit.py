@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2it.diffusion.process import DiffusionConfig
 from d2it.models import layers
+from d2it.models.attention import check_attention_backend
 from d2it.models.base import Model, check_share, check_whole, pair
 from d2it.models.presets import DIT_PRESETS
 
@@ -27,7 +28,7 @@ class TransformerConfig(abc.ABC):
         mlp_ratio: width of an MLP's hidden layer over `dim`.
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
-        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`layers.attention`).
+        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`models.attention`).
         diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
     """
 
@@ -54,7 +55,7 @@ class TransformerConfig(abc.ABC):
             raise ValueError(f"patch_size must divide the grid {self.grid[0]} x {self.grid[1]}, got {self.patch_size}")
         if self.dim % self.heads:
             raise ValueError(f"heads must divide the width {self.dim}, got {self.heads}")
-        layers.check_attention_backend(self.attention)
+        check_attention_backend(self.attention)
 
     @property
     @abc.abstractmethod
@@ -192,7 +193,7 @@ class DiTConfig(TransformerConfig):
         mlp_ratio: width of an MLP's hidden layer over `dim`.
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
-        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`layers.attention`).
+        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`models.attention`).
         diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
         image_size: pixels, (height, width) or one side; the latent grid is image_size / downsampling.
         downsampling: the autoencoder's factor.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from d2it import ops
 from d2it.diffusion.grains import Generators, copy_codes, randn
 from d2it.models import layers
+from d2it.models.attention import attention
 from d2it.models.base import Model, check_whole, set_whole_tuples
 from d2it.models.presets import VAE_PRESETS
 
@@ -151,7 +152,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, L, C)
-        out = layers.attention(self.qkv(tokens).reshape(b, h * w, 3, 1, c)).reshape(b, h * w, c)
+        out = attention(self.qkv(tokens).reshape(b, h * w, 3, 1, c)).reshape(b, h * w, c)
         return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
 
 

@@ -28,7 +28,7 @@ class GrainTransformerConfig(TransformerConfig):
         mlp_ratio: width of an MLP's hidden layer over `dim`.
         num_classes: 0 (or None) for an unconditional model.
         class_dropout_prob: share of the labels that training replaces by the null label.
-        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`layers.attention`).
+        attention: "auto" | "sdpa" | "d2it" | "flash_attn" | "xformers" (`models.attention`).
         diffusion: how its data are noised and what it predicts (`d2it.diffusion.DiffusionConfig`).
         grid: (H/S, W/S) of the grain map, or one side.
         num_grains: k.

@@ -9,7 +9,6 @@ modulation and the conditioning vector that it comes from are in float32.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable
@@ -21,12 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2it import ops
+from d2it.models.attention import attention
 from d2it.nn import Linear, WindowAttention
 from d2it.nn.linear import gelu_between
-
-ATTENTION_BACKENDS = ("auto", "sdpa", "d2it", "flash_attn", "xformers")
-
-_OURS_ON_CPU = not ops.why_not("window_attention_qkvpacked", "cpu")
 
 
 def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Tensor | None]) -> None:
@@ -42,38 +38,6 @@ def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Ten
         cast = x.is_floating_point() and torch.is_autocast_enabled(device.type)
         if x.dtype != weight.dtype and not cast:
             raise ValueError(f"{name} must be {weight.dtype} as the weights are (or autocast be on), got {x.dtype}")
-
-
-def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
-    """Global attention: (B, L, 3, H, D) -> (B, L, H, D).
-
-    "sdpa" is PyTorch's own choice (flash, cuDNN, memory-efficient, or mathematics on CPU); "flash_attn" and "xformers"
-    call those packages. "d2it" is `d2it.ops.window_attention_qkvpacked` with an image as its window, whose backward
-    writes the gradient of `qkv` where the projection reads it; the others' is joined from three but for "flash_attn".
-    "auto" is "d2it" for float32 on a CPU, where that is the faster, and "sdpa" elsewhere.
-    """
-    ours = _OURS_ON_CPU and qkv.device.type == "cpu" and qkv.dtype == torch.float32
-    if backend == "d2it" or (backend == "auto" and ours):
-        return ops.window_attention_qkvpacked(qkv)
-    if backend == "flash_attn":
-        from flash_attn import flash_attn_qkvpacked_func
-
-        return flash_attn_qkvpacked_func(qkv)
-    q, k, v = qkv.unbind(2)  # (B, L, H, D)
-    if backend == "xformers":
-        from xformers.ops import memory_efficient_attention
-
-        return memory_efficient_attention(q, k, v)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def check_attention_backend(name: str) -> None:
-    """Raises ValueError where the backend is unknown or its package is not installed."""
-    if name not in ATTENTION_BACKENDS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTION_BACKENDS)}, got {name!r}")
-    if name in ("flash_attn", "xformers") and importlib.util.find_spec(name) is None:
-        raise ValueError(f"attention={name!r} needs the package {name}, which is not installed")
 
 
 class Recomputable(nn.Module):
