@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -203,5 +205,20 @@ struct RowOffsets {
 
   bool adjacent() const { return channel == 1 && length == INT64_MAX; }
 };
+
+// An unwritten contiguous tensor on the CPU, of at most 4 dimensions. Made in Python it takes 1 to 1.5 us,
+// more than small rows take to be worked on; by torch's dispatcher half as long again as by the function it
+// is here.
+inline torch::stable::Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size,
+                                   torch::headeronly::ScalarType dtype) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t d = size.size(); d-- > 0; stride *= std::max<int64_t>(size[d], 1)) strides[d] = stride;
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return torch::stable::Tensor(made);
+}
 
 } // namespace d2it

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -45,7 +46,7 @@ class Parameter {
   int64_t image_ = -1;
 };
 
-// The image of every row: row / length, or the one that `sample` names.
+// The image of every row: row / length, or the one that `sample` names, which has to be one of `count`.
 class Images {
  public:
   Images(const Tensor& x, const std::optional<Tensor>& sample, int64_t count) : length_(x.size(x.dim() - 2)) {
@@ -61,16 +62,14 @@ class Images {
     };
     sample->scalar_type() == ScalarType::Int ? copy(static_cast<const int32_t*>(sample->const_data_ptr()))
                                              : copy(static_cast<const int64_t*>(sample->const_data_ptr()));
-    good_ = good;
+    if (!good) d2it::fail("sample must name images 0..", count - 1);
   }
 
-  bool good() const { return good_; }
   int64_t of(int64_t row) const { return of_.empty() ? row / length_ : of_[row]; }
 
  private:
   int64_t length_;
   std::vector<int64_t> of_;
-  bool good_ = true;
 };
 
 // ----------------------------------------------------------------------------------------------------
@@ -202,18 +201,26 @@ D2IT_CLONES void gate_backward(const float* __restrict grad, const float* __rest
 }
 
 // ----------------------------------------------------------------------------------------------------
-// Operators. Results are contiguous, the gradients of parameters float32. False: a sample names no image.
+// Operators. Results are contiguous, the gradients of parameters float32. They throw where a sample names no
+// image.
+
+Tensor unwritten_like(const Tensor& tensor) { return d2it::empty(tensor.sizes(), tensor.scalar_type()); }
+
+Tensor floats_like(const Tensor& parameter) { return d2it::empty(parameter.sizes(), ScalarType::Float); }
+
+// Room for mean and 1 / deviation of the rows.
+Tensor stats_of(const Tensor& x) { return d2it::empty({rows_of(x), 2}, ScalarType::Float); }
 
 // The elements of a contiguous float32 tensor.
 float* floats_of(const Tensor& tensor) {
   return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
 }
 
-bool adaln_modulate(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> sample, double eps,
-                    Tensor out, Tensor stats) {
+std::tuple<Tensor, Tensor> adaln_modulate(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> sample,
+                                          double eps) {
   const Images images(x, sample, scale.size(0));
-  if (!images.good()) return false;
-  if (out.numel() == 0) return true;
+  Tensor out = unwritten_like(x), stats = stats_of(x);
+  if (out.numel() == 0) return {out, stats};
   const int64_t channels = x.size(x.dim() - 1);
   const Rows from(x), to(out), shifts(shift), scales(scale);
   float* const moments = floats_of(stats);
@@ -228,14 +235,14 @@ bool adaln_modulate(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> 
       to.store(r, line);
     }
   });
-  return true;
+  return {out, stats};
 }
 
-void adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale, std::optional<Tensor> sample,
-                             Tensor dx, Tensor dshift, Tensor dscale) {
+std::tuple<Tensor, Tensor, Tensor> adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale,
+                                                           std::optional<Tensor> sample) {
   const Images images(x, sample, scale.size(0));
-  if (!images.good()) d2it::fail("sample must name images 0..", scale.size(0) - 1);
-  if (scale.numel() == 0) return;
+  Tensor dx = unwritten_like(x), dshift = floats_like(scale), dscale = floats_like(scale);
+  if (scale.numel() == 0) return {dx, dshift, dscale};
   const int64_t channels = x.size(x.dim() - 1), rows = rows_of(x);
   const Rows grads(grad), from(x), to(dx), scales(scale);
   const float* const moments = floats_of(stats);
@@ -254,12 +261,13 @@ void adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale, 
   });
   runs.add_up(0, dshift);
   runs.add_up(1, dscale);
+  return {dx, dshift, dscale};
 }
 
-bool gated_residual(Tensor x, Tensor branch, Tensor gate, std::optional<Tensor> sample, Tensor out) {
+Tensor gated_residual(Tensor x, Tensor branch, Tensor gate, std::optional<Tensor> sample) {
   const Images images(x, sample, gate.size(0));
-  if (!images.good()) return false;
-  if (out.numel() == 0) return true;
+  Tensor out = unwritten_like(x);
+  if (out.numel() == 0) return out;
   const int64_t channels = x.size(x.dim() - 1);
   const Rows from(x), branches(branch), to(out), gates(gate);
   for_blocks(rows_of(x), channels, [&](int64_t begin, int64_t end) {
@@ -272,14 +280,14 @@ bool gated_residual(Tensor x, Tensor branch, Tensor gate, std::optional<Tensor> 
       to.store(r, line);
     }
   });
-  return true;
+  return out;
 }
 
-void gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, std::optional<Tensor> sample,
-                             Tensor dbranch, Tensor dgate) {
+std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, Tensor gate,
+                                                   std::optional<Tensor> sample) {
   const Images images(branch, sample, gate.size(0));
-  if (!images.good()) d2it::fail("sample must name images 0..", gate.size(0) - 1);
-  if (gate.numel() == 0) return;
+  Tensor dbranch = unwritten_like(branch), dgate = floats_like(gate);
+  if (gate.numel() == 0) return {dbranch, dgate};
   const int64_t channels = branch.size(branch.dim() - 1), rows = rows_of(branch);
   const Rows grads(grad), branches(branch), to(dbranch), gates(gate);
   Runs runs(rows, channels, 1);
@@ -295,14 +303,15 @@ void gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, std::optio
     }
   });
   runs.add_up(0, dgate);
+  return {dbranch, dgate};
 }
 
-bool gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale,
-                             std::optional<Tensor> sample, double eps, Tensor total, Tensor out,
-                             Tensor stats) {
+std::tuple<Tensor, Tensor, Tensor> gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift,
+                                                           Tensor scale, std::optional<Tensor> sample,
+                                                           double eps) {
   const Images images(x, sample, scale.size(0));
-  if (!images.good()) return false;
-  if (out.numel() == 0) return true;
+  Tensor total = unwritten_like(x), out = unwritten_like(x), stats = stats_of(x);
+  if (out.numel() == 0) return {total, out, stats};
   const int64_t channels = x.size(x.dim() - 1);
   const Rows from(x), branches(branch), totals(total), to(out), gates(gate), shifts(shift), scales(scale);
   float* const moments = floats_of(stats);
@@ -322,15 +331,16 @@ bool gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift,
       to.store(r, line);
     }
   });
-  return true;
+  return {total, out, stats};
 }
 
-void gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats,
-                                      Tensor branch, Tensor gate, Tensor scale, std::optional<Tensor> sample,
-                                      Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_modulate_backward(
+    Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor branch, Tensor gate, Tensor scale,
+    std::optional<Tensor> sample) {
   const Images images(total, sample, scale.size(0));
-  if (!images.good()) d2it::fail("sample must name images 0..", scale.size(0) - 1);
-  if (scale.numel() == 0) return;
+  Tensor dx = unwritten_like(total), dbranch = unwritten_like(branch);
+  Tensor dgate = floats_like(gate), dshift = floats_like(scale), dscale = floats_like(scale);
+  if (scale.numel() == 0) return {dx, dbranch, dgate, dshift, dscale};
   const int64_t channels = total.size(total.dim() - 1), rows = rows_of(total);
   const Rows grads(grad), grads_total(grad_total), from(total), branches(branch), gates(gate), scales(scale);
   const Rows to(dx), to_branch(dbranch);
@@ -357,6 +367,7 @@ void gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor tot
   runs.add_up(0, dshift);
   runs.add_up(1, dscale);
   runs.add_up(2, dgate);
+  return {dx, dbranch, dgate, dshift, dscale};
 }
 
 } // namespace

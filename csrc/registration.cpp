@@ -1,6 +1,8 @@
 // The schemas of every C++ operator. Each operator's own file holds its implementation and registers it for
-// its device. Python (d2it/ops) allocates the results and defines what autograd and torch.compile see, so the
-// operators here fill tensors they are given. One that checks values returns whether they are valid.
+// its device. Python (d2it/ops) defines what autograd and torch.compile see. It also allocates the results,
+// but for the operators that are mostly called with few rows and on the CPU alone: to allocate theirs in C++
+// takes half the time. One that checks values returns whether they are valid, or throws where it returns its
+// results.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(d2it_C, m) {
@@ -9,29 +11,25 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
   m.def(
       "kde_entropy(Tensor images, Tensor? thresholds, int region_size, int num_bins, float low, float high, "
       "float sigma, bool normalize, float slack, Tensor(a!) entropy, Tensor(b!)? grains) -> bool");
-  m.def("gather_rows(Tensor rows_of, Tensor? source, Tensor? base, Tensor(a!) out) -> bool");
+  m.def("pack_tokens(Tensor x, Tensor index) -> Tensor");
+  m.def("unpack_tokens(Tensor? packed, Tensor? base, Tensor inverse, int batch, int cells) -> Tensor");
   m.def(
       "plan_tokens(Tensor grain_map, int cells_per_region, int window, int min_grain, int[] code_sizes, "
       "Tensor(a!) index, Tensor(b!) inverse, Tensor(c!) slots, Tensor(d!) sample, Tensor(e!) count) -> bool");
   m.def(
-      "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps, "
-      "Tensor(a!) out, Tensor(b!) stats) -> bool");
+      "adaln_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? sample, float eps) -> (Tensor, Tensor)");
   m.def(
-      "adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale, Tensor? sample, "
-      "Tensor(a!) dx, Tensor(b!) dshift, Tensor(c!) dscale) -> ()");
-  m.def("gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample, Tensor(a!) out) -> bool");
+      "adaln_modulate_backward(Tensor grad, Tensor x, Tensor stats, Tensor scale, Tensor? sample) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample) -> Tensor");
   m.def(
-      "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, Tensor(a!) dbranch, "
-      "Tensor(b!) dgate) -> ()");
+      "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample) -> (Tensor, Tensor)");
   m.def(
       "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? "
-      "sample, "
-      "float eps, Tensor(a!) total, Tensor(b!) out, Tensor(c!) stats) -> bool");
+      "sample, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor "
-      "branch, "
-      "Tensor gate, Tensor scale, Tensor? sample, Tensor(a!) dx, Tensor(b!) dbranch, Tensor(c!) dgate, "
-      "Tensor(d!) dshift, Tensor(e!) dscale) -> ()");
+      "branch, Tensor gate, Tensor scale, Tensor? sample) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, Tensor? segment_ids, "
       "float scale, Tensor(a!) out) -> bool");

@@ -24,8 +24,14 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
+from torch._C import _len_torch_function_stack as count_function_modes
+from torch._C._autograd import _profiler_enabled as is_profiling
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from d2it.ops._dispatch import device_of
 
@@ -48,6 +54,9 @@ _KNOWN: dict[tuple[Any, ...], Callable[..., Any]] = {}
 MOST_KNOWN = 4096
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = _TENSORS | {type(None), float, int, bool, str}
+
+_JUDGES: dict[type, Callable[[Any], tuple[Any, ...] | None]] = {}
+"""Of other types of arguments: what a call is judged by of one, or None where it is to be judged itself."""
 
 
 def implement(op: str, backend: str, target: str | Callable[..., Any], *, checks_values: bool = False) -> None:
@@ -73,21 +82,27 @@ def implement(op: str, backend: str, target: str | Callable[..., Any], *, checks
         _SELF_CHECKING.add((op, backend))
 
 
+def judged_by(kind: type, judge: Callable[[Any], tuple[Any, ...] | None]) -> None:
+    """Lets `known` and `remember` take arguments of a type: `judge` returns all that calls are judged by of one, or
+    None where nothing was found out about it yet."""
+    _JUDGES[kind] = judge
+
+
 def computed_only() -> bool:
     """Whether a call now is only to be computed: nothing traces, transforms or records it."""
     return not (
-        torch.compiler.is_compiling()
-        or _C._are_functorch_transforms_active()
+        is_compiling()
+        or are_transforms_active()
         or forward_ad._current_level >= 0
-        or _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
-        or _C._is_tracing()
+        or count_dispatch_modes()
+        or count_function_modes()
+        or is_tracing()
     )
 
 
 def _eager() -> bool:
     """Whether a call now is only to be computed, and no profiler wants to know its name."""
-    return computed_only() and not _C._autograd._profiler_enabled()
+    return computed_only() and not is_profiling()
 
 
 def _kinds(op: str, backend: str | None, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -104,6 +119,8 @@ def _kinds(op: str, backend: str | None, args: tuple[Any, ...]) -> tuple[Any, ..
                 kinds.append(arg)
             elif kind is int:
                 kinds += int, arg  # 1 is 1.0
+            elif (judge := _JUDGES.get(kind)) and (found := judge(arg)):
+                kinds += found
             else:
                 return None
     except RuntimeError:  # a nested tensor has no shape
@@ -210,13 +227,13 @@ def operator(
 
     def enter(*args: Any) -> Any:
         # Straight to the autograd function: the dispatcher's way to one in Python takes 14 us.
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return op(*args)
-        if _C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return Function.apply(*flatten(args))
         direct = _DIRECT.get((name, args[-1]))
         if direct is not None and _eager() and _PLAIN.issuperset(map(type, args)):
             return direct(*args[:-1])
+        if are_transforms_active() or forward_ad._current_level >= 0:
+            return Function.apply(*flatten(args))
         return call(*args)
 
     class Function(torch.autograd.Function):
@@ -293,13 +310,14 @@ def _with_gradient(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = function(*args)
-            ctx.lengths, ctx.needs = None, ctx.needs_input_grad
+            ctx.lengths = None
             if setup is not None:
                 setup(ctx, (*args, backend), output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
+            ctx.needs = ctx.needs_input_grad
             return tuple(backward(ctx, *grads))
 
     Direct.__name__ = f"{name}_{backend}_autograd"

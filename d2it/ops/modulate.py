@@ -351,54 +351,44 @@ _call_fused_backward = operator(
 # ---- C++ on CPU: it sums the gradients of parameters in float32 ------------------------------------------------------
 
 
-_CONTIGUOUS = torch.contiguous_format
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=_CONTIGUOUS)  # half the time of new_empty
-
-
-def _sum(parameter: Tensor) -> Tensor:
-    return torch.empty_like(parameter, dtype=torch.float32, memory_format=_CONTIGUOUS)
-
-
 def _native_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    out, stats = _empty(x), _stats(x)
-    if not torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps, out, stats):
-        check_sample(sample, scale.shape[0])  # raises: the C++ operator only reports that a sample is wrong
-    return out, stats
+    try:
+        return torch.ops.d2it_C.adaln_modulate(x, shift, scale, sample, eps)
+    except RuntimeError:
+        check_sample(sample, scale.shape[0])  # the same error, as a ValueError
+        raise
 
 
 def _native_modulate_backward(
     grad: Tensor, x: Tensor, stats: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
-    dx, dshift, dscale = _empty(x), _sum(scale), _sum(scale)
-    torch.ops.d2it_C.adaln_modulate_backward(grad, x, stats, scale, sample, dx, dshift, dscale)
+    dx, dshift, dscale = torch.ops.d2it_C.adaln_modulate_backward(grad, x, stats, scale, sample)
     return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
 def _native_gate(x: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> Tensor:
-    out = _empty(x)
-    if not torch.ops.d2it_C.gated_residual(x, branch, gate, sample, out):
+    try:
+        return torch.ops.d2it_C.gated_residual(x, branch, gate, sample)
+    except RuntimeError:
         check_sample(sample, gate.shape[0])
-    return out
+        raise
 
 
 def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor]:
-    dbranch, dgate = _empty(branch), _sum(gate)
-    torch.ops.d2it_C.gated_residual_backward(grad, branch, gate, sample, dbranch, dgate)
+    dbranch, dgate = torch.ops.d2it_C.gated_residual_backward(grad, branch, gate, sample)
     return dbranch, dgate.to(gate.dtype)
 
 
 def _native_fused(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
-    total, out, stats = _empty(x), _empty(x), _stats(x)
-    if not torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps, total, out, stats):
+    try:
+        return torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps)
+    except RuntimeError:
         check_sample(sample, scale.shape[0])
-    return total, out, stats
+        raise
 
 
 def _native_fused_backward(
@@ -412,9 +402,8 @@ def _native_fused_backward(
     sample: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    dx, dbranch, dgate, dshift, dscale = _empty(total), _empty(branch), _sum(gate), _sum(scale), _sum(scale)
-    torch.ops.d2it_C.gated_residual_modulate_backward(
-        grad_total, grad, total, stats, branch, gate, scale, sample, dx, dbranch, dgate, dshift, dscale
+    dx, dbranch, dgate, dshift, dscale = torch.ops.d2it_C.gated_residual_modulate_backward(
+        grad_total, grad, total, stats, branch, gate, scale, sample
     )
     return dx, dbranch, dgate.to(gate.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
 from d2it.ops._register import direct, implement, known, operator, remember
-from d2it.ops.plan import TokenPlan, check_plan, check_range, is_trusted
+from d2it.ops.plan import TokenPlan, check_plan, check_range
 
 
 def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
         >>> ops.pack_tokens(torch.arange(8.0).reshape(1, 8, 1), plan).flatten()
         tensor([2., 3., 6., 7.])
     """
-    if is_trusted(plan) and (run := known("pack_tokens", backend, (x, *_of(plan)))) is not None:
+    if (run := known("pack_tokens", backend, (x, plan))) is not None:
         return run(x, plan.index, plan.inverse)
     _check.tensor("x", x, ndim=3, dtypes=_check.FLOATS)
     check_plan(plan)
@@ -45,7 +45,7 @@ def pack_tokens(x: Tensor, plan: TokenPlan, *, backend: str | None = None) -> Te
         tuple(x.shape),
     )
     name = choose("pack_tokens", backend, x, plan)
-    remember("pack_tokens", backend, (x, *_of(plan)), name)
+    remember("pack_tokens", backend, (x, plan), name)
     if name == "reference":
         return reference.pack_tokens(x, plan)
     return _call_pack_tokens(x, plan.index, plan.inverse, name)
@@ -71,8 +71,8 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
         >>> ops.unpack_tokens(torch.arange(1.0, 5.0).reshape(4, 1), plan).flatten()
         tensor([0., 0., 1., 2., 0., 0., 3., 4.])
     """
-    if is_trusted(plan) and (run := known("unpack_tokens", backend, (packed, base, *_of(plan)))) is not None:
-        return run(packed, base, *_of(plan))
+    if (run := known("unpack_tokens", backend, (packed, base, plan))) is not None:
+        return run(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image)
     _check.tensor("packed", packed, ndim=2, dtypes=_check.FLOATS)
     check_plan(plan)
     _check.same("device", "plan", plan.index, "packed", packed)
@@ -89,15 +89,10 @@ def unpack_tokens(packed: Tensor, plan: TokenPlan, base: Tensor | None = None, *
         _check.same("device", "packed", packed, "base", base)
         _check.require(tuple(base.shape) == shape, "base", lambda: f"have shape {shape}", tuple(base.shape))
     name = choose("unpack_tokens", backend, packed, plan, base)
-    remember("unpack_tokens", backend, (packed, base, *_of(plan)), name)
+    remember("unpack_tokens", backend, (packed, base, plan), name)
     if name == "reference":
         return reference.unpack_tokens(packed, plan, base)
-    return _call_unpack_tokens(packed, base, *_of(plan), name)
-
-
-def _of(plan: TokenPlan) -> tuple[Tensor, Tensor, int, int]:
-    """What the operators take of a plan, and all that their arguments are judged by."""
-    return plan.index, plan.inverse, plan.batch, plan.cells_per_image
+    return _call_unpack_tokens(packed, base, plan.index, plan.inverse, plan.batch, plan.cells_per_image, name)
 
 
 def _pack_fake(x: Tensor, index: Tensor, inverse: Tensor, backend: str) -> Tensor:
@@ -107,7 +102,7 @@ def _pack_fake(x: Tensor, index: Tensor, inverse: Tensor, backend: str) -> Tenso
 def _pack_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, index, inverse, ctx.backend = inputs
     ctx.save_for_backward(index, inverse)
-    ctx.batch, ctx.cells = x.shape[0], x.shape[1]
+    ctx.batch, ctx.cells, _ = x.shape
 
 
 def _pack_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
@@ -164,23 +159,24 @@ _call_unpack_tokens = operator(
 
 
 def _native_pack(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    packed = _pack_fake(x, index, inverse, "")
-    if not torch.ops.d2it_C.gather_rows(index, x, None, packed):
-        check_range(index, x.shape[0] * x.shape[1], "index")  # raises: the C++ operator only reports that one is wrong
-    return packed
+    try:
+        return torch.ops.d2it_C.pack_tokens(x, index)
+    except RuntimeError:
+        check_range(index, x.shape[0] * x.shape[1], "index")  # the same error, as a ValueError
+        raise
 
 
 def _native_unpack(packed: Tensor | None, base: Any, index: Tensor, inverse: Tensor, batch: int, cells: int) -> Tensor:
-    out = _unpack_fake(packed, base, index, inverse, batch, cells, "")
-    if not torch.ops.d2it_C.gather_rows(inverse, packed, base, out):
+    try:
+        return torch.ops.d2it_C.unpack_tokens(packed, base, inverse, batch, cells)
+    except RuntimeError:
         check_range(inverse, index.shape[0], "inverse")
-    return out
+        raise
 
 
-for _op in ("pack_tokens", "unpack_tokens"):
+for _op, _native in (("pack_tokens", _native_pack), ("unpack_tokens", _native_unpack)):
     register_backend(_op, "reference")
     register_backend(_op, "triton")
-    register_backend(_op, "cpu", native="gather_rows")
+    register_backend(_op, "cpu", native=_op)
     implement(_op, "triton", f"d2it.kernels.pack_tokens:{_op}_forward")
-implement("pack_tokens", "cpu", _native_pack, checks_values=True)
-implement("unpack_tokens", "cpu", _native_unpack, checks_values=True)
+    implement(_op, "cpu", _native, checks_values=True)

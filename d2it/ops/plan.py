@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from d2it.ops import _check
+from d2it.ops._register import judged_by
 
 MOST_CELLS = 2**31 - 2**22  # of a plan, and most rows: int32 positions, rounded up to whole blocks
 
@@ -94,13 +95,20 @@ torch.serialization.add_safe_globals([TokenPlan])
 
 def trusted(plan: TokenPlan) -> TokenPlan:
     """Marks a plan as right, so that its use does not check it again."""
-    object.__setattr__(plan, "_versions", _versions(plan))
+    kinds = None
+    if type(plan.index) is Tensor is type(plan.inverse):
+        kinds = plan.capacity, plan.batch, plan.cells_per_image, plan.index.device
+    object.__setattr__(plan, "_trusted", (_versions(plan), kinds))
     return plan
 
 
-def _versions(plan: TokenPlan) -> tuple[int, ...]:
+def _versions(plan: TokenPlan) -> tuple[int, int]:
     """Of the tensors that packing reads: a change in place counts them up."""
-    return tuple(0 if t.is_inference() else t._version for t in (plan.index, plan.inverse))
+    index, inverse = plan.index, plan.inverse
+    return (
+        0 if index.is_inference() else index._version,
+        0 if inverse.is_inference() else inverse._version,
+    )
 
 
 def is_trusted(plan: Any) -> bool:
@@ -108,9 +116,18 @@ def is_trusted(plan: Any) -> bool:
     return (
         type(plan) is TokenPlan
         and not torch.compiler.is_compiling()
-        and "_versions" in plan.__dict__
-        and plan.__dict__["_versions"] == _versions(plan)
+        and "_trusted" in plan.__dict__
+        and plan.__dict__["_trusted"][0] == _versions(plan)
     )
+
+
+def _kinds(plan: TokenPlan) -> tuple[Any, ...] | None:
+    """All that a call is judged by of a plan, once it is trusted."""
+    mark = plan.__dict__.get("_trusted")
+    return mark[1] if mark is not None and mark[0] == _versions(plan) else None
+
+
+judged_by(TokenPlan, _kinds)
 
 
 def check_plan(plan: Any) -> None:

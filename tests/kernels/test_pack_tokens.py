@@ -13,11 +13,13 @@ from tests.kernels.harness import DEVICE, INTERPRETED, ROOT, Call, KernelSuite, 
 
 FILE = "kernels/pack_tokens.py"
 ROWS = {
-    "row of the source": ("reinterpret_cast<int64_t>(source) + «row * source_row»", "0"),
-    "row of the base": ("reinterpret_cast<int64_t>(base) + «r * base_row»", "0"),
-    "last byte": ("std::memcpy(to, from, «bytes»)", "bytes - 1"),
-    "row of a block": ("base + «(r + i)» * bytes, bytes)", "r"),
-    "block of zeros": ("std::memset(to + i * bytes, «0», bytes)", "64"),
+    "row of the source": ("reinterpret_cast<int64_t>(source.data) + «row * source.stride»", "0"),
+    "row of the base": ("reinterpret_cast<int64_t>(base.data) + «r * base.stride»", "0"),
+    "last byte of a known size": ("std::memcpy(to, from, «kBytes»)", "kBytes - 1"),
+    "vector of a row": ("*reinterpret_cast<const Vector*>(from + «i»)", "0"),
+    "last byte": ("std::memcpy(to + i, from + i, «bytes - i»)", "bytes - i - 1"),
+    "row of a block": ("base.at(«r + i»), kBytes)", "r"),
+    "block of zeros": ("std::memset(to + i * kBytes, «0», kBytes)", "64"),
     "first of a block": ("all &= «rows_of[r + i]»", "rows_of[r]"),
     "row of a strided image": ("r / length * batch + «r % length * row»", "0"),
     "channel of a strided row": ("*to++ = first[«c * from.offsets.channel»]", "0"),
