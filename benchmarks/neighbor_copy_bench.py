@@ -67,15 +67,37 @@ def rival(widen: Callable[[Tensor, int], Tensor], compiled: bool) -> Run:
     return lambda given: function(widen, **given)
 
 
-def costs(batch: int, channels: int, side: int, fills: Sequence[float], dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """Floors of forward and backward: of every region its own grain, and the finest grid; its gradient, and every
-    grain's."""
+SECTOR = 32
+"""Bytes that memory moves at once; a CPU moves twice as many."""
+
+
+def share_moved(grain_map: Tensor, grain: int, together: int) -> float:
+    """Of the sectors of a grain's latents, each of `together` adjacent cells, the share that has a cell to be read."""
+    wanted = (grain_map == grain).repeat_interleave(1 << grain, 1).repeat_interleave(1 << grain, 2)
+    return wanted.flatten(1).unflatten(1, (-1, together)).any(-1).float().mean().item()
+
+
+def shares_moved(
+    batch: int, channels: int, side: int, fills: Sequence[float], dtype: torch.dtype, layout: Any
+) -> list[float]:
+    """`share_moved` of every grain, on a map like those that are measured."""
+    of_cell = dtype.itemsize * (1 if layout is torch.contiguous_format else channels)
+    regions = grain_map(batch, side, fills, torch.Generator().manual_seed(0))
+    return [share_moved(regions, grain, max(SECTOR // of_cell, 1)) for grain in range(len(fills))]
+
+
+def costs(
+    batch: int, channels: int, side: int, fills: Sequence[float], dtype: torch.dtype, layout: Any
+) -> tuple[Cost, Cost]:
+    """Floors of forward and backward: of every grain the sectors with a cell that is read, and the finest grid; its
+    gradient, and every grain's."""
     # Of a coarser grain, a fine cell is a quarter, a sixteenth, ... of an element.
     finest = batch * channels * (side << len(fills) - 1) ** 2 * dtype.itemsize
-    shares = [0.25**i for i in range(len(fills) - 1, -1, -1)]
+    sizes = [0.25**i for i in range(len(fills) - 1, -1, -1)]
     regions = batch * side**2 * 8
-    read = sum(fill * share for fill, share in zip(fills, shares))
-    return Cost(bytes=int(finest * (read + 1)) + regions), Cost(bytes=int(finest * (1 + sum(shares))) + regions)
+    moved = shares_moved(batch, channels, side, fills, dtype, layout)
+    read = sum(share * size for share, size in zip(moved, sizes))
+    return Cost(bytes=int(finest * (read + 1)) + regions), Cost(bytes=int(finest * (1 + sum(sizes))) + regions)
 
 
 def benches() -> Iterator[Bench]:
@@ -108,7 +130,7 @@ def benches() -> Iterator[Bench]:
         for name, widen in (("repeat_interleave", repeat), ("interpolate", interpolate)):
             contenders[f"eager {name} + where"] = partial(rival, widen, False)
             contenders[f"compiled {name} + where"] = partial(rival, widen, True)
-        forward, backward = costs(batch, channels, side, fills, dtype)
+        forward, backward = costs(batch, channels, side, fills, dtype, layout)
         yield Bench(
             case=f"B{batch}-C{channels}-{side}x{side}-fill{'-'.join(map(str, fills[1:]))}-{str(dtype)[6:]}"
             f"{'-channels_last' if layout is pixels else ''}",

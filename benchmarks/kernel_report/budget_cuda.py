@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import neighbor_copy_bench
 import torch
-from bench import Cost
-from torch import Tensor
 
 from kernel_report.budget import CudaLaunch
 from kernel_report.gpus import ARCHS
@@ -416,33 +414,15 @@ OVER_GRAINS = (
 OVER_ROWS = "for (int y = 0; y < kRegion >> shift; ++y) { #pragma unroll 1 for (int x = 0; x < kRegion >> shift; ++x)"
 
 
-def share_with(regions: Tensor, grain: int, columns: int) -> float:
-    """Of the groups of so many adjacent regions of a row, the share in which one has this grain."""
-    return (regions.unflatten(-1, (-1, columns)) == grain).any(-1).float().mean().item()
-
-
-def sectors_with(batch: int, side: int) -> tuple[float, float]:
-    """Of the sectors of the coarse and of the fine grain in bfloat16, columns adjacent, the shares that hold a region
-    of that grain, on a map of half fine regions in patches. Memory moves sectors of 32 bytes: 16 coarse regions of a
-    row, or 8 fine ones."""
-    grain_map = neighbor_copy_bench.grain_map(batch, side, (0.5, 0.5), torch.Generator().manual_seed(0))
-    return share_with(grain_map, 0, 16), share_with(grain_map, 1, 8)
-
-
-def neighbor_copy_rows_floor(batch: int, channels: int, side: int) -> Cost:
-    """Of the forward of `neighbor_copy_rows`: whatever a kernel does, it reads every sector with an element that is
-    wanted."""
-    cells, (coarse, fine) = batch * channels * side**2 * 2, sectors_with(batch, side)
-    return Cost(bytes=int(cells * (coarse + 4 * fine + 4)) + batch * side**2 * 8)
-
-
 def neighbor_copy_rows(batch: int, channels: int, side: int) -> tuple[CudaLaunch, CudaLaunch]:
     """Forward and backward in bfloat16 of two grains on a map of side x side regions, half of them fine, columns
     adjacent: a thread has eight columns, which are four regions, and four channels."""
-    coarse, fine = sectors_with(batch, side)
+    # Of a grain the sectors are read that hold it, by whatever kernel.
+    layout = torch.contiguous_format
+    coarse, fine = neighbor_copy_bench.shares_moved(batch, channels, side, (0.5, 0.5), torch.bfloat16, layout)
     cells = batch * channels * side**2 * 2
     sizes = {"map": batch * side**2 * 8, "grains": (cells, 4 * cells), "all": 4 * cells}
-    # Each of these is one of the two turns of the loop over grains; of a grain the sectors are read that hold it.
+    # Each of these is one of the two turns of the loop over grains.
     runs = {
         "for (int i = 0; i < latents.count; ++i) {": 2.0,
         "if (shift == 0) { blend(": 0.5,
