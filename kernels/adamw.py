@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,16 +21,19 @@ from torch import Tensor
 
 from d2it.kernels.common import CompileCase, cdiv, compile_cases
 
-BLOCK = 1024  # of one program: 128 threads with two 16-byte loads of every tensor in flight
+BLOCK = 4096  # bytes of one program, in the widest dtype: 128 threads with two 16-byte loads of each tensor in flight
 
 
 @triton.jit
 def _block(table, owners, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns this program's tensor, its place there, and which of its elements exist."""
+    """Returns this program's tensor, its place there, and which of its elements exist.
+
+    ALIGNED: what all sizes and places are multiples of; 0: nothing is known of them.
+    """
     i_tensor = tl.load(owners + tl.program_id(0))
     b_size, b_first = tl.load(table + i_tensor), tl.load(table + tensors + i_tensor)
     if ALIGNED:
-        b_size = tl.multiple_of(b_size, 4)
+        b_size = tl.multiple_of(b_size, ALIGNED)
     o_x = (tl.program_id(0) - b_first) * BLOCK + tl.arange(0, BLOCK)
     return i_tensor, o_x, o_x < b_size
 
@@ -39,7 +42,7 @@ def _block(table, owners, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 def _place(table, tensors, i_list: tl.constexpr, i_tensor, ALIGNED: tl.constexpr):
     """Where a tensor begins, in elements from the first one of its group in that list."""
     b_place = tl.load(table + (i_list + 2) * tensors + i_tensor)
-    return tl.multiple_of(b_place, 4) if ALIGNED else b_place
+    return tl.multiple_of(b_place, ALIGNED) if ALIGNED else b_place
 
 
 @triton.jit
@@ -129,14 +132,17 @@ class Group(NamedTuple):
         programs: blocks of all tensors.
         owners: (programs,) int32, the tensor of each block.
         table: (2 + lists, tensors) int64: elements, first block, and place in every list of each tensor.
-        aligned: whether all lie at 16 bytes and have a multiple of 4 elements.
+        block: elements of a program.
+        aligned: elements that are 16 bytes in the widest dtype, where all tensors lie at 16 bytes and are a multiple of
+            16 bytes in every dtype; else 0.
     """
 
     first: int
     programs: int
     owners: Tensor
     table: Tensor
-    aligned: bool
+    block: int
+    aligned: int
 
 
 _KEPT: dict[tuple[object, ...], list[Group]] = {}
@@ -156,18 +162,20 @@ def _groups(*lists: Sequence[Tensor]) -> list[Group]:
     if groups is None:
         if len(_KEPT) >= _MOST_KEPT:
             _KEPT.clear()
-        of_kind: dict[tuple[object, ...], list[int]] = {}
+        of_kind: dict[tuple[Any, ...], list[int]] = {}
         for i, size in enumerate(sizes):
             if size:
-                aligned = not size % 4 and not any(row[i] % 16 for row in pointers)
-                of_kind.setdefault((aligned, *kinds[i]), []).append(i)
-        groups = _KEPT[key] = [_group(chosen, lists, bool(kind[0])) for kind, chosen in of_kind.items()]
+                whole = not any(size * dtype.itemsize % 16 for dtype in kinds[i])
+                whole = whole and not any(row[i] % 16 for row in pointers)
+                of_kind.setdefault((whole, *kinds[i]), []).append(i)
+        groups = _KEPT[key] = [_group(chosen, lists, kind[0]) for kind, chosen in of_kind.items()]
     return groups
 
 
-def _group(chosen: list[int], lists: Sequence[Sequence[Tensor]], aligned: bool) -> Group:
-    sizes = [lists[0][i].numel() for i in chosen]
-    blocks = [cdiv(size, BLOCK) for size in sizes]
+def _group(chosen: list[int], lists: Sequence[Sequence[Tensor]], whole: bool) -> Group:
+    widest = max(tensors[chosen[0]].element_size() for tensors in lists)
+    sizes, block = [lists[0][i].numel() for i in chosen], BLOCK // widest
+    blocks = [cdiv(size, block) for size in sizes]
     begins = [0]
     for count in blocks:
         begins.append(begins[-1] + count)
@@ -180,7 +188,7 @@ def _group(chosen: list[int], lists: Sequence[Sequence[Tensor]], aligned: bool) 
     device = lists[0][0].device
     if device.type == "cuda":  # from pinned memory, so that the host does not wait
         table, owners = (each.pin_memory().to(device, non_blocking=True) for each in (table, owners))
-    return Group(chosen[0], begins[-1], owners, table, aligned)
+    return Group(chosen[0], begins[-1], owners, table, block, 16 // widest if whole else 0)
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -196,7 +204,7 @@ def square_sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _launch_square_sum(out: Tensor, first: Tensor, group: Group) -> None:
-    flags = {"ALIGNED": group.aligned, "BLOCK": BLOCK, "num_warps": 4}
+    flags = {"ALIGNED": group.aligned, "BLOCK": group.block, "num_warps": 4}
     square_sum_kernel[(group.programs,)](out, first, group.table, group.owners, group.table.shape[1], **flags)
 
 
@@ -260,7 +268,7 @@ def _launch_adamw(
         *numbers,
         AVERAGES=len(shares),
         ALIGNED=group.aligned,
-        BLOCK=BLOCK,
+        BLOCK=group.block,
         num_warps=4,
     )
 
