@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -146,9 +147,10 @@ def test_a_known_call_enters_few_functions(op: str) -> None:
     given = arguments(op, packed=False)
     call = lambda: getattr(ops, op)(**given)  # noqa: E731
     judged = frames(call)
+    most = 26 if op.startswith("window_attention") else 16
     with torch.no_grad():
-        assert frames(call) <= 20
-    assert frames(call) <= 26 < judged
+        assert frames(call) <= most - 4
+    assert frames(call) <= most < judged
 
 
 def test_a_call_of_other_kinds_is_judged() -> None:
@@ -193,11 +195,15 @@ def test_packing_by_a_known_plan(based: bool) -> None:
     for a, b, c in zip(first, second, dispatched, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
-    assert frames(lambda: ops.pack_tokens(x, plan)) <= 30
-    assert frames(lambda: ops.unpack_tokens(packed, plan, base if based else None)) <= 30
+    assert frames(lambda: ops.pack_tokens(x, plan)) <= 17
+    assert frames(lambda: ops.unpack_tokens(packed, plan, base if based else None)) <= 19
     assert torch.autograd.gradgradcheck(lambda t: ops.pack_tokens(t, plan) ** 2, x.detach().double().requires_grad_())
     with pytest.raises(ValueError, match="x must have the plan's 3 images of 32 cells"):
         ops.pack_tokens(x.reshape(1, 96, 5), plan)
+    other = dataclasses.replace(plan, grid=(1, 12, 8))
+    assert ops.pack_tokens(x.reshape(1, 96, 5), other).shape == (96, 5)
+    with pytest.raises(ValueError, match="x must have the plan's 1 images of 96 cells"):
+        ops.pack_tokens(x, other)
     with pytest.raises(ValueError, match="base must have shape"):
         ops.unpack_tokens(packed, plan, base.reshape(1, 96, 5))
     plan.index[0] = 96
