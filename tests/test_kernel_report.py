@@ -97,6 +97,15 @@ def test_the_record_has_what_the_compiler_makes(tmp_path: Path) -> None:
         assert {name: row[name] for name in figures} == figures
 
 
+def test_lines_of_other_code_are_named() -> None:
+    line = {"source": "kernels/a.py", "kernel": "a", "config": "C1", "arch": "sm_90", "key": "1"}
+    two = line | {"config": "C2", "key": "2"}
+    assert record.out_of_date([line, two], [line, two]) == []
+    assert record.out_of_date([line], [line, two]) == ["a [C2] sm_90"]
+    assert record.out_of_date([line, line | {"key": None}], [line, two]) == []
+    assert record.out_of_date([line], [line, two | {"arch": "sm_80"}, two | {"source": "kernels/b.py"}]) == []
+
+
 def test_a_line_of_the_record_is_of_one_code() -> None:
     class Options:
         def hash(self) -> str:

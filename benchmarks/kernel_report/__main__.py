@@ -31,7 +31,7 @@ from kernel_report.budget import table as table_of_budget
 from kernel_report.compile import ROOT, compile_cuda, compile_triton, nvcc, read_library
 from kernel_report.exceptions import BUDGET_EXCEPTIONS, EXCEPTIONS, TOKEN_EXCEPTIONS
 from kernel_report.gpus import ARCHS, PRODUCTS, occupancy
-from kernel_report.record import renew
+from kernel_report.record import all_lines, out_of_date, renew
 
 # Bytes in a main loop that may come through loads of 32 bits and less (row indices, per-row scalars).
 NARROW_SHARE = 0.25
@@ -290,6 +290,8 @@ def main() -> int:
             line = f"{kind} in {kernel} [{config}]: {reason}"
             if line not in accepted:
                 print(f"not needed here: {line}")
+    for kernel in out_of_date(rows, all_lines()):
+        print(f"the record's line is of other code (--record renews it): {kernel}")
     wrong = [f"{row['kernel']} [{row['config']}] {row['arch']}: {p}" for row in rows for p in row["problems"]]
     wrong += [f"{name}: no compile case launches it" for name in missing]
     for line in wrong:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,32 @@ def digest(code: str, options: Any, arch: int) -> str:
 @functools.cache
 def recorded() -> dict[str, dict[str, Any]]:
     """Key -> the figures of the kernel."""
-    return {line["key"]: line["figures"] for line in _lines()}
+    return {line["key"]: line["figures"] for line in all_lines()}
 
 
-def _lines() -> list[dict[str, Any]]:
+def all_lines() -> list[dict[str, Any]]:
+    """The record."""
     return [json.loads(line) for line in FILE.read_text().splitlines()]
 
 
 def _place(line: dict[str, Any]) -> tuple[str, ...]:
     return line["source"], line["kernel"], line["config"], line["arch"]
+
+
+def out_of_date(rows: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The kernels whose lines are of other code than any row of the same file and architecture has.
+
+    Nothing is known of a file with a row that has no key: Triton's own cache had it.
+    """
+    found: dict[tuple[str, str], set[str | None]] = {}
+    for row in rows:
+        found.setdefault((row["source"], row["arch"]), set()).add(row.get("key"))
+    old = [line for line in lines if None not in (keys := found.get(_file(line), {None})) and line["key"] not in keys]
+    return [f"{line['kernel']} [{line['config']}] {line['arch']}" for line in old]
+
+
+def _file(line: dict[str, Any]) -> tuple[str, str]:
+    return line["source"], line["arch"]
 
 
 def renew(rows: Iterable[dict[str, Any]]) -> None:
@@ -79,8 +96,8 @@ def renew(rows: Iterable[dict[str, Any]]) -> None:
         for row in rows
         if row.get("key")
     ]
-    renewed = {(line["source"], line["arch"]) for line in made}
-    stay = [line for line in _lines() if (line["source"], line["arch"]) not in renewed]
+    renewed = set(map(_file, made))
+    stay = [line for line in all_lines() if _file(line) not in renewed]
     lines = {line["key"]: line for line in sorted(stay + made, key=_place, reverse=True)}  # several cases share a key
     text = [json.dumps(line, separators=(",", ":")) + "\n" for line in sorted(lines.values(), key=_place)]
     FILE.write_text("".join(text))
