@@ -428,6 +428,7 @@ D2IT_INLINE void finish(const Job& job, Scratch& s, int first, int last, int64_t
 template <typename T>
 D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
   const Bins& bins = job.bins;
+  const int size = job.in.size;
   Scratch s(job);
   bool good = true;
   for (int64_t i = begin; i < end; ++i) {
@@ -436,11 +437,10 @@ D2IT_INLINE bool encode_strips(const Job& job, int64_t begin, int64_t end) {
     if (bins.reach == 1) weigh_neighbours(job, strip, s);
     for (int r = 0; r < strip.regions; ++r) {
       const int start = r * job.in.size;
+      const int32_t *lows = &s.lowest[start], *highs = &s.highest[start];
       int lowest = bins.last_node, highest = 0;
-      for (int x = 0; x < job.in.size; ++x) {
-        lowest = std::min(lowest, s.lowest[start + x]);
-        highest = std::max(highest, s.highest[start + x]);
-      }
+      for (int x = 0; x < size; ++x) lowest = std::min(lowest, lows[x]);
+      for (int x = 0; x < size; ++x) highest = std::max(highest, highs[x]);
       int first = lowest >> bins.phase_bits, last = highest >> bins.phase_bits;
       if (bins.cell) {
         const d2it::Cells cells = {

@@ -38,21 +38,28 @@ struct CellShape {
 inline std::vector<float> moments_table(int cell, int taps, int before, double delta) {
   std::vector<float> table(kMoments * taps);
   const double half = cell * delta / 2;
-  double angles[kMoments], terms[kMoments][kMoments] = {{1}, {0, 1}}; // Chebyshev polynomials by powers
-  for (int r = 0; r < kMoments; ++r) angles[r] = (r + 0.5) * M_PI / kMoments;
+  double cosines[kMoments][kMoments];               // Chebyshev polynomials at the roots of the next one
+  double terms[kMoments][kMoments] = {{1}, {0, 1}}; // and by powers
+  for (int n = 0; n < kMoments; ++n)
+    for (int r = 0; r < kMoments; ++r) cosines[n][r] = std::cos(n * (r + 0.5) * M_PI / kMoments);
   for (int n = 2; n < kMoments; ++n)
     for (int k = 0; k <= n; ++k) terms[n][k] = (k ? 2 * terms[n - 1][k - 1] : 0) - terms[n - 2][k];
   for (int i = 0; i < taps; ++i) {
     const double u = (i - before - (cell - 1) / 2.0) * delta;
-    double by_power[kMoments] = {};
+    double values[kMoments], by_power[kMoments] = {};
+    for (int r = 0; r < kMoments; ++r) {
+      const double away = u - half * cosines[1][r];
+      values[r] = std::exp(-0.5 * away * away);
+    }
     for (int n = 0; n < kMoments; ++n) {
       double share = 0; // of the polynomial of order n
-      for (double angle : angles)
-        share += std::exp(-0.5 * std::pow(u - half * std::cos(angle), 2)) * std::cos(n * angle);
+      for (int r = 0; r < kMoments; ++r) share += values[r] * cosines[n][r];
       for (int k = 0; k <= n; ++k) by_power[k] += terms[n][k] * share * (n ? 2.0 : 1.0) / kMoments;
     }
     float* row = table.data() + i / kLanes * kMoments * kLanes + i % kLanes;
-    for (int k = 0; k < kMoments; ++k) row[k * kLanes] = static_cast<float>(by_power[k] / std::pow(half, k));
+    double power = 1; // of half
+    for (int k = 0; k < kMoments; ++k, power *= half)
+      row[k * kLanes] = static_cast<float>(by_power[k] / power);
   }
   return table;
 }
