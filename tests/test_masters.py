@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from d2it.training.content import ContentStage
 from d2it.training.grain import GrainStage
 from d2it.training.latents import LatentStage
 from d2it.training.masters import linears
+from d2it.training.run import main
 from d2it.training.stage import check_weights
 from d2it.training.summary import Summary
+from tests.test_finetuning import SETTINGS
 from tests.test_train_distributed import rows
 from tests.test_train_step import WORLD, batch, compiled_by, stage
 from tests.train_server import Server, shared_server
@@ -177,6 +180,7 @@ def test_ranks_reduce_gradients_in_bfloat16(server: Server, tmp_path: Path) -> N
         "float32": {},
         "bfloat16": {"weights": "bfloat16"},
         "apart": {"weights": "bfloat16", "apart": 1},
+        "compiled": {"weights": "bfloat16", "compile": True},
     }.items():
         code, out, log = server.run(tmp_path / name, **common, **settings)
         assert code == 0, log
@@ -185,8 +189,25 @@ def test_ranks_reduce_gradients_in_bfloat16(server: Server, tmp_path: Path) -> N
     for key in ("content/loss", "toy/gradient_norm"):
         values = {name: [row[key] for row in logged if row["step"] != 2] for name, (_, logged) in found.items()}
         assert values["bfloat16"] == pytest.approx(values["float32"], rel=1e-2)
+        assert values["compiled"] == pytest.approx(values["bfloat16"], rel=1e-3)
         assert values["apart"] == values["bfloat16"]
     assert found["apart"][0] == found["bfloat16"][0]
+
+
+def test_what_a_run_publishes_is_the_same(tmp_path: Path) -> None:
+    """From the command line, both stages; the second run has the first one's latents."""
+    words = [*SETTINGS, "grain.precision=bf16", "content.precision=bf16", "grain.steps=3", "content.steps=3"]
+    words += ["grain.lr=1e-2", "content.lr=1e-2", "grain.ema=0.5", "content.ema=0.5"]
+    assert main([*words, f"run.dir={tmp_path / 'float32'}"]) == 0
+    for part in ("vae", "cache"):
+        shutil.copytree(tmp_path / "float32" / part, tmp_path / "bfloat16" / part)
+    words += ["grain.weights=bfloat16", "content.weights=bfloat16", "run.stages=[grain,content]"]
+    assert main([*words, f"run.dir={tmp_path / 'bfloat16'}"]) == 0
+    for part in ("grain_transformer", "content_transformer"):
+        paths = [tmp_path / name / part / "model.safetensors" for name in ("float32", "bfloat16")]
+        torch.testing.assert_close(*map(load_file, paths), rtol=0, atol=0)
+    for name in ("samples.png", "denoising.png"):
+        assert (tmp_path / "float32" / name).read_bytes() == (tmp_path / "bfloat16" / name).read_bytes()
 
 
 # ---- what cannot be
@@ -233,3 +254,8 @@ def test_what_the_ranks_cannot_train_is_refused() -> None:
 def test_the_summary_says_it() -> None:
     made = small(ContentStage, "bfloat16")
     assert "bf16, ddp, eager, bfloat16 weights with float32 masters" in Summary(made, made.settings, WORLD).text
+    states = [
+        Summary(each, each.settings, WORLD).state
+        for each in (small(ContentStage, weights, accumulate=2) for weights in ("float32", "bfloat16"))
+    ]
+    assert states[1] - states[0] == 2 * sum(p.numel() for p in halves(made))

@@ -55,9 +55,10 @@ def test_fifty_kills_change_nothing(server: Server, tmp_path: Path, background: 
     assert not list((folder / "checkpoints" / "toy").glob(".writing-*"))
 
 
-def test_a_kill_with_repa_changes_nothing(server: Server, tmp_path: Path) -> None:
-    """The projector, its average and its moments come back bit for bit, as the network's."""
-    settings = {"dynamic": 1, "repa": 1, "batch_size": 2, "steps": 5, "save_every": 2, "log_every": 1}
+@pytest.mark.parametrize("how", [{}, {"precision": "bf16", "weights": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_a_kill_with_repa_changes_nothing(server: Server, tmp_path: Path, how: dict[str, str]) -> None:
+    """The projector, its average and its moments come back bit for bit, as the network's, its masters among them."""
+    settings = {"dynamic": 1, "repa": 1, "batch_size": 2, "steps": 5, "save_every": 2, "log_every": 1, **how}
     code, expected, log = server.run(tmp_path / "undisturbed", **settings)
     assert code == 0, log
     kill_at(server, tmp_path / "killed", 3, 0.0, **settings)

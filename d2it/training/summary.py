@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 import torch
 
 from d2it.devices import memory_gib, memory_limit, peak_flops
 from d2it.distributed import World
 from d2it.errors import UserError
+from d2it.models.base import Model
 from d2it.training.config import StageConfig
 from d2it.training.learner import snapshot_sigmas
 from d2it.training.loop import Stage
+from d2it.training.masters import linears
 
 GIB = 2**30
 
@@ -39,6 +42,9 @@ class Summary:
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in stage.networks.items()}
         bytes_each = 20 + 4 * len(snapshot_sigmas(settings))  # weights, gradients, two moments, averages in float32
         self.state = bytes_each * sum(counts.values()) / (world.size if settings.parallel == "fsdp" else 1)
+        if settings.weights == "bfloat16" and settings.accumulate > 1:  # gradients in float32, beside their weights
+            network = cast(Model, stage.networks[stage.name])
+            self.state += 2 * sum(part.weight.numel() for part in linears(network.transformer_blocks()))
         self.activations = stage.activations(batch) / few * micro
         lines = [
             f"{name}: {type(net).__name__}{f' {settings.preset}' if name == stage.name else ''}, "
