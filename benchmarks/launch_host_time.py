@@ -53,10 +53,10 @@ def launchers() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     index = torch.zeros(32, dtype=torch.int32)
     qkv, slots = torch.zeros((128, 3, heads, width), dtype=torch.bfloat16), torch.zeros((1, 256), dtype=torch.int32)
     bias = torch.zeros((1, heads, 256, 256))
-    fused = (x, x, x, stats, x, gate, scale, None, 1e-6)
+    fused = (x, x, x, stats, x, gate, scale, None, None, 1e-6)
     return {
         "pack_tokens": (pack_tokens.pack_tokens_forward, (x, index, index)),
-        "gated_residual forward": (modulate_gate.gated_residual_forward, (x, x, gate, None)),
+        "gated_residual forward": (modulate_gate.gated_residual_forward, (x, x, gate, None, None)),
         "adaln_modulate forward": (modulate.adaln_modulate_forward, (x, shift, scale, None, 1e-6)),
         "adaln_modulate backward": (modulate.adaln_modulate_backward, (x, x, stats, scale, None, 1e-6)),
         "gated_residual_modulate backward": (modulate.gated_residual_modulate_backward, fused),

@@ -201,11 +201,12 @@ def parts(
         ours = _kernel_pair(kernels, f"gated_residual_modulate {kind}", 2 * depth * rows, passes)
         found.append(Part(where, "gate, residual, norm, modulate", *ours[:2], ms=ours[2]))
         wide = hidden / dim * a_pass
-        # In float32, a CPU's step, the backward writes GELU's output again. Either gives fc1's bias its gradient.
+        # In float32, a CPU's step, the backward writes GELU's output again. The gradients of all biases but qkv's come
+        # with GELU's and the gates'.
         ours = _kernel_pair(kernels, "gelu", depth * rows, (5 + (itemsize == 4)) * wide)
         found.append(Part(where, "GELU and its gradient", ours[0], 5 * wide, ms=ours[2]))
-        why = "a pass over each gradient of a Linear's output, but for fc1's, for the sum of its rows"
-        found.append(Part(where, "gradients of biases", 5 * a_pass, 0.0, why=why))
+        why = "a pass over the gradient of qkv's output for the sum of its rows"
+        found.append(Part(where, "gradients of biases", 3 * a_pass, 0.0, why=why))
     matrices, conditioning, total = parameters.matrices, parameters.conditioning, parameters.total
     rounded = parameters.rounded if weights == "bfloat16" else 0
     if itemsize == 2:

@@ -75,6 +75,15 @@ class Images {
 // ----------------------------------------------------------------------------------------------------
 // Sums over the rows of an image
 
+// The elements of a contiguous float32 tensor.
+float* floats_of(const Tensor& tensor) {
+  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+D2IT_CLONES void add(const float* __restrict in, float* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] += in[i];
+}
+
 // Of the rows of one image in one block: a line of channels for each parameter.
 struct Run {
   int64_t image;
@@ -97,18 +106,25 @@ class Runs {
 
   // Line `line` of the runs, added up in order into (images, channels) float32.
   void add_up(int64_t line, const Tensor& to) const {
-    auto* out = static_cast<float*>(const_cast<void*>(to.const_data_ptr()));
-    std::fill_n(out, to.size(0) * channels_, 0.0f);
-    for (const std::vector<Run>& runs : blocks_) {
-      for (const Run& run : runs) {
-        const float* in = run.sums.data() + line * channels_;
-        float* sum = out + run.image * channels_;
-        for (int64_t c = 0; c < channels_; ++c) sum[c] += in[c];
-      }
-    }
+    std::fill_n(floats_of(to), to.numel(), 0.0f);
+    for_each([&](const Run& run) {
+      add(run.sums.data() + line * channels_, floats_of(to) + run.image * channels_, channels_);
+    });
+  }
+
+  // The same of all images, on top of what is in (channels,) float32.
+  void add_up_all(int64_t line, const Tensor& to) const {
+    for_each([&](const Run& run) { add(run.sums.data() + line * channels_, floats_of(to), channels_); });
   }
 
  private:
+  template <typename F>
+  void for_each(const F& work) const {
+    for (const std::vector<Run>& runs : blocks_) {
+      for (const Run& run : runs) work(run);
+    }
+  }
+
   std::vector<std::vector<Run>> blocks_;
   int64_t channels_, lines_;
 };
@@ -182,10 +198,6 @@ D2IT_CLONES void modulate_backward(const float* __restrict grad, const float* __
   for (int64_t i = 0; i < n; ++i) dx[i] = (g[i] - mean_g - dx[i] * mean_gy) * per_deviation;
 }
 
-D2IT_CLONES void add(const float* __restrict in, float* __restrict to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] += in[i];
-}
-
 D2IT_CLONES void gate_and_add(const float* __restrict x, const float* __restrict branch,
                               const float* __restrict gate, float* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] + gate[i] * branch[i];
@@ -208,13 +220,16 @@ Tensor unwritten_like(const Tensor& tensor) { return d2it::empty(tensor.sizes(),
 
 Tensor floats_like(const Tensor& parameter) { return d2it::empty(parameter.sizes(), ScalarType::Float); }
 
+// The gradient of a bias, 0 so far; (0,) without one.
+Tensor zeros_for(const std::optional<Tensor>& bias, const Tensor& branch) {
+  if (!bias) return d2it::empty({0}, branch.scalar_type());
+  Tensor dbias = floats_like(*bias);
+  std::fill_n(floats_of(dbias), dbias.numel(), 0.0f);
+  return dbias;
+}
+
 // Room for mean and 1 / deviation of the rows.
 Tensor stats_of(const Tensor& x) { return d2it::empty({rows_of(x), 2}, ScalarType::Float); }
-
-// The elements of a contiguous float32 tensor.
-float* floats_of(const Tensor& tensor) {
-  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
-}
 
 std::tuple<Tensor, Tensor> adaln_modulate(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> sample,
                                           double eps) {
@@ -283,27 +298,31 @@ Tensor gated_residual(Tensor x, Tensor branch, Tensor gate, std::optional<Tensor
   return out;
 }
 
-std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, Tensor gate,
-                                                   std::optional<Tensor> sample) {
+std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, Tensor gate,
+                                                           std::optional<Tensor> bias,
+                                                           std::optional<Tensor> sample) {
   const Images images(branch, sample, gate.size(0));
-  Tensor dbranch = unwritten_like(branch), dgate = floats_like(gate);
-  if (gate.numel() == 0) return {dbranch, dgate};
+  Tensor dbranch = unwritten_like(branch), dgate = floats_like(gate), dbias = zeros_for(bias, branch);
+  if (gate.numel() == 0) return {dbranch, dgate, dbias};
   const int64_t channels = branch.size(branch.dim() - 1), rows = rows_of(branch);
   const Rows grads(grad), branches(branch), to(dbranch), gates(gate);
-  Runs runs(rows, channels, 1);
+  Runs runs(rows, channels, bias ? 2 : 1);
   for_blocks(rows, channels, [&](int64_t begin, int64_t end) {
     std::vector<float> room(3 * channels);
     Parameter gate_of(gates, channels);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t image = images.of(r);
+      float* sums = runs.of(r, image);
       float* line = to.begin(r, room.data() + 2 * channels);
       gate_backward(grads.read(r, room.data()), branches.read(r, room.data() + channels), gate_of.of(image),
-                    line, runs.of(r, image), channels);
+                    line, sums, channels);
+      if (bias) add(line, sums + channels, channels);
       to.store(r, line);
     }
   });
   runs.add_up(0, dgate);
-  return {dbranch, dgate};
+  if (bias) runs.add_up_all(1, dbias);
+  return {dbranch, dgate, dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift,
@@ -334,18 +353,19 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_modulate(Tensor x, Tensor bran
   return {total, out, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_modulate_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_modulate_backward(
     Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor branch, Tensor gate, Tensor scale,
-    std::optional<Tensor> sample) {
+    std::optional<Tensor> bias, std::optional<Tensor> sample) {
   const Images images(total, sample, scale.size(0));
   Tensor dx = unwritten_like(total), dbranch = unwritten_like(branch);
   Tensor dgate = floats_like(gate), dshift = floats_like(scale), dscale = floats_like(scale);
-  if (scale.numel() == 0) return {dx, dbranch, dgate, dshift, dscale};
+  Tensor dbias = zeros_for(bias, branch);
+  if (scale.numel() == 0) return {dx, dbranch, dgate, dshift, dscale, dbias};
   const int64_t channels = total.size(total.dim() - 1), rows = rows_of(total);
   const Rows grads(grad), grads_total(grad_total), from(total), branches(branch), gates(gate), scales(scale);
   const Rows to(dx), to_branch(dbranch);
   const float* const moments = floats_of(stats);
-  Runs runs(rows, channels, 3);
+  Runs runs(rows, channels, bias ? 4 : 3);
   for_blocks(rows, channels, [&](int64_t begin, int64_t end) {
     std::vector<float> room(5 * channels);
     float *first = room.data(), *second = first + channels, *third = second + channels;
@@ -360,6 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_modulate_backw
       float* line_branch = to_branch.begin(r, third);
       gate_backward(line, branches.read(r, second), gate_of.of(image), line_branch, sums + 2 * channels,
                     channels);
+      if (bias) add(line_branch, sums + 3 * channels, channels);
       to_branch.store(r, line_branch);
       to.store(r, line);
     }
@@ -367,7 +388,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_modulate_backw
   runs.add_up(0, dshift);
   runs.add_up(1, dscale);
   runs.add_up(2, dgate);
-  return {dx, dbranch, dgate, dshift, dscale};
+  if (bias) runs.add_up_all(3, dbias);
+  return {dx, dbranch, dgate, dshift, dscale, dbias};
 }
 
 } // namespace

@@ -23,13 +23,15 @@ STABLE_TORCH_LIBRARY(d2it_C, m) {
       "(Tensor, Tensor, Tensor)");
   m.def("gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample) -> Tensor");
   m.def(
-      "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample) -> (Tensor, Tensor)");
+      "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? bias, Tensor? sample) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? "
       "sample, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor "
-      "branch, Tensor gate, Tensor scale, Tensor? sample) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "branch, Tensor gate, Tensor scale, Tensor? bias, Tensor? sample) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slots, Tensor? segment_ids, "
       "float scale, Tensor(a!) out) -> bool");

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from d2it.kernels.common import CompileCase, cdiv, compile_cases, next_power_of_2
 from d2it.kernels.launch import Tape, launcher
-from d2it.kernels.modulate_rows import column_tile, load_tile, store_tile, sum_blocks
+from d2it.kernels.modulate_rows import column_tile, load_tile, store_tile, sum_blocks, unwritten_bias
 from d2it.kernels.rows import rows_of
 
 PROGRAMS = 8192
@@ -93,7 +93,7 @@ def gelu_backward(
     """Gradients of x and of the bias, in their dtypes; without a bias (0,)."""
     channels, rows = x.shape[-1], rows_of(x)
     dx = tape.empty(x.shape, x.dtype)
-    dbias = tape.empty((0,), x.dtype) if bias is None else tape.empty(bias.shape, bias.dtype)
+    dbias = unwritten_bias(tape, x, bias)
     tile = column_tile(channels, x.element_size())
     chunks = cdiv(channels, tile.chunk)
     least, most = BLOCK_ROWS

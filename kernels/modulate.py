@@ -33,7 +33,9 @@ from d2it.kernels.modulate_rows import (
     row_tile,
     run_of,
     store_chunk,
+    sum_blocks,
     sum_runs,
+    unwritten_bias,
 )
 from d2it.kernels.rows import index_of, rows_of
 
@@ -133,13 +135,21 @@ def adaln_modulate_bwd_kernel(
 
     grad, grad_total, x, branch, gate and scale are `Rows`, sample an `Index` or None, runs `Runs`, with the sums for
     shift and for scale; dx and dbranch (rows, C) contiguous. With branch, x is the total that the forward stored, and
-    the runs have the sums for gate too; without, gate, grad_total and dbranch are None too. EARLY: grad_total and
-    branch are asked for before the sums over a row, and wait in registers.
+    the runs have the sums for gate too, and for a bias that of dbranch over the block; without, gate, grad_total and
+    dbranch are None too. EARLY: grad_total and branch are asked for before the sums over a row, and wait in registers,
+    as the sums for a bias do. Else ROWS is 1, and those are added up in memory, each by the thread of its channel.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     i_block = tl.program_id(0)
     b_image, m_block, ordered, i_image_first, i_image_last = block_images(runs, i_block, sample, x.rows, x.length)
     i_first = i_block * runs.BLOCK_ROWS
+    b_bias_sum = ()
+    for _ in tl.static_range(CHUNKS):
+        b_bias_sum = b_bias_sum + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    if runs.bias is not None and not EARLY:
+        for i in tl.static_range(CHUNKS):
+            o_bias = (i * CHUNK + tl.arange(0, CHUNK))[None, :]
+            tl.store(runs.bias + i_block.to(tl.int64) * C + o_bias, tl.zeros((1, CHUNK), tl.float32), mask=o_bias < C)
     for i_image in tl.range(i_image_first, i_image_last + 1):
         i_begin, i_end = run_of(i_image, b_image, m_block, ordered)
         b_shift_sum = ()
@@ -188,6 +198,7 @@ def adaln_modulate_bwd_kernel(
             b_factor = b_rstd * b_rstd * (b_dot / -C)
             b_constant = -b_rstd * (b_sum / C) - b_mean * b_factor
             b_gate_next = ()
+            b_bias_next = ()
             for i in tl.static_range(CHUNKS):
                 b_dx = b_dnormed[i] * b_rstd[:, None] + (b_x[i] * b_factor[:, None] + b_constant[:, None])
                 if branch is not None:
@@ -196,10 +207,18 @@ def adaln_modulate_bwd_kernel(
                     b_dx += b_total_chunk * b_weight[:, None]
                     b_gate_next = b_gate_next + (b_gate_sum[i] + b_dx * b_branch_chunk,)
                     b_dbranch = b_dx * load_chunk(gate, o_image, i, C, CHUNK)
+                    if EARLY:
+                        b_bias_next = b_bias_next + (b_bias_sum[i] + b_dbranch,)
+                    elif runs.bias is not None:
+                        o_bias = (i * CHUNK + tl.arange(0, CHUNK))[None, :]
+                        p_bias = runs.bias + i_block.to(tl.int64) * C + o_bias
+                        tl.store(p_bias, tl.load(p_bias, mask=o_bias < C) + b_dbranch, mask=o_bias < C)
                     store_chunk(dbranch, b_dbranch, o_row, m_row, i, C, CHUNK)
                 store_chunk(dx, b_dx, o_row, m_row, i, C, CHUNK)
             if branch is not None:
                 b_gate_sum = b_gate_next
+            if runs.bias is not None and EARLY:
+                b_bias_sum = b_bias_next
         p_run = runs.partials + (i_block + i_image).to(tl.int64) * (C * runs.SUMS)
         for i in tl.static_range(CHUNKS):
             o_col = i * CHUNK + tl.arange(0, CHUNK)
@@ -207,6 +226,10 @@ def adaln_modulate_bwd_kernel(
             tl.store(p_run + C + o_col, tl.sum(b_scale_sum[i], 0), mask=o_col < C)
             if branch is not None:
                 tl.store(p_run + 2 * C + o_col, tl.sum(b_gate_sum[i], 0), mask=o_col < C)
+    if runs.bias is not None and EARLY:
+        for i in tl.static_range(CHUNKS):
+            o_col = i * CHUNK + tl.arange(0, CHUNK)
+            tl.store(runs.bias + i_block.to(tl.int64) * C + o_col, tl.sum(b_bias_sum[i], 0), mask=o_col < C)
 
 
 @launcher
@@ -236,10 +259,11 @@ def gated_residual_modulate_forward(
     gate: torch.Tensor,
     shift: torch.Tensor,
     scale: torch.Tensor,
+    bias: torch.Tensor | None,
     sample: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, branch (B, L, C), or (T, C) with sample; gate, shift, scale (B, C); any strides.
+    """x, branch (B, L, C), or (T, C) with sample; gate, shift, scale (B, C); any strides. A bias is in the branch.
 
     Returns x + gate * branch and its modulation, of the shape and dtype of x, and mean and 1 / deviation of the rows,
     (rows, 2) float32. A sample outside 0..B-1 is a device-side assertion.
@@ -318,19 +342,23 @@ def gated_residual_modulate_backward(
     branch: torch.Tensor,
     gate: torch.Tensor,
     scale: torch.Tensor,
+    bias: torch.Tensor | None,
     sample: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, branch, gate, shift and scale from those of the total and of its modulation."""
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, branch, gate, shift, scale and the branch's bias from those of the total and of its modulation;
+    without a bias (0,)."""
     dx, dbranch = tape.empty(total.shape, total.dtype), tape.empty(branch.shape, branch.dtype)
-    dgate = tape.empty(gate.shape, gate.dtype)
+    dgate, dbias = tape.empty(gate.shape, gate.dtype), unwritten_bias(tape, branch, bias)
     dshift, dscale = tape.empty(scale.shape, scale.dtype), tape.empty(scale.shape, scale.dtype)
+    runs = make_runs(tape, grad, scale.shape[0], 3, sample, stats, bias)
     if scale.numel():
-        runs = make_runs(tape, grad, scale.shape[0], 3, sample, stats)
         _backward(tape, dx, dbranch, runs, grad, grad_total, total, branch, gate, scale, sample)
         sum_runs(tape, runs, grad, total, sample, dshift, dscale)
         sum_runs(tape, runs._replace(partials=runs.partials[:, 2], stats=None), dx, branch, sample, dgate)
-    return dx, dbranch, dgate, dshift, dscale
+    if runs.bias is not None:
+        sum_blocks(tape, runs.bias, dbias)
+    return dx, dbranch, dgate, dshift, dscale, dbias
 
 
 def _backward(
@@ -373,9 +401,9 @@ def _compile_cases() -> Iterator[CompileCase]:
         stats = rows.new_empty((math.prod(rows.shape[:-1]), 2), dtype=torch.float32)
         yield f"{name}-modulate", partial(adaln_modulate_forward, rows, parameter, parameter, sample, 1e-6)
         yield f"{name}-modulate", partial(adaln_modulate_backward, rows, rows, stats, parameter, sample, 1e-6)
-        forward = partial(gated_residual_modulate_forward, rows, rows, parameter, parameter, parameter, sample, 1e-6)
-        yield f"{name}-gate-modulate", forward
-        backward = partial(
-            gated_residual_modulate_backward, rows, rows, rows, stats, rows, parameter, parameter, sample, 1e-6
-        )
-        yield f"{name}-gate-modulate", backward
+        given = (rows, rows, parameter, parameter, parameter, None, sample, 1e-6)
+        yield f"{name}-gate-modulate", partial(gated_residual_modulate_forward, *given)
+        for bias in (None, parameter[0]):
+            kind = "gate-modulate" if bias is None else "gate-modulate-bias"
+            given = (rows, rows, rows, stats, rows, parameter, parameter, bias, sample, 1e-6)
+            yield f"{name}-{kind}", partial(gated_residual_modulate_backward, *given)

@@ -28,7 +28,9 @@ from d2it.kernels.modulate_rows import (
     run_of,
     store_chunk,
     store_tile,
+    sum_blocks,
     sum_runs,
+    unwritten_bias,
 )
 from d2it.kernels.rows import index_of, rows_of
 
@@ -56,8 +58,8 @@ def gated_residual_bwd_kernel(
 ):
     """One program: one chunk of a block of rows, run by run, ROWS rows at a time.
 
-    grad, branch and gate are `Rows`, sample an `Index` or None, runs `Runs`, with the sum for gate; dbranch (rows, C)
-    contiguous.
+    grad, branch and gate are `Rows`, sample an `Index` or None, runs `Runs`, with the sum for gate, and for a bias that
+    of dbranch over the block; dbranch (rows, C) contiguous.
     """
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     i_block = tl.program_id(0) // CHUNKS
@@ -67,6 +69,7 @@ def gated_residual_bwd_kernel(
         runs, i_block, sample, branch.rows, branch.length
     )
     i_first = i_block * runs.BLOCK_ROWS
+    b_bias_sum = tl.zeros((ROWS, CHUNK), tl.float32)
     for i_image in tl.range(i_image_first, i_image_last + 1):
         i_begin, i_end = run_of(i_image, b_image, m_block, ordered)
         b_sum = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -79,18 +82,28 @@ def gated_residual_bwd_kernel(
             b_branch = load_tile(branch, o_row, o_col, m_tile)
             b_gate = load_tile(gate, o_image, o_col, m_tile)
             b_sum += b_grad * b_branch
-            store_tile(dbranch, b_grad * b_gate, o_row, o_col, m_tile, C)
+            b_dbranch = b_grad * b_gate
+            if runs.bias is not None:
+                b_bias_sum += b_dbranch
+            store_tile(dbranch, b_dbranch, o_row, o_col, m_tile, C)
         p_run = runs.partials + (i_block + i_image).to(tl.int64) * C
         tl.store(p_run + o_col, tl.sum(b_sum, 0), mask=m_col)
+    if runs.bias is not None:
+        tl.store(runs.bias + i_block.to(tl.int64) * C + o_col, tl.sum(b_bias_sum, 0), mask=m_col)
 
 
 @launcher
 def gated_residual_forward(
-    tape: Tape, x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, sample: torch.Tensor | None
+    tape: Tape,
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None,
+    sample: torch.Tensor | None,
 ) -> torch.Tensor:
     """x, branch (B, L, C), or (T, C) with sample; gate (B, C); any strides -> the shape and dtype of x.
 
-    A sample outside 0..B-1 is a device-side assertion.
+    A bias is in the branch already. A sample outside 0..B-1 is a device-side assertion.
     """
     out = tape.empty(x.shape, x.dtype)
     if out.numel() == 0:
@@ -113,33 +126,41 @@ def gated_residual_forward(
 
 @launcher
 def gated_residual_backward(
-    tape: Tape, grad: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, sample: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of branch and gate, in their dtypes; that of x is grad itself."""
+    tape: Tape,
+    grad: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None,
+    sample: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of branch, gate and the branch's bias, in their dtypes, (0,) without a bias; that of x is grad."""
     dbranch, dgate = tape.empty(branch.shape, branch.dtype), tape.empty(gate.shape, gate.dtype)
-    if gate.numel() == 0:
-        return dbranch, dgate
-    channels = branch.shape[-1]
-    runs = make_runs(tape, grad, gate.shape[0], 1, sample)
-    tile = column_tile(channels, branch.element_size())
-    if runs.blocks:
-        tape.launch(
-            gated_residual_bwd_kernel,
-            runs.blocks * cdiv(channels, tile.chunk),
-            dbranch,
-            runs,
-            rows_of(grad),
-            rows_of(branch),
-            rows_of(gate),
-            index_of(sample),
-            **tile.constants(channels),
-        )
-    sum_runs(tape, runs, grad, branch, sample, dgate)
-    return dbranch, dgate
+    dbias, channels = unwritten_bias(tape, branch, bias), branch.shape[-1]
+    runs = make_runs(tape, grad, gate.shape[0], 1, sample, bias=bias)
+    if gate.numel():
+        tile = column_tile(channels, branch.element_size())
+        if runs.blocks:
+            tape.launch(
+                gated_residual_bwd_kernel,
+                runs.blocks * cdiv(channels, tile.chunk),
+                dbranch,
+                runs,
+                rows_of(grad),
+                rows_of(branch),
+                rows_of(gate),
+                index_of(sample),
+                **tile.constants(channels),
+            )
+        sum_runs(tape, runs, grad, branch, sample, dgate)
+    if runs.bias is not None:
+        sum_blocks(tape, runs.bias, dbias)
+    return dbranch, dgate, dbias
 
 
 @compile_cases
 def _compile_cases() -> Iterator[CompileCase]:
     for name, rows, parameter, sample in modulation_cases():
-        yield f"{name}-gate", partial(gated_residual_forward, rows, rows, parameter, sample)
-        yield f"{name}-gate", partial(gated_residual_backward, rows, rows, parameter, sample)
+        yield f"{name}-gate", partial(gated_residual_forward, rows, rows, parameter, None, sample)
+        for bias in (None, parameter[0]):
+            kind = "gate" if bias is None else "gate-bias"
+            yield f"{name}-{kind}", partial(gated_residual_backward, rows, rows, parameter, bias, sample)

@@ -36,6 +36,7 @@ class Runs(NamedTuple):
         bounds: (2, blocks) int32, the first image of each block (-1 where the order descends) and the last; with
             `sample` only.
         stats: (rows, 2) float32, mean and 1 / deviation of each row, as the forward stored them; None without a norm.
+        bias: (blocks, C) float32, the sums of each block's gradient of the branch; None where no bias wants them.
         blocks: Number of blocks.
         SUMS: Sums of a run.
         BLOCK_ROWS: Rows of a block.
@@ -44,6 +45,7 @@ class Runs(NamedTuple):
     partials: torch.Tensor
     bounds: torch.Tensor | None
     stats: torch.Tensor | None
+    bias: torch.Tensor | None
     blocks: int
     SUMS: tl.constexpr
     BLOCK_ROWS: tl.constexpr
@@ -281,8 +283,10 @@ def make_runs(
     sums: int,
     sample: torch.Tensor | None,
     stats: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> Runs:
-    """Returns buffers for the runs of grad's rows; from the shape alone, so that sums do not depend on the GPU."""
+    """Returns buffers for the runs of grad's rows, and for the sums of its blocks where there is a bias; from the shape
+    alone, so that sums do not depend on the GPU."""
     rows = math.prod(grad.shape[:-1])
     block_rows = min(max(next_power_of_2(rows // 1024), 16), 128)
     blocks = cdiv(rows, block_rows)
@@ -290,6 +294,7 @@ def make_runs(
         tape.empty((max(blocks + images - 1, 0), sums, grad.shape[-1]), torch.float32),
         None if sample is None else tape.empty((2, blocks), torch.int32),
         stats,
+        None if bias is None else tape.empty((blocks, grad.shape[-1]), torch.float32),
         blocks,
         constant(sums),
         constant(block_rows),
@@ -323,6 +328,11 @@ def sum_runs(
         num_warps=4,
         maxnreg=64,  # else ptxas aims at 40 and spills a pointer to get there
     )
+
+
+def unwritten_bias(tape: Tape, like: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Room for the gradient of a bias; (0,) without one."""
+    return tape.empty((0,), like.dtype) if bias is None else tape.empty(bias.shape, bias.dtype)
 
 
 def sum_blocks(tape: Tape, partials: torch.Tensor, out: torch.Tensor) -> None:

@@ -72,8 +72,10 @@ CASES: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
     ),
     "gated_residual": (
         "gated_residual",
-        lambda x, branch, gate, **kw: ops.gated_residual(x, branch, gate, sample=SAMPLE, **kw),
-        (rand(6, 8), rand(6, 8, seed=1), rand(2, 8)),
+        lambda x, branch, gate, bias, **kw: ops.gated_residual(
+            x, branch + bias.detach(), gate, bias=bias, sample=SAMPLE, **kw
+        ),
+        (rand(6, 8), rand(6, 8, seed=1), rand(2, 8), rand(8, seed=4)),
     ),
     "gelu": (
         "gelu",
@@ -82,8 +84,10 @@ CASES: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
     ),
     "gated_residual_modulate": (
         "gated_residual_modulate",
-        lambda *given, **kw: torch.cat(ops.gated_residual_modulate(*given, sample=SAMPLE, **kw)),
-        (rand(6, 8), rand(6, 8, seed=1), rand(2, 8), rand(2, 8, seed=2), rand(2, 8, seed=3)),
+        lambda x, branch, gate, shift, scale, bias, **kw: torch.cat(
+            ops.gated_residual_modulate(x, branch + bias.detach(), gate, shift, scale, bias=bias, sample=SAMPLE, **kw)
+        ),
+        (rand(6, 8), rand(6, 8, seed=1), rand(2, 8), rand(2, 8, seed=2), rand(2, 8, seed=3), rand(8, seed=4)),
     ),
 }
 GRID = [

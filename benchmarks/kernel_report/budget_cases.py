@@ -113,6 +113,11 @@ def attention() -> Iterator[Case]:
                 yield made("backward", backward, cuda=(*budget_cuda.window_backward(*shape), *cleared))
 
 
+def block_sums(launch: Launch) -> list[float]:
+    """The sums over blocks of rows, added up."""
+    return [math.ceil(launch.arguments["blocks"] / launch.arguments["ROWS"])]
+
+
 def modulation() -> Iterator[Case]:
     from d2it.kernels import modulate, modulate_gate
 
@@ -121,7 +126,7 @@ def modulation() -> Iterator[Case]:
         x = meta(batch * rows, channels) if packed else meta(batch, rows, channels)
         sample = meta(batch * rows, dtype=I32) if packed else None
         shift, scale, gate = meta(batch, 6 * channels, dtype=F32).chunk(6, dim=1)[:3]
-        stats = meta(batch * rows, 2, dtype=F32)
+        stats, bias = meta(batch * rows, 2, dtype=F32), meta(channels, dtype=F32)
         kind = "packed" if packed else "images"
         name = f"B{batch}-L{rows}-C{channels}-{kind}-bfloat16"
 
@@ -140,6 +145,7 @@ def modulation() -> Iterator[Case]:
             "adaln_modulate_bwd_kernel": block,
             "gated_residual_bwd_kernel": block,
             "sum_runs_kernel": sums,
+            "sum_blocks_kernel": block_sums,
         }
         calls = {
             "adaln_modulate": (
@@ -149,24 +155,19 @@ def modulation() -> Iterator[Case]:
             ),
             "gated_residual": (
                 "gate",
-                partial(modulate_gate.gated_residual_forward, x, x, gate, sample),
-                partial(modulate_gate.gated_residual_backward, x, x, gate, sample),
+                partial(modulate_gate.gated_residual_forward, x, x, gate, bias, sample),
+                partial(modulate_gate.gated_residual_backward, x, x, gate, bias, sample),
             ),
             "gated_residual_modulate": (
                 "gate-modulate",
-                partial(modulate.gated_residual_modulate_forward, x, x, gate, shift, scale, sample, 1e-6),
-                partial(modulate.gated_residual_modulate_backward, x, x, x, stats, x, gate, scale, sample, 1e-6),
+                partial(modulate.gated_residual_modulate_forward, x, x, gate, shift, scale, bias, sample, 1e-6),
+                partial(modulate.gated_residual_modulate_backward, x, x, x, stats, x, gate, scale, bias, sample, 1e-6),
             ),
         }
         for op, (prefix, *pair) in calls.items():
             costs = modulate_bench.costs(op, batch, rows, channels, packed, BF16)
             for direction, cost, call in zip(("forward", "backward"), costs, pair):
                 yield Case(op, f"{prefix}-{name}", direction, cost, call, trips, share=MOVER_SHARE)
-
-
-def block_sums(launch: Launch) -> list[float]:
-    """The sums over blocks of rows, added up."""
-    return [math.ceil(launch.arguments["blocks"] / launch.arguments["ROWS"])]
 
 
 def gelu() -> Iterator[Case]:

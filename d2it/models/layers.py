@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from d2it import ops
 from d2it.models.attention import attention
 from d2it.nn import Linear, WindowAttention
-from d2it.nn.linear import gelu_between
+from d2it.nn.linear import bias_apart, branch_apart, gelu_between
 
 
 def check_like(weight: Tensor, floating: dict[str, Tensor], whole: dict[str, Tensor | None]) -> None:
@@ -71,8 +71,17 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return self.proj(self._attend(x))
+
+    def apart(
+        self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward`, and the projection's bias where its gradient is left to what takes the output; else None."""
+        return bias_apart(self.proj, self._attend(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, D)
-        return self.proj(attention(qkv, self.backend).flatten(-2))
+        return attention(qkv, self.backend).flatten(-2)
 
 
 class Mlp(nn.Module):
@@ -85,7 +94,11 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_between(x, self.fc1, self.fc2)
+        return gelu_between(x, self.fc1, self.fc2, apart=False)[0]
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`forward`, and fc2's bias where its gradient is left to what takes the output; else None."""
+        return gelu_between(x, self.fc1, self.fc2, apart=True)
 
 
 class Modulation(nn.Module):
@@ -191,12 +204,17 @@ class Block(Recomputable):
         how: dict[str, Any] = {"sample": sample, "backend": self.backend}
         if modulated is None:
             modulated = ops.adaln_modulate(x, shift_attn, scale_attn, **how)
-        branch = self.attn(modulated, slots, segments)
-        x, modulated = ops.gated_residual_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, **how)
-        branch = self.mlp(modulated)
+        # The operator that gates a branch writes its gradient, and sums it for the bias of the branch's last layer.
+        branch, bias = self._branch(self.attn, modulated, slots, segments)
+        x, modulated = ops.gated_residual_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, bias=bias, **how)
+        branch, bias = self._branch(self.mlp, modulated)
         if following is None:
-            return ops.gated_residual(x, branch, gate_mlp, **how), None
-        return ops.gated_residual_modulate(x, branch, gate_mlp, *following, **how)
+            return ops.gated_residual(x, branch, gate_mlp, bias=bias, **how), None
+        return ops.gated_residual_modulate(x, branch, gate_mlp, *following, bias=bias, **how)
+
+    def _branch(self, module: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
+        """A branch, and the bias in it whose gradient is left to its gate: none in plain PyTorch."""
+        return (module(*args), None) if self.backend == "reference" else branch_apart(module, *args)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile of the body, in place; arguments as for `torch.compile`.

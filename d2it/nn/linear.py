@@ -1,7 +1,7 @@
 """A linear layer whose products of float32 matrices are taken by the tiles of AMX where a CPU has them.
 
 The gradient of a layer's bias is a sum over the rows of the gradient of its output. `bias_apart` leaves it to the
-operator that takes the output, which has the rows at hand while it writes them.
+operator that takes the output, which has the rows at hand while it writes them; `branch_apart` that of a module's last.
 """
 
 from __future__ import annotations
@@ -86,7 +86,18 @@ def bias_apart(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return _linear(x, layer.weight, layer.bias.detach()), layer.bias
 
 
-def gelu_between(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+def branch_apart(module: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """Returns module(*args), and the bias of its last layer as `bias_apart` does.
+
+    Args:
+        module: with a method `apart` that returns both; what has none, or has hooks, is called whole.
+        *args: what it takes.
+    """
+    apart = getattr(module, "apart", None)
+    return (module(*args), None) if apart is None or hooked(module) else apart(*args)
+
+
+def gelu_between(x: Tensor, first: nn.Linear, second: nn.Linear, *, apart: bool) -> tuple[Tensor, Tensor | None]:
     """Returns second(gelu(first(x))), GELU by tanh, whose backward has the gradient of the first layer's bias.
 
     On a GPU GELU's output is kept for the backward beside its input: to write it again there would be one more pass
@@ -96,16 +107,21 @@ def gelu_between(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
         x: (..., in_features of the first).
         first: what makes the hidden layer.
         second: what follows.
+        apart: whether the gradient of the second layer's bias is left to what takes the output: then it is the second
+            result, as that of `bias_apart`.
     """
     native = _NATIVE_GELU and not torch.compiler.is_compiling() and _plain(x) and computed_only()
     native = native and not torch.is_autocast_enabled("cpu")
     if x.ndim not in (2, 3) or not (native or _sums(x)):
-        return second(F.gelu(first(x), approximate="tanh"))
-    hidden, bias = bias_apart(first, x)
-    fits = native and type(second) is Linear and second.bias is not None and not hooked(second)
-    if fits and all(map(_plain, (hidden, second.weight, second.bias))) and hidden.is_contiguous():
-        return _GeluLinear.apply(hidden, bias, second.weight, second.bias)
-    return second(F.gelu(hidden, approximate="tanh") if bias is None else ops.gelu(hidden, bias))
+        out = F.gelu(first(x), approximate="tanh")
+    else:
+        hidden, bias = bias_apart(first, x)
+        fits = native and type(second) is Linear and second.bias is not None and not hooked(second)
+        if fits and all(map(_plain, (hidden, second.weight, second.bias))) and hidden.is_contiguous():
+            added = second.bias.detach() if apart else second.bias
+            return _GeluLinear.apply(hidden, bias, second.weight, added), second.bias if apart else None
+        out = F.gelu(hidden, approximate="tanh") if bias is None else ops.gelu(hidden, bias)
+    return bias_apart(second, out) if apart else (second(out), None)
 
 
 def _sums(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2it import ops
-from d2it.nn.linear import Linear
+from d2it.nn.linear import Linear, bias_apart
 
 #: What a `WindowAttention` can add to its scores.
 RELATIVE_BIASES = ("matrix", "table", "none")
@@ -79,6 +79,17 @@ class WindowAttention(nn.Module):
         Raises:
             TypeError, ValueError: as for `d2it.ops.window_attention_qkvpacked`.
         """
+        return self.proj(self._attend(x, slots, segments))
+
+    def apart(
+        self, x: Tensor, slots: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward`, and the projection's bias where its gradient is left to what takes the output, as to
+        `d2it.ops.gated_residual`; else None."""
+        return bias_apart(self.proj, self._attend(x, slots, segments))
+
+    def _attend(self, x: Tensor, slots: Tensor | None, segments: Tensor | None) -> Tensor:
+        """The heads of every position, side by side."""
         bias: Tensor | None = self.bias
         if bias is not None and self.relative_bias == "table":
             bias = ops.relative_position_bias(bias, self.window)
@@ -89,7 +100,7 @@ class WindowAttention(nn.Module):
             windows = qkv.flatten(0, 1).unflatten(0, (-1, self.window**2))  # (W, w*w, 3, H, D)
             out = ops.window_attention_qkvpacked(windows, bias, segment_ids=segments)
             out = out.reshape(*x.shape[:2], self.heads, -1)
-        return self.proj(out.flatten(-2))
+        return out.flatten(-2)
 
 
 def check_relative_bias(name: str) -> None:

@@ -138,3 +138,12 @@ def _described(got: Callable[[], str]) -> str:
         return got()
     except RuntimeError:  # inside torch.func.vmap a value cannot be read
         return "a value that breaks this"
+
+
+def bias(value: Any, x: Tensor) -> None:
+    """Raises unless `value` is None or a bias of the channels of x, the (..., C) tensor that has it in it."""
+    if value is None:
+        return
+    tensor("bias", value, ndim=1, dtypes=FLOATS)
+    same("device", "x", x, "bias", value)
+    require(value.shape == x.shape[-1:], "bias", lambda: f"be ({x.shape[-1]},)", tuple(value.shape))

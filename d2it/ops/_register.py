@@ -459,3 +459,11 @@ def _require_gradients(args: Sequence[Any]) -> bool:
         elif isinstance(arg, (list, tuple)) and _require_gradients(arg):
             return True
     return False
+
+
+# ---- The gradient of a bias that is in an argument already -----------------------------------------------------------
+
+
+def unwritten_bias(like: Tensor, bias: Tensor | None) -> Tensor:
+    """An unwritten gradient of the bias; (0,) without one, since an operator returns tensors."""
+    return like.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)

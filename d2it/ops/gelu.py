@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import implement, operator
+from d2it.ops._register import implement, operator, unwritten_bias
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -38,10 +38,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -
     """
     _check.tensor("x", x, ndim=None, dtypes=_check.FLOATS)
     _check.require(x.ndim in (2, 3), "x", "be (B, L, C) or (T, C)", tuple(x.shape))
-    if bias is not None:
-        _check.tensor("bias", bias, ndim=1, dtypes=_check.FLOATS)
-        _check.same("device", "x", x, "bias", bias)
-        _check.require(bias.shape == x.shape[-1:], "bias", lambda: f"be ({x.shape[-1]},)", tuple(bias.shape))
+    _check.bias(bias, x)
     name = choose("gelu", backend, x, bias)
     return reference.gelu(x, bias) if name == "reference" else _call(x, bias, name)
 
@@ -55,11 +52,6 @@ def _backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
     x, bias = ctx.saved_tensors
     dx, dbias = _call_backward(grad, x, bias if ctx.needs[1] else None, ctx.backend)
     return dx, dbias if ctx.needs[1] else None, None
-
-
-def _of_bias(x: Tensor, bias: Tensor | None) -> Tensor:
-    """An unwritten gradient of the bias; (0,) without one."""
-    return x.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
 
 
 def _pull_back(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,7 +69,7 @@ _call = operator(
 )
 _call_backward = operator(
     "gelu_backward(Tensor grad, Tensor x, Tensor? bias, str backend) -> (Tensor dx, Tensor dbias)",
-    fake=lambda grad, x, bias, backend: (x.new_empty(x.shape), _of_bias(x, bias)),
+    fake=lambda grad, x, bias, backend: (x.new_empty(x.shape), unwritten_bias(x, bias)),
     composite=_pull_back,
 )
 
@@ -103,7 +95,7 @@ def _native(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _native_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    dx, dbias = x.new_empty(x.shape), _of_bias(x, bias)
+    dx, dbias = x.new_empty(x.shape), unwritten_bias(x, bias)
     sums = None if bias is None else dbias.float()  # itself where it is float32
     torch.ops.d2it_C.gelu_backward(grad, x, dx, None, sums)
     return dx, dbias if sums is None else sums.to(dbias.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2it.ops import _check, reference
 from d2it.ops._dispatch import choose, register_backend
-from d2it.ops._register import implement, known, operator, remember
+from d2it.ops._register import implement, known, operator, remember, unwritten_bias
 
 
 def adaln_modulate(
@@ -58,13 +58,22 @@ def adaln_modulate(
 
 
 def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor, *, sample: Tensor | None = None, backend: str | None = None
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    *,
+    bias: Tensor | None = None,
+    sample: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """x + gate * branch.
 
     Args:
         x, branch: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides, dtypes may differ.
         gate: (B, C) floating point.
+        bias: (C,) floating point, of the layer that made `branch`, where the layer was given it without its gradient
+            (`bias.detach()`): it is in the branch already, and not added here. Its gradient is that of the branch
+            summed over the rows, in float32 and in a fixed order, by the pass that writes that of the branch.
         sample: (T,) int32 or int64, the image of each row, in 0..B-1.
         backend: "reference", "cpu", "triton", or None to choose.
 
@@ -83,16 +92,16 @@ def gated_residual(
                 [1., 2.],
                 [3., 4.]])
     """
-    args = (x, branch, gate, sample)
+    args = (x, branch, gate, bias, sample)
     if (run := known("gated_residual", backend, args)) is not None:
         return run(*args)
     _validate(x, sample, gate=gate)
-    _check_branch(x, branch)
-    name = choose("gated_residual", backend, x, branch, gate, sample=sample)
+    _check_branch(x, branch, bias)
+    name = choose("gated_residual", backend, x, branch, gate, bias=bias, sample=sample)
     remember("gated_residual", backend, args, name)
     if name == "reference":
         check_sample(sample, gate.shape[0])
-        return reference.gated_residual(x, branch, gate, sample=sample)
+        return reference.gated_residual(x, branch, gate, bias=bias, sample=sample)
     return _call_gated_residual(*args, name)
 
 
@@ -103,6 +112,7 @@ def gated_residual_modulate(
     shift: Tensor,
     scale: Tensor,
     *,
+    bias: Tensor | None = None,
     sample: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
@@ -113,6 +123,9 @@ def gated_residual_modulate(
         x, branch: (B, L, C), or packed rows (T, C) with `sample`; floating point, any strides, dtypes may differ.
         gate: (B, C) floating point.
         shift, scale: (B, C) floating point, of one dtype.
+        bias: (C,) floating point, of the layer that made `branch`, where the layer was given it without its gradient
+            (`bias.detach()`): it is in the branch already, and not added here. Its gradient is that of the branch
+            summed over the rows, in float32 and in a fixed order, by the pass that writes that of the branch.
         sample: (T,) int32 or int64, the image of each row, in 0..B-1.
         eps: added to the variance.
         backend: "reference", "cpu", "triton", or None to choose.
@@ -131,16 +144,16 @@ def gated_residual_modulate(
         >>> total, modulated.round(decimals=3)
         (tensor([[[4., 8.]]]), tensor([[[-1.,  1.]]]))
     """
-    args = (x, branch, gate, shift, scale, sample, eps)
+    args = (x, branch, gate, shift, scale, bias, sample, eps)
     if (run := known("gated_residual_modulate", backend, args)) is not None:
         return run(*args)[:2]
     _validate(x, sample, eps, gate=gate, shift=shift, scale=scale)
-    _check_branch(x, branch)
-    name = choose("gated_residual_modulate", backend, x, branch, gate, shift, scale, sample=sample)
+    _check_branch(x, branch, bias)
+    name = choose("gated_residual_modulate", backend, x, branch, gate, shift, scale, bias=bias, sample=sample)
     remember("gated_residual_modulate", backend, args, name)
     if name == "reference":
         check_sample(sample, scale.shape[0])
-        return reference.gated_residual_modulate(x, branch, gate, shift, scale, sample=sample, eps=eps)
+        return reference.gated_residual_modulate(x, branch, gate, shift, scale, bias=bias, sample=sample, eps=eps)
     total, modulated, _ = _call_fused(*args, name)
     return total, modulated
 
@@ -170,12 +183,13 @@ def _validate(x: Tensor, sample: Tensor | None, eps: float = 0.0, **parameters: 
     _check.number("eps", eps, low=0.0, rule="be finite and not negative")
 
 
-def _check_branch(x: Tensor, branch: Tensor) -> None:
+def _check_branch(x: Tensor, branch: Tensor, bias: Tensor | None) -> None:
     _check.tensor("branch", branch, ndim=x.ndim, dtypes=_check.FLOATS)
     _check.same("device", "x", x, "branch", branch)
     _check.require(
         branch.shape == x.shape, "branch", lambda: f"have the shape of x {tuple(x.shape)}", tuple(branch.shape)
     )
+    _check.bias(bias, x)
 
 
 _SAMPLE = frozenset((torch.int32, torch.int64))
@@ -226,40 +240,56 @@ def _modulate_pull_back(
 
 
 def _gate_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    x, branch, gate, sample, ctx.backend = inputs
-    ctx.save_for_backward(branch, gate, sample)
+    x, branch, gate, bias, sample, ctx.backend = inputs
+    ctx.save_for_backward(branch, gate, bias, sample)
 
 
 def _gate_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
-    branch, gate, sample = ctx.saved_tensors
-    dbranch, dgate = _call_gated_residual_backward(grad, branch, gate, sample, ctx.backend)
-    return grad, dbranch, dgate, None, None
+    branch, gate, bias, sample = ctx.saved_tensors
+    bias = bias if ctx.needs[3] else None
+    dbranch, dgate, dbias = _call_gated_residual_backward(grad, branch, gate, bias, sample, ctx.backend)
+    return grad, dbranch, dgate, None if bias is None else dbias, None, None
 
 
-def _gate_pull_back(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> tuple[Tensor, ...]:
-    def gated(branch: Tensor, gate: Tensor) -> Tensor:
-        return reference.gated_residual(torch.zeros_like(grad), branch, gate, sample=sample)
+def _gate_pull_back(
+    grad: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, sample: Tensor | None
+) -> tuple[Tensor, ...]:
+    def gated(branch: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+        return reference.gated_residual(torch.zeros_like(grad), branch, gate, bias=bias, sample=sample)
 
-    return torch.func.vjp(gated, branch, gate)[1](grad)
+    if bias is None:
+        return *torch.func.vjp(gated, branch, gate)[1](grad), branch.new_zeros((0,))
+    return torch.func.vjp(gated, branch, gate, bias)[1](grad)
 
 
 def _fused_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, _, scale, sample, ctx.eps, ctx.backend = inputs
+    _, branch, gate, _, scale, bias, sample, ctx.eps, ctx.backend = inputs
     total, _, stats = output
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(total, stats, branch, gate, scale, sample)
+    ctx.save_for_backward(total, stats, branch, gate, scale, bias, sample)
 
 
 def _fused_backward(ctx: Any, grad_total: Tensor, grad: Tensor, _: Tensor | None) -> Sequence[Any]:
-    total, stats, branch, gate, scale, sample = ctx.saved_tensors
-    gradients = _call_fused_backward(grad_total, grad, total, stats, branch, gate, scale, sample, ctx.eps, ctx.backend)
-    return *gradients, None, None, None
+    total, stats, branch, gate, scale, bias, sample = ctx.saved_tensors
+    bias = bias if ctx.needs[5] else None
+    *gradients, dbias = _call_fused_backward(
+        grad_total, grad, total, stats, branch, gate, scale, bias, sample, ctx.eps, ctx.backend
+    )
+    return *gradients, None if bias is None else dbias, None, None, None
 
 
 def _fused_composite(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sample: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor | None, ...]:
-    return *reference.gated_residual_modulate(x, branch, gate, shift, scale, sample=sample, eps=eps), None
+    both = reference.gated_residual_modulate(x, branch, gate, shift, scale, bias=bias, sample=sample, eps=eps)
+    return *both, None
 
 
 def _fused_pull_back(
@@ -270,12 +300,14 @@ def _fused_pull_back(
     branch: Tensor,
     gate: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
     sample: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
     of_total, dshift, dscale = _modulate_pull_back(grad, total, stats, scale, sample, eps)
     dx = grad_total + of_total
-    return dx, *_gate_pull_back(dx, branch, gate, sample), dshift, dscale
+    dbranch, dgate, dbias = _gate_pull_back(dx, branch, gate, bias, sample)
+    return dx, dbranch, dgate, dshift, dscale, dbias
 
 
 def _stats(x: Tensor) -> Tensor:
@@ -317,33 +349,36 @@ _call_adaln_modulate_backward = operator(
     composite=_modulate_pull_back,
 )
 _call_gated_residual = operator(
-    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? sample, str backend) -> Tensor",
+    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor? bias, Tensor? sample, str backend) -> Tensor",
     fake=lambda x, *rest: x.new_empty(x.shape),
     setup=_gate_setup,
     backward=_gate_backward,
-    check=lambda x, branch, gate, sample: check_sample(sample, gate.shape[0]),
-    composite=lambda x, branch, gate, sample: reference.gated_residual(x, branch, gate, sample=sample),
+    check=lambda x, branch, gate, bias, sample: check_sample(sample, gate.shape[0]),
+    composite=lambda x, branch, gate, bias, sample: reference.gated_residual(x, branch, gate, bias=bias, sample=sample),
 )
 _call_gated_residual_backward = operator(
-    "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? sample, str backend) -> "
-    "(Tensor dbranch, Tensor dgate)",
-    fake=lambda grad, branch, gate, *rest: _like(branch, gate),
+    "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor? bias, Tensor? sample, str backend) -> "
+    "(Tensor dbranch, Tensor dgate, Tensor dbias)",
+    fake=lambda grad, branch, gate, bias, *rest: (*_like(branch, gate), unwritten_bias(branch, bias)),
     composite=_gate_pull_back,
 )
 _call_fused = operator(
-    "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? sample, "
-    "float eps, str backend) -> (Tensor total, Tensor out, Tensor stats)",
+    "gated_residual_modulate(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? bias, "
+    "Tensor? sample, float eps, str backend) -> (Tensor total, Tensor out, Tensor stats)",
     fake=lambda x, *rest: (*_like(x, x), _stats(x)),
     setup=_fused_setup,
     backward=_fused_backward,
-    check=lambda x, branch, gate, shift, scale, sample, eps: check_sample(sample, scale.shape[0]),
+    check=lambda x, branch, gate, shift, scale, bias, sample, eps: check_sample(sample, scale.shape[0]),
     composite=_fused_composite,
 )
 _call_fused_backward = operator(
     "gated_residual_modulate_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor stats, Tensor branch, "
-    "Tensor gate, Tensor scale, Tensor? sample, float eps, str backend) -> "
-    "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale)",
-    fake=lambda of_total, grad, total, stats, branch, gate, scale, *rest: _like(total, branch, gate, scale, scale),
+    "Tensor gate, Tensor scale, Tensor? bias, Tensor? sample, float eps, str backend) -> "
+    "(Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale, Tensor dbias)",
+    fake=lambda of_total, grad, total, stats, branch, gate, scale, bias, *rest: (
+        *_like(total, branch, gate, scale, scale),
+        unwritten_bias(branch, bias),
+    ),
     composite=_fused_pull_back,
 )
 
@@ -368,7 +403,7 @@ def _native_modulate_backward(
     return dx, dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
-def _native_gate(x: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> Tensor:
+def _native_gate(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, sample: Tensor | None) -> Tensor:
     try:
         return torch.ops.d2it_C.gated_residual(x, branch, gate, sample)
     except RuntimeError:
@@ -376,13 +411,22 @@ def _native_gate(x: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None)
         raise
 
 
-def _native_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor]:
-    dbranch, dgate = torch.ops.d2it_C.gated_residual_backward(grad, branch, gate, sample)
-    return dbranch, dgate.to(gate.dtype)
+def _native_gate_backward(
+    grad: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, sample: Tensor | None
+) -> tuple[Tensor, ...]:
+    dbranch, dgate, dbias = torch.ops.d2it_C.gated_residual_backward(grad, branch, gate, bias, sample)
+    return dbranch, dgate.to(gate.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 def _native_fused(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, sample: Tensor | None, eps: float
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sample: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, ...]:
     try:
         return torch.ops.d2it_C.gated_residual_modulate(x, branch, gate, shift, scale, sample, eps)
@@ -399,25 +443,33 @@ def _native_fused_backward(
     branch: Tensor,
     gate: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
     sample: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    dx, dbranch, dgate, dshift, dscale = torch.ops.d2it_C.gated_residual_modulate_backward(
-        grad_total, grad, total, stats, branch, gate, scale, sample
+    dx, dbranch, dgate, dshift, dscale, dbias = torch.ops.d2it_C.gated_residual_modulate_backward(
+        grad_total, grad, total, stats, branch, gate, scale, bias, sample
     )
-    return dx, dbranch, dgate.to(gate.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
+    of_scale = dshift.to(scale.dtype), dscale.to(scale.dtype)
+    return dx, dbranch, dgate.to(gate.dtype), *of_scale, dbias if bias is None else dbias.to(bias.dtype)
 
 
 def _of_modulate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
     return lambda x, shift, scale, *, sample=None, eps=1e-6: reasons(x, shift, scale)
 
 
+def _given(bias: Tensor | None) -> tuple[Tensor, ...]:
+    return () if bias is None else (bias,)
+
+
 def _of_gate(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    return lambda x, branch, gate, *, sample=None: reasons(x, branch, gate)
+    return lambda x, branch, gate, *, bias=None, sample=None: reasons(x, branch, gate, *_given(bias))
 
 
 def _of_fused(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    return lambda x, branch, gate, shift, scale, *, sample=None, eps=1e-6: reasons(x, branch, gate, shift, scale)
+    return lambda x, branch, gate, shift, scale, *, bias=None, sample=None, eps=1e-6: reasons(
+        x, branch, gate, shift, scale, *_given(bias)
+    )
 
 
 for _op, _of, _file, _functions in (

@@ -336,10 +336,13 @@ def adaln_modulate(
     return (normed * (1 + _rows(scale, sample).to(wide)) + _rows(shift, sample).to(wide)).to(x.dtype)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, sample: Tensor | None = None) -> Tensor:
-    """x + gate * branch in float32 (float64 for float64), rounded once to the dtype of x."""
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, *, bias: Tensor | None = None, sample: Tensor | None = None
+) -> Tensor:
+    """x + gate * branch in float32 (float64 for float64), rounded once to the dtype of x. A bias is in the branch
+    already, as for `gelu`."""
     wide = _accumulate(x.dtype)
-    return (x.to(wide) + _rows(gate, sample).to(wide) * branch.to(wide)).to(x.dtype)
+    return (x.to(wide) + _rows(gate, sample).to(wide) * _with_bias(branch.to(wide), bias)).to(x.dtype)
 
 
 def gated_residual_modulate(
@@ -349,18 +352,22 @@ def gated_residual_modulate(
     shift: Tensor,
     scale: Tensor,
     *,
+    bias: Tensor | None = None,
     sample: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """(total, adaln_modulate(total, shift, scale)) with total = gated_residual(x, branch, gate)."""
-    total = gated_residual(x, branch, gate, sample=sample)
+    """(total, adaln_modulate(total, shift, scale)) with total = gated_residual(x, branch, gate, bias=bias)."""
+    total = gated_residual(x, branch, gate, bias=bias, sample=sample)
     return total, adaln_modulate(total, shift, scale, sample=sample, eps=eps)
+
+
+def _with_bias(wide: Tensor, bias: Tensor | None) -> Tensor:
+    """A tensor that has the bias in it: nothing is added but the bias's gradient."""
+    return wide if bias is None else wide + (bias - bias.detach()).to(wide.dtype)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU by tanh in float32 (float64 for float64), rounded once to the dtype of x. A bias is in x already: it adds
     nothing but its gradient."""
-    wide = x.to(_accumulate(x.dtype))
-    if bias is not None:
-        wide = wide + (bias - bias.detach()).to(wide.dtype)
+    wide = _with_bias(x.to(_accumulate(x.dtype)), bias)
     return torch.nn.functional.gelu(wide, approximate="tanh").to(x.dtype)

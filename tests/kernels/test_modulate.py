@@ -27,7 +27,7 @@ NORMS = {
     "last lanes": ("for (; «i < n»; ++i) total +=", "false"),
     "one part of a sum": ("const V all = («parts[0] + parts[1]») +", "parts[0]"),
     "run of another image": ("runs.empty() || «runs.back().image != image»", "false"),
-    "line of the other sum": ("run.sums.data() + «line * channels_»", "0"),
+    "line of the other sum": ("run.sums.data() + «line * channels_», floats_of(to) + run", "0"),
     "image of a row": ("of_.empty() ? «row / length_»", "0"),
     "stride of the images": ("r * row : «r / length * batch» + r % length * row", "r / length * length * row"),
     "stride of the channels": ("to_float(«in[i * stride]»)", "in[i]"),
@@ -38,6 +38,8 @@ NORMS = {
 GATES = {
     "gate on the residual": ("out[i] = «x[i] + gate[i] * branch[i]»", "gate[i] * x[i] + branch[i]"),
     "no gate in dbranch": ("dbranch[i] = «grad[i] * gate[i]»", "grad[i]"),
+    "no gate in dbias": ("if (bias) add(«line», sums + channels, channels)", "grads.read(r, room.data())"),
+    "dbias of one image": ("run.sums.data() + «line * channels_», floats_of(to), channels_)", "0"),
     "branch missing in dgate": ("dgate[i] += «grad[i] * branch[i]»", "grad[i]"),
 }
 FUSED = {
@@ -45,6 +47,8 @@ FUSED = {
     "gradient of the total": ("«add(grads_total.read(r, first), line, channels)»;", "void()"),
     "gate of another image": ("branches.read(r, second), gate_of.of(«image»), line_branch", "0"),
     "sum of the scale": ("runs.add_up(«2», dgate)", "1"),
+    "no gate in the fused dbias": ("if (bias) add(«line_branch», sums + 3 * channels", "line"),
+    "sum of the gate for dbias": ("runs.add_up_all(«3», dbias)", "2"),
 }
 SOURCES = cuda_on_cpu.Sources({"modulate.cpp": {**NORMS, **GATES, **FUSED}})
 # order: images by (B, L); rows in order of their images, as a plan's; rows in any order; most images without rows.
@@ -52,6 +56,7 @@ SOURCES = cuda_on_cpu.Sources({"modulate.cpp": {**NORMS, **GATES, **FUSED}})
 # a run across two blocks, L = 3 five images into one.
 PLAN = {"B": 3, "L": 17, "C": 5, "order": "plan"}
 ANY = {"B": 3, "L": 9, "C": 5, "order": "any"}
+LONG = {"B": 2, "L": 70, "C": 9, "order": "images"}  # more than the 64 rows of a block in C++
 HALVES = {"B": 4, "L": 8, "C": 72, "order": "halves"}  # in order inside each block of rows, not from one to the next
 WIDE = {"B": 2, "L": 1, "C": 4100, "order": "plan"}  # its branch and the total's gradient are read late
 CORNERS = [
@@ -62,7 +67,7 @@ CORNERS = [
     {"B": 3, "L": 17, "C": 5, "order": "images"},
     {"B": 7, "L": 3, "C": 72, "order": "images"},
     {"B": 2, "L": 17, "C": 257, "order": "images"},
-    {"B": 2, "L": 70, "C": 9, "order": "images"},  # more than the 64 rows of a block in C++
+    LONG,
     {"B": 2, "L": 0, "C": 8, "order": "plan"},
     PLAN,
     {"B": 9, "L": 3, "C": 72, "order": "gaps"},
@@ -110,6 +115,26 @@ class Modulation(KernelSuite):
             sample = torch.randint(0, batch, size, generator=rng)
             sample = sample if shape["order"] == "any" else sample.sort().values.int()
         return [t.to(dtype) for t in tensors], projection.unbind(1), sample
+
+
+def bias_of(shape: Shape, rng: torch.Generator) -> torch.Tensor:
+    """(C,) float32."""
+    return torch.randn(shape["C"], generator=rng, dtype=torch.float64).float()
+
+
+def check_reference_with_bias(function, count: int) -> None:
+    """The gradients of `count` arguments and of the bias, as callers have it: the layer that made the branch added the
+    bias without its gradient."""
+    sample = torch.tensor([0, 0, 1, 1, 1])
+    given = [torch.randn(5, 6, dtype=torch.float64) for _ in range(2)]
+    given += [torch.randn(2, 6, dtype=torch.float64) for _ in range(count - 2)]
+    leaves = [t.requires_grad_() for t in (*given, torch.randn(6, dtype=torch.float64))]
+
+    def called(x, branch, *rest):
+        *parameters, bias = rest
+        return function(x, branch + bias.detach(), *parameters, bias=bias, sample=sample)
+
+    assert torch.autograd.gradcheck(called, leaves)
 
 
 class TestAdalnModulate(Modulation):
@@ -160,11 +185,13 @@ class TestAdalnModulate(Modulation):
 
 class TestGatedResidual(Modulation):
     op = "gated_residual"
-    gradients = ("x", "branch", "gate")
+    gradients = ("x", "branch", "gate", "bias")
     cpp_mutations = "modulate.cpp", GATES
     mutations = [
         Mutation("gate on the residual", GATE, "b_x + b_gate * b_branch", "b_gate * b_x + b_branch"),
-        Mutation("no gate in dbranch", GATE, "store_tile(dbranch, b_grad * b_gate,", "store_tile(dbranch, b_grad,"),
+        Mutation("no gate in dbranch", GATE, "b_dbranch = b_grad * b_gate", "b_dbranch = b_grad"),
+        Mutation("no gate in dbias", GATE, "b_bias_sum += b_dbranch", "b_bias_sum += b_grad"),
+        Mutation("a block's place in dbias", GATE, "runs.bias + i_block.to(tl.int64) * C", "runs.bias", (LONG,)),
         Mutation("branch missing in dgate", GATE, "b_sum += b_grad * b_branch", "b_sum += b_grad"),
         Mutation(
             "missing channel", ROWS, "element_ty), mask=m_tile)", "element_ty), mask=m_tile & (o_col < C - 1)[None, :])"
@@ -181,7 +208,10 @@ class TestGatedResidual(Modulation):
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
         (x, branch), (gate,), sample = self.parts(shape, dtype, rng, 2, 1)
-        return {"x": x, "branch": branch, "gate": gate, "sample": sample}
+        return {"x": x, "branch": branch, "gate": gate, "bias": bias_of(shape, rng), "sample": sample}
+
+    def test_reference_gradcheck(self):
+        check_reference_with_bias(reference.gated_residual, 3)
 
     def test_branch_may_have_another_dtype(self, backend):
         x, branch, gate = (torch.randn(2, 5, 24, device=DEVICE).requires_grad_() for _ in range(3))
@@ -202,7 +232,7 @@ class TestGatedResidualModulate(Modulation):
     op = "gated_residual_modulate"
     corners = [*(shape for shape in CORNERS if shape["C"] != 1152), WIDE]
     gpu_corners = [*GPU_CORNERS, {"B": 4, "L": 256, "C": 8192, "order": "images"}]
-    gradients = ("x", "branch", "gate", "shift", "scale")
+    gradients = ("x", "branch", "gate", "shift", "scale", "bias")
     cpp_mutations = "modulate.cpp", [name for name in FUSED if name != "total not rounded"]
     mutations = [
         Mutation("no gate", FILE, "b_chunk += load_chunk(gate, o_image, i, C, CHUNK) *", "b_chunk += 1.0 *"),
@@ -218,12 +248,20 @@ class TestGatedResidualModulate(Modulation):
         Mutation("branch of a wide row", FILE, "else load_chunk(branch,", "else load_chunk(x,", (WIDE,)),
         Mutation("sum of the scale", FILE, "partials=runs.partials[:, 2]", "partials=runs.partials[:, 1]"),
         Mutation("sums side by side", FILE, "p_run + 2 * C + o_col", "p_run + C + o_col"),
+        Mutation("no gate in dbias", FILE, "(b_bias_sum[i] + b_dbranch,)", "(b_bias_sum[i] + b_dx,)"),
+        Mutation("one run in dbias", FILE, "b_bias_sum[i] + b_dbranch", "0.0 * b_bias_sum[i] + b_dbranch"),
+        Mutation("dbias of a wide row", FILE, "mask=o_bias < C) + b_dbranch,", "mask=o_bias < C) + b_dx,", (WIDE,)),
+        Mutation("dbias of a wide row from 1", FILE, "tl.zeros((1, CHUNK)", "1.0 + tl.zeros((1, CHUNK)", (WIDE,)),
         Mutation("gate out of order", FILE, "dx, branch, sample, dgate)", "grad, branch, sample, dgate)", (ANY,)),
     ]
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
         (x, branch), (gate, shift, scale), sample = self.parts(shape, dtype, rng, 2, 3)
-        return {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale, "sample": sample}
+        parameters = {"gate": gate, "shift": shift, "scale": scale, "bias": bias_of(shape, rng)}
+        return {"x": x, "branch": branch, **parameters, "sample": sample}
+
+    def test_reference_gradcheck(self):
+        check_reference_with_bias(reference.gated_residual_modulate, 5)
 
     def test_the_two_operators_one_after_the_other(self, backend):
         """The same total to the bit, in half precision too: what is modulated is the total as it was rounded."""
@@ -276,7 +314,7 @@ def test_an_image_that_does_not_exist_is_not_read(wrong):
     x, parameter = lay_out(torch.randn(3, 8), "plain"), lay_out(torch.randn(2, 8), "plain")  # NaN all around
     sample = torch.tensor([0, wrong, 1], dtype=torch.int32)
     assert all(t.isfinite().all() for t in modulate.adaln_modulate_forward(x, parameter, parameter, sample, 1e-6))
-    assert modulate_gate.gated_residual_forward(x, x, parameter, sample).isfinite().all()
+    assert modulate_gate.gated_residual_forward(x, x, parameter, None, sample).isfinite().all()
 
 
 @pytest.mark.gpu
