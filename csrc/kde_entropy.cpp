@@ -213,7 +213,7 @@ struct Scratch {
 
   explicit Scratch(const Job& job)
       : density(job.bins.copies * job.bins.density),
-        moments(job.bins.cell ? kMostSums * kMoments * (job.bins.last_node + 2) : 0) {
+        moments(job.bins.cell ? kMostSums * kMoments * (job.bins.last_node + d2it::kPerPass) : 0) {
     const int width = job.regions_per_strip() * job.in.size, pixels = width * job.in.size;
     offsets.resize(pixels + kLanes); // read and written by whole vectors
     if (job.bins.reach == 1) values.resize(pixels + kLanes);

@@ -18,6 +18,7 @@ namespace d2it {
 
 constexpr int kMostSums = 8; // copies of the moments
 constexpr int kFewSums = 2;  // where pixels lie in many cells, each with few
+constexpr int kPerPass = 4;  // cells of two bins that are spread together
 
 // Row i: the powers 0 .. 7 of e[i].
 D2IT_INLINE void powers(const Floats<kLanes>& e, Floats<kMoments> (&rows)[kLanes]) {
@@ -73,8 +74,9 @@ struct Cells {
   const float* table;
   int copies, size; // of the density, and floats of each
   int lowest, highest;
-  // kMostSums or fewer copies of every cell's moments, after one cell without pixels. Consecutive pixels
-  // add to different ones, also because in a smooth region they would otherwise wait for each other's stores.
+  // kMostSums or fewer copies of every cell's moments, after kPerPass - 1 cells without pixels. Consecutive
+  // pixels add to different ones, also because in a smooth region they would otherwise wait for each other's
+  // stores.
   float* moments;
   float* density;
 
@@ -84,7 +86,7 @@ struct Cells {
   D2IT_INLINE void add(const float* offsets, const int32_t* nodes, int region, int width) const {
     add_moments<kSums>(offsets, nodes, region, width);
     for (int cell = lowest; cell <= highest; ++cell)
-      sum_moments<kSums>(moments + kMostSums * kMoments + cell * kSums * kMoments);
+      sum_moments<kSums>(moments + (kPerPass - 1) * kMostSums * kMoments + cell * kSums * kMoments);
     if (in_pairs)
       spread_pairs<kSums>();
     else
@@ -96,7 +98,7 @@ struct Cells {
   template <int kSums>
   D2IT_INLINE void add_moments(const float* offsets, const int32_t* nodes, int region, int width) const {
     using V = Floats<kMoments>;
-    float* own = moments + kMostSums * kMoments;
+    float* own = moments + (kPerPass - 1) * kMostSums * kMoments;
     for (int y = 0; y < region; ++y, offsets += width, nodes += width) {
       for (int x = 0; x < region; x += kLanes) {
         V rows[kLanes];
@@ -121,7 +123,7 @@ struct Cells {
   template <int kSums>
   D2IT_INLINE void spread() const {
     using V = Floats<kLanes>;
-    float* sums = moments + kMostSums * kMoments;
+    float* sums = moments + (kPerPass - 1) * kMostSums * kMoments;
     for (unsigned cell = lowest; cell <= static_cast<unsigned>(highest); ++cell) {
       float* own = sums + cell * kSums * kMoments;
       if (own[0] == 0) continue;
@@ -140,9 +142,9 @@ struct Cells {
     }
   }
 
-  // As spread, of cells of two bins that reach eight on either side. The sixteen bins around a cell
-  // stay in two registers while the cells pass from the highest to the lowest, two at a time: nothing that
-  // was stored is loaded again. Every pass stores the upper eight, of which the upper four are done.
+  // As spread, of cells of two bins that reach eight on either side. The cells pass from the highest to the
+  // lowest, kPerPass at a time, and the sixteen bins around the last of them stay in two registers. What
+  // four more leave behind, eight bins, is stored: nothing is loaded again.
   template <int kSums>
   D2IT_INLINE void spread_pairs() const {
     using V = Floats<kLanes>;
@@ -150,23 +152,31 @@ struct Cells {
     V rows[kMoments]; // of the bins above
 #pragma GCC unroll 8
     for (int k = 0; k < kMoments; ++k) rows[k] = as<V>(table + (kMoments + k) * kLanes);
-    float* sums = moments + kMostSums * kMoments;
+    float* sums = moments + (kPerPass - 1) * kMostSums * kMoments;
     V above = {}, below = {};
     int cell = highest;
-    for (; cell >= lowest; cell -= 2) {
-      float *upper = sums + cell * kSums * kMoments, *lower = upper - kSums * kMoments;
-      V above0, below0, above1, below1;
-      expand(upper, rows, above0, below0);
-      expand(lower, rows, above1, below1);
-      as<Floats<kMoments>>(upper) = as<Floats<kMoments>>(lower) = Floats<kMoments>{};
-      as<V>(density + cell * 2 + kLanes) = above0 + shuffle<9, 8, 0, 1, 2, 3, 4, 5>(above, below);
-      above1 += shuffle<9, 8, 0, 1, 2, 3, 4, 5>(above0, below0);
-      below1 += shuffle<2, 3, 4, 5, 6, 7, 8, 9>(below0, zero);
-      above = above1 + shuffle<11, 10, 9, 8, 0, 1, 2, 3>(above, below);
-      below = below1 + shuffle<4, 5, 6, 7, 8, 9, 10, 11>(below, zero);
-      as<V>(density + (cell - 1) * 2 + kLanes) = above;
+    for (; cell >= lowest; cell -= kPerPass) {
+      float *own = sums + cell * kSums * kMoments, *out = density + cell * 2;
+      V up[kPerPass], down[kPerPass];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPerPass; ++i, own -= kSums * kMoments) {
+        expand(own, rows, up[i], down[i]);
+        as<Floats<kMoments>>(own) = Floats<kMoments>{};
+      }
+      as<V>(out + kLanes + 2) =
+          (above + shuffle<2, 3, 4, 5, 6, 7, 8, 9>(up[0], zero)) +
+          (shuffle<4, 5, 6, 7, 8, 9, 10, 11>(up[1], zero) + shuffle<6, 7, 8, 9, 10, 11, 12, 13>(up[2], zero));
+      above = (up[3] + shuffle<9, 8, 0, 1, 2, 3, 4, 5>(up[2], down[2])) +
+              (shuffle<11, 10, 9, 8, 0, 1, 2, 3>(up[1], down[1]) +
+               shuffle<13, 12, 11, 10, 9, 8, 0, 1>(up[0], down[0])) +
+              shuffle<7, 6, 5, 4, 3, 2, 1, 0>(below, zero);
+      below = (down[3] + shuffle<2, 3, 4, 5, 6, 7, 8, 9>(down[2], zero)) +
+              (shuffle<4, 5, 6, 7, 8, 9, 10, 11>(down[1], zero) +
+               shuffle<6, 7, 8, 9, 10, 11, 12, 13>(down[0], zero));
     }
-    as<V>(density + (cell + 1) * 2) = shuffle<7, 6, 5, 4, 3, 2, 1, 0>(below, zero);
+    float* out = density + cell * 2;
+    as<V>(out + kLanes + 2) = above;
+    as<V>(out + 2) = shuffle<7, 6, 5, 4, 3, 2, 1, 0>(below, zero);
   }
 };
 
