@@ -92,6 +92,11 @@ def extension(target: str) -> dict:
 
     class Build(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
+            # With a CPU torch nothing tells the build which headers a .cu file includes.
+            headers = max(Path(header).stat().st_mtime for header in glob("csrc/*.h"))
+            for built in Path(self.build_temp, "csrc").glob("*_cuda.o"):
+                if built.stat().st_mtime < headers:
+                    built.unlink()
             try:
                 super().build_extensions()
             except Exception as error:

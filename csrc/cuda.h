@@ -85,6 +85,17 @@ __device__ inline void put(void* to, uint4 x) {
 __device__ inline void put(void* to, uint2 x) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
+// The same where it is wanted, without a branch.
+__device__ inline void put(void* to, uint2 x, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n"
+      "@wanted st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
+      "r"(x.x), "r"(x.y), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+__device__ inline void put(void* to, unsigned int x, bool wanted) {
+  if (wanted) *static_cast<unsigned int*>(to) = x;
+}
 __device__ inline void put(void* to, unsigned int x) { *static_cast<unsigned int*>(to) = x; }
 __device__ inline void put(void* to, unsigned short x) { *static_cast<unsigned short*>(to) = x; }
 

@@ -19,25 +19,72 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// A place in shared memory by its address there, which takes half the registers of a pointer, and of which
+// the compiler makes no pointer again.
+template <typename T>
+struct Place {
+  uint32_t address;
+
+  __device__ explicit Place(const T* p) : address(shared_address(p)) {}
+  __device__ explicit Place(uint32_t address) : address(address) {}
+  __device__ Place operator+(int elements) const {
+    return Place(address + elements * static_cast<int>(sizeof(T)));
+  }
+};
+template <typename T>
+__device__ inline uint32_t shared_address(Place<T> place) {
+  return place.address;
+}
+
+// Four words from a place, a pointer, and one word into it.
+__device__ inline float4 load_four(Place<float> from) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(from.address)
+               : "memory");
+  return x;
+}
+__device__ inline uint4 load_four(Place<uint32_t> from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(from.address)
+               : "memory");
+  return x;
+}
+__device__ inline char* load_pointer(Place<uint32_t> from) {
+  char* x;
+  asm volatile("ld.shared.b64 %0, [%1];" : "=l"(x) : "r"(from.address) : "memory");
+  return x;
+}
+__device__ inline void store_one(Place<uint32_t> to, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to.address), "r"(x) : "memory");
+}
+
 // Four 8 x 8 matrices: lane l gives row l % 8 of matrix l / 8, 16 bytes aligned to their size, and receives
 // of every matrix row g, columns 2t and 2t + 1. Transposed: rows 2t and 2t + 1 of column g.
-__device__ inline void load_matrices(uint32_t (&x)[4], const void* row) {
+template <typename P>
+__device__ inline void load_matrices(uint32_t (&x)[4], P row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(shared_address(row)));
 }
-__device__ inline void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+template <typename P>
+__device__ inline void load_matrices_transposed(uint32_t (&x)[4], P row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(shared_address(row)));
 }
 // Two: lanes 16 and up give a row as well, which is not read.
-__device__ inline void load_matrices(uint32_t (&x)[2], const void* row) {
+template <typename P>
+__device__ inline void load_matrices(uint32_t (&x)[2], P row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(x[0]), "=r"(x[1])
                : "r"(shared_address(row)));
 }
-__device__ inline void load_matrices_transposed(uint32_t (&x)[2], const void* row) {
+template <typename P>
+__device__ inline void load_matrices_transposed(uint32_t (&x)[2], P row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(x[0]), "=r"(x[1])
                : "r"(shared_address(row)));

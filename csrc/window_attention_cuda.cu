@@ -56,6 +56,7 @@ Heads<T> heads_of(const Tensor& t, bool packed) {
                  t.stride(dims - 2),
                  t.stride(dims - 1),
                  false};
+  if (heads.row >= int64_t{1} << 31) d2it::fail("window attention: rows lie too far apart, ", heads.row);
   // Results are written in halves of vectors.
   const int64_t unit = std::is_const_v<T> ? kPerVector : kPerVector / 2;
   const int64_t width = t.size(dims - 1);
@@ -81,21 +82,19 @@ Problem problem_of(const Tensor& q, const std::optional<Tensor>& bias, const std
     p.slots = static_cast<const int32_t*>(slots->const_data_ptr());
     p.slots_window = slots->stride(0), p.slots_position = slots->stride(1);
   }
-  p.segment_windows = p.bias_windows = 1;
+  p.bias_windows = 1;
   if (segments) {
     p.segments = static_cast<const int64_t*>(segments->const_data_ptr());
     p.segment_windows = static_cast<int>(segments->size(0));
   }
   p.run = p.n % 4 == 0 ? 4 : p.n % 2 == 0 ? 2 : 1;
   if (bias) {
-    p.bias = bias->const_data_ptr();
+    p.bias = static_cast<const float*>(bias->const_data_ptr());
     p.bias_windows = static_cast<int>(bias->size(0));
     p.bias_per_head = bias->size(1) > 1;
-    p.bias_single = bias->scalar_type() == ScalarType::Float;
-    while (reinterpret_cast<uintptr_t>(p.bias) % (p.run * bias->element_size()) != 0) p.run /= 2;
+    while (reinterpret_cast<uintptr_t>(p.bias) % (p.run * sizeof(float)) != 0) p.run /= 2;
   }
   p.scale = static_cast<float>(scale);
-  p.per_scale = 1.0f / p.scale;
   p.unit = p.scale * kLog2e;
   return p;
 }
@@ -227,15 +226,16 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
                       nullptr,
                       0,
                       0,
-                      p.n * (p.bias_single ? 4u : 2u),
-                      static_cast<unsigned>(backward_bytes<kWidth>(p.n)),
                       false,
                       0};
         b.vectors = b.q.vectors && b.k.vectors && b.v.vectors && b.grad.vectors && b.out.vectors;
         const int shared = group_backward_bytes<kWidth>(p.n, p.segments, sums.has_value());
         const bool grouped =
             in_groups(p, shared, device.most_shared(), b.q, b.k, b.v, b.grad, b.out, b.dq, b.dk, b.dv);
-        int bytes = grouped ? shared : backward_bytes<kWidth>(p.n);
+        const bool small = p.n <= kGroup;
+        int bytes = grouped ? shared
+                    : small ? Parts<T, kWidth, kGroup>::bytes()
+                            : Parts<T, kWidth, kThreads>::bytes();
         if (sums) {
           const int row = sums_pitch(p.n) * static_cast<int>(sizeof(float));
           b.row = row, b.block = p.n * row;
@@ -246,7 +246,9 @@ void window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
           }
         }
         const int threads = grouped ? kGroupThreads : kBackwardThreads;
-        const auto kernel = grouped ? groups_backward<T, kWidth> : attention_backward<T, kWidth>;
+        const auto kernel = grouped ? groups_backward<T, kWidth>
+                            : small ? attention_backward<T, kWidth, kGroup>
+                                    : attention_backward<T, kWidth, kThreads>;
         d2it::allow_shared(kernel, bytes);
         const unsigned blocks = blocks_of(splits * p.bias_windows * p.heads, "window attention");
         kernel<<<blocks, threads, bytes, device.stream>>>(b);

@@ -46,7 +46,7 @@ template <typename T>
 struct Heads {
   T* data;
   int64_t window, row, head, column;
-  bool vectors; // rows are whole vectors (of an output: whole halves of them), aligned to their size
+  bool vectors; // rows are whole vectors, aligned to their size
 
   __device__ T* at(int64_t w, int64_t r, int64_t h) const { return data + w * window + r * row + h * head; }
 };
@@ -55,15 +55,18 @@ struct Problem {
   const int32_t* slots; // or null: all windows are full
   int64_t slots_window, slots_position, tokens;
   const int64_t* segments; // (segment_windows, n), or null
-  int segment_windows;
-  float unit;       // scale * log2(e)
-  const void* bias; // (bias_windows, bias_heads, n, n), or null; of the backward: keys before queries
+  int segment_windows;     // 0 where there are none
+  float unit;              // scale * log2(e)
+  // (bias_windows, bias_heads, n, n) over the scale, or null; of the backward: keys before queries. Products
+  // begin with it, and what comes of both is scaled.
+  const float* bias;
   int bias_windows;
-  bool bias_per_head, bias_single; // bias_single: float32, not the dtype of q
-  int run;                         // entries that rows of the bias are aligned to: 1, 2 or 4
+  bool bias_per_head;
+  int run; // entries that rows of the bias are aligned to: 1, 2 or 4
   int windows, n, heads, width, splits;
-  float scale, per_scale; // and 1 / scale
+  float scale;
 
+  __device__ bool segmented() const { return segment_windows > 0; }
   // The window that rows are counted from: packed windows have theirs in one.
   __device__ int64_t base(int window) const { return slots ? 0 : window; }
 };
@@ -72,7 +75,7 @@ struct Problem {
 struct Window {
   int32_t* rows;      // of the tensors
   int32_t* positions; // in the window; 0 behind the last row
-  int64_t* segments;  // or null
+  int64_t* segments;  // of each row, if there are any
   unsigned* named;    // a bit for each position
   int32_t* next;      // the slots of the window after this one, each for its thread alone
 };
@@ -116,7 +119,7 @@ __device__ inline int close_up(const Problem& p, const Window& at, int window, i
   if (named) {
     at.rows[place] = slot;
     at.positions[place] = position;
-    if (at.segments)
+    if (p.segmented())
       at.segments[place] = p.segments[static_cast<int64_t>(window % p.segment_windows) * p.n + position];
   }
   if (position >= count && position < round_up(p.n, kKeys)) at.positions[position] = 0;
@@ -188,6 +191,12 @@ __device__ inline void copy_rows(T* const (&to)[kCount], const Heads<const T>* c
   }
 }
 
+// Where an element of rows of 32 lies, so that eight rows at the same column lie in different banks: with so
+// many columns more, 8 or 16, a bit of it changes, with 16 rows more none.
+__device__ inline unsigned in_rows(unsigned row, unsigned column) {
+  return row * 32 + (column / 8 ^ row / 2 % 4) * 8 + column % 8;
+}
+
 template <typename T>
 __device__ inline void store_elements(T* row, int column, int width, uint32_t x) {
   T pair[2];
@@ -197,16 +206,15 @@ __device__ inline void store_elements(T* row, int column, int width, uint32_t x)
 }
 
 // 16 rows of kCount times 8 columns from `column` on, times a factor for each of the lane's two rows, which
-// are null where there is none.
+// have `there` columns: none where there is no row.
 template <typename T, int kCount>
 __device__ inline void store_columns(const float (&c)[kCount][4], const float (&factor)[2],
-                                     T* const (&row)[2], int column, int width, bool vectors) {
+                                     T* const (&row)[2], const int (&there)[2], int column, bool vectors) {
   const unsigned quad = d2it::opaque(threadIdx.x) % 4, odd = quad % 2; // not kept: registers are full
   const int first = column + 8 * odd + 4 * (quad / 2);
   const auto store = [&](const auto& put_two, const auto& put_one) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int there = row[r] ? width : 0;
       const auto pair = [&](int j) {
         return d2it::pack<T>(c[j][2 * r] * factor[r], c[j][2 * r + 1] * factor[r]);
       };
@@ -214,16 +222,14 @@ __device__ inline void store_columns(const float (&c)[kCount][4], const float (&
       for (int j = 0; j + 1 < kCount; j += 2) {
         // Of two neighbouring 8 columns a lane has two of each; it trades for four of one.
         const uint32_t x = pair(j), y = pair(j + 1), other = __shfl_xor_sync(kAll, odd ? x : y, 1);
-        put_two(row[r], first + 8 * j, there, uint2{odd ? other : x, odd ? y : other});
+        put_two(row[r], first + 8 * j, there[r], uint2{odd ? other : x, odd ? y : other});
       }
       if constexpr (kCount % 2 != 0)
-        put_one(row[r], column + 8 * (kCount - 1) + 2 * static_cast<int>(quad), there, pair(kCount - 1));
+        put_one(row[r], column + 8 * (kCount - 1) + 2 * static_cast<int>(quad), there[r], pair(kCount - 1));
     }
   };
   if (vectors) {
-    const auto put = [](T* row, int at, int there, auto x) {
-      if (at < there) d2it::put(row + at, x);
-    };
+    const auto put = [](T* row, int at, int there, auto x) { d2it::put(row + at, x, at < there); };
     store(put, put);
   } else {
     const auto put = [](T* row, int at, int there, uint32_t x) { store_elements(row, at, there, x); };
@@ -255,21 +261,20 @@ __device__ inline Lane lane_in(unsigned lane) {
 }
 
 // c (kTiles times 16 rows, kSpans times 16 columns) = a b^T, or += a b^T, for rows of heads a and b. Tiles of
-// a lie a_step elements apart.
-template <typename T, int kWidth, int kTiles, int kSpans, bool kAdd = false>
-__device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T* a, int a_step, const T* b,
-                                     const Lane& lane) {
+// a lie a_step elements apart. a_down, b_across, b_down: with the lane's own elements.
+template <typename T, int kWidth, int kTiles, int kSpans, bool kAdd = false, typename A, typename B>
+__device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], A a_down, int a_step, B b_across,
+                                     B b_down) {
   constexpr int kRow = kPitch<kWidth>;
-  const T *own_a = a + lane.down, *own_b = b + lane.across;
 #pragma unroll
   for (int k = 0; k + 16 <= kWidth; k += 16) {
     uint32_t x[kTiles][4];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], own_a + i * a_step + k);
+    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], a_down + i * a_step + k);
 #pragma unroll
     for (int j = 0; j < kSpans; ++j) {
       uint32_t y[4];
-      d2it::load_matrices(y, own_b + j * (16 * kRow) + k);
+      d2it::load_matrices(y, b_across + j * (16 * kRow) + k);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -285,14 +290,13 @@ __device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T*
   }
   if constexpr (kWidth % 16 != 0) { // 8 columns more
     constexpr int kFirst = kWidth / 16 * 16;
-    const T* tail_b = b + lane.down;
     uint32_t x[kTiles][2];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], own_a + i * a_step + kFirst);
+    for (int i = 0; i < kTiles; ++i) d2it::load_matrices(x[i], a_down + i * a_step + kFirst);
 #pragma unroll
     for (int j = 0; j < kSpans; ++j) {
       uint32_t y[2];
-      d2it::load_matrices(y, tail_b + j * (16 * kRow) + kFirst);
+      d2it::load_matrices(y, b_down + j * (16 * kRow) + kFirst);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         d2it::multiply_add<T>(c[i][2 * j], x[i], y[0]);
@@ -302,16 +306,21 @@ __device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], const T*
   }
 }
 
+template <typename T, int kWidth, int kTiles, int kSpans, bool kAdd = false, typename A, typename B>
+__device__ inline void multiply_rows(float (&c)[kTiles][2 * kSpans][4], A a, int a_step, B b,
+                                     const Lane& lane) {
+  multiply_rows<T, kWidth, kTiles, kSpans, kAdd>(c, a + lane.down, a_step, b + lane.across, b + lane.down);
+}
+
 // c (kTiles times 16 rows, kWidth columns) += weights (kSpans times 16 deep, as an a each) times rows of
-// heads.
-template <typename T, int kWidth, int kTiles, int kSpans, int kSums>
+// heads; rows_down: with the lane's own elements.
+template <typename T, int kWidth, int kTiles, int kSpans, int kSums, typename P>
 __device__ inline void add_weighted(float (&c)[kSums][kWidth / 8][4],
-                                    const uint32_t (&weights)[kTiles][kSpans][4], const T* rows,
-                                    const Lane& lane) {
+                                    const uint32_t (&weights)[kTiles][kSpans][4], P rows_down) {
   constexpr int kRow = kPitch<kWidth>;
 #pragma unroll
   for (int s = 0; s < kSpans; ++s) {
-    const T* from = rows + lane.down + s * (16 * kRow);
+    const P from = rows_down + s * (16 * kRow);
 #pragma unroll
     for (int k = 0; k + 16 <= kWidth; k += 16) {
       uint32_t y[4];
@@ -331,116 +340,48 @@ __device__ inline void add_weighted(float (&c)[kSums][kWidth / 8][4],
   }
 }
 
+template <typename T, int kWidth, int kTiles, int kSpans, int kSums, typename P>
+__device__ inline void add_weighted(float (&c)[kSums][kWidth / 8][4],
+                                    const uint32_t (&weights)[kTiles][kSpans][4], P rows, const Lane& lane) {
+  add_weighted<T, kWidth>(c, weights, rows + lane.down);
+}
+
 // ------------------------------------------------------------------------------------------------ bias
 
 __device__ inline int64_t bias_matrix(const Problem& p, int residue, int head) {
   return static_cast<int64_t>(residue) * (p.bias_per_head ? p.heads : 1) + (p.bias_per_head ? head : 0);
 }
 
-// One head's bias of the current window, where positions lie `run` in a row.
-template <typename T>
+// One head's bias of the current window.
 struct Bias {
-  const void* matrix;
-  int n, run;
-  bool single;
+  const float* matrix; // or null
+  int n;
 
-  __device__ Bias(const Problem& p, int residue, int head, int run)
-      : matrix(nullptr), n(p.n), run(run), single(p.bias_single) {
-    if (!p.bias) return;
-    const int64_t at = bias_matrix(p, residue, head) * n * n;
-    matrix = static_cast<const char*>(p.bias) + at * (single ? sizeof(float) : sizeof(T));
-  }
-
-  // Entries of type E from an offset of less than 2^32 bytes.
-  template <typename E>
-  __device__ E at(unsigned offset) const {
-    return __ldg(reinterpret_cast<const E*>(static_cast<const char*>(matrix) + offset));
+  __device__ Bias(const Problem& p, int residue, int head) : matrix(nullptr), n(p.n) {
+    if (p.bias) matrix = p.bias + bias_matrix(p, residue, head) * n * n;
   }
 
   // Where a row begins.
   __device__ const char* row(int position) const {
-    const unsigned first = position * n;
-    return static_cast<const char*>(matrix) + first * (single ? sizeof(float) : sizeof(T));
+    return reinterpret_cast<const char*>(matrix) + static_cast<unsigned>(position * n) * sizeof(float);
   }
 
-  // Two entries side by side of a row that begins there, at an even column.
-  __device__ float2 pair(const char* row, unsigned column) const {
-    if (single) return __ldg(reinterpret_cast<const float2*>(row + uint64_t{column} * sizeof(float)));
-    return d2it::unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(row + uint64_t{column} * sizeof(T))));
+  // Entries of a row that begins there, from a column that is a multiple of their number.
+  template <typename E>
+  static __device__ E at(const char* row, unsigned column) {
+    return __ldg(reinterpret_cast<const E*>(row + uint64_t{column} * sizeof(float)));
   }
 
-  __device__ float one(unsigned row, unsigned column) const {
-    const unsigned i = row * n + column;
-    if (single) return at<float>(i * 4u);
-    return d2it::unpack<T>(at<uint16_t>(i * 2u)).x;
-  }
-
-  static __device__ float4 unpacked(uint2 bits) {
-    const float2 a = d2it::unpack<T>(bits.x), b = d2it::unpack<T>(bits.y);
-    return make_float4(a.x, a.y, b.x, b.y);
-  }
-
-  // Four entries of each of two rows that begin there, where positions lie `run` in a row.
-  static __device__ void fours(float4 (&to)[2], const Problem& p, const char* const (&row)[2], int4 column,
-                               int run) {
-    const auto get = [&](auto like, int r, int i, unsigned bytes) { // of an entry
-      return __ldg(
-          reinterpret_cast<const decltype(like)*>(row[r] + static_cast<unsigned>(i) * uint64_t{bytes}));
-    };
-    const auto both = [&](const auto& four) { to[0] = four(0), to[1] = four(1); };
-    if (p.bias_single && run == 4) {
-      both([&](int r) { return get(float4{}, r, column.x, 4); });
-    } else if (p.bias_single && run == 2) {
-      both([&](int r) {
-        const float2 a = get(float2{}, r, column.x, 4), b = get(float2{}, r, column.z, 4);
-        return make_float4(a.x, a.y, b.x, b.y);
-      });
-    } else if (p.bias_single) {
-      both([&](int r) {
-        return make_float4(get(0.0f, r, column.x, 4), get(0.0f, r, column.y, 4), get(0.0f, r, column.z, 4),
-                           get(0.0f, r, column.w, 4));
-      });
-    } else if (!p.bias) {
-      to[0] = to[1] = make_float4(0, 0, 0, 0);
-    } else if (run == 4) {
-      both([&](int r) { return unpacked(get(uint2{}, r, column.x, 2)); });
-    } else if (run == 2) {
-      both([&](int r) { return unpacked({get(0u, r, column.x, 2), get(0u, r, column.z, 2)}); });
-    } else {
-      both([&](int r) {
-        const auto two = [&](int x, int y) {
-          return get(uint16_t{}, r, x, 2) | static_cast<uint32_t>(get(uint16_t{}, r, y, 2)) << 16;
-        };
-        return unpacked({two(column.x, column.y), two(column.z, column.w)});
-      });
+  // Four entries of a row, whose positions lie `run` in a row.
+  __device__ float4 four(int position, int4 column, int run) const {
+    const char* own = row(position);
+    if (run == 4) return at<float4>(own, column.x);
+    if (run == 2) {
+      const float2 a = at<float2>(own, column.x), b = at<float2>(own, column.z);
+      return make_float4(a.x, a.y, b.x, b.y);
     }
-  }
-
-  // Four entries of a row.
-  __device__ float4 four(int row, int4 column) const {
-    const unsigned first = row * n;
-    if (single) {
-      const unsigned x = (first + column.x) * 4u, y = (first + column.y) * 4u;
-      const unsigned z = (first + column.z) * 4u, w = (first + column.w) * 4u;
-      if (run == 4) return at<float4>(x);
-      if (run == 2) {
-        const float2 a = at<float2>(x), b = at<float2>(z);
-        return make_float4(a.x, a.y, b.x, b.y);
-      }
-      return make_float4(at<float>(x), at<float>(y), at<float>(z), at<float>(w));
-    }
-    const unsigned x = (first + column.x) * 2u, y = (first + column.y) * 2u;
-    const unsigned z = (first + column.z) * 2u, w = (first + column.w) * 2u;
-    uint2 bits;
-    if (run == 4) {
-      bits = at<uint2>(x);
-    } else if (run == 2) {
-      bits = {at<uint32_t>(x), at<uint32_t>(z)};
-    } else {
-      bits = {at<uint16_t>(x) | static_cast<uint32_t>(at<uint16_t>(y)) << 16,
-              at<uint16_t>(z) | static_cast<uint32_t>(at<uint16_t>(w)) << 16};
-    }
-    return unpacked(bits);
+    return make_float4(at<float>(own, column.x), at<float>(own, column.y), at<float>(own, column.z),
+                       at<float>(own, column.w));
   }
 };
 

@@ -24,23 +24,21 @@ constexpr int forward_bytes(int n) {
 }
 
 // How a lane finds the bias of its keys: there is none, positions lie two in a row at least, or as they come.
-enum class Entries { kNone, kPairs, kAny };
-
-// Below this scores are scaled before the bias is added, since the bias over the scale might be infinite.
-constexpr float kLeastScale = 1e-6f;
+enum class Entries { kNone, kPairs, kOnes };
 
 // 16 queries of a warp, from `first` on, against all keys.
 template <typename T, int kWidth, Entries kEntries>
-__device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<T>& bias, int window,
-                              int head, int first, int count, const T* q, const T* k, const T* v) {
-  constexpr bool kAny = kEntries == Entries::kAny, kPairs = kEntries == Entries::kPairs;
+__device__ inline void attend(const Forward<T>& f, const Window& at, int window, int head, int first,
+                              int count, d2it::Place<T> q, d2it::Place<T> k, d2it::Place<T> v) {
+  constexpr bool kAdd = kEntries != Entries::kNone;
   const Problem& p = f.p;
   const int lane = threadIdx.x % kWarp, quad = lane % 4;
-  const char* entries[2];
+  unsigned entries[2]; // the first of a row
+  const Bias bias(p, window % p.bias_windows, head);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) entries[r] = d2it::opaque(bias.row(at.positions[first + lane / 4 + 8 * r]));
-  // Products add to the bias in place, so scores are as yet to be scaled; kAny: they are scaled, then added.
-  const float unit = kAny ? kLog2e : p.unit;
+  for (int r = 0; r < 2; ++r)
+    entries[r] = d2it::opaque(static_cast<unsigned>(at.positions[first + lane / 4 + 8 * r] * p.n));
+  const float unit = p.unit;
   const uint32_t ones = d2it::pack<T>(1.0f, 1.0f); // a column of v: a query's total
   float sums[1][kWidth / 8][4] = {}, most[2] = {-kInfinity, -kInfinity}, total[4] = {};
   // 64 keys from `start` on. whole: all of them are there, and alike.
@@ -48,25 +46,24 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
     constexpr bool kWhole = whole.value;
     const int lane = d2it::opaque(threadIdx.x) % kWarp; // not kept: registers are full
     const Lane own = lane_in<kWidth>(lane);
+    const int left = count - start;
     if constexpr (kWhole) {
-      multiply_rows<T, kWidth, 1, kKeys / 16, kPairs>(s, q, 0, k + start * kPitch<kWidth>, own);
+      multiply_rows<T, kWidth, 1, kKeys / 16, kAdd>(s, q, 0, k + start * kPitch<kWidth>, own);
     } else {
 #pragma unroll
       for (int j = 0; j < kKeys / 16; ++j) {
-        if (start + j * 16 >= count) break;
+        if (j * 16 >= left) break;
         auto& part = reinterpret_cast<float (&)[1][2][4]>(s[0][2 * j]);
-        multiply_rows<T, kWidth, 1, 1, kPairs>(part, q, 0, k + (start + j * 16) * kPitch<kWidth>, own);
+        multiply_rows<T, kWidth, 1, 1, kAdd>(part, q, 0, k + (start + j * 16) * kPitch<kWidth>, own);
       }
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
-        if (!kAny && !at.segments && start + j * 8 + 8 <= count) continue;
+        if (!at.segments && j * 8 + 8 <= left) continue;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int key = start + j * 8 + lane % 4 * 2 + i % 2, query = first + lane / 4 + i / 2 * 8;
-          float& x = s[0][j][i];
-          if (kAny && key < count)
-            x = fmaf(x, p.scale, p.bias ? bias.one(at.positions[query], at.positions[key]) : 0.0f);
-          if (key >= count || (at.segments && at.segments[query] != at.segments[key])) x = -kInfinity;
+          const int key = j * 8 + lane % 4 * 2 + i % 2, query = first + lane / 4 + i / 2 * 8;
+          if (key >= left || (at.segments && at.segments[query] != at.segments[start + key]))
+            s[0][j][i] = -kInfinity;
         }
       }
     }
@@ -97,13 +94,13 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      total[i] *= factor[i / 2];
+      if (i % 2 == 0) total[i] *= factor[i / 2]; // all columns of a row are alike: the others are not read
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j) sums[0][j][i] *= factor[i / 2];
     }
 #pragma unroll
     for (int j = 0; j < kKeys / 16; ++j) {
-      if (!kWhole && start + j * 16 >= count) break;
+      if (!kWhole && j * 16 >= left) break;
       const auto& part = reinterpret_cast<const uint32_t (&)[1][1][4]>(weights[0][j]);
       d2it::multiply_add<T>(total, weights[0][j], ones, ones);
       add_weighted<T, kWidth>(sums, part, v + (start + j * 16) * kPitch<kWidth>, own);
@@ -112,38 +109,42 @@ __device__ inline void attend(const Forward<T>& f, const Window& at, const Bias<
 #pragma unroll 1
   for (int start = 0; start < count; start += kKeys) {
     float s[1][kKeys / 8][4];
-    if constexpr (kPairs) {
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
-        const int column = at.positions[start + j * 8 + quad * 2];
+    for (int j = 0; j < kKeys / 8; ++j) {
+      const int* columns = at.positions + start + j * 8 + quad * 2;
+      if constexpr (kEntries == Entries::kPairs) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float2 b = bias.pair(entries[r], column);
-          s[0][j][2 * r] = b.x * p.per_scale;
-          s[0][j][2 * r + 1] = b.y * p.per_scale;
+          const float2 b = __ldg(reinterpret_cast<const float2*>(bias.matrix + (entries[r] + columns[0])));
+          s[0][j][2 * r] = b.x, s[0][j][2 * r + 1] = b.y;
         }
+      } else if constexpr (kEntries == Entries::kOnes) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[0][j][i] = __ldg(bias.matrix + (entries[i / 2] + columns[i % 2]));
       }
     }
-    if (!kAny && !at.segments && start + kKeys <= count) {
-      step(std::bool_constant<!kAny>(), start, s);
+    if (!at.segments && start + kKeys <= count) {
+      step(std::true_type(), start, s);
     } else {
       step(std::false_type(), start, s);
     }
   }
   const int again = d2it::opaque(threadIdx.x) % kWarp; // not kept: registers are full
   T* row[2];
+  int there[2];
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = total[2 * r];
     const int query = first + again / 4 + 8 * r;
-    row[r] = query < count ? f.out.at(p.base(window), at.rows[query], head) : nullptr;
-    if (row[r] && again % 4 == 0)
+    row[r] = f.out.at(p.base(window), at.rows[query], head);
+    there[r] = query < count ? p.width : 0;
+    if (query < count && again % 4 == 0)
       f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + at.positions[query]] =
           sum == 0.0f ? kInfinity : fmaf(most[r], unit, __log2f(sum));
     inverse[r] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
   }
-  store_columns(sums[0], inverse, row, 0, p.width, f.out.vectors);
+  store_columns(sums[0], inverse, row, there, 0, f.out.vectors);
 }
 
 // Whether registers suffice for two blocks on a multiprocessor; where they do not, the compiler was seen to
@@ -168,39 +169,40 @@ __global__ void __launch_bounds__(kThreads, kTwo<T, kWidth> ? 2 : 1)
   T* v = k + rows * kRow;
   T* q = v + rows * kRow + warp * kTile * kRow;
   char* rest = reinterpret_cast<char*>(v + (rows + kWarps * kTile) * kRow);
-  const Window at = window_in(rest, p.n, p.segments);
+  const Window at = window_in(rest, p.n, p.segmented());
 
   int window = blockIdx.x / p.heads;
   fetch_slot(p, at, window, threadIdx.x);
   d2it::commit_copies();
   for (; window < p.windows; window += p.splits) {
     d2it::wait_for_copies<0>();
-    const int slot = at.next[threadIdx.x];
+    const unsigned thread = d2it::opaque(threadIdx.x); // not kept: registers are full
+    const int slot = at.next[thread];
 
     int run;
-    const int count = close_up(p, at, window, slot, threadIdx.x, run);
+    const int count = close_up(p, at, window, slot, thread, run);
     const auto copy_queries = [&](int first) {
       copy_rows<T, kWidth, 1>({q}, {&f.q}, p, at, window, head, first, count, kTile,
                               d2it::opaque(threadIdx.x) % kWarp, kWarp);
     };
-    fetch_slot(p, at, window + p.splits, threadIdx.x);
+    fetch_slot(p, at, window + p.splits, thread);
     copy_rows<T, kWidth, 2>({k, v}, {&f.k, &f.v}, p, at, window, head, 0, count, round_up(count, kTile),
-                            threadIdx.x, kThreads);
+                            thread, kThreads);
     if (warp * kTile < count) copy_queries(warp * kTile);
     d2it::commit_copies();
-    if (p.slots && threadIdx.x < p.n && (slot < 0 || slot >= p.tokens))
-      f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + threadIdx.x] = kInfinity;
+    if (p.slots && static_cast<int>(thread) < p.n && (slot < 0 || slot >= p.tokens))
+      f.lse[(static_cast<int64_t>(window) * p.heads + head) * p.n + thread] = kInfinity;
 
     d2it::wait_for_copies<0>();
     __syncthreads();
-    const Bias<T> bias(p, window % p.bias_windows, head, run);
+    const d2it::Place<T> q_place(q), k_place(k), v_place(v);
     for (int first = warp * kTile; first < count; first += kWarps * kTile) {
-      if (p.scale >= kLeastScale && !p.bias) {
-        attend<T, kWidth, Entries::kNone>(f, at, bias, window, head, first, count, q, k, v);
-      } else if (p.scale >= kLeastScale && run > 1) {
-        attend<T, kWidth, Entries::kPairs>(f, at, bias, window, head, first, count, q, k, v);
+      if (!p.bias) {
+        attend<T, kWidth, Entries::kNone>(f, at, window, head, first, count, q_place, k_place, v_place);
+      } else if (run > 1) {
+        attend<T, kWidth, Entries::kPairs>(f, at, window, head, first, count, q_place, k_place, v_place);
       } else {
-        attend<T, kWidth, Entries::kAny>(f, at, bias, window, head, first, count, q, k, v);
+        attend<T, kWidth, Entries::kOnes>(f, at, window, head, first, count, q_place, k_place, v_place);
       }
       if (first + kWarps * kTile >= count) break;
       __syncwarp();

@@ -65,8 +65,9 @@ struct GroupWork {
 
   // delta = rowsum(out * grad) of the warp's tile: the diagonal of their product.
   __device__ void sum_delta() const {
-    const unsigned lane = threadIdx.x % kWarp, row = lane / 4;
-    const int tile = threadIdx.x / kWarp * kTile;
+    const unsigned thread = d2it::opaque(threadIdx.x); // not kept: registers are full
+    const unsigned lane = thread % kWarp, row = lane / 4;
+    const int tile = thread / kWarp * kTile;
     if (tile >= group.count) return;
     float c[1][2][4] = {};
     multiply_rows<T, kWidth, 1, 1>(c, grad() + tile * kRow, 0, out() + tile * kRow, lane_in<kWidth>(lane));
@@ -76,13 +77,12 @@ struct GroupWork {
   }
 
   // Writes dk and dv of the warp's keys, and leaves their dS^T. Returns whether dk is finite.
-  __device__ bool walk(const Bias<T>& bias) const {
+  __device__ bool walk(const Bias& bias) const {
     const Problem& p = b.p;
     const int tile = threadIdx.x / kWarp * kTile;
     if (tile >= group.count) return true;
     const Lane own = lane_in<kWidth>(threadIdx.x % kWarp);
     const int2 range = group.tiles(at, tile);
-    const float scale = p.scale * kLog2e;
     float dk[1][kWidth / 8][4] = {}, dv[1][kWidth / 8][4] = {};
 #pragma unroll 1
     for (int u = range.x; u <= range.y; ++u) {
@@ -99,12 +99,12 @@ struct GroupWork {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float4 added =
-            p.bias ? bias.four(place[r] & 255, queries.positions()) : make_float4(0, 0, 0, 0);
+            p.bias ? bias.four(place[r] & 255, queries.positions(), run) : make_float4(0, 0, 0, 0);
         const float more[4] = {added.x, added.y, added.z, added.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float& x = s[0][e / 2][2 * r + e % 2];
-          x = d2it::exp2_fast(fmaf(more[e], kLog2e, fmaf(x, scale, -sums[e])));
+          x = d2it::exp2_fast(fmaf(x + more[e], p.unit, -sums[e]));
         }
       }
       if (mixed() || max(tile, u * 16) + 16 > group.count) {
@@ -249,13 +249,13 @@ __global__ void __launch_bounds__(kGroupThreads, kWidth <= 72 ? kGroupBlocks : 2
   char* own = rest + chunk_bytes(p.segments);
 #pragma unroll 1
   for (int i = threadIdx.x; i < entries; i += kGroupThreads) near[i] = make_float4(0, 0, 0, 0);
-  const int each = chunk_windows(p.n);
+  const auto each = [&] { return chunk_windows(d2it::opaque(p.n)); }; // not kept: registers are full
   Residue of{residue, p.bias_windows, (p.windows - residue + p.bias_windows - 1) / p.bias_windows};
 #pragma unroll 1
-  for (of.at = blockIdx.x / p.heads / p.bias_windows * each; of.at < of.count; of.at += p.splits * each) {
-    of.windows = min(each, of.count - of.at);
+  for (of.at = blockIdx.x / p.heads / p.bias_windows * each(); of.at < of.count; of.at += p.splits * each()) {
+    of.windows = min(each(), of.count - of.at);
     const int run = close_chunk(p, at, of, [](int, int) {});
-    const Bias<T> bias(p, of.first, head, run);
+    const Bias bias(p, of.first, head);
     int apart = 0; // windows before this one are taken one at a time
 #pragma unroll 1
     for (int window = 0; window < of.windows;) {

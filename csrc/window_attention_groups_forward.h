@@ -16,7 +16,7 @@ constexpr int group_forward_bytes(bool segments) {
 
 // The warp's queries. Returns whether all of their results are finite.
 template <typename T, int kWidth>
-__device__ inline bool attend_group(const Forward<T>& f, const Chunk& at, const Bias<T>& bias,
+__device__ inline bool attend_group(const Forward<T>& f, const Chunk& at, const Bias& bias, int run,
                                     const Residue& of, int head, const Group& group, const Rows<T>& out,
                                     const T* q, const T* k, const T* v) {
   constexpr int kRow = kPitch<kWidth>, kParts = kGroup / kTile;
@@ -41,12 +41,12 @@ __device__ inline bool attend_group(const Forward<T>& f, const Chunk& at, const 
       const Four keys(at, group.first + key);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float4 b = p.bias ? bias.four(place[r] & 255, keys.positions()) : make_float4(0, 0, 0, 0);
+        const float4 b = p.bias ? bias.four(place[r] & 255, keys.positions(), run) : make_float4(0, 0, 0, 0);
         const float added[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float& x = part[0][e / 2][2 * r + e % 2];
-          x = fmaf(x, p.scale, added[e]);
+          x += added[e];
         }
       }
       if (mixed || j * 16 + 16 > group.count) {
@@ -69,7 +69,7 @@ __device__ inline bool attend_group(const Forward<T>& f, const Chunk& at, const 
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) most[r] = fmaxf(most[r], __shfl_xor_sync(kAll, most[r], mask));
-    most[r] = most[r] == -kInfinity ? 0.0f : most[r] * -kLog2e;
+    most[r] = most[r] == -kInfinity ? 0.0f : most[r] * -p.unit;
   }
   float sums[1][kWidth / 8][4] = {};
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ inline bool attend_group(const Forward<T>& f, const Chunk& at, const 
         float (&x)[4] = s[0][2 * j + h];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          x[i] = d2it::exp2_fast(fmaf(x[i], kLog2e, most[i / 2]));
+          x[i] = d2it::exp2_fast(fmaf(x[i], p.unit, most[i / 2]));
           total[i / 2] += x[i];
         }
         weights[0][0][2 * h] = d2it::pack<T>(x[0], x[1]);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kGroupThreads, kWidth <= 72 ? kForwardBlocks :
     of.windows = min(each, of.count - of.at);
     const int run = close_chunk(
         p, at, of, [&](int window, int position) { lse_of(f.lse, p, window, head)[position] = kInfinity; });
-    const Bias<T> bias(p, residue, head, run);
+    const Bias bias(p, residue, head);
     int apart = 0; // windows before this one are taken one at a time
 #pragma unroll 1
     for (int window = 0; window < of.windows;) {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kGroupThreads, kWidth <= 72 ? kForwardBlocks :
         d2it::commit_copies();
         d2it::wait_for_copies<0>();
         __syncthreads();
-        const bool finite = attend_group<T, kWidth>(f, at, bias, of, head, group, out, q, k, v);
+        const bool finite = attend_group<T, kWidth>(f, at, bias, run, of, head, group, out, q, k, v);
         if (__syncthreads_or(!finite) && group.end - window > 1) {
           apart = group.end;
           continue;

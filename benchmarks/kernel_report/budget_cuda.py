@@ -9,6 +9,7 @@ from collections.abc import Callable
 import neighbor_copy_bench
 import torch
 
+from d2it.ops.window_attention import _cuda_shared
 from kernel_report.budget import CudaLaunch
 from kernel_report.gpus import ARCHS
 
@@ -18,7 +19,7 @@ COPIED = "d2it::copy_async(to + i * kPerVector, row + i * kPerVector, (i"
 FILE = "window_attention_cuda.cu"
 LAST = "step(std::false_type(), start, s);"
 # The compiler's lines name this call for nearly all stores of the three.
-ANY = "attend<T, kWidth, Entries::kAny>(f, at"
+ANY = "attend<T, kWidth, Entries::kOnes>(f, at"
 
 
 def mean(n: int, fill: float, of: Callable[[int], float]) -> float:
@@ -48,21 +49,14 @@ def shared_by_windows(fill: float) -> dict[str, float]:
     2 x 2 cells are fine or not, so positions lie two in a row, and four only where all exist."""
     return {
         "for (int i = 0; i < kVectors - part; i += kPerRow) { #pragma": NEVER,
-        "if (at.segments) at.segments[place] =": NEVER,
+        "if (p.segmented()) at.segments[place] =": NEVER,
         "store([&](T* row, int at, int there, uint2 x)": NEVER,
         "T pair[2];": NEVER,
         "if (column < width) row[column] = pair[0];": NEVER,
         "if (column + 1 < width) row[column + 1] = pair[1];": NEVER,
-        "if (run == 4) return at<float4>(x);": ONCE if fill == 1 else 0.25,
-        "const float2 a = at<float2>(x), b = at<float2>(z);": float(fill != 1),
-        "return make_float4(at<float>(x), at<float>(y), at<float>(z), at<float>(w));": NEVER,
-        "const unsigned x = (first + column.x) * 2u, y =": NEVER,
-        "const unsigned z = (first + column.z) * 2u, w =": NEVER,
-        "bits = at<uint2>(x);": NEVER,
-        "bits = {at<uint32_t>(x), at<uint32_t>(z)};": NEVER,
-        "bits = {at<uint16_t>(x) |": NEVER,
-        "const float2 a = d2it::unpack<T>(bits.x)": NEVER,
-        "return d2it::unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(row": NEVER,
+        "if (run == 4) return at<float4>(own, column.x);": ONCE if fill == 1 else 0.25,
+        "const float2 a = at<float2>(own, column.x), b =": float(fill != 1),
+        "return make_float4(at<float>(own, column.x), at<float>(own, column.y), at<float>(own": NEVER,
     }
 
 
@@ -94,10 +88,10 @@ def attention_forward(n: int, heads: int, width: int, fill: float, cells: int) -
         f"{ANY} => for (int r = 0; r < 2; ++r) {{ const float sum": NEVER,
         f"{ANY} => store_columns(sums[0], inverse": 1 / 3,
         "for (int start = 0; start < count; start += kKeys) {": whole + broken,
-        "step(std::bool_constant<!kAny>(), start, s);": whole / (whole + broken),
+        "step(std::true_type(), start, s);": whole / (whole + broken),
         LAST: broken / (whole + broken),
-        "for (int j = 0; j < kKeys / 16; ++j) { if (start + j * 16 >= count) break; auto& part": part,
-        f"{LAST} => for (int i = 0; i < 4; ++i) {{ const int key = start": edge,
+        "for (int j = 0; j < kKeys / 16; ++j) { if (j * 16 >= left) break; auto& part": part,
+        f"{LAST} => for (int i = 0; i < 4; ++i) {{ const int key = j": edge,
         f"{LAST} => for (int j = 0; j < kKeys / 16; ++j) {{ if (!kWhole": part,
         **shared_by_windows(fill),
     }
@@ -120,8 +114,7 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
     windows = cells // n
     splits = max(1, min(windows, SMS // heads))
     size, row = round(fill * cells) * heads * width * 2, (math.ceil(n / 32) * 32 + 8) * 4
-    pitch = (width // 8 | 1) * 8
-    shared = 1728 + 16 * n + 4 * n * pitch + 64 * (6 * pitch + 8) + 96 * n
+    shared = _cuda_shared(n, width)
     resident = min((ARCHS["sm_90"]["block_shared"] - shared) // row, n)
 
     def blocks(count: int) -> int:
@@ -129,11 +122,10 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
 
     each = mean(n, fill, blocks)
     more = mean(n, fill, lambda count: max(blocks(count) - 1, 0))
-    still_more = mean(n, fill, lambda count: max(blocks(count) - 2, 0))
     own = mean(n, fill, tiles) / 16
     with_keys = mean(n, fill, lambda count: blocks(count) * tiles(count))
     steps = mean(n, fill, lambda count: tiles(count) ** 2)
-    fours = mean(n, fill, lambda count: tiles(count) * (tiles(count) // 4))
+    fours = mean(n, fill, lambda count: tiles(count) * (tiles(count) // 8))
     halves = mean(n, fill, tiles)
     # Pairs of tiles of which some are not there: those of the last rows.
     edges = mean(n, fill, lambda count: float(count % 16 > 0) * (2 * tiles(count) - 1)) / steps
@@ -144,56 +136,46 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
         * row
         / 16
         / 512,
-        "for (; window < p.windows; window += step) {": windows / splits,
-        "work.template walk<false, true>();": NEVER,
+        "for (; window < p.windows; window = fixed.number + step) {": windows / splits,
+        "walk<false, true>();": NEVER,
         "for (unsigned place = d2it::opaque(threadIdx.x) / kPerRow; place < there;": mean(
             n, fill, lambda count: math.ceil(tiles(count) / 8)
         ),
-        "if (threadIdx.x < kThreads) {": 0.5,
-        "if (d2it::opaque(threadIdx.x) == kThreads) fixed.find(": 1 / 16,
+        "if (thread < kThreads) {": 0.5,
+        "if (thread == kThreads) fixed.find(": 1 / 16,
         "if (key < there) {": 0.5,
-        "if (work.copies()) work.fetch(0); if constexpr": 0.5,
-        "if (!second) {": 0.5,
-        "copy(to.out, place, fixed.out": 0.5,
-        "if (part == 0 && there) {": 0.5,
         "to.lse[mine] = kInfinity;": NEVER,
         "copy_row<T, kWidth>(to, first + part * kPerVector * column": NEVER,
-        "if (blocks > 1 && copies()) fetch(1);": mean(n, fill, lambda count: float(blocks(count) > 1)) / 2,
-        "for (int block = 0; block < blocks; ++block) {": each,
-        "if (block + 2 < blocks) fetch(block + 2);": still_more / each / 2,
-        "if (kDk && block + 1 < blocks) sum_delta(block + 1);": more / each,
-        "if (threadIdx.x >= kFirst * kWarp) {": 1 / 8,
+        "if (copies_next(turn(-1))) {": 1 / 8,
+        "for (int block = 0;; ++block) {": each,
+        "store_queries(block - 1);": halves / each / 8,
+        "if (copies) fetch<kDk>(block + 1);": more / each / 8,
+        "if (copies) finish_copies<kDk>(block + 1);": more / each / 8,
         "if (first_key < count) {": with_keys / each / 16,
-        "if (block * kBlock + from < count) step<kDk, kDv>(": steps / with_keys / 2,
-        "if (block * kBlock + from + 16 > count || first_key + 16 > count || at.segments) {": edges,
-        "both([&](int r) { return get(float4{}": whole,
-        "else if (p.bias_single && run == 2) {": 1 - whole,
-        "else if (p.bias_single) { both(": NEVER,
-        "else if (!p.bias) {": NEVER,
-        "else if (run == 4) { both(": NEVER,
-        "else if (run == 2) { both(": NEVER,
-        "both([&](int r) { const auto two": NEVER,
+        "if (from == 0 || query + from < count) step<kDk, kDv>(": steps / with_keys / 2,
+        "if (!whole) {": edges,
+        "else { __syncwarp();": NEVER,
+        "const unsigned columns[4] = {where.x": NEVER,
+        "for (int i = 0; i < 8; ++i) s[0][i / 4][i % 4] = Bias::at<float>(": NEVER,
         "float4 x[2];": whole,
         "for (int r = 0; r < 2; ++r) { x[r] = *in(float4{}": whole,
-        "for (int r = 0; r < 2; ++r) { if (keys[r] && there > 0)": whole,
-        "else if (run == 2) { float2 x[2][2];": 1 - whole,
-        "const int columns[4] = {": NEVER,
+        "for (int r = 0; r < 2; ++r) { if (there(r, 0))": whole,
+        "else if (runs == kSummed + 2) { float2 x[2][2];": 1 - whole,
+        "const unsigned columns[4] = {column.x": NEVER,
         "for (int i = 0; i < 8; ++i) x[i] =": NEVER,
-        "for (int i = 0; i < 8; ++i) { if (keys[i / 4]": NEVER,
-        "else if (kDk) { store_queries(block);": halves / (4 * each),
+        "for (int i = 0; i < 8; ++i) { if (there(i / 4, i % 4))": NEVER,
         "for (; tiles >= kAtOnce; tiles -= kAtOnce) {": fours / halves,
-        "for (; tiles > 0; --tiles) {": (steps - 4 * fours) / halves,
-        "sum(std::integral_constant<bool, kTail>());": 0.25,
-        "sum(std::false_type());": 0.75,
-        "if (tailed) store_columns(tail": 0.25,
-        "for (int r = 0; r < 2; ++r) { const int key = first_key + lane / 4": own,
+        "for (; tiles > 0; --tiles) {": (steps - 8 * fours) / halves,
+        "sum_queries<0, kOwn>(block);": 0.5,
+        "sum_queries<kOwn, kUnits - kOwn>(block);": 0.5,
+        "for (int r = 0; r < 2; ++r) { const int key = own + lane / 4": own,
         "if constexpr (kDk) store_columns(dk_sums[0],": own,
         "if constexpr (kDv) store_columns(dv_sums[0],": own,
         **shared_by_windows(fill),
     }
     lanes = {
         COPIED: width / 8 / (math.ceil(width / 32) * 4),
-        "if (part == 0 && there) {": 0.25,
+        "if (part == 0) {": 0.25,
     }
     total = splits * heads * n * row
     tensors = {Layout.heads(i): size for i in range(5)}
@@ -205,7 +187,7 @@ def attention_backward(n: int, heads: int, width: int, fill: float, cells: int) 
         (0, 336): cells * heads * 4,
         (0, 488): total,
     }
-    kernel = f"attention_backward<__nv_bfloat16, {width}>"
+    kernel = f"attention_backward<__nv_bfloat16, {width}, 256>"
     one_pass = CudaLaunch(FILE, kernel, splits * heads, 512, shared + resident * row, runs, tensors, lanes)
     return one_pass, sum_of_blocks(n, heads, splits)
 
@@ -346,7 +328,7 @@ def groups_backward(n: int, heads: int, width: int, fill: float, cells: int) -> 
     each, lanes = shared_by_groups(groups, width, fill)
     warps = groups.tiles / 4
     runs = {
-        f"{OVER_CHUNKS} close_chunk(p, at, of, []": groups.chunks / splits,
+        f"{OVER_CHUNKS.replace('each', 'each()')} close_chunk(p, at, of, []": groups.chunks / splits,
         f"{OVER_GROUPS} const GroupWork": groups.per_chunk,
         "for (int i = threadIdx.x; i < entries; i += kGroupThreads) near[i] =": n * n / 4 / 128,
         "for (int i = threadIdx.x; i < entries; i += kGroupThreads) reinterpret_cast<float4*>(far": n * n / 4 / 128,

@@ -64,19 +64,6 @@ EXCEPTIONS: list[tuple[str, str, str, str]] = [
         "the pairs of a lane, from L2 (256 KB a head at most), and rows without alignment an element at a time",
     ),
     (
-        "attention_backward",
-        "*",
-        "spill",
-        "16 warps have 128 registers each: on some GPUs and widths up to six values that follow from the thread are "
-        "kept in memory from one window or block of queries to the next; none on sm_90 at 72 columns in bfloat16",
-    ),
-    (
-        "attention_forward",
-        "__nv_bfloat16, 72",
-        "spill",
-        "one register on sm_90 alone, which says whether the last 64 keys of a window go on behind the first 16",
-    ),
-    (
         "groups_*ward",
         "*",
         "narrow load",
@@ -210,16 +197,6 @@ EXCEPTIONS: list[tuple[str, str, str, str]] = [
 
 # Patterns of "operator case direction" -> why it misses its budget, and what would lift the exception.
 BUDGET_EXCEPTIONS: list[tuple[str, str, str]] = [
-    (
-        "window_attention n256-*-fill1-* forward CUDA",
-        "a step of 16 queries and 64 keys rescales its sums and takes its largest score beside the products",
-        "one largest score for two steps, or wgmma",
-    ),
-    (
-        "window_attention n256-*-fill1-* backward CUDA",
-        "for 16 x 16 pairs a warp issues 330 instructions: 87 products and their operands, 70 of arithmetic on pairs",
-        "wgmma, which takes operands from shared memory; blocks of 64 queries, which need more of it",
-    ),
     (
         "window_attention n256-* forward",
         "a Triton program gathers row by row: of a step's instructions 40 % are addresses",

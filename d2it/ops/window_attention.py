@@ -365,9 +365,8 @@ _EVERY_GPU = 99 * 1024  # bytes of shared memory that a block can have, from com
 
 def _cuda_shared(n: int, width: int) -> int:
     """Bytes of shared memory that the backward needs, as csrc/window_attention_backward.h lays it out."""
-    width = next(w for w in CUDA_WIDTHS if w >= width)
-    rows, pitch = cdiv(n, 16) * 16, (width // 8 | 1) * 8
-    return 1728 + cdiv(n, 64) * 64 * 16 + 4 * rows * pitch + 64 * (6 * pitch + 8) + 96 * rows
+    pitch, rows = (next(w for w in CUDA_WIDTHS if w >= width) // 8 | 1) * 8, 64 if n <= 64 else 256
+    return 320 * pitch + 7392 + (4 * pitch + 144) * rows
 
 
 def _cuda_reasons(name: str, x: Tensor, windows: Windows) -> list[str]:
@@ -397,13 +396,11 @@ def _fits(op: str, reasons: Callable[[str, Tensor, Windows], list[str]]) -> Call
 # ---- C++ on CPU, which keeps nothing for the backward ----------------------------------------------------------------
 
 
-def _ready(windows: Windows, kept: torch.dtype = torch.float32) -> Windows:
-    """The windows as C++ takes them: contiguous, the bias in float32 unless its dtype is `kept`, segments in int64."""
+def _ready(windows: Windows) -> Windows:
+    """The windows as C++ takes them: contiguous, the bias in float32, segments in int64."""
     bias, segment_ids = windows.bias, windows.segment_ids
-    if bias is None and segment_ids is None:
-        return windows
     if bias is not None:
-        bias = (bias if bias.dtype == kept else bias.float()).contiguous()
+        bias = bias.float().contiguous()
     if segment_ids is not None:
         segment_ids = segment_ids.to(torch.int64).contiguous()
     return windows._replace(bias=bias, segment_ids=segment_ids)
@@ -439,8 +436,24 @@ def _unnamed(q: Tensor, slots: Tensor | None) -> Tensor | None:
     return None if slots is None else torch.ones(q.shape[0], dtype=torch.uint8, device=q.device)
 
 
+_LEAST_SCALE = 1e-6  # over which a bias is a number
+
+
+def _cuda_ready(q: Tensor, windows: Windows, transposed: bool = False) -> tuple[Tensor, Windows]:
+    """q and the windows as CUDA takes them: the bias over the scale, perhaps keys before queries. A scale that is not
+    above zero moves into q."""
+    scale = windows.factor(q)
+    if scale < _LEAST_SCALE:
+        q, scale = q * scale, 1.0
+    if windows.bias is not None:
+        bias = windows.bias.float().mT if transposed else windows.bias.float()
+        scaled = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+        windows = windows._replace(bias=torch.mul(bias, 1 / scale, out=scaled))
+    return q, _ready(windows._replace(scale=scale))
+
+
 def _cuda(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    windows = _ready(Windows(*args), q.dtype)
+    q, windows = _cuda_ready(q, Windows(*args))
     count, n = windows.shape(q)
     out = q.new_empty(q.shape)
     lse = q.new_empty((count, q.shape[-2], n), dtype=torch.float32)
@@ -453,7 +466,7 @@ def _cuda(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _cuda_backward(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     """Fills grads (dq, dk, dv) and returns dbias, empty where it is not needed."""
     bias, slots, segment_ids, out, lse, scale, needs_bias = args
-    windows = _ready(Windows(bias, slots, segment_ids, scale), q.dtype)
+    q, windows = _cuda_ready(q, Windows(bias, slots, segment_ids, scale), transposed=True)
     count, n = windows.shape(q)
     heads, bias_windows = q.shape[-2], 1 if bias is None else bias.shape[0]
     dbias = bias.new_empty(bias.shape) if needs_bias else None
@@ -461,8 +474,6 @@ def _cuda_backward(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, 
         for x in grads:
             x.zero_()
         return q.new_empty(0) if dbias is None else dbias.zero_()
-    if windows.bias is not None:
-        windows = windows._replace(bias=windows.bias.transpose(-1, -2).contiguous())
     # A block of every head and bias on every multiprocessor, each with a run of the windows; two times three where
     # windows are small and go in chunks.
     parts, blocks = cdiv(count, bias_windows), num_sms(q)
@@ -473,8 +484,10 @@ def _cuda_backward(grads: Sequence[Tensor], grad: Tensor, q: Tensor, k: Tensor, 
     if needs_bias:
         sums = q.new_empty((splits, bias_windows, heads, n, cdiv(n, 32) * 32 + 8), dtype=torch.float32)
     torch.ops.d2it_C.window_attention_saved_backward(
-        grad, q, k, v, *windows[:3], out, lse, scale, *grads, sums, dbias, _unnamed(q, slots), splits
+        grad, q, k, v, *windows[:3], out, lse, windows.scale, *grads, sums, dbias, _unnamed(q, slots), splits
     )
+    if scale < _LEAST_SCALE:
+        grads[0].mul_(scale)
     return q.new_empty(0) if dbias is None else dbias
 
 

@@ -337,6 +337,10 @@ template <typename Chunk>
 void put(void* to, Chunk x) {
   std::memcpy(aligned(static_cast<Chunk*>(to)), &x, sizeof(Chunk));
 }
+template <typename Chunk>
+void put(void* to, Chunk x, bool wanted) {
+  if (wanted) put(to, x);
+}
 
 // What `translate` makes of a launch in triple angle brackets.
 inline void launch(dim3 grid, dim3 size, int shared, cudaStream_t, const std::function<void()>& kernel) {

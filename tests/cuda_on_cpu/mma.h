@@ -21,13 +21,44 @@ D2IT_HOT void load_matrices_from(uint32_t (&x)[kCount], const void* row, bool tr
                       : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
   }
 }
-template <int kCount>
-void load_matrices(uint32_t (&x)[kCount], const void* row) {
-  load_matrices_from(x, row, false);
+
+// An address is the distance from the beginning of shared memory.
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - reinterpret_cast<char*>(dynamic_shared.data()));
 }
-template <int kCount>
-void load_matrices_transposed(uint32_t (&x)[kCount], const void* row) {
-  load_matrices_from(x, row, true);
+template <typename T>
+struct Place {
+  uint32_t address;
+
+  explicit Place(const T* p) : address(shared_address(p)) {}
+  explicit Place(uint32_t address) : address(address) {}
+  Place operator+(int elements) const { return Place(address + elements * static_cast<int>(sizeof(T))); }
+};
+template <typename T>
+uint32_t shared_address(Place<T> place) {
+  return place.address;
+}
+inline const void* pointer_to(const void* p) { return p; }
+template <typename T>
+T* pointer_to(Place<T> place) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared.data()) + place.address);
+}
+
+template <typename T>
+auto load_four(Place<T> from) {
+  using Four = std::conditional_t<std::is_same_v<T, float>, float4, uint4>;
+  return *aligned(reinterpret_cast<Four*>(pointer_to(from)));
+}
+inline char* load_pointer(Place<uint32_t> from) { return *aligned(reinterpret_cast<char**>(pointer_to(from))); }
+inline void store_one(Place<uint32_t> to, uint32_t x) { *aligned(pointer_to(to)) = x; }
+
+template <int kCount, typename P>
+void load_matrices(uint32_t (&x)[kCount], P row) {
+  load_matrices_from(x, pointer_to(row), false);
+}
+template <int kCount, typename P>
+void load_matrices_transposed(uint32_t (&x)[kCount], P row) {
+  load_matrices_from(x, pointer_to(row), true);
 }
 
 template <typename T>
