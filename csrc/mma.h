@@ -153,18 +153,6 @@ template <>
 __device__ inline __nv_bfloat16 to<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
-template <typename T>
-__device__ inline float2 unpack(uint32_t x);
-template <>
-__device__ inline float2 unpack<__half>(uint32_t x) {
-  __half2 halves;
-  memcpy(&halves, &x, sizeof(x));
-  return __half22float2(halves);
-}
-template <>
-__device__ inline float2 unpack<__nv_bfloat16>(uint32_t x) {
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-}
 
 // 16 bytes into shared memory, or zeros where there is nothing to copy, by the threads that are to; 4 bytes.
 __device__ inline void copy_async(void* to, const void* from, bool there, bool wanted = true) {

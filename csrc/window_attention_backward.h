@@ -344,8 +344,8 @@ struct Work {
     constexpr int kNext = kBlock * kRow; // from q to grad
     const d2it::Place<float> lse_place = d2it::Place<float>(places.four) + from;
     const uint4 where = d2it::load_four(Words(places.four) + (from + 3 * kBlock));
-    const auto row = [&](int r,
-                         int which) { // of the lane's key, or the key eight on: of the bias, or of the sum
+    // Of the bias, or of the sum, the row of the lane's key, or of the key eight on.
+    const auto row = [&](int r, int which) {
       return d2it::load_pointer(Words(keys.rows) + (32 * r + 2 * which));
     };
 

@@ -26,7 +26,7 @@ constexpr int kPerVector = 8; // elements
 constexpr int kBlock = 32;    // queries that the backward takes at a time
 constexpr int kKeys = 64;     // keys that the forward takes at a time
 constexpr int kStages = 2;    // blocks of queries in shared memory
-constexpr int kPad = 8;       // elements behind a row of pairs, against conflicts of banks
+constexpr int kPad = 8;       // entries behind a row of the sum of dS, against conflicts of banks
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -36,7 +36,6 @@ C10_HOST_DEVICE constexpr int round_up(int n, int unit) { return (n + unit - 1) 
 // at the same column lie in different banks.
 template <int kWidth>
 constexpr int kPitch = (kWidth / kPerVector | 1) * kPerVector;
-constexpr int kPairsPitch = kBlock + kPad;
 C10_HOST_DEVICE constexpr int sums_pitch(int n) { return round_up(n, kWarp) + kPad; }
 
 // ---------------------------------------------------------------------------------------- the problem

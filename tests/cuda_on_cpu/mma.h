@@ -112,10 +112,6 @@ uint32_t pack(float first, float second) {
   const T pair[2] = {first, second};
   return std::bit_cast<uint32_t>(pair);
 }
-template <typename T>
-float2 unpack(uint32_t x) {
-  return {float_of<T>(x, 0), float_of<T>(x, 1)};
-}
 
 inline void copy_async(void* to, const void* from, bool there, bool wanted = true) {
   if (!wanted) return;
