@@ -273,6 +273,32 @@ def test_the_way_of_a_gpu(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(mine, true) <= 3 * error(other, true) + 3e-8
 
 
+@pytest.mark.parametrize("how", ["autocast", "model"])
+def test_the_mlp_in_bfloat16(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GELU is ours and gives fc1's bias its gradient; products and the gradients' dtypes are those of PyTorch's."""
+    made, x, grad = mlps()
+    given = []
+
+    def gelu(x: Tensor, bias: Tensor, gelu: Any = ops.gelu) -> Tensor:
+        given.append((x.dtype, bias.dtype))
+        return gelu(x, bias)
+
+    monkeypatch.setattr(ops, "gelu", gelu)
+    dtype = torch.float32 if how == "autocast" else torch.bfloat16
+    found, dtypes = [], []
+    for mlp in (made[0].to(dtype), made[1].to(dtype), made[2]):
+        leaf = x.to(next(mlp.parameters()).dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast" and leaf.dtype == torch.float32):
+            out = mlp(leaf)
+        grads = torch.autograd.grad(out, [leaf, *mlp.parameters()], grad.to(out.dtype))
+        found.append([out.detach(), *grads])
+        dtypes.append([part.dtype for part in found[-1]])
+    assert given == ([(torch.bfloat16, dtype)] if linear._NATIVE_GELU else [])
+    assert dtypes[0] == dtypes[1]
+    for mine, other, true in zip(*found):
+        assert error(mine, true) <= 1.2 * error(other, true) + 3e-8
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 def test_freed_memory_is_kept() -> None:
     """Tensors that are freed and made again take no page faults."""
