@@ -49,13 +49,17 @@ def test_what_no_package_takes(
     for name in installed:
         (reason,) = why_not(name, device, dtype, channels)
         assert re.search(word, reason)
-    assert best_attention(device, dtype, channels) == "sdpa"
+    assert best_attention(device, dtype, channels) not in installed
 
 
 def test_on_a_cpu(installed: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     for ours in (True, False):
         monkeypatch.setattr(attention, "_OURS_ON_CPU", ours)
-        assert best_attention("cpu", F32, 64) == ("d2it" if ours else "sdpa")
+        for tiles in (True, False):
+            monkeypatch.setattr(attention, "_HAS_TILES", tiles)
+            assert best_attention("cpu", F32, 64) == ("d2it" if ours else "sdpa")
+            assert best_attention("cpu", BF16, 64) == ("d2it" if ours and not tiles else "sdpa")
+            assert best_attention("cpu", F16, 64) == "sdpa"
         assert best_attention("cpu", F64, 64) == "sdpa"
 
 

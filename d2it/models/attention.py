@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2it import ops
+from d2it.nn.linear import has_tiles
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "d2it", "flash_attn", "xformers")
 PACKAGES = {"flash_attn": "flash_attn", "xformers": "xformers.ops"}
@@ -25,6 +26,7 @@ MOST_CHANNELS = 256
 """Of a head, in both packages."""
 
 _OURS_ON_CPU = not ops.why_not("window_attention_qkvpacked", "cpu")
+_HAS_TILES = has_tiles()
 _OF_PACKAGES: dict[str, list[str]] = {}
 
 
@@ -55,8 +57,9 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
 def best_attention(device: str, dtype: torch.dtype, channels: int, *, compiled: bool = False) -> str:
     """Returns which backend "auto" is: the first whose backward writes one gradient, else "sdpa".
 
-    In 16 bits on a GPU that is "flash_attn", then "xformers" (`why_not`). In float32 on a CPU it is "d2it". On a GPU
-    "d2it" has not been measured against PyTorch's attention at these shapes, and is not chosen there.
+    In 16 bits on a GPU that is "flash_attn", then "xformers" (`why_not`). In float32 on a CPU it is "d2it", and in
+    bfloat16 where the CPU has no AMX, by whose tiles PyTorch multiplies: against those "d2it" has not been measured.
+    Nor has it on a GPU at these shapes, and is not chosen there.
 
     Args:
         device: type of the tensors' device.
@@ -64,7 +67,7 @@ def best_attention(device: str, dtype: torch.dtype, channels: int, *, compiled: 
         channels: of a head.
         compiled: whether the call is traced by `torch.compile`.
     """
-    if device == "cpu" and dtype == torch.float32 and _OURS_ON_CPU:
+    if device == "cpu" and _OURS_ON_CPU and (dtype == torch.float32 or (dtype == torch.bfloat16 and not _HAS_TILES)):
         return "d2it"
     if device == "cuda":
         for name in PACKAGES:
