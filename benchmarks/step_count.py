@@ -32,6 +32,7 @@ from d2it.training.masters import Masters, linears
 MOST_OVER_FLOOR = 1.25
 """The goal: how much more than its floor a part may move."""
 MFU_GOAL = 0.45
+THREE_KERNELS = "Triton's backward is three kernels, which read q, k and v each"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rates:
     Attributes:
         copy: bytes a second, read plus written.
         products: operations a second of the matrix products of a block's layers, in the dtype of the step.
-        attention: operations a second of PyTorch's attention, forward and backward together.
+        attention: operations a second of a dense block's attention, forward and backward together.
         float32: operations a second of float32 products without TF32.
         peak: operations a second that MFU is stated against; None where it is not known.
     """
@@ -68,13 +69,13 @@ class Kernel:
     """What the budget counts of one of our operators, at the shape of its goal.
 
     Attributes:
-        rows: tokens of that shape; what follows is in proportion to them.
+        values: tokens of that shape, times their channels; what follows is in proportion.
         bytes: between memory and multiprocessors.
         floor: of the operator.
         ms: predicted, from bytes and instructions.
     """
 
-    rows: int
+    values: int
     bytes: float
     floor: float
     ms: float
@@ -155,7 +156,7 @@ def parts(
     *,
     itemsize: int = 2,
     weights: str = "float32",
-    auto: str = "sdpa",
+    auto: str = "d2it",
 ) -> list[Part]:
     """The parts of a step of a content transformer, whose blocks are compiled.
 
@@ -167,7 +168,8 @@ def parts(
         kernels: what `counted_kernels` returns; None takes our kernels' bytes for their floor.
         itemsize: bytes of a number of the residual stream: 2 under autocast, else 4.
         weights: of the blocks, as the setting of a stage: "bfloat16" has float32 masters.
-        auto: what attention=auto is in 16 bits: "flash_attn" where that is installed.
+        auto: what attention=auto is in 16 bits: "d2it", where its CUDA C++ is not built a package that is installed,
+            else "sdpa".
     """
     dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
     stacks = [("dense blocks", config.depth, batch * config.num_tokens, batch * config.num_tokens**2, "images")]
@@ -184,26 +186,28 @@ def parts(
         # Forward, and the gradients of the input and of the weights: each reads two tensors and writes one.
         moved = 3 * a_pass * (4 + 2 + 2 * (1 + hidden / dim)) + 3 * depth * itemsize * (4 * dim**2 + 2 * dim * hidden)
         found.append(Part(where, "matrix products", moved, moved, 6 * macs))
-        ours = _kernel_pair(kernels, "window_attention", depth * rows, 11 * a_pass)
+        ours = _kernel_pair(kernels, "window_attention", depth * rows * dim, 11 * a_pass)
         flops = 14 * depth * pairs * dim  # 2 products forward, 5 backward
         if where == "RefineNet":
-            why = "Triton's backward is three kernels, which read q, k and v each"
-            found.append(Part(where, "window attention", *ours[:2], flops, "products", ours[2], why))
+            found.append(Part(where, "window attention", *ours[:2], flops, "products", ours[2], THREE_KERNELS))
         else:
             moved = (4 + 8) * a_pass
-            found.append(Part(where, "attention", moved, moved, flops, "attention"))
             # In float32 "auto" is "d2it": the step is a CPU's.
             name = ("d2it" if itemsize == 4 else auto) if config.attention == "auto" else config.attention
+            of_kernel = kernels if name == "d2it" else None
+            ours = _kernel_pair(of_kernel, "window_attention all", depth * rows * dim, moved)
+            kind_of = "attention" if of_kernel is None else "products"
+            found.append(Part(where, "attention", *ours[:2], flops, kind_of, ours[2], THREE_KERNELS))
             if name == "sdpa":
-                why = "PyTorch's attention returns three: none with flash_attn, or attention=d2it"
+                why = "PyTorch's attention returns three: none with attention=d2it, or flash_attn"
                 found.append(Part(where, "gradients of q, k and v into one", 6 * a_pass, 0.0, why=why))
         passes = 2 * 10 * a_pass  # forward 2 + 2, backward 4 + 2, twice a block
-        ours = _kernel_pair(kernels, f"gated_residual_modulate {kind}", 2 * depth * rows, passes)
+        ours = _kernel_pair(kernels, f"gated_residual_modulate {kind}", 2 * depth * rows * dim, passes)
         found.append(Part(where, "gate, residual, norm, modulate", *ours[:2], ms=ours[2]))
         wide = hidden / dim * a_pass
         # In float32, a CPU's step, the backward writes GELU's output again. The gradients of all biases but qkv's come
         # with GELU's and the gates'.
-        ours = _kernel_pair(kernels, "gelu", depth * rows, (5 + (itemsize == 4)) * wide)
+        ours = _kernel_pair(kernels, "gelu", depth * rows * dim, (5 + (itemsize == 4)) * wide)
         found.append(Part(where, "GELU and its gradient", ours[0], 5 * wide, ms=ours[2]))
         why = "a pass over the gradient of qkv's output for the sum of its rows"
         found.append(Part(where, "gradients of biases", 3 * a_pass, 0.0, why=why))
@@ -228,17 +232,21 @@ def parts(
 
 
 def _kernel_pair(
-    kernels: Mapping[str, Kernel] | None, name: str, rows: int, floor: float
+    kernels: Mapping[str, Kernel] | None, name: str, values: int, floor: float
 ) -> tuple[float, float, float | None]:
-    """Bytes, floor and milliseconds of an operator's forward and backward over so many rows."""
+    """Bytes, floor and milliseconds of an operator's forward and backward over so many tokens times channels."""
     if kernels is None:
         return floor, floor, None
     pair = [kernels[f"{name} {direction}"] for direction in ("forward", "backward")]
     return (
-        sum(each.bytes * rows / each.rows for each in pair),
-        sum(each.floor * rows / each.rows for each in pair),
-        sum(each.ms * rows / each.rows for each in pair),
+        sum(each.bytes * values / each.values for each in pair),
+        sum(each.floor * values / each.values for each in pair),
+        sum(each.ms * values / each.values for each in pair),
     )
+
+
+CHANNELS = 1152
+"""Of XL."""
 
 
 def counted_kernels(gpu: str, *, cuda: bool = True) -> dict[str, Kernel]:
@@ -256,6 +264,8 @@ def counted_kernels(gpu: str, *, cuda: bool = True) -> dict[str, Kernel]:
         "gate-modulate-B256-L512-C1152-packed-bfloat16": ("gated_residual_modulate packed", 256 * 512),
         "B256-L256-C4608-bfloat16": ("gelu", 256 * 256),
         "n256-H16-D72-fill0.5-bfloat16": ("window_attention", budget_cases.CELLS // 2),
+        # With the slots and the bias of windows, which an image has not: a little more than it moves.
+        "n256-H16-D72-fill1-bfloat16": ("window_attention all", budget_cases.CELLS),
     }
     found: dict[str, Kernel] = {}
     product = PRODUCTS[gpu]
@@ -265,7 +275,9 @@ def counted_kernels(gpu: str, *, cuda: bool = True) -> dict[str, Kernel]:
         name, rows = names[case.case]
         row = verdicts(case, count_case(case, product.arch), product)[-1]
         # CUDA kernels come after Triton's of the same case, and are chosen where they are built.
-        found[f"{name} {case.direction}"] = Kernel(rows, row["bytes"], row["floor_bytes"], row["predicted_ms"])
+        found[f"{name} {case.direction}"] = Kernel(
+            rows * CHANNELS, row["bytes"], row["floor_bytes"], row["predicted_ms"]
+        )
     return found
 
 

@@ -6,8 +6,8 @@ python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu 
 The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU.
 Its operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells.
 "plain" has adaLN of the dense blocks in plain PyTorch, for the compiler to fuse; "autotuned" (--autotune) lets
-Inductor choose among its own matrix products too, into whose ends GELU and biases go; "sdpa-attention" (on a GPU
-"d2it-attention") has in the dense blocks the attention that "auto" does not choose there; "bfloat16-weights" has the
+Inductor choose among its own matrix products too, into whose ends GELU and biases go; "sdpa-attention" and
+"d2it-attention" have in the dense blocks the attention that "auto" does not choose there; "bfloat16-weights" has the
 blocks' weights in bfloat16, with float32 masters. "part" lines time pieces of
 the packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the host, which a step
 does not wait for unless it is longer than the step. The MLP's lines are one MLP of the dense blocks, forward and
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ from d2it.data import ImageSource, LatentCache, build_cache, finish_cache
 from d2it.devices import peak_flops
 from d2it.distributed import World
 from d2it.models import DynamicContentTransformer, DynamicVAE
-from d2it.models.attention import PACKAGES, best_attention
+from d2it.models.attention import ON_GPU, best_attention
 from d2it.models.dit import TransformerConfig
 from d2it.models.flops import fine_tokens
 from d2it.models.layers import Mlp
@@ -146,6 +147,12 @@ class Reference:
         return distance(gradients(made, batch), self.found)
 
 
+def auto_attention(config: TransformerConfig) -> str:
+    """What attention=auto is in the dense blocks of a step on this machine."""
+    shape = 1, config.num_tokens, 3, config.heads, config.dim // config.heads
+    return best_attention(torch.empty(shape, dtype=dtype(), device=machine.device()))
+
+
 @functools.cache
 def rates_of(preset: str, batch: int, image_size: int) -> step_count.Rates:
     """What this machine reaches: copies, products of the layers of a dense block, attention of its heads."""
@@ -177,7 +184,6 @@ def counted(
 ) -> dict[str, float]:
     """Figures of a row: bytes, their floor, and the milliseconds that bytes and operations come to."""
     config = made.network.config
-    auto = best_attention(machine.device(), dtype(), config.dim // config.heads)
     found = step_count.parts(
         config,
         options.batch_size,
@@ -185,7 +191,7 @@ def counted(
         batch.get("fine"),
         itemsize=dtype().itemsize,
         weights=made.settings.weights,
-        auto=auto,
+        auto=auto_attention(config),
     )
     rates = rates_of(made.settings.preset, options.batch_size, options.image_size)
     some = [part for part in found if where in (None, part.where)]
@@ -365,12 +371,12 @@ def cases_of(options: argparse.Namespace, preset: str, baseline: str, *, budgets
             for form in ("plain", "autotuned"):
                 given = {form: True, **flag}
                 contenders[f"d2it packed {form} {how}"] = preset, partial(step, options, preset, reference, **given)
-            other = "sdpa" if machine.device() == "cpu" else "d2it"  # where "auto" takes the other one
-            given = {"attention": other, **flag}
-            contenders[f"d2it packed {other}-attention {how}"] = (
-                preset,
-                partial(step, options, preset, reference, **given),
-            )
+            for other in sorted({"sdpa", "d2it"} - {auto_attention(step_count.config_of(preset, options.image_size))}):
+                given = {"attention": other, **flag}
+                contenders[f"d2it packed {other}-attention {how}"] = (
+                    preset,
+                    partial(step, options, preset, reference, **given),
+                )
         given = {"weights": "bfloat16", **flag}
         contenders[f"d2it packed bfloat16-weights {how}"] = preset, partial(step, options, preset, reference, **given)
         contenders[f"masked {how}"] = preset, partial(step, options, preset, reference, masked=True, **flag)
@@ -405,17 +411,16 @@ def count(options: argparse.Namespace) -> None:
         with torch.device("meta"):
             parameters = step_count.Parameters.of(DynamicContentTransformer(config))
         assert isinstance(config, step_count.ContentTransformerConfig)
-        host = step_count.launches(config, weights=options.weights)
+        fits = options.attention != "d2it" or config.num_tokens <= MOST_POSITIONS
+        auto = options.attention if fits else "sdpa"
+        alike = dataclasses.replace(
+            config, attention="d2it" if auto == "d2it" else "sdpa"
+        )  # a package launches as PyTorch
+        host = step_count.launches(alike, weights=options.weights)
         for some in each_batch(options):
             fine = fine_tokens(grain_maps(some, config.region_grid, config.num_grains), config)
             found = step_count.parts(
-                config,
-                some.batch_size,
-                parameters,
-                fine,
-                kernels or None,
-                weights=options.weights,
-                auto=options.attention,
+                config, some.batch_size, parameters, fine, kernels or None, weights=options.weights, auto=auto
             )
             size = f"{some.image_size} pixels, batch {some.batch_size}, fill {some.fill:g}"
             print(f"\n{preset} at {size}, weights in {options.weights}, on an {options.gpu}")
@@ -445,9 +450,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--attention",
-        choices=("sdpa", *PACKAGES),
-        default="sdpa",
-        help="of --count: what attention=auto is there, a package where it is installed (%(default)s)",
+        choices=("sdpa", *ON_GPU),
+        default="d2it",
+        help="of --count: what attention=auto is there, d2it where its CUDA C++ is built (%(default)s)",
     )
     parser.add_argument(
         "--at-floor", action="store_true", help="of --count: our kernels at their floors, without compiling them"

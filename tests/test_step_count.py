@@ -93,14 +93,16 @@ def test_bytes_are_those_that_the_operators_of_a_block_move(attention: str, monk
     assert (COPIES in found) == (attention == "sdpa")
 
 
-def test_a_package_that_writes_one_gradient_saves_its_copy() -> None:
+def test_an_attention_that_writes_one_gradient_saves_its_copy() -> None:
     config = step_count.config_of("D2iT-XL", 256)
     parameters = step_count.Parameters(1, 1, 1, 1)
     names = {
         auto: [part.name for part in step_count.parts(config, 8, parameters, auto=auto)]
-        for auto in ("sdpa", "flash_attn", "xformers")
+        for auto in ("sdpa", "d2it", "flash_attn", "xformers")
     }
-    assert names["flash_attn"] == names["xformers"] == [name for name in names["sdpa"] if name != COPIES]
+    assert (
+        names["d2it"] == names["flash_attn"] == names["xformers"] == [name for name in names["sdpa"] if name != COPIES]
+    )
     assert COPIES in names["sdpa"]
 
 
@@ -156,14 +158,16 @@ def test_weights_in_bfloat16_are_not_cast() -> None:
     assert counts[0] - counts[1] == 2 * 4 * (small.depth + small.refine_depth)  # of weights, and of their gradients
 
 
-def test_launches_grow_by_a_block_not_by_the_batch() -> None:
-    """Every dense block adds the same operators; of ours two forward and two backward."""
+@pytest.mark.parametrize(("attention", "ours"), [("sdpa", 4), ("d2it", 6)])
+def test_launches_grow_by_a_block_not_by_the_batch(attention: str, ours: int) -> None:
+    """Every dense block adds the same operators; of ours two forward and two backward, and the attention's."""
     found = {}
     for depth in (1, 2, 3):
         config = DynamicContentTransformer.preset_config("tiny", image_size=64, num_classes=5, depth=depth)
+        config = dataclasses.replace(config, attention=attention)
         found[depth] = step_count.launches(config)
         assert step_count.launches(config, batch=3) == found[depth]
     blocks = [(found[d + 1].pytorch - found[d].pytorch, found[d + 1].ours - found[d].ours) for d in (1, 2)]
     assert blocks[0] == blocks[1]
-    assert blocks[0][1] == 4
-    assert 4 + 8 + 4 <= blocks[0][0] <= 60  # products of four layers, their gradients, attention and GELU
+    assert blocks[0][1] == ours
+    assert 4 + 8 + 2 <= blocks[0][0] <= 60  # products of four layers, their gradients, attention and GELU
