@@ -1,473 +1,91 @@
 // Attention inside windows on CPU (D2iT, Eq. 10): softmax(q k^T * scale + bias) v over the tokens that exist.
 //
-// The work is cut into a window of one head at a time. Its rows are gathered into dense float32 matrices,
-// only those of tokens: what a window costs follows the square of its tokens, whatever its size. Matrices are
-// padded to whole vectors, and all products go through one small kernel whose sums stay in registers.
-// Scores exist for kQueries queries at a time, so that they stay in the L2 cache; the backward computes them
-// again.
+// The work is cut into a window of one head at a time. Its rows are gathered into dense matrices, only those
+// of tokens: what a window costs follows the square of its tokens, whatever its size. Matrices are padded to
+// whole vectors, and all products go through one small kernel whose sums stay in registers: here in float32,
+// for bfloat16 where the CPU multiplies it in window_attention_bfloat16.h. Scores exist for kQueries queries
+// at a time, so that they stay in the L2 cache; the backward computes them again.
 //
 // The gradient of the bias is added up in float32 over runs of windows that depend on the shapes alone, then
 // over those runs in their order: the same bits for any number of threads.
-#include "cpu.h"
-#include "products.h"
+#include "window_attention_bfloat16.h"
+#include "window_attention_cpu.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
-#include <new>
 #include <optional>
-#include <vector>
 
 namespace {
 
-using d2it::as;
-using d2it::BFloat16;
-using d2it::Floats;
-using d2it::Half;
-using d2it::kLanes;
-using d2it::kWide;
-using d2it::Matrix;
-using d2it::multiply;
-using d2it::pitch_of;
-using d2it::round_up;
-using d2it::transpose;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int kQueries = 64;
-constexpr int64_t kPairsPerThread = 1 << 19; // multiply-adds; fewer are not worth waking a thread for
-constexpr int64_t kRuns = 128;               // of windows, at most, whose bias gradients are summed apart
-constexpr int64_t kSumsBytes = 1 << 26;      // of all those sums
-constexpr int64_t kCacheBytes = 1 << 18;     // of the biases, and of their sums, of the heads taken together
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// ----------------------------------------------------------------------------------------------------
-// Softmax
-
-// What is added to the scores of one window and head.
-struct Bias {
-  const float* matrix; // N x N or null
-  int64_t n;
-  const int32_t* positions; // of the tokens, or null where they are all there
-  const int64_t* segments;  // of the tokens, or null
-};
-
-template <typename V>
-constexpr int kLanesOf = sizeof(V) / sizeof(float);
-
-// The lanes of a vector, by halves, down to one: with `combine(v, w)` of every pair.
-template <typename V, typename F>
-D2IT_INLINE float fold(const V& v, const F& combine) {
-  if constexpr (kLanesOf<V> == kWide) {
-    return fold(combine(as<Floats<kLanes>>((const float*)&v), as<Floats<kLanes>>((const float*)&v + kLanes)),
-                combine);
-  } else {
-    const V a = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-    const V b = combine(a, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5));
-    return combine(b, __builtin_shufflevector(b, b, 1, 0, 3, 2, 5, 4, 7, 6))[0];
-  }
-}
-
-template <typename V>
-D2IT_INLINE float largest(const V& v) {
-  return fold(v, [](const auto& x, const auto& y) __attribute__((always_inline)) { return y > x ? y : x; });
-}
-
-template <typename V>
-D2IT_INLINE float total(const V& v) {
-  return fold(v, [](const auto& x, const auto& y) __attribute__((always_inline)) { return x + y; });
-}
-
-// A row of scores, scaled and biased; returns its largest. Past the tokens it is minus infinity.
-template <typename V>
-D2IT_INLINE float bias_row(float* row, int64_t query, int64_t tokens, float scale, const Bias& bias) {
-  constexpr int lanes = kLanesOf<V>;
-  const int64_t padded = round_up(tokens, lanes);
-  V most = V{} + kMinusInfinity;
-  int64_t j = 0;
-  if (bias.matrix && !bias.positions && !bias.segments) {
-    const float* line = bias.matrix + query * bias.n;
-    for (; j + lanes <= tokens; j += lanes) {
-      const V score = as<V>(row + j) * scale + as<V>(line + j);
-      as<V>(row + j) = score;
-      most = score > most ? score : most;
-    }
-    for (int64_t k = j; k < tokens; ++k) row[k] = row[k] * scale + line[k];
-  } else if (bias.matrix && bias.positions) {
-    const float* line = bias.matrix + bias.positions[query] * bias.n;
-    for (int64_t k = 0; k < tokens; ++k) row[k] = row[k] * scale + line[bias.positions[k]];
-  } else if (bias.matrix) {
-    const float* line = bias.matrix + query * bias.n;
-    for (int64_t k = 0; k < tokens; ++k) row[k] = row[k] * scale + line[k];
-  } else {
-    for (int64_t k = 0; k < tokens; ++k) row[k] *= scale;
-  }
-  if (bias.segments) {
-    const int64_t own = bias.segments[query];
-    for (int64_t k = 0; k < tokens; ++k) row[k] = bias.segments[k] == own ? row[k] : kMinusInfinity;
-  }
-  for (int64_t k = tokens; k < padded; ++k) row[k] = kMinusInfinity;
-  for (; j < padded; j += lanes) most = as<V>(row + j) > most ? as<V>(row + j) : most;
-  return largest(most);
-}
-
-// Scores of queries begin .. begin + rows become exp(scale * score + bias - its row's maximum), zero past the
-// tokens; inverse_sums: of the rows.
-template <typename V>
-D2IT_INLINE void softmax_rows(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens, float scale,
-                              const Bias& bias, float* inverse_sums) {
-  const int64_t padded = round_up(tokens, kLanesOf<V>);
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = scores.row(i);
-    const float most = bias_row<V>(row, begin + i, tokens, scale, bias);
-    // A query that sees no key: its weights are zero, and so is what is divided by their sum.
-    const float shift = most == kMinusInfinity ? 0.0f : most;
-    V sums{};
-    for (int64_t j = 0; j < padded; j += kLanesOf<V>) {
-      const V y = as<V>(row + j) - shift;
-      const V p = y >= -87.0f ? d2it::exp_negative(y) : y != y ? y : V{};
-      sums += as<V>(row + j) = p;
-    }
-    const float sum = total(sums);
-    inverse_sums[i] = 1.0f / (sum == 0.0f ? 1.0f : sum);
-  }
-}
-
-D2IT_V4 void softmax_wide(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens, float scale,
-                          const Bias& bias, float* inverse_sums) {
-  softmax_rows<Floats<kWide>>(scores, begin, rows, tokens, scale, bias, inverse_sums);
-}
-D2IT_CLONES_256 void softmax_narrow(const Matrix& scores, int64_t begin, int64_t rows, int64_t tokens,
-                                    float scale, const Bias& bias, float* inverse_sums) {
-  softmax_rows<Floats<kLanes>>(scores, begin, rows, tokens, scale, bias, inverse_sums);
-}
-constexpr auto softmax = [](auto&&... args) { (d2it::wide() ? softmax_wide : softmax_narrow)(args...); };
-
-// Rows of a matrix, each times its factor.
-D2IT_CLONES void multiply_rows(const Matrix& matrix, int64_t begin, int64_t rows, int64_t width,
-                               const float* factors) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < width; j += kLanes) as<Floats<kLanes>>(matrix.row(begin + i) + j) *= factors[i];
-}
-
-// ds = p * (dp - rowsum(p dp)), in the place of dp. The weights come as e = p * sum and dp divided by the
-// sum, so that nothing is normalised pair by pair. ds is added to the sum of the bias's gradient, N x N, if
-// there is one; or it is the sum, where that is `fresh` and all positions hold a token.
-template <typename V>
-D2IT_INLINE void softmax_backward_rows(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
-                                       int64_t tokens, const float* inverse_sums, const Bias& bias,
-                                       float* sum, bool fresh) {
-  constexpr int lanes = kLanesOf<V>;
-  const int64_t padded = round_up(tokens, lanes);
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* weights = e.row(i);
-    float* row = dp.row(i);
-    V sums{};
-    for (int64_t j = 0; j < padded; j += lanes) sums += as<V>(weights + j) * as<V>(row + j);
-    const float delta = total(sums) * inverse_sums[i];
-    for (int64_t j = 0; j < padded; j += lanes)
-      as<V>(row + j) = as<V>(weights + j) * (as<V>(row + j) - delta);
-    if (!sum) continue;
-    if (bias.positions) {
-      float* line = sum + bias.positions[begin + i] * bias.n;
-      for (int64_t j = 0; j < tokens; ++j) line[bias.positions[j]] += row[j];
-    } else if (fresh) {
-      std::memcpy(sum + (begin + i) * bias.n, row, tokens * sizeof(float));
-    } else {
-      float* line = sum + (begin + i) * bias.n;
-      int64_t j = 0;
-      for (; j + lanes <= tokens; j += lanes) as<V>(line + j) += as<V>(row + j);
-      for (; j < tokens; ++j) line[j] += row[j];
-    }
-  }
-}
-
-D2IT_V4 void softmax_backward_wide(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
-                                   int64_t tokens, const float* inverse_sums, const Bias& bias, float* sum,
-                                   bool fresh) {
-  softmax_backward_rows<Floats<kWide>>(e, dp, begin, rows, tokens, inverse_sums, bias, sum, fresh);
-}
-D2IT_CLONES_256 void softmax_backward_narrow(const Matrix& e, const Matrix& dp, int64_t begin, int64_t rows,
-                                             int64_t tokens, const float* inverse_sums, const Bias& bias,
-                                             float* sum, bool fresh) {
-  softmax_backward_rows<Floats<kLanes>>(e, dp, begin, rows, tokens, inverse_sums, bias, sum, fresh);
-}
-constexpr auto softmax_backward = [](auto&&... args) {
-  (d2it::wide() ? softmax_backward_wide : softmax_backward_narrow)(args...);
-};
-
-D2IT_CLONES void add_floats(const float* __restrict from, float* __restrict to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
-
-// ----------------------------------------------------------------------------------------------------
-// Rows of heads
-
-// q, k, v or a gradient: (W, N, H, D), or (T, H, D) with slots. The row of a token of a head starts at its
-// token's offset + head * head.
-struct Heads {
-  char* data;
-  int64_t window, token, head, dim; // strides in elements
-
-  Heads(const Tensor& t, bool packed)
-      : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))),
-        window(packed ? 0 : t.stride(0)),
-        token(t.stride(packed ? 0 : 1)),
-        head(t.stride(packed ? 1 : 2)),
-        dim(t.size(packed ? 2 : 3) > 1 ? t.stride(packed ? 2 : 3) : 1) {}
-};
-
-template <typename T>
-D2IT_INLINE void read_rows(const Heads& from, int64_t first, const int32_t* rows, int64_t count,
-                           int64_t width, const Matrix& to) {
-  const T* base = reinterpret_cast<const T*>(from.data) + first;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* in = base + rows[i] * from.token;
-    float* __restrict out = to.row(i);
-    d2it::widen(in, from.dim, out, width);
-  }
-  // Rows up to whole vectors of them enter products and transposes: what they give is not read, but for
-  // zeros.
-  for (int64_t i = count; i < round_up(count, kWide); ++i) std::memset(to.row(i), 0, width * sizeof(float));
-}
-
-D2IT_INLINE void store(float v, float* to) { *to = v; }
-template <typename T>
-D2IT_INLINE void store(float v, T* to) {
-  to->bits = static_cast<uint16_t>(d2it::bits_as(v, T{}));
-}
-
-// factors: one for each row, or null for `factor`.
-template <typename T>
-D2IT_INLINE void write_rows(const Heads& to, int64_t first, const int32_t* rows, int64_t count, int64_t width,
-                            const Matrix& from, const float* factors, float factor) {
-  T* base = reinterpret_cast<T*>(to.data) + first;
-  for (int64_t i = 0; i < count; ++i) {
-    T* out = base + rows[i] * to.token; // the last axis of a result is contiguous
-    const float* __restrict in = from.row(i);
-    const float by = factors ? factors[i] : factor;
-    for (int64_t d = 0; d < width; ++d) store(in[d] * by, out + d);
-  }
-}
-
-#define D2IT_ROWS(T, name)                                                                               \
-  D2IT_CLONES void read_##name(const Heads& from, int64_t first, const int32_t* rows, int64_t count,     \
-                               int64_t width, const Matrix& to) {                                        \
-    read_rows<T>(from, first, rows, count, width, to);                                                   \
-  }                                                                                                      \
-  D2IT_CLONES void write_##name(const Heads& to, int64_t first, const int32_t* rows, int64_t count,      \
-                                int64_t width, const Matrix& from, const float* factors, float factor) { \
-    write_rows<T>(to, first, rows, count, width, from, factors, factor);                                 \
-  }
-D2IT_ROWS(float, floats)
-D2IT_ROWS(Half, halves)
-D2IT_ROWS(BFloat16, bfloats)
-#undef D2IT_ROWS
-
-// How rows of a dtype are read and written.
-struct Access {
-  decltype(&read_floats) read;
-  decltype(&write_floats) write;
-
-  explicit Access(ScalarType dtype) {
-    switch (dtype) {
-      case ScalarType::Float:
-        read = read_floats, write = write_floats;
-        return;
-      case ScalarType::Half:
-        read = read_halves, write = write_halves;
-        return;
-      case ScalarType::BFloat16:
-        read = read_bfloats, write = write_bfloats;
-        return;
-      default:
-        d2it::fail("window attention on CPU takes float32, float16 and bfloat16");
-    }
-  }
-};
-
-// ----------------------------------------------------------------------------------------------------
-// The problem
-
-struct Problem {
-  int64_t windows, n, heads, width, tokens; // tokens: rows there are; windows * n where all windows are full
-  bool packed;
-  const int32_t* slots = nullptr; // null too where there are none of them
-  int64_t slots_window = 0, slots_token = 0;
-  const float* bias = nullptr; // (bias_windows, bias_heads, n, n) contiguous
-  int64_t bias_windows = 1, bias_heads = 1;
-  const int64_t* segments = nullptr; // (segment_windows, n) contiguous
-  int64_t segment_windows = 1;
-  float scale;
-
-  Problem(const Tensor& q, const std::optional<Tensor>& bias, const std::optional<Tensor>& slots,
-          const std::optional<Tensor>& segments, double scale)
-      : packed(slots.has_value()), scale(static_cast<float>(scale)) {
-    const int64_t head_dim = slots ? 1 : 2;
-    heads = q.size(head_dim);
-    width = q.size(head_dim + 1);
-    windows = slots ? slots->size(0) : q.size(0);
-    n = slots ? slots->size(1) : q.size(1);
-    tokens = slots ? q.size(0) : windows * n;
-    if (slots) {
-      this->slots = static_cast<const int32_t*>(slots->const_data_ptr());
-      slots_window = slots->stride(0);
-      slots_token = slots->stride(1);
-    }
-    if (bias) {
-      this->bias = static_cast<const float*>(bias->const_data_ptr());
-      bias_windows = bias->size(0);
-      bias_heads = bias->size(1);
-    }
-    if (segments) {
-      this->segments = static_cast<const int64_t*>(segments->const_data_ptr());
-      segment_windows = segments->size(0);
-    }
-  }
-
-  bool empty() const { return windows == 0 || n == 0 || heads == 0 || width == 0; }
-
-  // Heads that are taken through a window one after the other: as many as keep their biases in the cache.
-  int64_t heads_together() const {
-    return std::clamp<int64_t>(kCacheBytes / (n * n * static_cast<int64_t>(sizeof(float))), 1, heads);
-  }
-
-  // Windows of a head that are worth a thread.
-  int64_t windows_per_thread(int64_t products) const {
-    return kPairsPerThread / (products * n * n * width + 1) + 1;
-  }
-};
-
-// The tokens of a window.
-struct Window {
-  int64_t index, tokens = 0;
-  std::vector<int32_t> rows, positions; // rows: in the window where it is dense
-  std::vector<int64_t> segments;
-
-  explicit Window(const Problem& p) : rows(p.n), positions(p.n), segments(p.segments ? p.n : 0) {
-    for (int64_t i = 0; i < p.n; ++i) rows[i] = static_cast<int32_t>(i);
-  }
-
-  void move_to(const Problem& p, int64_t window) {
-    index = window;
-    tokens = p.n;
-    if (p.packed) {
-      tokens = 0;
-      for (int64_t i = 0; i < p.n; ++i) {
-        const int32_t row = p.slots[window * p.slots_window + i * p.slots_token];
-        rows[tokens] = row;
-        positions[tokens] = static_cast<int32_t>(i);
-        tokens += row >= 0;
-      }
-    }
-    if (p.segments) {
-      const int64_t* ids = p.segments + window % p.segment_windows * p.n;
-      for (int64_t i = 0; i < tokens; ++i) segments[i] = ids[p.packed ? positions[i] : i];
-    }
-  }
-
-  Bias bias(const Problem& p, int64_t head) const {
-    const int64_t matrix = index % p.bias_windows * p.bias_heads + (p.bias_heads > 1 ? head : 0);
-    return {p.bias ? p.bias + matrix * p.n * p.n : nullptr, p.n, tokens < p.n ? positions.data() : nullptr,
-            p.segments ? segments.data() : nullptr};
-  }
-};
-
-// What a thread works in: matrices for windows of n tokens.
-class Scratch {
+// tokens x width, width x tokens, and queries x tokens.
+class FloatScratch : public Scratch {
  public:
-  explicit Scratch(const Problem& p) : problem_(p) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() {
-    for (float* block : blocks_) ::operator delete(block, std::align_val_t{64});
-  }
-
-  // tokens x width, width x tokens, and queries x tokens.
-  Matrix rows() { return matrix(problem_.n, problem_.width); }
-  Matrix columns() { return matrix(problem_.width, problem_.n); }
-  Matrix pairs() { return matrix(std::min<int64_t>(problem_.n, kQueries), problem_.n); }
-
- private:
-  // Zero, since products take whole vectors, and what lies in memory by chance may be slow to multiply.
-  Matrix matrix(int64_t rows, int64_t columns) {
-    const int64_t pitch = pitch_of(columns), bytes = round_up(rows, kWide) * pitch * sizeof(float);
-    auto* data = static_cast<float*>(::operator new(bytes, std::align_val_t{64}));
-    std::memset(data, 0, bytes);
-    blocks_.push_back(data);
-    return {data, pitch};
-  }
-
-  const Problem& problem_;
-  std::vector<float*> blocks_;
+  using Scratch::Scratch;
+  Matrix rows() { return matrix(problem().n, problem().width); }
+  Matrix columns() { return matrix(problem().width, problem().n); }
+  Matrix pairs() { return matrix(std::min<int64_t>(problem().n, kQueries), problem().n); }
 };
 
-// Which rows of a packed tensor no slot names. Empty where one names a row that is not there, or one a second
-// time.
-std::vector<uint8_t> unnamed_rows(const Problem& p) {
-  std::vector<uint8_t> unnamed(p.tokens + 1, 1);
-  for (int64_t w = 0; w < p.windows; ++w)
-    for (int64_t i = 0; i < p.n; ++i) {
-      const int32_t row = p.slots[w * p.slots_window + i * p.slots_token];
-      if (row < 0) continue;
-      if (row >= p.tokens || !unnamed[row]) return {};
-      unnamed[row] = 0;
-    }
-  return unnamed;
-}
-
-// Zeros the rows of results, (T, H, D) each; rows of a head are contiguous.
-bool clear_unnamed(const Problem& p, std::initializer_list<const Heads*> results, int64_t element) {
-  if (!p.packed) return true;
-  const std::vector<uint8_t> unnamed = unnamed_rows(p);
-  if (unnamed.empty()) return false;
-  for (int64_t row = 0; row < p.tokens; ++row)
-    if (unnamed[row])
-      for (const Heads* to : results)
-        for (int64_t h = 0; h < p.heads; ++h)
-          std::memset(to->data + (row * to->token + h * to->head) * element, 0, p.width * element);
-  return true;
+// Whether the products are those of bfloat16.
+bool in_pairs(ScalarType dtype) {
+#ifdef D2IT_HAS_PAIRS
+  return dtype == ScalarType::BFloat16 && d2it::pairs::available();
+#else
+  return false;
+#endif
 }
 
 // ----------------------------------------------------------------------------------------------------
 // Forward
 
-struct Forward {
-  const Problem& p;
-  Access access;
-  Heads q, k, v, out;
+class ForwardInFloats {
+ public:
+  explicit ForwardInFloats(const Forward& work) : work_(work), scratch_(work.p) {}
 
-  // Windows of units begin .. end: unit u is window u % W of the heads from u / W * heads_together on.
-  void run(int64_t begin, int64_t end) const {
-    Scratch scratch(p);
-    const Matrix b_q = scratch.rows(), b_k = scratch.rows(), b_v = scratch.rows(), b_out = scratch.rows();
-    const Matrix b_kt = scratch.columns(), scores = scratch.pairs();
+  // One head of a window that has tokens.
+  void attend(const Window& window, int64_t h) {
+    const Problem& p = work_.p;
+    const Access& access = work_.access;
+    const int64_t tokens = window.tokens, at = window.index;
+    const int32_t* rows = window.rows.data();
+    access.read(work_.q, work_.q.first(at, h), rows, tokens, p.width, b_q);
+    access.read(work_.k, work_.k.first(at, h), rows, tokens, p.width, b_k);
+    access.read(work_.v, work_.v.first(at, h), rows, tokens, p.width, b_v);
+    transpose(b_k, round_up(tokens, kWide), p.width, b_kt);
+    const Bias bias = window.bias(p, h);
     float inverse_sums[kQueries];
-    Window window(p);
-    const int64_t together = p.heads_together();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      window.move_to(p, unit % p.windows);
-      const int64_t tokens = window.tokens, first_head = unit / p.windows * together;
-      const int32_t* rows = window.rows.data();
-      for (int64_t h = first_head; tokens && h < std::min(first_head + together, p.heads); ++h) {
-        access.read(q, window.index * q.window + h * q.head, rows, tokens, p.width, b_q);
-        access.read(k, window.index * k.window + h * k.head, rows, tokens, p.width, b_k);
-        access.read(v, window.index * v.window + h * v.head, rows, tokens, p.width, b_v);
-        transpose(b_k, round_up(tokens, kWide), p.width, b_kt);
-        const Bias bias = window.bias(p, h);
-        for (int64_t i = 0; i < tokens; i += kQueries) {
-          const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
-          multiply({b_q.row(i), b_q.pitch, 1}, b_kt, queries, tokens, p.width, scores, false);
-          softmax(scores, i, queries, tokens, p.scale, bias, inverse_sums);
-          multiply({scores.data, scores.pitch, 1}, b_v, queries, p.width, tokens, b_out, false);
-          access.write(out, window.index * out.window + h * out.head, rows + i, queries, p.width, b_out,
-                       inverse_sums, 1.0f);
-        }
-      }
+    for (int64_t i = 0; i < tokens; i += kQueries) {
+      const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
+      multiply({b_q.row(i), b_q.pitch, 1}, b_kt, queries, tokens, p.width, scores, false);
+      softmax(scores, i, queries, tokens, p.scale, bias, inverse_sums);
+      multiply({scores.data, scores.pitch, 1}, b_v, queries, p.width, tokens, b_out, false);
+      access.write(work_.out, work_.out.first(at, h), rows + i, queries, p.width, b_out, inverse_sums, 1.0f);
     }
   }
+
+ private:
+  const Forward& work_;
+  FloatScratch scratch_;
+  Matrix b_q = scratch_.rows(), b_k = scratch_.rows(), b_v = scratch_.rows(), b_out = scratch_.rows();
+  Matrix b_kt = scratch_.columns(), scores = scratch_.pairs();
 };
+
+// Windows of units begin .. end: unit u is window u % W of the heads from u / W * heads_together on.
+template <typename Arithmetic>
+void run_units(const Forward& work, int64_t begin, int64_t end) {
+  const Problem& p = work.p;
+  Arithmetic arithmetic(work);
+  Window window(p);
+  const int64_t together = p.heads_together();
+  for (int64_t unit = begin; unit < end; ++unit) {
+    window.move_to(p, unit % p.windows);
+    const int64_t first_head = unit / p.windows * together;
+    for (int64_t h = first_head; window.tokens && h < std::min(first_head + together, p.heads); ++h)
+      arithmetic.attend(window, h);
+  }
+}
 
 // False where slots name a row that is not there, or one twice; nothing is written then.
 bool window_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> slots,
@@ -481,82 +99,92 @@ bool window_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, 
                      Heads(out, p.packed)};
   if (!clear_unnamed(p, {&work.out}, q.element_size())) return false;
   if (p.empty()) return true;
+  auto* run = run_units<ForwardInFloats>;
+#ifdef D2IT_HAS_PAIRS
+  if (in_pairs(q.scalar_type())) run = run_units<ForwardInPairs>;
+#endif
   const int64_t units = p.windows * ((p.heads + p.heads_together() - 1) / p.heads_together());
   torch::stable::parallel_for(0, units, p.windows_per_thread(2 * p.heads_together()),
-                              [&](int64_t begin, int64_t end) { work.run(begin, end); });
+                              [&](int64_t begin, int64_t end) { run(work, begin, end); });
   return true;
 }
 
 // ----------------------------------------------------------------------------------------------------
 // Backward
 
-struct Backward {
-  const Problem& p;
-  Access access;
-  Heads grad, q, k, v, dq, dk, dv;
-  // Where the bias's gradient is wanted: (runs, bias_windows, heads, n, n).
-  int64_t runs;
-  float* sums;
+class BackwardInFloats {
+ public:
+  explicit BackwardInFloats(const Backward& work) : work_(work), scratch_(work.p) {}
 
-  // Tasks begin .. end: a run of the windows of one residue modulo bias_windows, of the heads taken together.
-  void run(int64_t begin, int64_t end) const {
-    Scratch scratch(p);
-    const Matrix b_q = scratch.rows(), b_k = scratch.rows(), b_v = scratch.rows(), b_grad = scratch.rows();
-    const Matrix b_dq = scratch.rows(), b_dk = scratch.rows(), b_dv = scratch.rows();
-    const Matrix b_kt = scratch.columns(), b_vt = scratch.columns();
-    const Matrix weights = scratch.pairs(), ds = scratch.pairs();
+  // One head of a window that has tokens. sum, fresh: see softmax_backward.
+  void attend(const Window& window, int64_t h, float* sum, bool fresh) {
+    const Problem& p = work_.p;
+    const Access& access = work_.access;
+    const int64_t tokens = window.tokens, at = window.index;
+    const int32_t* rows = window.rows.data();
+    access.read(work_.q, work_.q.first(at, h), rows, tokens, p.width, b_q);
+    access.read(work_.k, work_.k.first(at, h), rows, tokens, p.width, b_k);
+    access.read(work_.v, work_.v.first(at, h), rows, tokens, p.width, b_v);
+    access.read(work_.grad, work_.grad.first(at, h), rows, tokens, p.width, b_grad);
+    transpose(b_k, round_up(tokens, kWide), p.width, b_kt);
+    transpose(b_v, round_up(tokens, kWide), p.width, b_vt);
+    const Bias bias = window.bias(p, h);
     float inverse_sums[kQueries];
-    Window window(p);
-    const int64_t together = p.heads_together(), matrix = p.n * p.n;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t run = task % runs, residue = task / runs % p.bias_windows;
-      const int64_t first_head = task / runs / p.bias_windows * together;
-      const int64_t last_head = std::min(first_head + together, p.heads);
-      const int64_t repeats = (p.windows - residue + p.bias_windows - 1) / p.bias_windows;
-      float* own = sums ? sums + (run * p.bias_windows + residue) * p.heads * matrix : nullptr;
-      bool fresh = own; // no window has been added yet
-      const auto clear = [&] {
-        std::memset(own + first_head * matrix, 0, (last_head - first_head) * matrix * sizeof(float));
-        fresh = false;
-      };
-      for (int64_t r = repeats * run / runs; r < repeats * (run + 1) / runs; ++r) {
-        window.move_to(p, r * p.bias_windows + residue);
-        const int64_t tokens = window.tokens, at = window.index;
-        const int32_t* rows = window.rows.data();
-        if (fresh && tokens < p.n) clear();
-        for (int64_t h = first_head; tokens && h < last_head; ++h) {
-          access.read(q, at * q.window + h * q.head, rows, tokens, p.width, b_q);
-          access.read(k, at * k.window + h * k.head, rows, tokens, p.width, b_k);
-          access.read(v, at * v.window + h * v.head, rows, tokens, p.width, b_v);
-          access.read(grad, at * grad.window + h * grad.head, rows, tokens, p.width, b_grad);
-          transpose(b_k, round_up(tokens, kWide), p.width, b_kt);
-          transpose(b_v, round_up(tokens, kWide), p.width, b_vt);
-          const Bias bias = window.bias(p, h);
-          for (int64_t i = 0; i < tokens; i += kQueries) {
-            const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
-            const bool add = i > 0;
-            multiply({b_q.row(i), b_q.pitch, 1}, b_kt, queries, tokens, p.width, weights, false);
-            softmax(weights, i, queries, tokens, p.scale, bias, inverse_sums);
-            multiply_rows(b_grad, i, queries, p.width, inverse_sums);
-            multiply({weights.data, 1, weights.pitch}, {b_grad.row(i), b_grad.pitch}, tokens, p.width,
-                     queries, b_dv, add);
-            multiply({b_grad.row(i), b_grad.pitch, 1}, b_vt, queries, tokens, p.width, ds, false);
-            softmax_backward(weights, ds, i, queries, tokens, inverse_sums, bias,
-                             own ? own + h * matrix : nullptr, fresh);
-            multiply({ds.data, ds.pitch, 1}, b_k, queries, p.width, tokens, b_dq, false);
-            multiply({ds.data, 1, ds.pitch}, {b_q.row(i), b_q.pitch}, tokens, p.width, queries, b_dk, add);
-            access.write(dq, at * dq.window + h * dq.head, rows + i, queries, p.width, b_dq, nullptr,
-                         p.scale);
-          }
-          access.write(dk, at * dk.window + h * dk.head, rows, tokens, p.width, b_dk, nullptr, p.scale);
-          access.write(dv, at * dv.window + h * dv.head, rows, tokens, p.width, b_dv, nullptr, 1.0f);
-        }
-        fresh = false;
-      }
-      if (fresh) clear();
+    for (int64_t i = 0; i < tokens; i += kQueries) {
+      const int64_t queries = std::min<int64_t>(kQueries, tokens - i);
+      const bool add = i > 0;
+      multiply({b_q.row(i), b_q.pitch, 1}, b_kt, queries, tokens, p.width, weights, false);
+      softmax(weights, i, queries, tokens, p.scale, bias, inverse_sums);
+      multiply_rows(b_grad, i, queries, p.width, inverse_sums);
+      multiply({weights.data, 1, weights.pitch}, {b_grad.row(i), b_grad.pitch}, tokens, p.width, queries,
+               b_dv, add);
+      multiply({b_grad.row(i), b_grad.pitch, 1}, b_vt, queries, tokens, p.width, ds, false);
+      softmax_backward(weights, ds, i, queries, tokens, inverse_sums, bias, sum, fresh);
+      multiply({ds.data, ds.pitch, 1}, b_k, queries, p.width, tokens, b_dq, false);
+      multiply({ds.data, 1, ds.pitch}, {b_q.row(i), b_q.pitch}, tokens, p.width, queries, b_dk, add);
+      access.write(work_.dq, work_.dq.first(at, h), rows + i, queries, p.width, b_dq, nullptr, p.scale);
     }
+    access.write(work_.dk, work_.dk.first(at, h), rows, tokens, p.width, b_dk, nullptr, p.scale);
+    access.write(work_.dv, work_.dv.first(at, h), rows, tokens, p.width, b_dv, nullptr, 1.0f);
   }
+
+ private:
+  const Backward& work_;
+  FloatScratch scratch_;
+  Matrix b_q = scratch_.rows(), b_k = scratch_.rows(), b_v = scratch_.rows(), b_grad = scratch_.rows();
+  Matrix b_dq = scratch_.rows(), b_dk = scratch_.rows(), b_dv = scratch_.rows();
+  Matrix b_kt = scratch_.columns(), b_vt = scratch_.columns();
+  Matrix weights = scratch_.pairs(), ds = scratch_.pairs();
 };
+
+// Tasks begin .. end: a run of the windows of one residue modulo bias_windows, of the heads taken together.
+template <typename Arithmetic>
+void run_tasks(const Backward& work, int64_t begin, int64_t end) {
+  const Problem& p = work.p;
+  Arithmetic arithmetic(work);
+  Window window(p);
+  const int64_t together = p.heads_together(), matrix = p.n * p.n, runs = work.runs;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t run = task % runs, residue = task / runs % p.bias_windows;
+    const int64_t first_head = task / runs / p.bias_windows * together;
+    const int64_t last_head = std::min(first_head + together, p.heads);
+    const int64_t repeats = (p.windows - residue + p.bias_windows - 1) / p.bias_windows;
+    float* own = work.sums ? work.sums + (run * p.bias_windows + residue) * p.heads * matrix : nullptr;
+    bool fresh = own; // no window has been added yet
+    const auto clear = [&] {
+      std::memset(own + first_head * matrix, 0, (last_head - first_head) * matrix * sizeof(float));
+      fresh = false;
+    };
+    for (int64_t r = repeats * run / runs; r < repeats * (run + 1) / runs; ++r) {
+      window.move_to(p, r * p.bias_windows + residue);
+      if (fresh && window.tokens < p.n) clear();
+      for (int64_t h = first_head; window.tokens && h < last_head; ++h)
+        arithmetic.attend(window, h, own ? own + h * matrix : nullptr, fresh);
+      fresh = false;
+    }
+    if (fresh) clear();
+  }
+}
 
 // dbias (Wb, Hb, n, n) from the sums of the runs: over runs, and over heads that share a bias, in their
 // order.
@@ -587,9 +215,7 @@ bool window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
                 Heads(v, p.packed),
                 Heads(dq, p.packed),
                 Heads(dk, p.packed),
-                Heads(dv, p.packed),
-                1,
-                nullptr};
+                Heads(dv, p.packed)};
   if (!clear_unnamed(p, {&work.dq, &work.dk, &work.dv}, q.element_size())) return false;
   auto* to = dbias ? static_cast<float*>(const_cast<void*>(dbias->const_data_ptr())) : nullptr;
   if (p.empty()) {
@@ -611,8 +237,12 @@ bool window_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, std::o
   }
   const int64_t tasks = chunks * p.bias_windows * work.runs;
   const int64_t windows_per_task = std::max<int64_t>(1, repeats / work.runs);
+  auto* run = run_tasks<BackwardInFloats>;
+#ifdef D2IT_HAS_PAIRS
+  if (in_pairs(q.scalar_type())) run = run_tasks<BackwardInPairs>;
+#endif
   torch::stable::parallel_for(0, tasks, p.windows_per_thread(5 * p.heads_together()) / windows_per_task + 1,
-                              [&](int64_t begin, int64_t end) { work.run(begin, end); });
+                              [&](int64_t begin, int64_t end) { run(work, begin, end); });
   if (to && !direct) add_runs(work, to);
   return true;
 }

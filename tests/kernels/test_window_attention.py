@@ -9,7 +9,18 @@ import torch
 
 import d2it.ops
 from tests import cuda_on_cpu
-from tests.kernels.harness import DEVICE, INTERPRETED, Call, KernelSuite, Mutation, Shape, mutated, poisoned
+from tests.kernels.harness import (
+    DEVICE,
+    INTERPRETED,
+    LAYOUTS,
+    Call,
+    KernelSuite,
+    Mutation,
+    Shape,
+    dtypes,
+    mutated,
+    poisoned,
+)
 
 FILE = "kernels/window_attention.py"
 CPP_MUTATIONS = {
@@ -24,13 +35,27 @@ CPP_MUTATIONS = {
     "queries that come later alone": ("const bool add = «i > 0»;", "false"),
     "remainder of the exponential": ("(bounded - n * «0.693359375f»)", "0.7f"),  # of cpu.h
     "missing run of the bias's sum": ("for (int64_t run = 0; run < «work.runs»; ++run)", "work.runs / 2"),
-    "sums not cleared": ("if (fresh && tokens < p.n) «clear()»;", "void()"),
-    "last window's sum alone": ("        fresh = «false»;\n      }\n      if (fresh) clear();", "fresh"),
+    "sums not cleared": ("if (fresh && window.tokens < p.n) «clear()»;", "void()"),
+    "last window's sum alone": ("      fresh = «false»;\n    }\n    if (fresh) clear();", "fresh"),
 }
 NARROW = {"vectors of 8": ("inline bool wide() { return «has_v4()»; }", "false")}
+NO_PAIRS = {"no pairs": ("dtype == ScalarType::BFloat16 && «d2it::pairs::available()»;", "false")}
+PAIRS = {
+    "last number of an odd row": ("int64_t words(int64_t n) { return «(n + 1) / 2»; }", "n / 2"),
+    "one row twice in a pair": ("if (pairs) store_interleaved(upper, «lower», pairs", "upper"),
+    "weights of the first queries alone": ("weights{weights_.row(«j / 2»), weights_.pitch}", "0"),
+    "gradients of the first queries' scores alone": ("ds_pairs{ds_pairs_.row(«j / 2»), ds_pairs_.pitch}", "0"),
+    "gradient of k of the last queries alone": ("words(block), dk_, «i > 0»);", "false"),
+    "gradient of v of the last queries alone": ("words(block), dv_, «i > 0»);", "false"),
+    "gradient of k not scaled": ("rows, tokens, p.width, dk_, nullptr, «p.scale»)", "1.0f"),
+    "another head's rows": ("from.data) + «first»;\n  for (int64_t i = 0; i < window.tokens", "0"),
+}
 # More positions than a tile of heads that wide.
 BLOCKWISE = {"W": 2, "N": 18, "H": 1, "D": 96, "fill": 0.6, "bias": (1, 1), "segments": 1}
-SOURCES = cuda_on_cpu.Sources({"window_attention.cpp": CPP_MUTATIONS | NARROW})
+SOURCES = cuda_on_cpu.Sources({"window_attention.cpp": CPP_MUTATIONS | NARROW | NO_PAIRS | PAIRS})
+
+
+HAS_PAIRS = torch.cpu._is_avx512_bf16_supported()
 
 
 @pytest.mark.parametrize("fill", [None, 0.3])
@@ -183,10 +208,11 @@ class Contract:
 # In float16 windows of up to 64 are one tile for Triton, larger ones are not; in float32 those of 18 are not. The
 # interpreter takes 8 seconds for windows of 256, and does with 96.
 SIZES = [*((n, torch.float16) for n in (4, 16, 25, 49, 64, 256)), (4, torch.float32), (18, torch.float32)]
+OF_CPU = [(n, torch.bfloat16) for n in (4, 25, 256)]  # which multiplies bfloat16 itself where it can
 CONTRACT = [
     pytest.param((backend, n, layout, dtype), id=f"{backend}-{n}-{layout}-{str(dtype)[6:]}")
     for backend in BACKENDS
-    for size, dtype in SIZES
+    for size, dtype in SIZES + OF_CPU * (backend == "cpu")
     for n in (96 if size == 256 and backend == "triton" and INTERPRETED else size,)
     for layout in ("dense", "packed", "qkv")
 ]
@@ -242,6 +268,36 @@ def test_what_is_not_finite_stays_in_its_window(contract: Contract, clean: dict[
         assert torch.equal(got["bias"][matrix], clean["bias"][matrix])
         for name in ("out", "q", "k", "v"):
             assert torch.equal(got[name][kept], clean[name][kept]), f"{name} of {value}"
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the library")
+@pytest.mark.parametrize("n", [5, 41])
+def test_a_key_of_infinity_that_gets_no_weight(n: int) -> None:
+    """In bfloat16, in which queries come in pairs, NaN goes where it goes in float16 if the last is alone."""
+    found = []
+    for dtype in (torch.float16, torch.bfloat16):
+        contract = Contract("cpu", n, "dense", dtype)
+        contract.q[..., 0] = -contract.q[..., 0].abs() - 1
+        contract.k[contract.named([2])[1], 0, 0] = math.inf
+        found.append(contract.run())
+    for name, got in found[1].items():
+        assert torch.equal(got.isfinite(), found[0][name].isfinite()), name
+    assert found[1]["v"].isfinite().all()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_smaller_window_after_one_that_is_not_finite(dtype: torch.dtype) -> None:
+    """What a thread worked in holds nothing of the window before."""
+    slots = torch.tensor([[0, 1, 2, 3, 4], [5, -1, 6, 7, -1]], dtype=torch.int32)
+    q, k, v, grad = torch.randn(4, 8, 1, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.zeros(1, 1, 5, 5, requires_grad=True)
+    for x in (q, k, v, grad):
+        x[3:5] = math.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = d2it.ops.window_attention(*leaves, bias, slots=slots, backend="cpu")
+    for x in (out, *torch.autograd.grad(out, leaves, grad)):
+        assert x[5:].isfinite().all()
 
 
 @pytest.mark.skipif(not INTERPRETED or "triton" not in BACKENDS, reason="kernels are mutated in the interpreter alone")
@@ -304,7 +360,7 @@ def test_slots_without_a_window_or_a_position(backend: str, shape: tuple[int, in
 class TestWindowAttention(WindowSuite):
     op = "window_attention"
     gradients = ("q", "k", "v", "bias")
-    cpp_mutations = "window_attention.cpp", CPP_MUTATIONS
+    cpp_mutations = "window_attention.cpp", [*CPP_MUTATIONS, *(PAIRS if HAS_PAIRS else ())]
     # Packed, dense with segments, and more positions than are taken as queries at a time.
     cpp_shapes = [WindowSuite.corners[i] for i in (2, 4, 9)]
 
@@ -320,6 +376,23 @@ class TestWindowAttention(WindowSuite):
         run("window_attention.cpp", *NARROW)
         for shape in self.cpp_shapes:
             self.check(shape, "cpu", torch.float32, "plain", seed=1)
+
+    @pytest.mark.skipif(
+        not (cuda_on_cpu.COMPILER and DEVICE == "cpu" and "cpu" in BACKENDS), reason="needs a compiler and the library"
+    )
+    def test_bfloat16_of_a_machine_without_its_products(self, run):
+        run("window_attention.cpp", *NO_PAIRS)
+        for shape in self.cpp_shapes:
+            self.check(shape, "cpu", torch.bfloat16, "plain", seed=1)
+
+    @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the library")
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_odd_widths(self, layout):
+        """Of an odd number of positions, too; more than are taken as queries at a time."""
+        for n, width in ((9, 1), (33, 7), (131, 33)):
+            shape = {"W": 2, "N": n, "H": 2, "D": width, "fill": 0.8, "bias": (1, 2), "segments": 1}
+            for dtype in dtypes("cpu"):
+                self.check(shape, "cpu", dtype, layout, seed=2)
 
 
 class TestWindowAttentionQKVPacked(WindowSuite):
