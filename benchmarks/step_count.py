@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2it.devices import PEAK_FLOPS
-from d2it.distributed import World
 from d2it.models.base import Model
 from d2it.models.content import ContentTransformerConfig
 from d2it.models.dit import DiTConfig, TransformerConfig
@@ -155,7 +154,8 @@ def parts(
     kernels: Mapping[str, Kernel] | None = None,
     *,
     itemsize: int = 2,
-    weights: str = "float32",
+    weights: str = "bfloat16",
+    added: bool = False,
     auto: str = "d2it",
 ) -> list[Part]:
     """The parts of a step of a content transformer, whose blocks are compiled.
@@ -167,7 +167,9 @@ def parts(
         fine: RefineNet's tokens in the batch; None, or a masked model: all cells.
         kernels: what `counted_kernels` returns; None takes our kernels' bytes for their floor.
         itemsize: bytes of a number of the residual stream: 2 under autocast, else 4.
-        weights: of the blocks, as the setting of a stage: "bfloat16" has float32 masters.
+        weights: of the blocks, as the setting of a stage: "bfloat16", as "auto" is on a GPU, has float32 masters;
+            "float32" is rounded by autocast.
+        added: whether gradients are added up over ranks or micro-batches, which takes float32.
         auto: what attention=auto is in 16 bits: "d2it", where its CUDA C++ is not built a package that is installed,
             else "sdpa".
     """
@@ -212,11 +214,13 @@ def parts(
         why = "a pass over the gradient of qkv's output for the sum of its rows"
         found.append(Part(where, "gradients of biases", 3 * a_pass, 0.0, why=why))
     matrices, conditioning, total = parameters.matrices, parameters.conditioning, parameters.total
-    rounded = parameters.rounded if weights == "bfloat16" else 0
+    rounded = parameters.rounded if weights == "bfloat16" and itemsize == 2 else 0
     if itemsize == 2:
         why = "autocast reads float32 weights and writes 16-bit ones; 16-bit gradients become float32"
-        why += ": none of the blocks' with weights=bfloat16" if not rounded else ", outside the blocks"
-        found.append(Part("rest", "casts of weights and gradients", 12.0 * (matrices - rounded), 0.0, why=why))
+        if rounded:
+            why = "16-bit gradients become float32 to be added up" if added else f"outside the blocks {why}"
+        moved = 12.0 * (matrices - rounded) + 6.0 * rounded * added
+        found.append(Part("rest", "casts of weights and gradients", moved, 0.0, why=why))
     moved = 12.0 * conditioning
     found.append(Part("rest", "conditioning in float32", moved, moved, 6.0 * batch * conditioning, "float32"))
     macs = count_macs(config, batch, fine).total - of_blocks - batch * conditioning
@@ -227,7 +231,8 @@ def parts(
     # Read of the gradients for the norm; weights, gradients, two moments and the average read, all but one written. A
     # 16-bit gradient saves two bytes in each pass, its weight costs two.
     floor = 40.0 * total - 2.0 * (parameters.rounded if itemsize == 2 else 0)
-    found.append(Part("optimiser", "norm, clipping, AdamW, average", 40.0 * total - 2.0 * rounded, floor))
+    moved = 40.0 * total + (2.0 if added else -2.0) * rounded
+    found.append(Part("optimiser", "norm, clipping, AdamW, average", moved, floor))
     return found
 
 
@@ -379,10 +384,12 @@ class Launches:
         return low / 1e3, high / 1e3
 
 
-def launches(config: ContentTransformerConfig, batch: int = 2, weights: str = "float32") -> Launches:
+def launches(
+    config: ContentTransformerConfig, batch: int = 2, weights: str = "bfloat16", *, added: bool = False
+) -> Launches:
     """Counts them on fake tensors of a CPU, where GELU is PyTorch's, under bf16 autocast; computes nothing.
 
-    `weights` as of `parts`.
+    `weights` and `added` as of `parts`.
     """
     from d2it.models import DynamicContentTransformer
 
@@ -390,7 +397,7 @@ def launches(config: ContentTransformerConfig, batch: int = 2, weights: str = "f
     with FakeTensorMode():
         network = DynamicContentTransformer(config)
         if weights == "bfloat16":
-            Masters(linears(network.transformer_blocks()), World(0, 1, 1, torch.device("cpu")), add_up=False)
+            Masters(linears(network.transformer_blocks()), added=added)
         x = torch.randn(batch, config.in_channels, *config.grid)
         whole = torch.zeros(batch, dtype=torch.int64)
         grain_map = torch.zeros(batch, *config.region_grid, dtype=torch.int64)

@@ -1,18 +1,17 @@
 """A training step of D2iT: packed, with masks over all cells, and of the DiT of the same width and depth.
 
 python benchmarks/train_bench.py [--model XL B] [--batch-size 128 256 32] [--fill 0.5] [--only 'D2iT-XL*']
-python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu H200] [--weights bfloat16]
+python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu H200] [--weights float32]
 
 The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU.
 Its operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells.
 "plain" has adaLN of the dense blocks in plain PyTorch, for the compiler to fuse; "autotuned" (--autotune) lets
 Inductor choose among its own matrix products too, into whose ends GELU and biases go; "sdpa-attention" and
-"d2it-attention" have in the dense blocks the attention that "auto" does not choose there; "bfloat16-weights" has the
-blocks' weights in bfloat16, with float32 masters. "part" lines time pieces of
-the packed step alone, uncompiled; the loader's is what reading and preparing a batch takes on the host, which a step
-does not wait for unless it is longer than the step. The MLP's lines are one MLP of the dense blocks, forward and
-backward, in the forms that PyTorch has for GELU and biases. The budget lines are steps at shares of the tokens of the
-finest map (--budgets).
+"d2it-attention" have in the dense blocks the attention that "auto" does not choose there; so have "float32-weights" and
+"bfloat16-weights" the blocks' weights. "part" lines time pieces of the packed step alone, uncompiled; the loader's is
+what reading and preparing a batch takes on the host, which a step does not wait for unless it is longer than the step.
+The MLP's lines are one MLP of the dense blocks, forward and backward, in the forms that PyTorch has for GELU and
+biases. The budget lines are steps at shares of the tokens of the finest map (--budgets).
 
 Predicted is what bytes and operations (`step_count`) take at the rates of this machine, with our kernels at their
 floors. Rows name the kernels that take longest, and a second table adds up the operators of every profiled step by the
@@ -84,7 +83,7 @@ def stage(
     masked: bool = False,
     compiled: bool = False,
     attention: str = "auto",
-    weights: str = "float32",
+    weights: str = "auto",
 ) -> ContentStage:
     """The trainer's stage with open gates; presets of one size start from the same weights."""
     config = Config()
@@ -141,7 +140,7 @@ class Reference:
     def distance(self, made: ContentStage) -> float:
         batch = batch_of(self.options, made)
         if self.found is None:
-            exact = stage(self.options, self.preset, masked=True)
+            exact = stage(self.options, self.preset, masked=True, weights="float32")
             exact.learners[0].bf16 = False
             self.found = gradients(exact, batch_of(self.options, exact))
         return distance(gradients(made, batch), self.found)
@@ -190,7 +189,7 @@ def counted(
         step_count.Parameters.of(made.network),
         batch.get("fine"),
         itemsize=dtype().itemsize,
-        weights=made.settings.weights,
+        weights="bfloat16" if made.learners[0].masters.weights else "float32",
         auto=auto_attention(config),
     )
     rates = rates_of(made.settings.preset, options.batch_size, options.image_size)
@@ -212,14 +211,14 @@ def step(
     plain: bool = False,
     autotuned: bool = False,
     attention: str = "auto",
-    weights: str = "float32",
+    weights: str = "auto",
 ) -> Job:
     """The whole step."""
     if compiled:
         compilable(options)
     if autotuned and not options.autotune:
         raise Skip("choosing among kernels takes minutes: --autotune")
-    if weights == "bfloat16" and dtype() != torch.bfloat16:
+    if weights != "auto" and dtype() != torch.bfloat16:
         raise Skip(f"a step in {str(dtype())[6:]} rounds no weights")
     made = stage(options, preset, masked=masked, compiled=compiled, attention=attention, weights=weights)
     if attention == "d2it" and made.network.config.num_tokens > MOST_POSITIONS:
@@ -280,12 +279,11 @@ def part(options: argparse.Namespace, preset: str, name: str) -> Job:
     device, config, count = made.world.device, network.config, options.batch_size
     figures = counted(options, made, batch, name)
     if name == "optimiser":
-        for p in learner.parameters:
-            p.grad = torch.randn_like(p) * 1e-3
-        gradients = [p.grad for p in learner.parameters]
+        trained = [learner.masters.weights.get(p, p) for p in learner.parameters]
+        gradients = [torch.randn_like(p) * 1e-3 for p in trained]
 
         def update() -> None:
-            for p, gradient in zip(learner.parameters, gradients):
+            for p, gradient in zip(trained, gradients):
                 p.grad = gradient
             learner.update(0)
 
@@ -377,8 +375,9 @@ def cases_of(options: argparse.Namespace, preset: str, baseline: str, *, budgets
                     preset,
                     partial(step, options, preset, reference, **given),
                 )
-        given = {"weights": "bfloat16", **flag}
-        contenders[f"d2it packed bfloat16-weights {how}"] = preset, partial(step, options, preset, reference, **given)
+        other = "float32" if machine.device() == "cuda" else "bfloat16"  # than "auto"
+        given = {"weights": other, **flag}
+        contenders[f"d2it packed {other}-weights {how}"] = preset, partial(step, options, preset, reference, **given)
         contenders[f"masked {how}"] = preset, partial(step, options, preset, reference, masked=True, **flag)
         contenders[f"dit {how}"] = baseline, partial(step, options, baseline, None, **flag)
     for name in ("dense blocks", "RefineNet", "optimiser"):
@@ -416,12 +415,11 @@ def count(options: argparse.Namespace) -> None:
         alike = dataclasses.replace(
             config, attention="d2it" if auto == "d2it" else "sdpa"
         )  # a package launches as PyTorch
-        host = step_count.launches(alike, weights=options.weights)
+        how: dict[str, Any] = {"weights": options.weights, "added": options.added}
+        host = step_count.launches(alike, **how)
         for some in each_batch(options):
             fine = fine_tokens(grain_maps(some, config.region_grid, config.num_grains), config)
-            found = step_count.parts(
-                config, some.batch_size, parameters, fine, kernels or None, weights=options.weights, auto=auto
-            )
+            found = step_count.parts(config, some.batch_size, parameters, fine, kernels or None, **how, auto=auto)
             size = f"{some.image_size} pixels, batch {some.batch_size}, fill {some.fill:g}"
             print(f"\n{preset} at {size}, weights in {options.weights}, on an {options.gpu}")
             print(step_count.table(found, rates, step_count.step_flops(config, some.batch_size, fine)))
@@ -445,8 +443,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of --count: those of the blocks (%(default)s)",
+        default="bfloat16",
+        help="of --count: those of the blocks, in %(default)s by default as with weights=auto on a GPU",
+    )
+    parser.add_argument(
+        "--added", action="store_true", help="of --count: gradients are added up, over ranks or micro-batches"
     )
     parser.add_argument(
         "--attention",

@@ -19,6 +19,7 @@ from d2it.training.config import StageConfig, load
 from d2it.training.content import ContentStage
 from d2it.training.grain import GrainStage
 from d2it.training.latents import LatentStage
+from d2it.training.learner import has_masters
 from d2it.training.masters import linears
 from d2it.training.run import main
 from d2it.training.stage import check_weights
@@ -84,10 +85,17 @@ def test_a_training_is_that_of_autocast(kind: type[LatentStage], settings: dict[
 
 
 def test_gradients_are_added_up_in_float32() -> None:
+    """By autograd in the masters, as soon as they are there; the optimiser takes others as the backward writes them."""
     for accumulate, dtype in ((1, torch.bfloat16), (2, torch.float32)):
         made = small(ContentStage, "bfloat16", accumulate=accumulate)
-        made.learners[0].backward(batch(made), last=True)
-        assert {p.grad.dtype for p in halves(made)} == {dtype}
+        learner = made.learners[0]
+        learner.backward(batch(made), last=True)
+        found = [(weight.grad, master.grad) for master, weight in learner.masters.weights.items()]
+        assert len(found) == len(halves(made))
+        assert {grad.dtype for grads in found for grad in grads if grad is not None} == {dtype}
+        assert all((one is None) != (other is None) for one, other in found)
+        learner.optimizer.zero_grad()
+        assert all(p.grad is None for each in learner.masters.weights.items() for p in each)
 
 
 @pytest.mark.parametrize("weights", [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
@@ -135,9 +143,11 @@ def aot_eager() -> Iterator[None]:
     yield from compiled_by("aot_eager")
 
 
-def test_blocks_compile_once(aot_eager: None) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_blocks_compile_once(aot_eager: None, accumulate: int) -> None:
     """The same graphs in training, whatever the packed length, and also after an evaluation in float32."""
-    made, plain = (small(ContentStage, weights, compile=True) for weights in ("bfloat16", "float32"))
+    settings = {"compile": True, "accumulate": accumulate}
+    made, plain = (small(ContentStage, weights, **settings) for weights in ("bfloat16", "float32"))
     counters = torch._dynamo.utils.counters
     assert train(made) == train(plain)
     graphs = counters["stats"]["unique_graphs"]
@@ -155,9 +165,11 @@ def server() -> Server:
     return shared_server()
 
 
-def test_a_run_is_the_same_whichever_way_its_parts_went(server: Server, tmp_path: Path) -> None:
-    """Checkpoints say nothing of it: float32, bfloat16 and float32 again, against one without a stop."""
-    settings = {"dynamic": 1, "precision": "bf16", "save_every": 4, "log_every": 1, "clip": 0.5}
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_is_the_same_whichever_way_its_parts_went(server: Server, tmp_path: Path, ranks: int) -> None:
+    """Checkpoints say nothing of it: float32, bfloat16 and float32 again, against one without a stop. FSDP2 takes up
+    either."""
+    settings = {"dynamic": 1, "precision": "bf16", "save_every": 4, "log_every": 1, "clip": 0.5, "ranks": ranks}
     found = {}
     for name, parts in {
         "mixed": (("float32", 4), ("bfloat16", 8), ("float32", 12)),
@@ -165,33 +177,53 @@ def test_a_run_is_the_same_whichever_way_its_parts_went(server: Server, tmp_path
         "whole": (("float32", 12),),
     }.items():
         for weights, steps in parts:
-            code, out, log = server.run(tmp_path / name, weights=weights, steps=steps, **settings)
+            code, out, log = server.run(tmp_path / name, weights=weights, steps=steps, accumulate=ranks, **settings)
             assert code == 0, log
-        found[name] = out, [row["content/loss"] for row in rows(tmp_path / name)]
+        code, sharded, log = server.run(tmp_path / name, steps=14, accumulate=ranks, parallel="fsdp", **settings)
+        assert code == 0, log
+        found[name] = out, sharded, [row["content/loss"] for row in rows(tmp_path / name)]
     assert found["mixed"] == found["halves"] == found["whole"]
 
 
-def test_ranks_reduce_gradients_in_bfloat16(server: Server, tmp_path: Path) -> None:
-    """Two ranks, one without fine tokens and with NaN in step 1. The sum is rounded once more than in float32. Ranks
-    that begin with other weights take those of the first, masters too."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"accumulate": 3, "clip": 0.5},
+        {"ranks": 3, "accumulate": 2},
+        {"compile": True, "clip": 0.5},
+        {"compile": True, "accumulate": 3, "activation_checkpointing": True, "repa": 1},
+    ],
+    ids=["plain", "accumulated", "three", "compiled", "recomputed"],
+)
+def test_ranks_average_gradients_in_float32(server: Server, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The first alone has fine tokens, the last NaN in step 1: losses, norms, weights, averages and moments are
+    autocast's. Ranks that begin with other weights take those of the first."""
     common = {"ranks": 2, "dynamic": 1, "precision": "bf16", "steps": 6, "log_every": 1, "nan": 1, "uneven": 1}
+    common |= {"batch_size": 12, "lr": 1e-2, **settings}
     found = {}
-    for name, settings in {
-        "float32": {},
-        "bfloat16": {"weights": "bfloat16"},
-        "apart": {"weights": "bfloat16", "apart": 1},
-        "compiled": {"weights": "bfloat16", "compile": True},
-    }.items():
-        code, out, log = server.run(tmp_path / name, **common, **settings)
+    for weights, apart in (("float32", 0), ("bfloat16", 1)):
+        code, out, log = server.run(tmp_path / weights, **common, weights=weights, apart=apart)
         assert code == 0, log
-        found[name] = out, rows(tmp_path / name)
-        assert [row["toy/skipped_steps"] for row in found[name][1]] == [0, 1, 1, 1, 1, 1]
-    for key in ("content/loss", "toy/gradient_norm"):
-        values = {name: [row[key] for row in logged if row["step"] != 2] for name, (_, logged) in found.items()}
-        assert values["bfloat16"] == pytest.approx(values["float32"], rel=1e-2)
-        assert values["compiled"] == pytest.approx(values["bfloat16"], rel=1e-3)
-        assert values["apart"] == values["bfloat16"]
-    assert found["apart"][0] == found["bfloat16"][0]
+        logged = rows(tmp_path / weights)
+        assert [row["toy/skipped_steps"] for row in logged] == [0, 1, 1, 1, 1, 1]
+        figures = [[row[key] for row in logged if row["step"] != 2] for key in ("content/loss", "toy/gradient_norm")]
+        found[weights] = out, figures
+    assert found["float32"] == found["bfloat16"]
+
+
+def test_gradients_of_masters_are_sent_while_the_backward_runs(server: Server, tmp_path: Path) -> None:
+    """A bucket goes out when as many gradients are there as under autocast: none of them waits for the end."""
+    sent = {}
+    for weights in ("float32", "bfloat16"):
+        settings = {"ranks": 2, "dynamic": 1, "precision": "bf16", "weights": weights, "steps": 3, "recorded": 1}
+        code, _, log = server.run(tmp_path / weights, **settings)
+        assert code == 0, log
+        events = (tmp_path / weights / "events-0").read_text().split("forward")[-1].split()
+        sent[weights] = [events[:i].count("gradient") for i, event in enumerate(events) if event == "reduce"]
+        assert events.count("gradient") > sent[weights][0]
+    assert len(sent["float32"]) == len(sent["bfloat16"]) > 1
+    assert sent["bfloat16"] == pytest.approx(sent["float32"], abs=4)
 
 
 def test_what_a_run_publishes_is_the_same(tmp_path: Path) -> None:
@@ -223,13 +255,13 @@ def test_only_the_products_that_autocast_rounds() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["content.weights=float16"], r"content\.weights must be float32 or bfloat16, got 'float16'"),
+        (["content.weights=float16"], r"content\.weights must be auto or float32 or bfloat16, got 'float16'"),
         (["dvae.weights=bfloat16"], r"dvae\.weights must be float32 \(most"),
         (
             ["grain.weights=bfloat16", "grain.precision=fp32"],
-            r"grain\.weights must be float32 where grain\.precision is",
+            r"grain\.weights must be auto or float32 where grain\.precision is",
         ),
-        (["content.weights=bfloat16", "content.parallel=fsdp"], r"where content\.parallel is fsdp, which rounds what"),
+        (["content.weights=bfloat16", "content.parallel=fsdp"], r"where content\.parallel is fsdp, which rounds its"),
         (["content.weights=bfloat16", "content.float8=emulated"], r"where content\.float8 rounds them itself"),
     ],
 )
@@ -240,22 +272,34 @@ def test_settings_that_exclude_it_are_refused(words: list[str], message: str) ->
 
 def test_what_the_ranks_cannot_train_is_refused() -> None:
     cpu = torch.device("cpu")
-    halved = StageConfig(weights="bfloat16", accumulate=2)
+    halved = StageConfig(weights="bfloat16")
     with pytest.raises(UserError, match=r"content\.weights=bfloat16 needs bf16: set content\.precision=bf16, for auto"):
         check_weights(halved, "content", World(0, 1, 1, cpu))
     halved.precision = "bf16"
     check_weights(halved, "content", World(0, 1, 1, cpu))
-    with pytest.raises(UserError, match=r"takes one micro-batch a step on several ranks: DDP would add up 2 in"):
-        check_weights(halved, "content", World(0, 2, 2, cpu))
-    halved.weights = "float32"
-    check_weights(halved, "content", World(0, 2, 2, cpu))
+    check_weights(StageConfig(), "content", World(0, 1, 1, cpu))
+
+
+def test_by_default_they_are_bfloat16_in_bf16_on_a_gpu() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert StageConfig().weights == "auto"
+    assert has_masters(StageConfig(), cuda, True)
+    assert not has_masters(StageConfig(), cuda, False)
+    assert not has_masters(StageConfig(), cpu, True)
+    assert not has_masters(StageConfig(weights="float32"), cuda, True)
+    assert not has_masters(StageConfig(parallel="fsdp"), cuda, True)
+    assert not has_masters(StageConfig(float8="rowwise"), cuda, True)
+    assert not has_masters(load("demo").dvae, cuda, True)
+    assert has_masters(StageConfig(weights="bfloat16"), cpu, True)
+    load("demo", ["content.parallel=fsdp", "grain.precision=fp32"])
 
 
 def test_the_summary_says_it() -> None:
     made = small(ContentStage, "bfloat16")
     assert "bf16, ddp, eager, bfloat16 weights with float32 masters" in Summary(made, made.settings, WORLD).text
-    states = [
-        Summary(each, each.settings, WORLD).state
-        for each in (small(ContentStage, weights, accumulate=2) for weights in ("float32", "bfloat16"))
-    ]
-    assert states[1] - states[0] == 2 * sum(p.numel() for p in halves(made))
+    for parts, world in ((2, WORLD), (1, World(0, 2, 2, WORLD.device))):
+        states = [
+            Summary(each, each.settings, world).state
+            for each in (small(ContentStage, weights, accumulate=parts) for weights in ("float32", "bfloat16"))
+        ]
+        assert states[1] - states[0] == 2 * sum(p.numel() for p in halves(made))

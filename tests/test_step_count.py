@@ -124,7 +124,7 @@ def test_the_table_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--count", "--at-floor", "--model", "XL", "--batch-size", "128", "--image-size", "256", "--gpu", "H200"]
     assert train_bench.run(train_bench.arguments().parse_args(words)) == 0
     text = capsys.readouterr().out
-    assert "D2iT-XL at 256 pixels, batch 128, fill 0.5, weights in float32, on an H200" in text
+    assert "D2iT-XL at 256 pixels, batch 128, fill 0.5, weights in bfloat16, on an H200" in text
     assert "window attention" in text
     assert text.count("% MFU\n") == 1
     assert text.rstrip().endswith("of the device's time")
@@ -153,9 +153,16 @@ def test_weights_in_bfloat16_are_not_cast() -> None:
     exact = {part.name: part for part in step_count.parts(config, 128, parameters, itemsize=4)}
     assert casts[1] not in exact
     assert exact[update[1]].over_floor == 1
+    added = {(part.where, part.name): part for part in step_count.parts(config, 128, parameters, added=True)}
+    assert {key for key in added if added[key].bytes != halved[key].bytes} == {casts, update}
+    assert added[casts].bytes - halved[casts].bytes == 6 * parameters.rounded  # read in 2 bytes, written in 4
+    assert added[update].bytes - halved[update].bytes == 4 * parameters.rounded  # two passes, two bytes each
     small = DynamicContentTransformer.preset_config("tiny", image_size=64)
     counts = [step_count.launches(small, weights=weights).pytorch for weights in ("float32", "bfloat16")]
-    assert counts[0] - counts[1] == 2 * 4 * (small.depth + small.refine_depth)  # of weights, and of their gradients
+    counts.append(step_count.launches(small, added=True).pytorch)
+    layers = 4 * (small.depth + small.refine_depth)
+    assert counts[0] - counts[1] == 2 * layers  # of weights, and of their gradients
+    assert counts[2] - counts[1] == layers
 
 
 @pytest.mark.parametrize(("attention", "ours"), [("sdpa", 4), ("d2it", 6)])

@@ -26,8 +26,8 @@ class AdamW(torch.optim.AdamW):
     Triton on a GPU, by PyTorch's own kernels one after the other elsewhere. State, `state_dict` and arithmetic are
     those of torch.optim.AdamW(fused=True), so that checkpoints of either load into the other.
 
-    A network may compute with bfloat16 weights whose float32 masters are trained: the gradients are then those of the
-    weights, in bfloat16 or float32, and the pass that updates a master rounds it to its weight.
+    A network may compute with bfloat16 weights whose float32 masters are trained: a gradient is then the weight's, in
+    bfloat16, or the master's own, and the pass that updates a master rounds it to its weight.
 
     Args:
         parameters: what is trained; all on one device, or DTensors of one mesh.
@@ -98,9 +98,8 @@ class AdamW(torch.optim.AdamW):
         """
         trained = [p for group in self.param_groups for p in group["params"]]
         for master, weight in self.weights.items():
-            master.grad = weight.grad
-            if weight.grad is not None and self.backend == "torch":
-                master.grad = weight.grad.to(master.dtype)
+            if weight.grad is not None:
+                master.grad = weight.grad.to(master.dtype) if self.backend == "torch" else weight.grad
         if self.backend == "torch":
             gradients = [p.grad for p in trained if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients, foreach=True)

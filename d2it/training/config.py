@@ -115,7 +115,7 @@ class StageConfig:
         ema: decay of the averaged weights.
         precision: auto, bf16 or fp32; auto is bf16 autocast on a GPU that has it.
         weights: of the blocks' Linears: float32, which bf16 autocast rounds in every step, or bfloat16, to which the
-            optimiser rounds float32 masters; for bf16, with ddp.
+            optimiser rounds float32 masters, for bf16 with ddp; auto is bfloat16 there on a GPU.
         parallel: ddp, or fsdp (FSDP2: weights, gradients and optimiser state sharded over the ranks).
         compile: torch.compile, block by block.
         float8: products of the blocks through torchao: tensorwise, rowwise, or emulated on any device; null is off.
@@ -136,7 +136,7 @@ class StageConfig:
     clip: float | None = None
     ema: float = 0.9999
     precision: str = "auto"
-    weights: str = "float32"
+    weights: str = "auto"
     parallel: str = "ddp"
     compile: bool = False
     float8: str | None = None
@@ -160,6 +160,7 @@ class DvaeConfig(StageConfig):
     preset: str = "f8f16"
     batch_size: int = 64
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    weights: str = "float32"
     fine_ratios: list[float] = field(default_factory=lambda: [0.5])
     calibration: str | None = None
     budget: list[float] | None = None

@@ -51,6 +51,20 @@ def bf16(settings: StageConfig, device: torch.device) -> bool:
     return settings.precision == "bf16"
 
 
+def has_masters(settings: StageConfig, device: torch.device, bf16: bool) -> bool:
+    """Returns whether a stage holds the blocks' weights in bfloat16, with float32 masters in the optimiser.
+
+    Args:
+        settings: of the stage.
+        device: where it trains.
+        bf16: whether it computes in bfloat16 autocast.
+    """
+    if settings.weights == "auto":
+        # FSDP2 and float8 round weights themselves. On a CPU the casts are too small a part of a step.
+        return bf16 and device.type == "cuda" and settings.parallel == "ddp" and settings.float8 is None
+    return settings.weights == "bfloat16"
+
+
 def snapshot_sigmas(settings: StageConfig) -> list[float]:
     """Returns the widths of the power-function averages that the stage keeps."""
     kept = isinstance(settings, LatentStageConfig) and settings.snapshot_every
@@ -96,10 +110,10 @@ class Learner:
                 torch._dynamo.config.optimize_ddp = False
                 network.compile_blocks()
         self.bf16 = bf16(settings, world.device)
-        rounded = linears(blocks) if settings.weights == "bfloat16" else []
-        self.masters = Masters(rounded, world, add_up=settings.accumulate > 1)
-        self.module = spread(self.losses, self.network, blocks, world, settings.parallel, self.bf16)
+        rounded = linears(blocks) if has_masters(settings, world.device, self.bf16) else []
+        self.masters = Masters(rounded, added=world.size > 1 or settings.accumulate > 1)
         with self.masters.in_place():
+            self.module = spread(self.losses, self.network, blocks, world, settings.parallel, self.bf16)
             self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
             self.ema = Ema(self.losses, settings.ema)
             self.powers = [PowerEma(self.losses, sigma) for sigma in snapshot_sigmas(settings)]
@@ -110,6 +124,7 @@ class Learner:
             weight_decay=settings.weight_decay,
             weights=self.masters.weights,
         )
+        self.masters.round()  # DDP has given the masters the first rank's values
         # Steps skipped in all; in a row up to now; in a row at worst since the last report.
         self.guard = torch.zeros(3, device=world.device)
 

@@ -60,7 +60,7 @@ _STAGE_RULES: dict[str, Rule] = {
     "schedule": _one_of("constant", "cosine"),
     "ema": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "precision": _one_of("auto", "bf16", "fp32"),
-    "weights": _one_of("float32", "bfloat16"),
+    "weights": _one_of("auto", "float32", "bfloat16"),
     "parallel": _one_of("ddp", "fsdp"),
     "float8": _one_of(None, *RECIPES),
 }
@@ -138,11 +138,11 @@ def check(config: Any) -> None:
         settings = getattr(config, stage)
         if settings.weights == "bfloat16":
             if settings.precision == "fp32":
-                fail(f"{stage}.weights", f"float32 where {stage}.precision is fp32")
+                fail(f"{stage}.weights", f"auto or float32 where {stage}.precision is fp32")
             if settings.parallel == "fsdp":  # a gathered copy is rounded already
-                fail(f"{stage}.weights", f"float32 where {stage}.parallel is fsdp, which rounds what it gathers")
+                fail(f"{stage}.weights", f"auto or float32 where {stage}.parallel is fsdp, which rounds its shards")
             if settings.float8 is not None:
-                fail(f"{stage}.weights", f"float32 where {stage}.float8 rounds them itself")
+                fail(f"{stage}.weights", f"auto or float32 where {stage}.float8 rounds them itself")
     linear = config.diffusion.path == "linear"
     known = FLOW_SCHEDULERS if linear else SCHEDULERS
     if config.sample.scheduler is None:

@@ -144,11 +144,6 @@ def check_weights(settings: StageConfig, key: str, world: World) -> None:
     asked = f"configuration: {key}.weights=bfloat16"
     if not bf16(settings, world.device):
         raise UserError(f"{asked} needs bf16: set {key}.precision=bf16, for auto is fp32 on this {world.device.type}")
-    if world.size > 1 and settings.accumulate > 1:
-        raise UserError(
-            f"{asked} takes one micro-batch a step on several ranks: DDP would add up {settings.accumulate} in "
-            f"bfloat16; set {key}.accumulate=1, or leave the weights in float32"
-        )
 
 
 def uncompiled(settings: StageConfig) -> contextlib.AbstractContextManager[Any]:

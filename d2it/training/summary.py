@@ -12,7 +12,7 @@ from d2it.distributed import World
 from d2it.errors import UserError
 from d2it.models.base import Model
 from d2it.training.config import StageConfig
-from d2it.training.learner import snapshot_sigmas
+from d2it.training.learner import has_masters, snapshot_sigmas
 from d2it.training.loop import Stage
 from d2it.training.masters import linears
 
@@ -42,7 +42,8 @@ class Summary:
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in stage.networks.items()}
         bytes_each = 20 + 4 * len(snapshot_sigmas(settings))  # weights, gradients, two moments, averages in float32
         self.state = bytes_each * sum(counts.values()) / (world.size if settings.parallel == "fsdp" else 1)
-        if settings.weights == "bfloat16" and settings.accumulate > 1:  # gradients in float32, beside their weights
+        masters = has_masters(settings, world.device, stage.bf16)
+        if masters and (settings.accumulate > 1 or world.size > 1):  # gradients in float32, beside their weights
             network = cast(Model, stage.networks[stage.name])
             self.state += 2 * sum(part.weight.numel() for part in linears(network.transformer_blocks()))
         self.activations = stage.activations(batch) / few * micro
@@ -64,7 +65,7 @@ class Summary:
             "bf16" if stage.bf16 else "fp32",
             settings.parallel,
             "compiled" if settings.compile else "eager",
-            *(["bfloat16 weights with float32 masters"] if settings.weights == "bfloat16" else []),
+            *(["bfloat16 weights with float32 masters"] if masters else []),
             *([f"float8 ({settings.float8})"] if settings.float8 else []),
             *(["activation checkpointing"] if settings.activation_checkpointing else []),
         ]

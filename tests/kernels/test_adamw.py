@@ -86,7 +86,8 @@ def run(
 ) -> None:
     """Steps of ours, of PyTorch's in float64 and in float32: our error is at most twice that of float32.
 
-    `halved`: some parameters are masters of bfloat16 weights, whose gradients are of this dtype.
+    `halved`: some parameters are masters of bfloat16 weights; their gradients are of this dtype, the weights' where it
+    is bfloat16, else their own.
     """
     rng = torch.Generator().manual_seed(seed)
     ours = Weights([*shapes, (int(torch.randint(1, 1500, (), generator=rng)),)], rng, halved is not None)
@@ -95,8 +96,6 @@ def run(
         for kind in (torch.float64, torch.float32)
     )
     optimizer = AdamW(ours.parameters(), **SETTINGS, weights=ours.rounded, backend=backend)
-    for weight in ours.rounded.values():
-        weight.grad_dtype = halved
     optimizers = [torch.optim.AdamW(module.parameters(), **SETTINGS, foreach=False) for module in (exact, plain)]
     averages = [[Ema(module, 0.9), PowerEma(module, 0.1)] for module in (ours, exact, plain)]
     for step in range(steps):
@@ -114,11 +113,12 @@ def run(
                     backend == "torch" and grad is not None
                 ):  # its fused kernel takes gradients laid out as autograd does
                     p.grad = torch.empty_like(p).copy_(grad)
-        for master, weight in ours.rounded.items():
-            weight.grad, master.grad = None if master.grad is None else master.grad.to(halved), None
+        for master, weight in ours.rounded.items() if halved == torch.bfloat16 else ():
+            weight.grad, master.grad = None if master.grad is None else master.grad.bfloat16(), None
         norm = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None]).norm()
         if skipped:
-            ours.rounded.get(ours.p4, ours.p4).grad[7, 5] = float("inf") if seed % 2 else float("nan")
+            of = ours.rounded.get(ours.p4, ours.p4) if halved == torch.bfloat16 else ours.p4
+            of.grad[7, 5] = float("inf") if seed % 2 else float("nan")
         found, bad = optimizer.update(step, clip=clip, averages=averages[0])
         assert bad == float(skipped)
         assert found.isfinite() == (not skipped)
