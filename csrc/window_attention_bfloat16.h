@@ -53,6 +53,21 @@ void read_words(const Heads& from, int64_t first, const Window& window, int64_t 
     std::memset(to.row(i), 0, words(width) * sizeof(uint32_t));
 }
 
+// Rows of floats times a factor, `factors` one for each row or null for `factor`, rounded to those of a head.
+D2IT_PAIRS void write_rounded(const Heads& to, int64_t first, const int32_t* rows, int64_t count,
+                              int64_t width, const Matrix& from, const float* factors, float factor) {
+  auto* const base = reinterpret_cast<uint16_t*>(to.data) + first;
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t* const out = base + rows[i] * to.token; // the last axis of a result is contiguous
+    const __m512 by = _mm512_set1_ps(factors ? factors[i] : factor);
+    for (int64_t d = 0; d < width; d += kWide) {
+      const auto there = static_cast<__mmask16>(width - d < kWide ? (1 << (width - d)) - 1 : 0xffff);
+      _mm256_mask_storeu_epi16(
+          out + d, there, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from.row(i) + d), by)));
+    }
+  }
+}
+
 class ForwardInPairs {
  public:
   explicit ForwardInPairs(const Forward& work) : work_(work), scratch_(work.p) {}
@@ -74,8 +89,8 @@ class ForwardInPairs {
       round_rows(scores_, queries, tokens, &weights_, nullptr);
       d2it::pairs::multiply({weights_.data, weights_.pitch, 1}, v_pairs_, queries, p.width, words(tokens),
                             out_, false);
-      work_.access.write(work_.out, work_.out.first(at, h), window.rows.data() + i, queries, p.width, out_,
-                         inverse_sums, 1.0f);
+      write_rounded(work_.out, work_.out.first(at, h), window.rows.data() + i, queries, p.width, out_,
+                    inverse_sums, 1.0f);
     }
   }
 
@@ -118,8 +133,8 @@ class BackwardInPairs {
                             tokens, p.width, words(block), dk_, i > 0);
     }
     const int32_t* rows = window.rows.data();
-    work_.access.write(work_.dk, work_.dk.first(at, h), rows, tokens, p.width, dk_, nullptr, p.scale);
-    work_.access.write(work_.dv, work_.dv.first(at, h), rows, tokens, p.width, dv_, nullptr, 1.0f);
+    write_rounded(work_.dk, work_.dk.first(at, h), rows, tokens, p.width, dk_, nullptr, p.scale);
+    write_rounded(work_.dv, work_.dv.first(at, h), rows, tokens, p.width, dv_, nullptr, 1.0f);
   }
 
  private:
@@ -138,8 +153,8 @@ class BackwardInPairs {
     softmax_backward(e_, dp_, i, queries, tokens, ones_, bias, sum, fresh);
     round_rows(dp_, queries, tokens, &ds_, &ds_pairs);
     d2it::pairs::multiply({ds_.data, ds_.pitch, 1}, k_pairs_, queries, p.width, words(tokens), dq_, false);
-    work_.access.write(work_.dq, work_.dq.first(window.index, h), window.rows.data() + i, queries, p.width,
-                       dq_, nullptr, p.scale);
+    write_rounded(work_.dq, work_.dq.first(window.index, h), window.rows.data() + i, queries, p.width, dq_,
+                  nullptr, p.scale);
   }
 
   const Backward& work_;

@@ -81,7 +81,13 @@ D2IT_INLINE float bias_row(float* row, int64_t query, int64_t tokens, float scal
   const int64_t padded = round_up(tokens, lanes);
   V most = V{} + kMinusInfinity;
   int64_t j = 0;
-  if (bias.matrix && !bias.positions && !bias.segments) {
+  if (!bias.matrix && !bias.segments) {
+    for (; j + lanes <= tokens; j += lanes) {
+      const V score = as<V>(row + j) *= scale;
+      most = score > most ? score : most;
+    }
+    for (int64_t k = j; k < tokens; ++k) row[k] *= scale;
+  } else if (bias.matrix && !bias.positions && !bias.segments) {
     const float* line = bias.matrix + query * bias.n;
     for (; j + lanes <= tokens; j += lanes) {
       const V score = as<V>(row + j) * scale + as<V>(line + j);
@@ -121,7 +127,7 @@ D2IT_INLINE void softmax_rows(const Matrix& scores, int64_t begin, int64_t rows,
     V sums{};
     for (int64_t j = 0; j < padded; j += kLanesOf<V>) {
       const V y = as<V>(row + j) - shift;
-      const V p = y >= -87.0f ? d2it::exp_negative(y) : y != y ? y : V{};
+      const V p = y < -87.0f ? V{} : d2it::exp_negative(y); // NaN stays NaN
       sums += as<V>(row + j) = p;
     }
     const float sum = total(sums);
