@@ -15,6 +15,7 @@ from torch import nn
 
 from d2it.distributed import World
 from d2it.errors import UserError
+from d2it.models import DynamicContentTransformer
 from d2it.training.config import StageConfig, load
 from d2it.training.content import ContentStage
 from d2it.training.grain import GrainStage
@@ -271,13 +272,13 @@ def test_settings_that_exclude_it_are_refused(words: list[str], message: str) ->
 
 
 def test_what_the_ranks_cannot_train_is_refused() -> None:
-    cpu = torch.device("cpu")
+    cpu, config = torch.device("cpu"), DynamicContentTransformer.preset_config("tiny")
     halved = StageConfig(weights="bfloat16")
     with pytest.raises(UserError, match=r"content\.weights=bfloat16 needs bf16: set content\.precision=bf16, for auto"):
-        check_weights(halved, "content", World(0, 1, 1, cpu))
+        check_weights(halved, "content", World(0, 1, 1, cpu), config)
     halved.precision = "bf16"
-    check_weights(halved, "content", World(0, 1, 1, cpu))
-    check_weights(StageConfig(), "content", World(0, 1, 1, cpu))
+    check_weights(halved, "content", World(0, 1, 1, cpu), config)
+    check_weights(StageConfig(), "content", World(0, 1, 1, cpu), config)
 
 
 def test_by_default_they_are_bfloat16_in_bf16_on_a_gpu() -> None:

@@ -84,8 +84,9 @@ def sample(folder: Path, out: Path, *words: object) -> dict:
 # ---- the same images
 
 
-def test_images_do_not_depend_on_batch_threads_or_company():
-    model, threads = small(), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_images_do_not_depend_on_batch_threads_or_company(dtype):
+    model, threads = small().to(dtype=dtype), torch.get_num_threads()
     drawn = []
     try:
         for count in (1, 3):

@@ -73,7 +73,8 @@ class Toy:
         torch.manual_seed(run.seed)
         self.settings, self.run, self.world, self.extra = settings, run, world, extra
         losses = Losses(int(extra.get("width", 16)))
-        self.learners = [Learner("toy", losses, settings, world)]
+        self.bf16 = settings.precision == "bf16"
+        self.learners = [Learner("toy", losses, settings, world, self.bf16)]
 
     def identity(self) -> dict[str, Any]:
         return {"stage": "toy", "model": {"width": int(self.extra.get("width", 16))}}
@@ -144,7 +145,8 @@ class Dynamic(Toy):
         self.tokens = token_grid(network)
         alignment = Alignment(network, RepaConfig(block=1, hidden=16), 7) if extra.get("repa") else None
         losses = ContentLosses(network, GaussianDiffusion(), 1.0, alignment=alignment, weight=0.5)
-        self.learners = [Learner("toy", losses, settings, world, network)]
+        self.bf16 = settings.precision == "bf16"
+        self.learners = [Learner("toy", losses, settings, world, self.bf16, network)]
         self.config = network.config
 
     def batch(self, x: torch.Tensor, bad: bool) -> Batch:

@@ -22,6 +22,7 @@ from d2it.diffusion import GRAIN_SCHEDULERS, SCHEDULERS, Guidance
 from d2it.diffusion.guidance import MODES
 from d2it.distributed import World
 from d2it.errors import UserError, user_error
+from d2it.models.precision import why_float32
 from d2it.sampling import D2iT, Samples
 from d2it.sampling.grain_maps import choose_maps
 from d2it.seeds import derived_seed
@@ -90,7 +91,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("speed")
     group.add_argument(
-        "--precision", default="auto", choices=("auto", "float32", "bf16"), help="auto: bf16 on a GPU that has it"
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bf16"),
+        help="auto: bf16 on a GPU that has it, and on a CPU that multiplies it for transformers 256 wide or more",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     group.add_argument("--cuda-graph", action="store_true", help="a step as one CUDA graph")
@@ -237,16 +241,21 @@ def choose_labels(options: argparse.Namespace, count: int, model: D2iT) -> list[
 
 
 def _model(options: argparse.Namespace, path: Path, world: World) -> D2iT:
-    bf16 = options.precision == "bf16" or (
-        options.precision == "auto" and world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    dtype = torch.bfloat16 if bf16 else torch.float32
     with user_error(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         given: dict[str, Any] = {"any_vae": options.any_vae, "guide": options.guide}
-        model = D2iT.from_pretrained(path, device=world.device, dtype=dtype, **given)
+        model = D2iT.from_pretrained(path, device=world.device, **given)
     if caught and world.first:
         print(f"warning: {caught[0].message}", file=sys.stderr)
     if options.cuda_graph and world.device.type != "cuda":
         raise UserError(f"--cuda-graph needs a GPU, this is {world.device}")
+    if options.precision == "bf16" or (options.precision == "auto" and prefers_bf16(model, world)):
+        model.to(dtype=torch.bfloat16)
     return model.compile() if options.compile else model
+
+
+def prefers_bf16(model: D2iT, world: World) -> bool:
+    """Returns whether bfloat16 is faster for all transformers, on the devices of all ranks."""
+    networks = [model.content_transformer, model.grain_transformer, model.guide]
+    mine = all(why_float32(network.config, world.device) is None for network in networks if network is not None)
+    return all(world.gather(mine))

@@ -50,12 +50,21 @@ class Checkpoints:
         identity: what the checkpoints are of, as JSON values; a checkpoint with another identity is refused.
         keep: how many are kept.
         background: write from a copy, in a thread, while training goes on.
+        precision: in which the stage computes, "bf16" or "fp32": recorded, and nothing is refused for it.
     """
 
     def __init__(
-        self, folder: Path, world: World, identity: dict[str, Any], *, keep: int = 3, background: bool = False
+        self,
+        folder: Path,
+        world: World,
+        identity: dict[str, Any],
+        *,
+        keep: int = 3,
+        background: bool = False,
+        precision: str | None = None,
     ) -> None:
         self.folder, self.world, self.keep, self.background = folder, world, keep, background
+        self.precision = precision
         self.identity = json.loads(json.dumps(identity))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self._pending: Future[Path] | None = None
@@ -172,6 +181,14 @@ class Checkpoints:
         self.world.together(lambda: self._manifest(self.path(max(steps))))
         return max(steps)
 
+    def other_precision(self, step: int) -> str | None:
+        """Returns the precision in which the training came to the checkpoint of `step`, where it is not this one's.
+
+        None also where the checkpoint does not say it: earlier versions did not record it.
+        """
+        found = self._manifest(self.path(step)).get("precision")
+        return found if found in ("bf16", "fp32") and found != self.precision else None
+
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Loads the checkpoint of `step` into `tensors`, in place.
 
@@ -214,7 +231,13 @@ class Checkpoints:
             hashes: dict[str, Any] = {}
             for part in world.gather(world.together(lambda: _hashes(temporary, world), world.saver), world.saver):
                 hashes |= part
-            manifest = {"step": step, "world_size": world.size, "identity": self.identity, "files": hashes}
+            manifest = {
+                "step": step,
+                "world_size": world.size,
+                "precision": self.precision,
+                "identity": self.identity,
+                "files": hashes,
+            }
 
             def commit() -> None:
                 write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))  # which flushes the folder too

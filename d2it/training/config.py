@@ -113,7 +113,8 @@ class StageConfig:
         schedule: constant, or cosine (to zero at the last step).
         clip: norm that gradients are clipped to; null is no clipping, as in DiT.
         ema: decay of the averaged weights.
-        precision: auto, bf16 or fp32; auto is bf16 autocast on a GPU that has it.
+        precision: auto, bf16 or fp32; auto is bf16 autocast on a GPU that has it, and on a CPU that multiplies it for
+            transformers of width 256 or more and VAEs of 64 channels or more.
         weights: of the blocks' Linears: float32, which bf16 autocast rounds in every step, or bfloat16, to which the
             optimiser rounds float32 masters, for bf16 with ddp; auto is bfloat16 there on a GPU.
         parallel: ddp, or fsdp (FSDP2: weights, gradients and optimiser state sharded over the ranks).

@@ -23,7 +23,7 @@ from d2it.models import DynamicVAE, DynamicVAEConfig, VAELoss
 from d2it.models.budget import BudgetRange, grain_tokens
 from d2it.seeds import seed_of
 from d2it.training.config import Config
-from d2it.training.learner import Batch, Learner, bf16
+from d2it.training.learner import Batch, Learner, why_fp32
 from d2it.training.meters import Meters, Work
 from d2it.training.stage import (
     build,
@@ -200,11 +200,11 @@ class DvaeStage:
 
     def __init__(self, config: Config, world: World, source: ImageSource) -> None:
         self.config, self.settings, self.world, self.source = config, config.dvae, world, source
-        self.bf16 = bf16(self.settings, world.device)
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
         vae = build_vae(config)
         self.start = initialize(vae, self.settings, self.name, config.run, world)
         self.vae = channels_last(vae)
+        self.bf16 = why_fp32(self.settings, world, vae.config) is None
         with model_errors("configuration: dvae.loss"):
             self.criterion = VAELoss(self.settings.loss)
         self.networks: dict[str, nn.Module] = {"dvae": self.vae}
@@ -216,10 +216,11 @@ class DvaeStage:
     @functools.cached_property
     def learners(self) -> list[Learner]:
         self.criterion.to(self.world.device)
-        made = [Learner("dvae", VaeLosses(self.vae, self.criterion), self.settings, self.world, self.vae)]
+        given: dict[str, Any] = {"settings": self.settings, "world": self.world, "bf16": self.bf16}
+        made = [Learner("dvae", VaeLosses(self.vae, self.criterion), network=self.vae, **given)]
         if self.criterion.discriminator is not None:
             discriminator = DiscriminatorLosses(self.criterion)
-            made.append(Learner("discriminator", discriminator, self.settings, self.world, peak=self.settings.disc_lr))
+            made.append(Learner("discriminator", discriminator, peak=self.settings.disc_lr, **given))
         return made
 
     def identity(self) -> dict[str, Any]:

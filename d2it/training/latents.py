@@ -25,7 +25,7 @@ from d2it.models.flops import FineTokens, count_macs, kept_values
 from d2it.models.repa import token_grid
 from d2it.seeds import seed_of
 from d2it.training.config import Config, LatentStageConfig
-from d2it.training.learner import Batch, Learner, bf16
+from d2it.training.learner import Batch, Learner, why_fp32
 from d2it.training.meters import Meters, Work
 from d2it.training.stage import held_out_images, initialize, loader, model_errors, spread_over, to_device, uncompiled
 
@@ -128,9 +128,9 @@ class LatentStage(ABC):
         self, config: Config, settings: LatentStageConfig, world: World, data: LatentData, vae: DynamicVAE | None
     ) -> None:
         self.config, self.settings, self.world, self.data, self.vae = config, settings, world, data, vae
-        self.bf16 = bf16(settings, world.device)
         torch.manual_seed(seed_of(config.run.seed, self.name, "weights"))
         self.network: Any = self.make(config, data)
+        self.bf16 = why_fp32(settings, world, self.network.config) is None
         self.start = self.initialize(self.network, config, world, data)
         if (reads := self.reads(config, self.network)) and data.cache is not None:
             data.cache.require(**self.needs())
@@ -158,7 +158,7 @@ class LatentStage(ABC):
 
     @functools.cached_property
     def learners(self) -> list[Learner]:
-        return [Learner(self.name, self.make_losses(), self.settings, self.world, self.network)]
+        return [Learner(self.name, self.make_losses(), self.settings, self.world, self.bf16, self.network)]
 
     @staticmethod
     @abstractmethod

@@ -20,6 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from d2it.devices import keep_freed_memory
 from d2it.distributed import World
+from d2it.models.dit import TransformerConfig
+from d2it.models.dvae import DynamicVAEConfig
+from d2it.models.precision import why_float32
 from d2it.training.adamw import AdamW
 from d2it.training.config import LatentStageConfig, StageConfig
 from d2it.training.ema import Ema, PowerEma, local, snapshot_folder
@@ -44,11 +47,14 @@ def learning_rate(settings: StageConfig, step: int, peak: float | None = None) -
     return rate
 
 
-def bf16(settings: StageConfig, device: torch.device) -> bool:
-    """Returns whether a stage computes in bfloat16 autocast."""
-    if settings.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return settings.precision == "bf16"
+def why_fp32(settings: StageConfig, world: World, config: TransformerConfig | DynamicVAEConfig) -> str | None:
+    """Returns why a stage trains the network of a configuration in float32, or None where in bfloat16 autocast.
+
+    The same on all ranks, whatever their CPUs are; called by all of them.
+    """
+    if settings.precision != "auto":
+        return None if settings.precision == "bf16" else "precision is fp32"
+    return next(filter(None, world.gather(why_float32(config, world.device))), None)
 
 
 def has_masters(settings: StageConfig, device: torch.device, bf16: bool) -> bool:
@@ -80,6 +86,7 @@ class Learner:
             nothing in it may wait for the device.
         settings: of the stage.
         world: the ranks.
+        bf16: whether it computes in bfloat16 autocast.
         network: the model in `losses`, whose blocks are compiled, recomputed and sharded one by one; None: `losses`
             itself, as one.
         peak: learning rate, where it is not `settings.lr`.
@@ -91,10 +98,11 @@ class Learner:
         losses: nn.Module,
         settings: StageConfig,
         world: World,
+        bf16: bool,
         network: Model | None = None,
         peak: float | None = None,
     ) -> None:
-        self.name, self.settings, self.world, self.peak = name, settings, world, peak
+        self.name, self.settings, self.world, self.bf16, self.peak = name, settings, world, bf16, peak
         if world.device.type == "cpu":
             keep_freed_memory()
         self.losses = losses.to(world.device)
@@ -109,7 +117,6 @@ class Learner:
                 # Left on, it would cut each block's graph at the borders of DDP's buckets.
                 torch._dynamo.config.optimize_ddp = False
                 network.compile_blocks()
-        self.bf16 = bf16(settings, world.device)
         rounded = linears(blocks) if has_masters(settings, world.device, self.bf16) else []
         self.masters = Masters(rounded, added=world.size > 1 or settings.accumulate > 1)
         with self.masters.in_place():

@@ -94,7 +94,9 @@ def train(
     folder = Path(run.dir) / "checkpoints" / stage.name
     sigmas = snapshot_sigmas(settings)
     identity = stage.identity() | ({"snapshot_sigmas": sigmas} if sigmas else {})
-    checkpoints = Checkpoints(folder, world, identity, keep=run.keep, background=run.async_save)
+    precision = "bf16" if stage.bf16 else "fp32"
+    how: dict[str, Any] = {"keep": run.keep, "background": run.async_save, "precision": precision}
+    checkpoints = Checkpoints(folder, world, identity, **how)
     newest = checkpoints.newest()
     first = newest or 0
     publication = Publication(folder, world)
@@ -112,6 +114,11 @@ def train(
         with contextlib.closing(Meters(stage.name, run, settings, first, world)) as meters:
             publication.make(stage, meters, first)
         return
+    if newest is not None and (before := checkpoints.other_precision(first)):
+        world.announce(
+            f"{stage.name}: in {before} up to step {first}, in {precision} from here on; "
+            f"{stage.name}.precision={before} goes on as before"
+        )
     batches = stage.batches(first)
     meters = Meters(stage.name, run, settings, first, world)
     warned = False

@@ -147,7 +147,6 @@ def check_models(config: Config, world: World) -> None:
     for name in config.run.stages:
         if name != "cache":
             check_batch(getattr(config, name), name, world)
-            check_weights(getattr(config, name), name, world)
     with torch.device("meta"):
         if "dvae" in stages:
             autoencoder = build_vae(config)
@@ -164,6 +163,7 @@ def check_models(config: Config, world: World) -> None:
         for kind in (GrainStage, ContentStage):
             if kind.name in stages:
                 network = kind.make(config, data)
+                check_weights(getattr(config, kind.name), kind.name, world, network.config)
                 kind.reads(config, network)
                 kind.initialize(network, config, world, data)
 

@@ -13,10 +13,11 @@ from d2it.data import Loader, default_workers, open_source
 from d2it.distributed import World
 from d2it.errors import UserError, user_error
 from d2it.models.base import Model
+from d2it.models.dit import TransformerConfig
 from d2it.models.finetune import start_from
 from d2it.training.checkpoint import Checkpoints
 from d2it.training.config import Config, RunConfig, StageConfig
-from d2it.training.learner import Batch, bf16
+from d2it.training.learner import Batch, why_fp32
 
 M = TypeVar("M", bound=Model)
 
@@ -137,13 +138,13 @@ def check_batch(settings: StageConfig, key: str, world: World) -> None:
         )
 
 
-def check_weights(settings: StageConfig, key: str, world: World) -> None:
-    """Raises UserError where weights are to be bfloat16 and these ranks cannot train them."""
+def check_weights(settings: StageConfig, key: str, world: World, config: TransformerConfig) -> None:
+    """Raises UserError where the network's weights are to be bfloat16 and these ranks cannot train them."""
     if settings.weights != "bfloat16":
         return
     asked = f"configuration: {key}.weights=bfloat16"
-    if not bf16(settings, world.device):
-        raise UserError(f"{asked} needs bf16: set {key}.precision=bf16, for auto is fp32 on this {world.device.type}")
+    if why := why_fp32(settings, world, config):
+        raise UserError(f"{asked} needs bf16: set {key}.precision=bf16, for auto is fp32 here: {why}")
 
 
 def uncompiled(settings: StageConfig) -> contextlib.AbstractContextManager[Any]:
