@@ -23,6 +23,12 @@
 #define D2IT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define D2IT_CLONES_256 __attribute__((target_clones("arch=x86-64-v3", "default")))
 #define D2IT_V4 __attribute__((target("arch=x86-64-v4")))
+#define D2IT_HAS_V4 1 // the names of <immintrin.h> can be used in such functions
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized" // in what GCC 12's header leaves undefined on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
 #else
 #define D2IT_CLONES
 #define D2IT_CLONES_256

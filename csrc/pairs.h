@@ -10,9 +10,8 @@
 #include <array>
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#ifdef D2IT_HAS_V4
 #define D2IT_HAS_PAIRS 1
-#include <immintrin.h>
 #define D2IT_PAIRS __attribute__((target("arch=x86-64-v4,avx512bf16")))
 #define D2IT_PAIRS_INLINE inline __attribute__((always_inline, target("arch=x86-64-v4,avx512bf16")))
 #endif

@@ -12,13 +12,8 @@
 #include <cstdlib>
 #include <memory>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#ifdef D2IT_HAS_V4
 #define D2IT_HAS_TILES 1
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized" // in what GCC 12's header leaves undefined on purpose
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
 #include <sys/syscall.h>
 #include <unistd.h>
 #define D2IT_TILES __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))

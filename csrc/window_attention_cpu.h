@@ -10,6 +10,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <new>
 #include <optional>
 #include <vector>
@@ -45,7 +46,9 @@ struct Bias {
   const float* matrix; // N x N or null
   int64_t n;
   const int32_t* positions; // of the tokens, or null where they are all there
+  const uint16_t* there;    // with positions: a bit for each of 16 positions, set where there is a token
   const int64_t* segments;  // of the tokens, or null
+  float* room;              // for n and a vector more
 };
 
 template <typename V>
@@ -74,6 +77,45 @@ D2IT_INLINE float total(const V& v) {
   return fold(v, [](const auto& x, const auto& y) __attribute__((always_inline)) { return x + y; });
 }
 
+#ifdef D2IT_HAS_V4
+// Of a line of n the entries at the tokens' positions, closed up; into the room.
+D2IT_V4 void close_up_wide(const float* line, const Bias& bias) {
+  float* to = bias.room;
+  for (int64_t i = 0; i < bias.n; i += kWide) {
+    const __mmask16 there = bias.there[i / kWide];
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(there, _mm512_maskz_loadu_ps(there, line + i)));
+    to += __builtin_popcount(there);
+  }
+}
+
+// The other way: entries of tokens are added to those of a line at their positions.
+D2IT_V4 void add_apart_wide(const float* row, const Bias& bias, float* line) {
+  for (int64_t i = 0; i < bias.n; i += kWide) {
+    const __mmask16 there = bias.there[i / kWide];
+    const int count = __builtin_popcount(there);
+    const __m512 added = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), row);
+    const __m512 sum = _mm512_maskz_loadu_ps(there, line + i) + _mm512_maskz_expand_ps(there, added);
+    _mm512_mask_storeu_ps(line + i, there, sum);
+    row += count;
+  }
+}
+#endif
+
+// The biases of a query, one for each token.
+template <typename V>
+D2IT_INLINE const float* line_of(int64_t query, int64_t tokens, const Bias& bias) {
+  if (!bias.positions) return bias.matrix + query * bias.n;
+  const float* line = bias.matrix + bias.positions[query] * bias.n;
+#ifdef D2IT_HAS_V4
+  if constexpr (kLanesOf<V> == kWide) {
+    close_up_wide(line, bias);
+    return bias.room;
+  }
+#endif
+  for (int64_t k = 0; k < tokens; ++k) bias.room[k] = line[bias.positions[k]];
+  return bias.room;
+}
+
 // A row of scores, scaled and biased; returns its largest. Past the tokens it is minus infinity.
 template <typename V>
 D2IT_INLINE float bias_row(float* row, int64_t query, int64_t tokens, float scale, const Bias& bias) {
@@ -81,32 +123,26 @@ D2IT_INLINE float bias_row(float* row, int64_t query, int64_t tokens, float scal
   const int64_t padded = round_up(tokens, lanes);
   V most = V{} + kMinusInfinity;
   int64_t j = 0;
-  if (!bias.matrix && !bias.segments) {
-    for (; j + lanes <= tokens; j += lanes) {
-      const V score = as<V>(row + j) *= scale;
-      most = score > most ? score : most;
-    }
-    for (int64_t k = j; k < tokens; ++k) row[k] *= scale;
-  } else if (bias.matrix && !bias.positions && !bias.segments) {
-    const float* line = bias.matrix + query * bias.n;
+  if (bias.matrix) {
+    const float* line = line_of<V>(query, tokens, bias);
     for (; j + lanes <= tokens; j += lanes) {
       const V score = as<V>(row + j) * scale + as<V>(line + j);
       as<V>(row + j) = score;
       most = score > most ? score : most;
     }
     for (int64_t k = j; k < tokens; ++k) row[k] = row[k] * scale + line[k];
-  } else if (bias.matrix && bias.positions) {
-    const float* line = bias.matrix + bias.positions[query] * bias.n;
-    for (int64_t k = 0; k < tokens; ++k) row[k] = row[k] * scale + line[bias.positions[k]];
-  } else if (bias.matrix) {
-    const float* line = bias.matrix + query * bias.n;
-    for (int64_t k = 0; k < tokens; ++k) row[k] = row[k] * scale + line[k];
   } else {
-    for (int64_t k = 0; k < tokens; ++k) row[k] *= scale;
+    for (; j + lanes <= tokens; j += lanes) {
+      const V score = as<V>(row + j) *= scale;
+      most = score > most ? score : most;
+    }
+    for (int64_t k = j; k < tokens; ++k) row[k] *= scale;
   }
   if (bias.segments) {
     const int64_t own = bias.segments[query];
     for (int64_t k = 0; k < tokens; ++k) row[k] = bias.segments[k] == own ? row[k] : kMinusInfinity;
+    most = V{} + kMinusInfinity;
+    j = 0;
   }
   for (int64_t k = tokens; k < padded; ++k) row[k] = kMinusInfinity;
   for (; j < padded; j += lanes) most = as<V>(row + j) > most ? as<V>(row + j) : most;
@@ -152,6 +188,14 @@ D2IT_CLONES void multiply_rows(const Matrix& matrix, int64_t begin, int64_t rows
     for (int64_t j = 0; j < width; j += kLanes) as<Floats<kLanes>>(matrix.row(begin + i) + j) *= factors[i];
 }
 
+template <typename V>
+D2IT_INLINE void add_apart(const float* row, int64_t tokens, const Bias& bias, float* line) {
+#ifdef D2IT_HAS_V4
+  if constexpr (kLanesOf<V> == kWide) return add_apart_wide(row, bias, line);
+#endif
+  for (int64_t j = 0; j < tokens; ++j) line[bias.positions[j]] += row[j];
+}
+
 // ds = p * (dp - rowsum(p dp)), in the place of dp. The weights come as e = p * sum and dp divided by the
 // sum, so that nothing is normalised pair by pair. ds is added to the sum of the bias's gradient, N x N, if
 // there is one; or it is the sum, where that is `fresh` and all positions hold a token.
@@ -171,8 +215,7 @@ D2IT_INLINE void softmax_backward_rows(const Matrix& e, const Matrix& dp, int64_
       as<V>(row + j) = as<V>(weights + j) * (as<V>(row + j) - delta);
     if (!sum) continue;
     if (bias.positions) {
-      float* line = sum + bias.positions[begin + i] * bias.n;
-      for (int64_t j = 0; j < tokens; ++j) line[bias.positions[j]] += row[j];
+      add_apart<V>(row, tokens, bias, sum + bias.positions[begin + i] * bias.n);
     } else if (fresh) {
       std::memcpy(sum + (begin + i) * bias.n, row, tokens * sizeof(float));
     } else {
@@ -346,9 +389,16 @@ struct Problem {
 struct Window {
   int64_t index, tokens = 0;
   std::vector<int32_t> rows, positions; // rows: in the window where it is dense
+  std::vector<uint16_t> there;          // see Bias
   std::vector<int64_t> segments;
+  std::unique_ptr<float[]> room; // see Bias
 
-  explicit Window(const Problem& p) : rows(p.n), positions(p.n), segments(p.segments ? p.n : 0) {
+  explicit Window(const Problem& p)
+      : rows(p.n),
+        positions(p.n),
+        there((p.n + kWide - 1) / kWide),
+        segments(p.segments ? p.n : 0),
+        room(new float[p.n + kWide]) {
     for (int64_t i = 0; i < p.n; ++i) rows[i] = static_cast<int32_t>(i);
   }
 
@@ -357,11 +407,13 @@ struct Window {
     tokens = p.n;
     if (p.packed) {
       tokens = 0;
+      std::fill(there.begin(), there.end(), 0);
       for (int64_t i = 0; i < p.n; ++i) {
         const int32_t row = p.slots[window * p.slots_window + i * p.slots_token];
         rows[tokens] = row;
         positions[tokens] = static_cast<int32_t>(i);
         tokens += row >= 0;
+        there[i / kWide] |= static_cast<uint16_t>((row >= 0) << i % kWide);
       }
     }
     if (p.segments) {
@@ -372,8 +424,9 @@ struct Window {
 
   Bias bias(const Problem& p, int64_t head) const {
     const int64_t matrix = index % p.bias_windows * p.bias_heads + (p.bias_heads > 1 ? head : 0);
-    return {p.bias ? p.bias + matrix * p.n * p.n : nullptr, p.n, tokens < p.n ? positions.data() : nullptr,
-            p.segments ? segments.data() : nullptr};
+    return {p.bias ? p.bias + matrix * p.n * p.n : nullptr, p.n,
+            tokens < p.n ? positions.data() : nullptr,      there.data(),
+            p.segments ? segments.data() : nullptr,         room.get()};
   }
 };
 

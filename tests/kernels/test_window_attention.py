@@ -39,6 +39,11 @@ CPP_MUTATIONS = {
     "last window's sum alone": ("      fresh = «false»;\n    }\n    if (fresh) clear();", "fresh"),
 }
 NARROW = {"vectors of 8": ("inline bool wide() { return «has_v4()»; }", "false")}
+WIDE = {  # of machines with AVX-512
+    "biases closed up by whole vectors": ("to += «__builtin_popcount(there)»;", "0"),
+    "gradients of a line's first tokens alone": ("row += «count»;", "0"),
+    "another position's bias": ("there[i / kWide] |= static_cast<uint16_t>((row >= 0) << «i % kWide»)", "0"),
+}
 NO_PAIRS = {"no pairs": ("dtype == ScalarType::BFloat16 && «d2it::pairs::available()»;", "false")}
 PAIRS = {
     "last number of an odd row": ("int64_t words(int64_t n) { return «(n + 1) / 2»; }", "n / 2"),
@@ -52,9 +57,10 @@ PAIRS = {
 }
 # More positions than a tile of heads that wide.
 BLOCKWISE = {"W": 2, "N": 18, "H": 1, "D": 96, "fill": 0.6, "bias": (1, 1), "segments": 1}
-SOURCES = cuda_on_cpu.Sources({"window_attention.cpp": CPP_MUTATIONS | NARROW | NO_PAIRS | PAIRS})
+SOURCES = cuda_on_cpu.Sources({"window_attention.cpp": CPP_MUTATIONS | NARROW | WIDE | NO_PAIRS | PAIRS})
 
 
+HAS_V4 = torch.cpu._is_avx512_supported()
 HAS_PAIRS = torch.cpu._is_avx512_bf16_supported()
 
 
@@ -360,9 +366,9 @@ def test_slots_without_a_window_or_a_position(backend: str, shape: tuple[int, in
 class TestWindowAttention(WindowSuite):
     op = "window_attention"
     gradients = ("q", "k", "v", "bias")
-    cpp_mutations = "window_attention.cpp", [*CPP_MUTATIONS, *(PAIRS if HAS_PAIRS else ())]
-    # Packed, dense with segments, and more positions than are taken as queries at a time.
-    cpp_shapes = [WindowSuite.corners[i] for i in (2, 4, 9)]
+    cpp_mutations = "window_attention.cpp", [*CPP_MUTATIONS, *(WIDE if HAS_V4 else ()), *(PAIRS if HAS_PAIRS else ())]
+    # Packed, dense with segments, more positions than are queries at a time, more packed ones than a vector has.
+    cpp_shapes = [WindowSuite.corners[i] for i in (2, 4, 9, 10)]
 
     def build(self, shape: Shape, dtype: torch.dtype, rng: torch.Generator) -> Call:
         qkv, call = self.parts(shape, dtype, rng)
