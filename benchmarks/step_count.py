@@ -387,7 +387,7 @@ class Launches:
 def launches(
     config: ContentTransformerConfig, batch: int = 2, weights: str = "bfloat16", *, added: bool = False
 ) -> Launches:
-    """Counts them on fake tensors of a CPU, where GELU is PyTorch's, under bf16 autocast; computes nothing.
+    """Counts them on fake tensors of a CPU, under bf16 autocast; computes nothing.
 
     `weights` and `added` as of `parts`.
     """

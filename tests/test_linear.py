@@ -273,6 +273,31 @@ def test_the_way_of_a_gpu(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(mine, true) <= 3 * error(other, true) + 3e-8
 
 
+def test_the_mlp_under_transforms() -> None:
+    """`torch.func`'s derivatives, of both kinds and one of the other, with respect to everything; mapped ones, too."""
+    made, x, _ = mlps()
+    found = []
+    for mlp in made[:2]:
+        names, leaves = [name for name, _ in mlp.named_parameters()], [x, *(p.detach() for p in mlp.parameters())]
+        rng = torch.Generator().manual_seed(3)
+        tangents = tuple(torch.randn(leaf.shape, generator=rng) for leaf in leaves)
+
+        def loss(x: Tensor, *values: Tensor, mlp: Any = mlp, names: Any = names) -> Tensor:
+            return torch.func.functional_call(mlp, dict(zip(names, values)), (x,)).square().mean()
+
+        gradients = torch.func.grad(loss, argnums=tuple(range(5)))
+        found.append(
+            [
+                *torch.func.jvp(loss, tuple(leaves), tangents),
+                *gradients(*leaves),
+                *torch.func.vmap(gradients, in_dims=(0, None, None, None, None))(*leaves),
+                *torch.func.jvp(gradients, tuple(leaves), tangents)[1],
+            ]
+        )
+    assert len(found[0]) == 17
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["autocast", "model"])
 def test_the_mlp_in_bfloat16(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """GELU is ours and gives fc1's bias its gradient; products and the gradients' dtypes are those of PyTorch's."""

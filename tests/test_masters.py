@@ -298,6 +298,8 @@ def test_by_default_they_are_bfloat16_in_bf16_on_a_gpu() -> None:
 def test_the_summary_says_it() -> None:
     made = small(ContentStage, "bfloat16")
     assert "bf16, ddp, eager, bfloat16 weights with float32 masters" in Summary(made, made.settings, WORLD).text
+    plain = small(ContentStage, "auto")
+    assert "bf16, ddp, eager, float32 weights\n" in Summary(plain, plain.settings, WORLD).text
     for parts, world in ((2, WORLD), (1, World(0, 2, 2, WORLD.device))):
         states = [
             Summary(each, each.settings, world).state

@@ -111,13 +111,13 @@ def gelu_between(x: Tensor, first: nn.Linear, second: nn.Linear, *, apart: bool)
         apart: whether the gradient of the second layer's bias is left to what takes the output: then it is the second
             result, as that of `bias_apart`.
     """
-    native = _NATIVE_GELU and x.is_cpu and not torch.compiler.is_compiling() and computed_only()
+    native = _NATIVE_GELU and x.is_cpu and not torch.compiler.is_compiling()
     if x.ndim not in (2, 3) or x.dtype == torch.float64 or not (native or _sums(x)):
         out = F.gelu(first(x), approximate="tanh")
     else:
         hidden, bias = bias_apart(first, x)
         fits = native and type(second) is Linear and second.bias is not None and not hooked(second)
-        fits = fits and not torch.is_autocast_enabled("cpu")
+        fits = fits and not torch.is_autocast_enabled("cpu") and computed_only()
         if fits and all(map(_plain, (hidden, second.weight, second.bias))) and hidden.is_contiguous():
             added = second.bias.detach() if apart else second.bias
             return _GeluLinear.apply(hidden, bias, second.weight, added), second.bias if apart else None

@@ -65,7 +65,7 @@ class Summary:
             "bf16" if stage.bf16 else "fp32",
             settings.parallel,
             "compiled" if settings.compile else "eager",
-            *(["bfloat16 weights with float32 masters"] if masters else []),
+            *(["bfloat16 weights with float32 masters" if masters else "float32 weights"] if stage.bf16 else []),
             *([f"float8 ({settings.float8})"] if settings.float8 else []),
             *(["activation checkpointing"] if settings.activation_checkpointing else []),
         ]
