@@ -30,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2it.devices import peak_flops
 from d2it.diffusion import random_grain_map
-from d2it.models import DynamicContentTransformer
+from d2it.models import DiT, DynamicContentTransformer
 from d2it.models.budget import grain_tokens, shares_of
 from d2it.models.layers import FinalLayer, Modulation
+from d2it.models.precision import why_float32
 from d2it.nn import WindowAttention
 
 #: Size -> (preset of the DynamicContentTransformer, preset of the DiT of the same width and depth); "-3": three grains.
@@ -143,8 +144,27 @@ def at_budgets(options: argparse.Namespace, preset: str) -> Iterator[tuple[float
         yield budget, spending, {"budget": budget, "tokens": round(spent, 4)}
 
 
-def dtype() -> torch.dtype:
-    return torch.bfloat16 if machine.device() == "cuda" else torch.float32
+def each_dtype(options: argparse.Namespace, preset: str) -> Iterator[argparse.Namespace]:
+    """The options with the `dtype` that precision=auto takes for a preset here; then, on a CPU, float32 if it is not.
+
+    `auto` of the options says which of the two it is.
+    """
+    kind = DynamicContentTransformer if preset in DynamicContentTransformer.presets else DiT
+    why = why_float32(kind.preset_config(preset), torch.device(machine.device()))
+    auto = torch.bfloat16 if why is None else torch.float32
+    for dtype in dict.fromkeys([auto, *([torch.float32] if machine.device() == "cpu" else [])]):
+        yield argparse.Namespace(**{**vars(options), "dtype": dtype, "auto": dtype == auto})
+
+
+def case_name(options: argparse.Namespace, preset: str, what: str) -> str:
+    """The name of a case of a preset, with its dtype."""
+    return f"{preset}-{options.image_size}-B{options.batch_size}-{what}-{str(options.dtype)[6:]}"
+
+
+def case_shape(options: argparse.Namespace, **entries: Any) -> dict[str, Any]:
+    """What such a name abbreviates; "precision" is there where it is not auto's."""
+    other = {} if options.auto else {"precision": str(options.dtype)[6:]}
+    return {"batch": options.batch_size, "image_size": options.image_size, **entries, **other}
 
 
 def compilable(options: argparse.Namespace) -> None:

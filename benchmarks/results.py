@@ -153,7 +153,8 @@ def headlines(results: dict[str, Result]) -> list[Headline]:
     found = []
     for result in results.values():
         rows = result["rows"]
-        own = [row for row in rows if ours(row) and right(row) and "budget" not in row["shape"]]
+        # Neither points of a curve nor what stands beside the precision that auto takes.
+        own = [row for row in rows if ours(row) and right(row) and not {"budget", "precision"} & row["shape"].keys()]
         heaviest = max(own, key=lambda row: row.get("floor_ms", row["ms"]), default=None)
         if heaviest is None:
             continue

@@ -7,7 +7,8 @@ with guidance (two passes a step), packed and with masks over all cells, eager, 
 counts these steps; for 250 steps divide by 250 / steps. The budget lines are guided sampling at shares of the tokens of
 the finest map (--budgets): seconds should follow their multiply-accumulates. Grain maps and decoding are not in it,
 both small beside hundreds of steps. The error is that of the model's answer on one noised batch, against the masked
-one in float32.
+one in float32. Models compute, and hold the weights of their blocks, in the dtype that --precision auto takes, which
+the case names; on a CPU where that is bfloat16, a case in float32 stands beside it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from models import (
     Case,
     Job,
     at_budgets,
+    case_name,
+    case_shape,
     compilable,
     distance,
-    dtype,
     each_batch,
+    each_dtype,
     grain_maps,
     main,
     open_gates,
@@ -39,18 +42,21 @@ from torch import Tensor
 from d2it.diffusion import Guidance, sample_content
 from d2it.models import DiT, DynamicContentTransformer
 from d2it.models.flops import count_macs, fine_tokens
+from d2it.models.layers import cast_blocks
 
 STEPS = 10 if machine.device() == "cuda" else 2
 GUIDANCE = 1.5
 
 
 def build(options: argparse.Namespace, preset: str, **settings: Any) -> DiT | DynamicContentTransformer:
-    """Models of one preset have the same weights."""
+    """Models of one preset have the same weights, but for their rounding to `options.dtype`."""
     kind = DynamicContentTransformer if preset.startswith("D2iT") else DiT
     torch.manual_seed(0)
     model = kind.from_preset(preset, image_size=options.image_size, **settings)
     open_gates(model)
-    return model.to(machine.device()).eval()
+    model.to(machine.device()).eval()
+    cast_blocks(model.transformer_blocks(), options.dtype)
+    return model
 
 
 def maps_of(options: argparse.Namespace, model: Any) -> Tensor:
@@ -58,13 +64,13 @@ def maps_of(options: argparse.Namespace, model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def answer(model: Any, options: argparse.Namespace, autocast: bool) -> list[Tensor]:
-    """The model's answer on one batch, the same for every contender."""
+def answer(model: Any, options: argparse.Namespace) -> list[Tensor]:
+    """The answer of a model in `options.dtype` on one batch, the same for every contender."""
     rng = torch.Generator().manual_seed(0)
     count, where = options.batch_size, machine.device()
     x = torch.randn(count, model.config.in_channels, *model.config.grid, generator=rng).to(where)
     t, y = (torch.randint(high, (count,), generator=rng).to(where) for high in (1000, model.config.num_classes))
-    with torch.autocast(where, torch.bfloat16, enabled=autocast):
+    with torch.autocast(where, torch.bfloat16, enabled=options.dtype == torch.bfloat16):
         return [model(x, t, y, maps_of(options, model)).float().cpu()]
 
 
@@ -72,13 +78,13 @@ class Reference:
     """What the masked model answers in float32, computed when first asked for."""
 
     def __init__(self, options: argparse.Namespace, preset: str) -> None:
-        self.options, self.preset = options, preset
+        self.options, self.preset = argparse.Namespace(**{**vars(options), "dtype": torch.float32}), preset
         self.found: list[Tensor] | None = None
 
-    def distance(self, model: Any) -> float:
+    def distance(self, model: Any, options: argparse.Namespace) -> float:
         if self.found is None:
-            self.found = answer(build(self.options, self.preset, masked=True), self.options, False)
-        return distance(answer(model, self.options, dtype() != torch.float32), self.found)
+            self.found = answer(build(self.options, self.preset, masked=True), self.options)
+        return distance(answer(model, options), self.found)
 
 
 def sampling(
@@ -101,12 +107,12 @@ def sampling(
         "scheduler": "ddim",
         "steps": STEPS,
         "guidance": Guidance(GUIDANCE if guided else 1.0),
-        "autocast": None if dtype() == torch.float32 else dtype(),
+        "autocast": None if options.dtype == torch.float32 else options.dtype,
         "cuda_graph": how == "graph",
     }
     flops = 2 * STEPS * (1 + guided) * count_macs(model.config, count, fine).total
-    error = reference.distance(model) if reference else None
-    return Job(partial(sample_content, model, maps, **arguments), count, flops, error, 2 * TOLERANCE[dtype()])
+    error = reference.distance(model, options) if reference else None
+    return Job(partial(sample_content, model, maps, **arguments), count, flops, error, 2 * TOLERANCE[options.dtype])
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -119,28 +125,30 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     for size in options.model:
         preset, baseline = SIZES[size]
         reference = Reference(options, preset)
+        auto, *others = each_dtype(options, preset)
         for guided in (True, False):
-            contenders: dict[str, tuple[str, Callable[[], Job]]] = {}
-            for how in ("graph", "compiled", "eager"):
-                given: dict[str, Any] = {"guided": guided, "how": how}
-                contenders[f"d2it packed {how}"] = preset, partial(sampling, options, preset, reference, **given)
-                if how != "graph":
-                    masked = partial(sampling, options, preset, reference, masked=True, **given)
-                    contenders[f"masked {how}"] = preset, masked
-                contenders[f"dit {how}"] = baseline, partial(sampling, options, baseline, None, **given)
-            shape = {"batch": options.batch_size, "image_size": options.image_size, "fill": options.fill}
-            shape |= {"guided": guided, "steps": STEPS}
-            name = f"{preset}-{options.image_size}-B{options.batch_size}-fill{options.fill:g}-{STEPS}steps"
-            name += "-guided" if guided else ""
-            yield Case(f"{name}-{str(dtype())[6:]}", shape, dtype(), f"{STEPS} steps", contenders)
-        given = {"guided": True, "how": "eager"}
-        for budget, spending, entries in at_budgets(options, preset):
-            shape = {"batch": options.batch_size, "image_size": options.image_size, "guided": True, "steps": STEPS}
-            name = f"{preset}-{options.image_size}-B{options.batch_size}-budget{budget:g}-{STEPS}steps-guided"
-            reference = Reference(spending, preset)
-            job = partial(sampling, spending, preset, reference, **given)
-            name += f"-{str(dtype())[6:]}"
-            yield Case(name, shape | entries, dtype(), f"{STEPS} steps", {"d2it packed eager": (preset, job)})
+            for some in (auto, *others):
+                yield case_of(some, preset, baseline, reference, guided)
+        for budget, spending, entries in at_budgets(auto, preset):
+            job = partial(sampling, spending, preset, Reference(spending, preset), guided=True, how="eager")
+            name = case_name(auto, preset, f"budget{budget:g}-{STEPS}steps-guided")
+            shape = case_shape(auto, guided=True, steps=STEPS, **entries)
+            yield Case(name, shape, auto.dtype, f"{STEPS} steps", {"d2it packed eager": (preset, job)})
+
+
+def case_of(options: argparse.Namespace, preset: str, baseline: str, reference: Reference, guided: bool) -> Case:
+    """Sampling in the dtype of the options."""
+    contenders: dict[str, tuple[str, Callable[[], Job]]] = {}
+    for how in ("graph", "compiled", "eager"):
+        given: dict[str, Any] = {"guided": guided, "how": how}
+        contenders[f"d2it packed {how}"] = preset, partial(sampling, options, preset, reference, **given)
+        if how != "graph":
+            masked = partial(sampling, options, preset, reference, masked=True, **given)
+            contenders[f"masked {how}"] = preset, masked
+        contenders[f"dit {how}"] = baseline, partial(sampling, options, baseline, None, **given)
+    name = case_name(options, preset, f"fill{options.fill:g}-{STEPS}steps{'-guided' if guided else ''}")
+    shape = case_shape(options, fill=options.fill, guided=guided, steps=STEPS)
+    return Case(name, shape, options.dtype, f"{STEPS} steps", contenders)
 
 
 if __name__ == "__main__":

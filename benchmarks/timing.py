@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from machine import device
 
+from d2it.models.precision import multiplies_bfloat16
+
 SMALL_MS = 0.3
 """Work shorter than this is timed inside a CUDA graph: a launch costs 5 us and more."""
 
@@ -178,7 +180,8 @@ def machine_rates() -> dict[str, Any]:
     rates: dict[str, Any] = {"copy_gbps": round(2 * 4 * elements / copy.ms / 1e6, 1), "matmul_tflops": {}}
     del source, target
     n = 8192 if gpu else 512
-    for dtype in (torch.bfloat16, torch.float16, torch.float32) if gpu else (torch.float32,):
+    dtypes = {torch.bfloat16: gpu or multiplies_bfloat16(), torch.float16: gpu, torch.float32: True}
+    for dtype in [dtype for dtype, there in dtypes.items() if there]:
         size = n if dtype != torch.float32 else n // 2
         a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
         product = time_calls([functools.partial(torch.mm, a, b)], graph=False)

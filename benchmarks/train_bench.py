@@ -3,7 +3,8 @@
 python benchmarks/train_bench.py [--model XL B] [--batch-size 128 256 32] [--fill 0.5] [--only 'D2iT-XL*']
 python benchmarks/train_bench.py --count [--model XL] [--batch-size 128] [--gpu H200] [--weights float32]
 
-The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, bf16 on a GPU.
+The step is the trainer's: noise, loss, backward, AdamW, average (d2it.training), on cached latents, in the dtype that
+precision=auto takes, which the case names; on a CPU where that is bfloat16, a case in float32 stands beside it.
 Its operations are 6 x the multiply-accumulates of the tokens that exist: for the masked contender, of all cells.
 "plain" has adaLN of the dense blocks in plain PyTorch, for the compiler to fuse; "autotuned" (--autotune) lets
 Inductor choose among its own matrix products too, into whose ends GELU and biases go; "sdpa-attention" and
@@ -44,10 +45,12 @@ from models import (
     Case,
     Job,
     at_budgets,
+    case_name,
+    case_shape,
     compilable,
     distance,
-    dtype,
     each_batch,
+    each_dtype,
     grain_maps,
     main,
     open_gates,
@@ -70,6 +73,8 @@ from d2it.training.latents import LatentData
 from d2it.training.learner import Batch
 from d2it.training.stage import loader, to_device
 
+Contenders = dict[str, tuple[str, Callable[[], Job]]]
+
 CLASSES = 1000
 MOST_POSITIONS = 256
 CHECKED = 8
@@ -85,12 +90,13 @@ def stage(
     attention: str = "auto",
     weights: str = "auto",
 ) -> ContentStage:
-    """The trainer's stage with open gates; presets of one size start from the same weights."""
+    """The trainer's stage in `options.dtype` with open gates; presets of one size start from the same weights."""
     config = Config()
     config.data.num_classes = CLASSES
     settings = config.content
     settings.preset, settings.batch_size, settings.compile = preset, options.batch_size, compiled
     settings.overrides["attention"], settings.weights = attention, weights
+    settings.precision = "bf16" if options.dtype == torch.bfloat16 else "fp32"
     if masked:
         settings.overrides["masked"] = True
     if options.warm:  # all blocks of a half are compiled alike, and one of each fits beside other processes
@@ -134,28 +140,28 @@ class Reference:
 
     def __init__(self, options: argparse.Namespace, preset: str) -> None:
         few = min(options.batch_size, CHECKED)
-        self.options, self.preset = argparse.Namespace(**{**vars(options), "batch_size": few}), preset
+        self.options = argparse.Namespace(**{**vars(options), "batch_size": few, "dtype": torch.float32})
+        self.preset = preset
         self.found: list[Tensor] | None = None
 
     def distance(self, made: ContentStage) -> float:
         batch = batch_of(self.options, made)
         if self.found is None:
-            exact = stage(self.options, self.preset, masked=True, weights="float32")
-            exact.learners[0].bf16 = False
+            exact = stage(self.options, self.preset, masked=True)
             self.found = gradients(exact, batch_of(self.options, exact))
         return distance(gradients(made, batch), self.found)
 
 
-def auto_attention(config: TransformerConfig) -> str:
+def auto_attention(config: TransformerConfig, dtype: torch.dtype) -> str:
     """What attention=auto is in the dense blocks of a step on this machine."""
     shape = 1, config.num_tokens, 3, config.heads, config.dim // config.heads
-    return best_attention(torch.empty(shape, dtype=dtype(), device=machine.device()))
+    return best_attention(torch.empty(shape, dtype=dtype, device=machine.device()))
 
 
 @functools.cache
-def rates_of(preset: str, batch: int, image_size: int) -> step_count.Rates:
+def rates_of(preset: str, batch: int, image_size: int, dtype: torch.dtype) -> step_count.Rates:
     """What this machine reaches: copies, products of the layers of a dense block, attention of its heads."""
-    config, numbers = step_count.config_of(preset, image_size), {"device": machine.device(), "dtype": dtype()}
+    config, numbers = step_count.config_of(preset, image_size), {"device": machine.device(), "dtype": dtype}
     rows, dim, hidden = batch * config.num_tokens, config.dim, int(config.dim * config.mlp_ratio)
     macs, calls = 0, []
     for inner, outer in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
@@ -188,11 +194,11 @@ def counted(
         options.batch_size,
         step_count.Parameters.of(made.network),
         batch.get("fine"),
-        itemsize=dtype().itemsize,
+        itemsize=options.dtype.itemsize,
         weights="bfloat16" if made.learners[0].masters.weights else "float32",
-        auto=auto_attention(config),
+        auto=auto_attention(config, options.dtype),
     )
-    rates = rates_of(made.settings.preset, options.batch_size, options.image_size)
+    rates = rates_of(made.settings.preset, options.batch_size, options.image_size, options.dtype)
     some = [part for part in found if where in (None, part.where)]
     return {
         "counted_bytes": sum(part.bytes for part in some),
@@ -218,8 +224,8 @@ def step(
         compilable(options)
     if autotuned and not options.autotune:
         raise Skip("choosing among kernels takes minutes: --autotune")
-    if weights != "auto" and dtype() != torch.bfloat16:
-        raise Skip(f"a step in {str(dtype())[6:]} rounds no weights")
+    if weights != "auto" and options.dtype != torch.bfloat16:
+        raise Skip(f"a step in {str(options.dtype)[6:]} rounds no weights")
     made = stage(options, preset, masked=masked, compiled=compiled, attention=attention, weights=weights)
     if attention == "d2it" and made.network.config.num_tokens > MOST_POSITIONS:
         raise Skip(f"window attention on a GPU takes at most {MOST_POSITIONS} tokens")
@@ -235,7 +241,7 @@ def step(
         learner.backward(batch, last=True)
         learner.update(0)
 
-    flops, tolerance = 6 * made.work(batch).macs, 2 * TOLERANCE[dtype()]
+    flops, tolerance = 6 * made.work(batch).macs, 2 * TOLERANCE[options.dtype]
     figures = {} if masked or options.warm else counted(options, made, batch)
     part_of = None if masked else step_parts.parts_of(made.network.config)
     return Job(call, options.batch_size, flops, error, tolerance, figures, profiled=not masked, part_of=part_of)
@@ -252,7 +258,7 @@ def mlp(options: argparse.Namespace, preset: str, how: str) -> Job:
     torch.manual_seed(0)
     with where:
         layer = Mlp(config.dim, config.mlp_ratio)
-        x, grad = torch.randn(2, rows, config.dim, dtype=dtype())
+        x, grad = torch.randn(2, rows, config.dim, dtype=options.dtype)
     x.requires_grad_()
     run: Callable[[Tensor], Tensor] = layer
     if how != "eager":
@@ -265,11 +271,11 @@ def mlp(options: argparse.Namespace, preset: str, how: str) -> Job:
 
     few = slice(64)
     exact = results(x[few].detach().float().requires_grad_(), grad[few].float(), False, layer)
-    bf16 = dtype() == torch.bfloat16
+    bf16 = options.dtype == torch.bfloat16
     error = distance(results(x[few].detach().requires_grad_(), grad[few], bf16), exact)
     macs = 2 * rows * config.dim * int(config.dim * config.mlp_ratio)
     call = partial(results, x, grad, bf16)
-    return Job(call, options.batch_size, 6 * macs, error, 2 * TOLERANCE[dtype()], profiled=True)
+    return Job(call, options.batch_size, 6 * macs, error, 2 * TOLERANCE[options.dtype], profiled=True)
 
 
 def part(options: argparse.Namespace, preset: str, name: str) -> Job:
@@ -296,7 +302,7 @@ def part(options: argparse.Namespace, preset: str, name: str) -> Job:
         plan = network.make_plan(batch["grain_map"], batch["capacity"])
         width = network.refine.in_features + config.num_grains
         features = torch.randn(plan.capacity, width, device=device)
-        positions = torch.randn(plan.capacity, config.dim, device=device, dtype=dtype())
+        positions = torch.randn(plan.capacity, config.dim, device=device, dtype=options.dtype)
         forward = partial(network.refine, features, positions, t, y, sample=plan.sample, slots=plan.slots)
 
     def both() -> None:
@@ -361,43 +367,51 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 def cases_of(options: argparse.Namespace, preset: str, baseline: str, *, budgets: bool) -> Iterator[Case]:
     """The cases of one model at one batch."""
     reference = Reference(options, preset)
-    contenders: dict[str, tuple[str, Callable[[], Job]]] = {}
-    for how in ("compiled", "eager"):
-        flag = {"compiled": how == "compiled"}
-        contenders[f"d2it packed {how}"] = preset, partial(step, options, preset, reference, **flag)
-        if how == "compiled":
-            for form in ("plain", "autotuned"):
-                given = {form: True, **flag}
-                contenders[f"d2it packed {form} {how}"] = preset, partial(step, options, preset, reference, **given)
-            for other in sorted({"sdpa", "d2it"} - {auto_attention(step_count.config_of(preset, options.image_size))}):
-                given = {"attention": other, **flag}
-                contenders[f"d2it packed {other}-attention {how}"] = (
-                    preset,
-                    partial(step, options, preset, reference, **given),
-                )
-        other = "float32" if machine.device() == "cuda" else "bfloat16"  # than "auto"
-        given = {"weights": other, **flag}
-        contenders[f"d2it packed {other}-weights {how}"] = preset, partial(step, options, preset, reference, **given)
-        contenders[f"masked {how}"] = preset, partial(step, options, preset, reference, masked=True, **flag)
-        contenders[f"dit {how}"] = baseline, partial(step, options, baseline, None, **flag)
-    for name in ("dense blocks", "RefineNet", "optimiser"):
-        contenders[f"part: {name}"] = preset, partial(part, options, preset, name)
-    contenders["part: loader"] = preset, partial(reading, options, preset)
-    shape = {"batch": options.batch_size, "image_size": options.image_size, "fill": options.fill}
-    name = f"{preset}-{options.image_size}-B{options.batch_size}-fill{options.fill:g}-{str(dtype())[6:]}"
-    yield Case(name, shape, dtype(), "step", contenders)
-    forms = {f"mlp {how}": (preset, partial(mlp, options, preset, how)) for how in ("compiled", "autotuned", "eager")}
-    name = f"{preset}-{options.image_size}-B{options.batch_size}-mlp-{str(dtype())[6:]}"
-    yield Case(name, {"batch": options.batch_size, "image_size": options.image_size}, dtype(), "mlp", forms)
+    auto, *others = each_dtype(options, preset)
+    yield step_case(auto, preset, {**whole_steps(auto, preset, baseline, reference), **pieces(auto, preset)})
+    for other in others:
+        yield step_case(other, preset, whole_steps(other, preset, baseline, reference))
+    forms = {f"mlp {how}": (preset, partial(mlp, auto, preset, how)) for how in ("compiled", "autotuned", "eager")}
+    yield Case(case_name(auto, preset, "mlp"), case_shape(auto), auto.dtype, "mlp", forms)
     if not budgets:
         return
-    for budget, spending, entries in at_budgets(options, preset):
-        shape = {"batch": options.batch_size, "image_size": options.image_size, **entries}
-        name = f"{preset}-{options.image_size}-B{options.batch_size}-budget{budget:g}-{str(dtype())[6:]}"
-        reference = Reference(spending, preset)
-        yield Case(
-            name, shape, dtype(), "step", {"d2it packed eager": (preset, partial(step, spending, preset, reference))}
-        )
+    for budget, spending, entries in at_budgets(auto, preset):
+        job = partial(step, spending, preset, Reference(spending, preset))
+        name, shape = case_name(auto, preset, f"budget{budget:g}"), case_shape(auto, **entries)
+        yield Case(name, shape, auto.dtype, "step", {"d2it packed eager": (preset, job)})
+
+
+def step_case(options: argparse.Namespace, preset: str, contenders: Contenders) -> Case:
+    name, shape = case_name(options, preset, f"fill{options.fill:g}"), case_shape(options, fill=options.fill)
+    return Case(name, shape, options.dtype, "step", contenders)
+
+
+def whole_steps(options: argparse.Namespace, preset: str, baseline: str, reference: Reference) -> Contenders:
+    """Steps in the dtype of the options; in that of precision=auto all forms of ours."""
+    found: Contenders = {}
+    for how in ("compiled", "eager"):
+        flag = {"compiled": how == "compiled"}
+        packed = partial(step, options, preset, reference, **flag)
+        found[f"d2it packed {how}"] = preset, packed
+        if options.auto:
+            if how == "compiled":
+                for form in ("plain", "autotuned"):
+                    found[f"d2it packed {form} {how}"] = preset, partial(packed, **{form: True})
+                config = step_count.config_of(preset, options.image_size)
+                for other in sorted({"sdpa", "d2it"} - {auto_attention(config, options.dtype)}):
+                    found[f"d2it packed {other}-attention {how}"] = preset, partial(packed, attention=other)
+            other = "float32" if machine.device() == "cuda" else "bfloat16"  # than "auto"
+            found[f"d2it packed {other}-weights {how}"] = preset, partial(packed, weights=other)
+        found[f"masked {how}"] = preset, partial(packed, masked=True)
+        found[f"dit {how}"] = baseline, partial(step, options, baseline, None, **flag)
+    return found
+
+
+def pieces(options: argparse.Namespace, preset: str) -> Contenders:
+    """The pieces of the packed step."""
+    names = ("dense blocks", "RefineNet", "optimiser")
+    found: Contenders = {f"part: {name}": (preset, partial(part, options, preset, name)) for name in names}
+    return {**found, "part: loader": (preset, partial(reading, options, preset))}
 
 
 def count(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def once(monkeypatch):
 
     monkeypatch.setattr(timing, "time_calls", timed)
     monkeypatch.setattr(timing, "time_in_turns", lambda contenders, *args: [timed(calls) for calls in contenders])
-    rates = {"copy_gbps": 1.0, "matmul_tflops": {"float32": 1.0}}
+    rates = {"copy_gbps": 1.0, "matmul_tflops": {"float32": 1.0, "bfloat16": 2.0}}
     monkeypatch.setattr(timing, "machine_rates", lambda: rates)
 
 
@@ -69,9 +69,57 @@ def test_a_training_step(tmp_path, monkeypatch):
     assert "parts" not in rows["masked eager"]
     for form in ("plain", "sdpa-attention"):
         assert rows[f"d2it packed {form} compiled"]["skipped"].startswith("compiling takes minutes")
-    assert train_bench.stage(chosen, "tiny", attention="sdpa").network.config.attention == "sdpa"
+    (some,) = models.each_dtype(chosen, "tiny")
+    assert train_bench.stage(some, "tiny", attention="sdpa").network.config.attention == "sdpa"
     packed = list(goals.packed_against_masked({"train": {"rows": list(rows.values())}}))
     assert packed == [(1.0, rows["masked eager"]["case"])]
+
+
+def has_bfloat16(monkeypatch, there):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": there})
+
+
+@pytest.mark.parametrize("script", [train_bench, sample_bench])
+def test_float32_stands_beside_what_auto_takes(script, monkeypatch):
+    """Both dtypes in one run, each against its own rivals and its own rate, where a CPU has both."""
+    monkeypatch.setitem(models.SIZES, "S", ("D2iT-S", "DiT-S/2"))
+    monkeypatch.setattr(models, "profiled", lambda *_: {})
+    chosen = options(script, "--image-size", "128", "--model", "S", "--budgets")
+    steps = {}
+    for there in (False, True):
+        has_bfloat16(monkeypatch, there)
+        found = [case for case in script.cases(chosen) if case.direction != "mlp" and not case.shape.get("guided")]
+        steps[there] = {case.dtype: case for case in found}
+        assert len(steps[there]) == len(found)
+    assert [*steps[False]] == [torch.float32]
+    assert [*steps[True]] == [torch.bfloat16, torch.float32]  # what auto takes comes first
+    assert steps[False][torch.float32].shape == steps[True][torch.bfloat16].shape
+    rows = []
+    for dtype, case in steps[True].items():
+        assert case.name.endswith(str(dtype)[6:])
+        assert case.shape.get("precision") == (None if dtype == torch.bfloat16 else "float32")
+        contenders = {name: case.contenders[name] for name in ("d2it packed eager", "masked eager")}
+        assert "dit eager" in case.contenders
+        rows += models.run_case(dataclasses.replace(case, contenders=contenders), None)
+    rounded, exact = (row for row in rows if row["contender"] == "d2it packed eager")
+    assert (rounded["dtype"], exact["dtype"]) == ("bfloat16", "float32")
+    assert rounded["correct"]
+    assert exact["correct"]
+    assert exact["error"] < 1e-4 < 1e-3 < rounded["error"]  # each computed in what its name says
+    assert rounded["floor_ms"] == pytest.approx(exact["floor_ms"] / 2)
+    assert models.note(rows, rounded) == models.note(rows, exact) == "1.00x masked eager"
+    (line,) = results.headlines({"model": {"operator": "model", "rows": rows}})
+    assert line.row is rounded
+
+
+def test_rates_are_those_of_the_dtypes_that_a_cpu_multiplies(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(timing, "time_calls", lambda calls, **_: [calls[0](), timing.Timing(1.0, 1.0, 1.0, 1, "")][1])
+    for there, dtypes in ((False, ["float32"]), (True, ["bfloat16", "float32"])):
+        has_bfloat16(monkeypatch, there)
+        timing.machine_rates.cache_clear()
+        assert [*timing.machine_rates()["matmul_tflops"]] == dtypes
+    timing.machine_rates.cache_clear()
 
 
 def test_parts_of_a_profile():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -223,6 +223,15 @@ class Block(Recomputable):
         """
         self._body = torch.compile(type(self).body, *args, **kwargs)
         self._compiled = True
+
+
+def cast_blocks(blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Gives the weights of blocks a dtype, in place; the modulations in them stay float32."""
+    for block in blocks:
+        block.to(dtype)
+        for module in block.modules():
+            if isinstance(module, Modulation):
+                module.float()
 
 
 class FinalLayer(nn.Module):

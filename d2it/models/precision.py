@@ -14,6 +14,12 @@ from d2it.models.dvae import DynamicVAEConfig
 LEAST_WIDTH, LEAST_CHANNELS = 256, 64
 
 
+def multiplies_bfloat16() -> bool:
+    """Returns whether this CPU has instructions for products of bfloat16."""
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch from 2.11 on
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def why_float32(config: TransformerConfig | DynamicVAEConfig, device: torch.device) -> str | None:
     """Returns why `precision=auto` is float32 for a network on a device, in words, or None where it is bfloat16.
 
@@ -23,8 +29,7 @@ def why_float32(config: TransformerConfig | DynamicVAEConfig, device: torch.devi
     """
     if device.type == "cuda":
         return None if torch.cuda.is_bf16_supported() else "this GPU has no bfloat16"
-    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch from 2.11 on
-    if not (known.get("avx512_bf16") or known.get("amx_bf16")):
+    if not multiplies_bfloat16():
         return "this CPU does not multiply bfloat16"
     if isinstance(config, TransformerConfig):
         narrow = f"a width of {config.dim}, not {LEAST_WIDTH}" if config.dim < LEAST_WIDTH else None

@@ -59,7 +59,7 @@ from d2it.models.dit import DiT
 from d2it.models.dvae import DynamicVAE
 from d2it.models.grain import DynamicGrainTransformer
 from d2it.models.klvae import KLVAE
-from d2it.models.layers import Modulation
+from d2it.models.layers import cast_blocks
 from d2it.sampling.card import write_companions
 from d2it.sampling.labels import Label, class_number
 from d2it.seeds import derived_seed
@@ -222,11 +222,7 @@ class D2iT(Pretrained):
             raise ValueError(f"device {device!r} cannot be used: {reason_of(error)}") from error
         if dtype is not None:
             for transformer in self._networks:
-                for block in transformer.transformer_blocks():
-                    block.to(dtype)
-                    for module in block.modules():
-                        if isinstance(module, Modulation):
-                            module.float()
+                cast_blocks(transformer.transformer_blocks(), dtype)
         return self
 
     def compile(self, **kwargs: Any) -> D2iT:
