@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from d2it.training.dvae import DvaeStage
 from d2it.training.grain import GrainStage
 from d2it.training.latents import LatentData
 from d2it.training.learner import why_fp32
+from d2it.training.loop import change_of_precision
 from d2it.training.run import rehearse_all, summarize
 from d2it.training.stage import check_weights
 from d2it.training.summary import Summary
@@ -291,7 +293,7 @@ def server() -> Server:
 
 def test_a_resume_in_another_precision_says_so(server: Server, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dynamic": 1, "save_every": 2, "log_every": 1, "batch_size": 2}
-    line = "toy: in fp32 up to step 2, in bf16 from here on; toy.precision=fp32 goes on as before"
+    line = "toy: up to step 2 in fp32, in bf16 from here on; toy.precision=fp32 goes on as before"
     for steps, how, said in ((2, "fp32", False), (4, "bf16", True), (6, "bf16", False)):
         code, _, log = server.run(tmp_path, steps=steps, precision=how, **settings)
         assert code == 0, log
@@ -304,6 +306,22 @@ def test_a_resume_in_another_precision_says_so(server: Server, tmp_path: Path) -
     code, _, log = server.run(tmp_path, steps=8, precision="fp32", **settings)
     assert code == 0, log
     assert "from here on" not in log
+
+
+def test_a_checkpoint_that_records_no_precision() -> None:
+    """Of an earlier version: `auto` was float32 on a CPU then. What is set by name is known to have been chosen."""
+
+    def said(now: str, setting: str, recorded: str | None = None, device: torch.device = CPU) -> str | None:
+        this: Any = SimpleNamespace(name="content", bf16=now == "bf16")
+        return change_of_precision(this, StageConfig(precision=setting), World(0, 1, 1, device), recorded)
+
+    line = said("bf16", "auto")
+    assert line is not None
+    assert line.startswith("in fp32 if on a CPU")
+    assert line.endswith("in bf16 from here on; content.precision=fp32 goes on as before")
+    assert said("fp32", "auto") is said("bf16", "bf16") is said("bf16", "auto", device=GPU) is None
+    assert said("bf16", "auto", "bf16") is None
+    assert said("bf16", "auto", "fp32") == line.replace(" if on a CPU (precision=auto of an earlier version)", "")
 
 
 def test_a_run_that_is_done_says_nothing(server: Server, tmp_path: Path) -> None:

@@ -181,13 +181,10 @@ class Checkpoints:
         self.world.together(lambda: self._manifest(self.path(max(steps))))
         return max(steps)
 
-    def other_precision(self, step: int) -> str | None:
-        """Returns the precision in which the training came to the checkpoint of `step`, where it is not this one's.
-
-        None also where the checkpoint does not say it: earlier versions did not record it.
-        """
+    def precision_at(self, step: int) -> str | None:
+        """Returns the precision that the checkpoint of `step` records; earlier versions recorded none."""
         found = self._manifest(self.path(step)).get("precision")
-        return found if found in ("bf16", "fp32") and found != self.precision else None
+        return found if found in ("bf16", "fp32") else None
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Loads the checkpoint of `step` into `tensors`, in place.

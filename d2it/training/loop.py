@@ -114,11 +114,8 @@ def train(
         with contextlib.closing(Meters(stage.name, run, settings, first, world)) as meters:
             publication.make(stage, meters, first)
         return
-    if newest is not None and (before := checkpoints.other_precision(first)):
-        world.announce(
-            f"{stage.name}: in {before} up to step {first}, in {precision} from here on; "
-            f"{stage.name}.precision={before} goes on as before"
-        )
+    if newest is not None and (change := change_of_precision(stage, settings, world, checkpoints.precision_at(first))):
+        world.announce(f"{stage.name}: up to step {first} {change}")
     batches = stage.batches(first)
     meters = Meters(stage.name, run, settings, first, world)
     warned = False
@@ -181,6 +178,24 @@ def train(
                 checkpoints.wait()
                 where = f"saved {saved}" if saved else f"not saved (no finite gradient); {checkpoints.refuge()}"
                 raise Interrupted(signal, f"{signal.name} at step {done}: {where}; the same command resumes")
+
+
+def change_of_precision(stage: Stage, settings: StageConfig, world: World, recorded: str | None) -> str | None:
+    """Returns what to say of a training that goes on in another precision than before, or None where it does not.
+
+    Args:
+        stage: what is trained.
+        settings: of the stage.
+        world: the ranks.
+        recorded: precision up to now, or None where the checkpoint is of a version that recorded none. Such a one took
+            float32 on a CPU for `precision=auto`.
+    """
+    now, before, where = "bf16" if stage.bf16 else "fp32", recorded, ""
+    if recorded is None and settings.precision == "auto" and world.device.type == "cpu":
+        before, where = "fp32", " if on a CPU (precision=auto of an earlier version)"
+    if before in (None, now):
+        return None
+    return f"in {before}{where}, in {now} from here on; {stage.name}.precision={before} goes on as before"
 
 
 class Publication:
