@@ -267,7 +267,8 @@ class D2iT(Pretrained):
             pretrained_model_name_or_path: a local folder, or a repository of the Hugging Face hub ("user/model"),
                 which is downloaded once and kept in the hub's cache.
             device: where the parts go.
-            dtype: of the weights of the transformers' blocks, see `to`; torch.bfloat16 halves their memory.
+            dtype: of the weights of the transformers' blocks, see `to`; torch.bfloat16 halves their memory. float32
+                by default, on every machine.
             any_vae: as for a new D2iT.
             guide: a local folder with the guide of a new D2iT: of a content transformer, or of a D2iT or a run that
                 has one.
