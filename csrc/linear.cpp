@@ -7,7 +7,9 @@ namespace {
 
 using torch::stable::Tensor;
 
+#ifdef D2IT_HAS_TILES
 const float* floats_of(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+#endif
 
 // out (M, N) = a (M, K) b (K, N) + bias (N,), of matrices whose rows or columns are contiguous; out and bias
 // are. False where the machine has no tiles: nothing is written then.

@@ -28,14 +28,10 @@ class FloatScratch : public Scratch {
   Matrix pairs() { return matrix(std::min<int64_t>(problem().n, kQueries), problem().n); }
 };
 
-// Whether the products are those of bfloat16.
-bool in_pairs(ScalarType dtype) {
 #ifdef D2IT_HAS_PAIRS
-  return dtype == ScalarType::BFloat16 && d2it::pairs::available();
-#else
-  return false;
+// Whether the products are those of bfloat16.
+bool in_pairs(ScalarType dtype) { return dtype == ScalarType::BFloat16 && d2it::pairs::available(); }
 #endif
-}
 
 // ----------------------------------------------------------------------------------------------------
 // Forward
