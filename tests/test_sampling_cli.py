@@ -552,6 +552,23 @@ def test_compile(folder):
     torch.testing.assert_close(compiled(2).images, plain(2).images)
 
 
+def test_images_side_by_side_share_what_is_compiled(folder):
+    """Hardly more graphs than one image alone takes, guided at some steps alone, which are of two sizes."""
+    counters, threads, graphs = torch._dynamo.utils.counters, torch.get_num_threads(), []
+    given = {"guidance": Guidance(1.5, "interval", (0.1, 0.7)), "steps": 3, "grain_map": torch.from_numpy(MAP)}
+    try:
+        torch.set_num_threads(4)
+        for count in (1, 4):
+            torch._dynamo.reset()
+            counters.clear()
+            D2iT.from_pretrained(folder).compile(backend="eager")(count, **given)
+            graphs.append(counters["stats"]["unique_graphs"])
+    finally:
+        torch.set_num_threads(threads)
+        torch._dynamo.reset()
+    assert 0 < graphs[0] <= graphs[1] < 2 * graphs[0]
+
+
 class Traffic(TorchDispatchMode):
     """Copies between devices, for each of which the host waits on a GPU. (Reading a value of a meta tensor raises.)"""
 

@@ -16,6 +16,7 @@ for the whole process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,8 @@ PARTS: dict[str, tuple[type[Model], ...]] = {
 }
 #: Arguments of a call for which a D2iT can have its own defaults.
 DEFAULTS = ("scheduler", "steps", "grain_scheduler", "grain_steps", "guidance", "grain_guidance")
+#: That Dynamo may make of one function, in a thread of a CPU that samples.
+MOST_GRAPHS = 256
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class D2iT(Pretrained):
             if ours != theirs:
                 raise ValueError(f"the parts of a D2iT must share their {what}, got {ours} and {theirs}")
         self.any_vae, self.guide = any_vae, guide
+        self._compiled = False
         if not any_vae:
             self._check_vae(self._transformers)
         if guide is not None:
@@ -233,6 +237,7 @@ class D2iT(Pretrained):
         """
         for transformer in self._networks:
             transformer.compile_blocks(**kwargs)
+        self._compiled = True
         return self
 
     @property
@@ -482,7 +487,7 @@ class D2iT(Pretrained):
             return self.vae.decode(latents / self.vae.scaling_factor, grains).float().cpu(), grains.cpu()
 
         if self.device.type == "cpu":
-            sampled = _side_by_side(sample, [slice(i, i + 1) for i in range(count)])
+            sampled = _side_by_side(sample, [slice(i, i + 1) for i in range(count)], compiled=self._compiled)
         else:
             size = batch_size or max(1, count)
             sampled = [sample(slice(first, first + size)) for first in range(0, count, size)]
@@ -623,16 +628,23 @@ def _guidance(name: str, value: float | Guidance | dict[str, Any]) -> Guidance:
         raise ValueError(str(error).replace("guidance", name, 1)) from None
 
 
-def _side_by_side(run: Callable[[T], R], parts: Iterable[T]) -> list[R]:
-    """`run` of every part in order, each on one thread of the CPU, as many at a time as torch has threads."""
+def _side_by_side(run: Callable[[T], R], parts: Sequence[T], *, compiled: bool) -> list[R]:
+    """`run` of every part in order, each on one thread of the CPU, as many at a time as torch has threads.
+
+    `compiled`: whether the blocks are. The others then wait for the first, whose graphs they share: threads that
+    compile at the same time make each graph more than once. Dynamo's checks of its graphs are not made for threads,
+    either: now and then it makes one more. Its limit, of which each thread has its own, is not meant for those.
+    """
 
     def alone(part: T) -> R:
-        with torch.no_grad():  # which every thread has of its own
+        limit = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS) if compiled else contextlib.nullcontext()
+        with torch.no_grad(), limit:  # which every thread has of its own
             return run(part)
 
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(alone, parts))
+            head = 1 if compiled else 0
+            return [*pool.map(alone, parts[:head]), *pool.map(alone, parts[head:])]
     finally:
         torch.set_num_threads(threads)
