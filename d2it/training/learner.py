@@ -66,7 +66,7 @@ def has_masters(settings: StageConfig, device: torch.device, bf16: bool) -> bool
         bf16: whether it computes in bfloat16 autocast.
     """
     if settings.weights == "auto":
-        # FSDP2 and float8 round weights themselves. On a CPU the casts are too small a part of a step.
+        # FSDP2 and float8 round weights themselves. On a CPU it would be worth 2 % of a step (docs/scaling.md).
         return bf16 and device.type == "cuda" and settings.parallel == "ddp" and settings.float8 is None
     return settings.weights == "bfloat16"
 
